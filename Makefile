@@ -1,0 +1,33 @@
+# Everything a newcomer needs: `make demo` trains a goal-conditioned policy, `make test` runs every check.
+# Both set up the virtual environment first; nothing else has to be typed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check setup clean help
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(VENV)/.ready ## create the virtual environment
+
+# torch is asked for within the range of pyproject.toml in the same call, so that pip never picks a newer build first.
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" "torch>=2.6,<2.14"
+	@touch $@
+
+demo: setup ## train on the embedded world and print how the goal steers (about 3 minutes on 2 cores)
+	$(BIN)/rap-lightning fit --config configs/quickstart.yaml
+
+check: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check ## ruff, mypy and the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+clean: ## remove the virtual environment and run folders
+	rm -rf $(VENV) runs

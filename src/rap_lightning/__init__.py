@@ -1,0 +1,57 @@
+"""rap-lightning: reward-augmented preference alignment on Lightning.
+
+The public names below are loaded when first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from rap_lightning.datamodule import PreferenceDataModule
+    from rap_lightning.losses import DPO, Hinge, PreferenceLoss, SimPO
+    from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference
+    from rap_lightning.module import PreferenceModule
+    from rap_lightning.preferences.goals import GoalTemplate, OverallGoal, RewardScale
+    from rap_lightning.preferences.relabel import RelabelledView, relabel
+
+_HOMES = {
+    "PreferenceDataModule": "datamodule",
+    "PreferenceModule": "module",
+    "PreferenceLoss": "losses",
+    "DPO": "losses",
+    "Hinge": "losses",
+    "SimPO": "losses",
+    "AdaptersOff": "models.reference",
+    "Frozen": "models.reference",
+    "NoReference": "models.reference",
+    "GoalTemplate": "preferences.goals",
+    "OverallGoal": "preferences.goals",
+    "RewardScale": "preferences.goals",
+    "RelabelledView": "preferences.relabel",
+    "relabel": "preferences.relabel",
+}
+
+__all__ = [
+    "DPO",
+    "AdaptersOff",
+    "Frozen",
+    "GoalTemplate",
+    "Hinge",
+    "NoReference",
+    "OverallGoal",
+    "PreferenceDataModule",
+    "PreferenceLoss",
+    "PreferenceModule",
+    "RelabelledView",
+    "RewardScale",
+    "SimPO",
+    "relabel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,1 @@
+"""Tensors, but no Lightning: token ids, layouts and the Batch they all become."""

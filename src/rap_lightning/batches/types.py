@@ -1,0 +1,117 @@
+"""What travels between floors.
+
+Shape legend:
+    B  pairs in a batch                 R  rows of the model's input
+    M  response tokens of the batch     T  tokens in a row
+Response s of the 2B responses belongs to pair s // 2; even s is chosen, odd s is rejected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+
+class _Movable:
+    """Moves every tensor of a dataclass; Lightning calls ``to`` on batches that have it."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """A copy with every tensor moved."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def pin_memory(self) -> Self:
+        """A copy with every tensor in pinned memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> Self:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        moved = {name: function(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True)
+class Batch(_Movable):
+    """Pairs of responses, whatever the layout.
+
+    Attributes:
+        input_ids: [R, T] int64.
+        position_ids: [R, T] int64, counted along each sequence.
+        attention_mask: [R, T] int64, 1 for tokens and 0 for padding, which stands on the right.
+        predict_from: [M] int64, index into the flattened [R * T] hidden states: the one that predicts the token.
+        target: [M] int64, the token's id.
+        segment: [M] int64, which of the 2B responses the token belongs to.
+        lengths: [2B] int64, response tokens including the end of turn.
+        rewards: [B, 2] float32, the judge's rewards of chosen and rejected, in the scale's units.
+        origin: [B] int64, index into :data:`rap_lightning.preferences.relabel.ORIGINS`.
+        weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch.
+        step_pairs: pairs of weight 1 in the whole optimizer step, over all ranks and accumulated batches.
+        pair_ids: the pairs' ids, for messages.
+        goals: the printed goals, for messages.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    predict_from: Tensor
+    target: Tensor
+    segment: Tensor
+    lengths: Tensor
+    rewards: Tensor
+    origin: Tensor
+    weights: Tensor
+    step_pairs: int
+    pair_ids: tuple[str, ...]
+    goals: tuple[str | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.pair_ids)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens that are not padding, [] int64."""
+        return self.attention_mask.sum()
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probabilities of both responses of each pair.
+
+    Attributes:
+        chosen, rejected: [B] float32, summed over the response's tokens, in nats.
+        chosen_lengths, rejected_lengths: [B] int64, response tokens including the end of turn.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+
+    @classmethod
+    def from_segments(cls, logps: Tensor, lengths: Tensor) -> PairLogps:
+        """From [2B] values in segment order."""
+        return cls(logps[0::2], logps[1::2], lengths[0::2], lengths[1::2])
+
+
+@dataclass(frozen=True)
+class PairRewards:
+    """The judge's rewards of both responses, [B] float32, in the scale's units."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+@dataclass(frozen=True)
+class PromptBatch(_Movable):
+    """Prompts to generate from, padded on the left.
+
+    Attributes:
+        input_ids, attention_mask: [R, T] int64.
+        records: what is written beside each sample: the conversation and the goal.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    records: tuple[dict[str, Any], ...]

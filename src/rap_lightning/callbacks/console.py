@@ -1,0 +1,49 @@
+"""The numbers that matter as plain lines, where no terminal can show a progress bar."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class ConsoleLines(pl.Callback):
+    """Prints a line per log step and per validation."""
+
+    def __init__(self) -> None:
+        self._printed = -1
+        self._start = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Print after each log step."""
+        step = trainer.global_step
+        if step == self._printed or not (step == 1 or step % trainer.log_every_n_steps == 0):
+            return
+        values = trainer.callback_metrics
+        if "loss" in values:
+            self._printed = step
+            elapsed = time.perf_counter() - self._start
+            total = int(trainer.estimated_stepping_batches)
+            left = elapsed / step * (total - step)
+            print(f"step {step}/{total}  {self._shown(values)}  {elapsed:.0f} s, {left:.0f} s left", flush=True)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the validation's means."""
+        values = {n.removeprefix("val/"): v for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
+        if values and not trainer.sanity_checking:
+            print(f"validation at step {trainer.global_step}  {self._shown(values)}", flush=True)
+
+    @staticmethod
+    def _shown(values: Any) -> str:
+        short = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+        parts = [f"{label} {float(values[name]):.4f}" for name, label in short.items() if name in values]
+        rate = values.get("pairs_per_second")
+        return "  ".join(parts) + (f"  {float(rate):.3g} pairs/s" if rate is not None else "")

@@ -1,0 +1,97 @@
+"""Does the goal steer? Samples at goals from low to high, judged, before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rap_lightning.datamodule import PreferenceDataModule
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.generate import generate, left_pad
+from rap_lightning.module import PreferenceModule
+
+Judge = Callable[[str, str], float]
+"""(prompt, response) -> reward on the goal template's scale"""
+
+
+class SteeringTable(pl.Callback):
+    """Samples responses at several goals before and after fit, and prints how a judge scores them.
+
+    Args:
+        judge: a function of (prompt, response), by import path, that gives the reward.
+        goals: rewards to ask for, low to high.
+        prompts: how many validation prompts are sampled, once per goal.
+        seed: of the sampling; the run's own random numbers are left as they were.
+    """
+
+    def __init__(
+        self, judge: Judge, goals: Sequence[float] = (1, 4, 7, 10), prompts: int = 64, seed: int = 0
+    ) -> None:
+        if len(goals) < 2 or prompts < 2:
+            raise ConfigError("SteeringTable needs at least two goals and two prompts")
+        self.judge, self.goals, self.prompts, self.seed = judge, sorted(goals), prompts, seed
+        self.before: dict[float, list[float]] = {}
+        self.after: dict[float, list[float]] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sample the untrained policy."""
+        self.before = {goal: [s for _, _, s in rows] for goal, rows in self._sample(trainer, pl_module).items()}
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sample the trained policy and print the table."""
+        samples = self._sample(trainer, pl_module)
+        self.after = {goal: [score for _, _, score in rows] for goal, rows in samples.items()}
+        if trainer.is_global_zero:
+            self._print(trainer, pl_module, samples)
+
+    def _sample(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[float, list[tuple[str, str, float]]]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, PreferenceDataModule) or data.goal is None or not isinstance(module, PreferenceModule):
+            raise ConfigError("SteeringTable needs a PreferenceModule and data with a goal template")
+        assert module.policy is not None, "fit builds the policy"
+        histories = data.histories()[: self.prompts]
+        pad = module.tokenizer.pad_token_id
+        results = {}
+        with isolate_rng():
+            seed_everything(self.seed, verbose=False)
+            for goal in self.goals:
+                ids = data.encode_prompts(histories, goal)
+                batch = left_pad(ids, module.tokenizer.eos_token_id if pad is None else pad, [{}] * len(ids))
+                texts = generate(module.policy, module.tokenizer, batch.to(module.device), module.generation)
+                prompts = [history[-1]["content"] for history in histories]
+                results[goal] = [(p, t, self.judge(p, t)) for p, t in zip(prompts, texts, strict=True)]
+        return results
+
+    def _print(self, trainer: pl.Trainer, module: PreferenceModule, samples: dict[float, list[Any]]) -> None:
+        options, count = module.generation, len(next(iter(samples.values())))
+        table = Table(
+            title=f"Asked for a score, what comes back ({count} prompts a goal, temperature {options.temperature:g})",
+            caption="mean score ± standard error, by the judge; the samples are of the trained policy",
+        )
+        for name in ("goal", "before", "after"):
+            table.add_column(name, justify="right")
+        table.add_column("a sample after training (its score)", overflow="fold")
+        prompt_of_first = samples[self.goals[0]][0][0]
+        for goal in self.goals:
+            _, text, score = samples[goal][0]
+            shown = f"{escape(text.strip())} [dim]({score:g})[/dim]"
+            table.add_row(f"{goal:g}", _mean(self.before[goal]), _mean(self.after[goal]), shown)
+        console = Console(width=None if Console().is_terminal else 120)
+        console.print(table)
+        console.print(f"The samples answer: {escape(prompt_of_first)}", highlight=False)
+        logged = {f"steering/goal-{goal:g}": fmean(self.after[goal]) for goal in self.goals}
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=trainer.global_step)
+            logger.save()
+
+
+def _mean(scores: list[float]) -> str:
+    return f"{fmean(scores):.2f} ± {stdev(scores) / len(scores) ** 0.5:.2f}"

@@ -1,0 +1,73 @@
+"""The entry point. Answers --help and --version itself: importing Lightning takes seconds."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rap_lightning import __version__
+from rap_lightning.errors import UserError
+
+HELP = f"""rap-lightning {__version__}: reward-augmented preference alignment on Lightning
+
+usage: rap-lightning COMMAND [options]
+       rap-lightning COMMAND --help
+
+train and measure (configs stack; any option of a config can be given as a flag):
+  fit        train a policy:      rap-lightning fit --config configs/quickstart.yaml
+  validate   metrics of a model on the validation split
+  test       the same, logged as test/...
+  predict    generate at a goal:  rap-lightning predict --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt
+
+take away:
+  export     a checkpoint as a Hugging Face folder:  rap-lightning export --checkpoint LAST.ckpt --output DIR
+
+Useful everywhere: --print_config shows every option with its value; -c base.yaml -c overlay.yaml stacks configs.
+"""
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = (*TRAINER_COMMANDS, "export")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command. Exits with 0 when it went well, 2 for what the user can mend, 130 after Ctrl-C."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        sys.exit(0 if args else 2)
+    if args[0] in ("-V", "--version"):
+        print(f"rap-lightning {__version__}")
+        return
+    if args[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(args[0], COMMANDS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        sys.exit(_fail(f"unknown command {args[0]!r}.{hint} The commands are {', '.join(COMMANDS)}."))
+    sys.path.append(os.getcwd())  # so that a class in a file beside you can be named; last, so that it hides nothing
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when data workers fork
+    try:
+        if args[0] in TRAINER_COMMANDS:
+            from rap_lightning.trainer_cli import run
+
+            run(args)
+        else:
+            from jsonargparse import auto_cli
+
+            from rap_lightning.commands.export import export
+
+            auto_cli(export, args=args[1:], as_positional=False, prog="rap-lightning export")
+    except UserError as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Commands beside the trainer's: typed functions that become command lines."""

@@ -1,0 +1,66 @@
+"""``rap-lightning export``: a checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rap_lightning.errors import ConfigError
+
+
+def export(checkpoint: str, output: str, merge: bool = False) -> None:
+    """Write a checkpoint of fit as a Hugging Face folder: safetensors, tokenizer, chat template.
+
+    Example: rap-lightning export --checkpoint runs/version_0/checkpoints/last.ckpt --output my-model
+
+    Args:
+        checkpoint: a .ckpt file that fit wrote.
+        output: a folder that doesn't exist yet, or is empty.
+        merge: add a LoRA adapter to its base model's weights, instead of writing the adapter alone.
+    """
+    import tempfile
+
+    import torch
+
+    from rap_lightning.models import export as files
+    from rap_lightning.models.policy import Lora, PolicyConfig
+
+    files.refuse_non_empty(Path(output))
+    saved = _read(Path(checkpoint))
+    options = saved["rap_lightning"]["policy"]
+    lora = options.pop("lora")
+    config = PolicyConfig(**options, lora=Lora(**lora) if lora else None)
+    if merge and config.lora is None:
+        raise ConfigError("--merge has no effect: the checkpoint is of a fully trained model, without an adapter.")
+    policy = config.build(torch.float32)
+    state = {n.removeprefix("policy."): v for n, v in saved["state_dict"].items() if n.startswith("policy.")}
+    result = policy.load_state_dict(state, strict=False)
+    missing = [n for n in result.missing_keys if config.lora is None or ".lora_" in n]
+    if missing or result.unexpected_keys:
+        raise ConfigError(
+            f"{checkpoint} doesn't fit the model at {config.path}: "
+            f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}."
+        )
+    tokenizer = config.load_tokenizer()
+    if merge:
+        with tempfile.TemporaryDirectory() as folder:
+            adapter = Path(folder) / "adapter"
+            files.export(policy, policy.state_dict(), tokenizer, adapter, config)
+            files.merge(adapter, Path(output), config, tokenizer)
+    else:
+        files.export(policy, policy.state_dict(), tokenizer, Path(output), config)
+    print(f"wrote {output}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import torch
+
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file. Expected a .ckpt file that fit wrote.")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign or broken file fails in whatever way its bytes happen to
+        raise ConfigError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from error
+    if not isinstance(saved, dict) or "rap_lightning" not in saved:
+        raise ConfigError(f"{path} is not a checkpoint of rap-lightning.")
+    return saved

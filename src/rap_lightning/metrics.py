@@ -1,0 +1,85 @@
+"""Means over pairs as sums and counts, so that they are exact over epochs, accumulated batches and ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from rap_lightning.batches.types import PairLogps
+from rap_lightning.preferences.relabel import ORIGINS
+
+NAMES = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
+)
+
+
+class PairMetrics(Metric):
+    """Weighted means of the quantities in :data:`NAMES`, overall and by origin (``rewards/margins/chosen-goal``).
+
+    A pair whose implicit rewards are equal counts as half right. ``tokens`` and ``pairs`` are totals.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    counts: Tensor
+    token_count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # float64: an epoch's sum of log-probabilities outgrows float32
+        self.add_state("sums", torch.zeros(len(ORIGINS), len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(ORIGINS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("token_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)
+
+    def update(
+        self, losses: Tensor, rewards: tuple[Tensor, Tensor], policy: PairLogps, origin: Tensor, weights: Tensor,
+        tokens: Tensor,
+    ) -> None:  # fmt: skip
+        """Add a batch: [B] losses, implicit rewards of chosen and rejected, log-probs, origins, weights; its tokens."""
+        chosen, rejected = rewards
+        margins = chosen - rejected
+        values = torch.stack(
+            [
+                losses, chosen, rejected, margins, (margins.sign() + 1) / 2, policy.chosen, policy.rejected,
+                policy.chosen_lengths, policy.rejected_lengths,
+            ],
+            dim=1,
+        ).double()  # fmt: skip
+        weights = weights.double()
+        self.sums.index_add_(0, origin, values.detach() * weights[:, None])
+        self.counts.index_add_(0, origin, weights)
+        self.token_count += tokens
+
+    def compute(self) -> dict[str, float]:
+        """Name to mean. Origins without pairs are left out; everything is, before the first pair."""
+        sums, counts = self.sums.cpu(), self.counts.cpu()
+        result: dict[str, float] = {}
+        if not counts.sum():
+            return result
+        for name, value in zip(NAMES, sums.sum(0) / counts.sum(), strict=True):
+            result[name] = float(value)
+        if (counts > 0).sum() > 1:
+            for i, origin in enumerate(ORIGINS):
+                if counts[i]:
+                    result |= {f"{n}/{origin}": float(v) for n, v in zip(NAMES, sums[i] / counts[i], strict=True)}
+        result["pairs"] = float(counts.sum())
+        result["tokens"] = float(self.token_count)
+        return result
+
+    def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
+        # Lightning's half-precision plugins convert modules; sums must stay float64
+        result = super()._apply(fn, exclude_state)
+        self.sums, self.counts = self.sums.double(), self.counts.double()
+        return result

@@ -1,0 +1,1 @@
+"""Language models: loading, response log-probabilities, references, export. No Lightning."""

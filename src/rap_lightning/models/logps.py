@@ -1,0 +1,133 @@
+"""Response log-probabilities from hidden states: chunked over tokens, float32, blind to layouts and losses.
+
+Shape legend: N response tokens (M in a Batch), D hidden size, V vocabulary, C tokens in a chunk. No [B, T, V] and no
+[N, V] tensor ever exists: logits live for one chunk at a time and are computed again for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rap_lightning.errors import ConfigError
+
+CHUNK_BYTES = 256 * 2**20  # float32 logits held at a time; larger chunks were no faster on CPU
+
+
+class Head:
+    """What turns hidden states into logits: softcap(scale * (h W^T + b)).
+
+    Args:
+        weight: [V, D].
+        bias: [V] or ``None``.
+        scale: factor on the logits (Cohere's ``logit_scale``; one over Granite's ``logits_scaling``).
+        softcap: c in c * tanh(logits / c) (Gemma 2), or ``None``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float = 1.0, softcap: float | None = None) -> None:
+        self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
+
+    @classmethod
+    def of(cls, model: Any) -> Head:
+        """The head of a Hugging Face causal LM.
+
+        Raises:
+            ConfigError: the head isn't a plain linear layer (an adapter on it, say).
+        """
+        layer, config = model.get_output_embeddings(), model.config.get_text_config()
+        if not isinstance(layer, nn.Linear) or hasattr(layer, "base_layer"):
+            raise ConfigError(
+                f"{type(model).__name__}: expected a plain linear output layer, found {type(layer).__name__}. "
+                "Leave the output layer out of the adapter's target_modules."
+            )
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    def token_logps(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """log p(target | hidden), [N] float32 nats, of hidden [N, D] and target [N] int64."""
+        if torch.is_autocast_enabled(hidden.device.type):
+            compute = torch.get_autocast_dtype(hidden.device.type)
+        else:
+            compute = self.weight.dtype
+        logps: Tensor = _TokenLogps.apply(hidden, self.weight, self.bias, target, self.scale, self.softcap, compute)
+        return logps
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Gathered log-softmax of a linear layer's output, recomputed chunk by chunk in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+        scale: float, softcap: float | None, compute: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        wide = torch.float64 if compute == torch.float64 else torch.float32
+        cast = weight.to(compute)
+        logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        log_z = torch.empty_like(logps)
+        for part in _chunks(len(hidden), weight.shape[0], wide):
+            logits = _logits(hidden[part], cast, bias, scale, softcap, compute, wide)
+            log_z[part] = torch.logsumexp(logits, -1)
+            # the gathered logit minus logsumexp: CPU log_softmax carries ten times its rounding error
+            logps[part] = logits.gather(-1, target[part, None])[:, 0] - log_z[part]
+        ctx.save_for_backward(hidden, weight, bias, target, log_z)
+        ctx.scale, ctx.softcap, ctx.compute = scale, softcap, compute
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, target, log_z = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        wide = log_z.dtype
+        cast = weight.to(ctx.compute)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
+        grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if need_bias else None
+        for part in _chunks(len(hidden), weight.shape[0], wide):
+            logits = _logits(hidden[part], cast, bias, ctx.scale, ctx.softcap, ctx.compute, wide)
+            # d logp / d logits = onehot - softmax
+            d_logits = (logits - log_z[part, None]).exp_().mul_(-grad[part, None])
+            d_logits.scatter_add_(-1, target[part, None], grad[part, None])
+            if ctx.softcap is not None:  # d softcap(z) / dz = 1 - (softcap(z) / c)^2
+                d_logits *= 1 - (logits / ctx.softcap) ** 2
+            d_logits *= ctx.scale
+            if grad_bias is not None:
+                grad_bias += d_logits.sum(0)
+            d_logits = d_logits.to(ctx.compute)
+            if grad_hidden is not None:
+                grad_hidden[part] = (d_logits @ cast).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight.addmm_(d_logits.T.to(wide), hidden[part].to(ctx.compute).to(wide))
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _chunks(count: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
+    size = max(1, CHUNK_BYTES // (vocabulary * dtype.itemsize))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    compute: torch.dtype, wide: torch.dtype,
+) -> Tensor:  # fmt: skip
+    logits = (hidden.to(compute) @ weight.T).to(wide)
+    if bias is not None:
+        logits += bias.to(wide)
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits
+
+
+def sum_by_segment(token_logps: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """[segments] sums of [N] values, in their dtype."""
+    return token_logps.new_zeros(segments).index_add(0, segment, token_logps)

@@ -1,0 +1,114 @@
+"""The reference: where its log-probabilities come from.
+
+A reference is no part of the module's state: it is neither trained nor saved with checkpoints, and is loaded anew when a
+run goes on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from rap_lightning.batches.types import Batch
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.policy import Policy, PolicyConfig
+from rap_lightning.models.sharding import shard
+
+
+class Reference(ABC):
+    """Gives the log-probabilities of a frozen LM."""
+
+    @property
+    def is_initial_policy(self) -> bool:
+        """Whether the log-probabilities must equal the policy's before the first step."""
+        return True
+
+    def check(self, policy: PolicyConfig) -> None:
+        """Raise ConfigError where this reference doesn't go with the policy. Called before anything is loaded."""
+
+    def load(self, policy: PolicyConfig, dtype: torch.dtype) -> None:
+        """Load what is needed. Called once, with the policy."""
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard over the mesh on which the policy is sharded."""
+
+    def to(self, device: torch.device) -> None:
+        """Move to the policy's device."""
+
+    @abstractmethod
+    def logps(self, policy: Policy, batch: Batch) -> Tensor:
+        """[2B] float32 nats, without gradient."""
+
+
+class Frozen(Reference):
+    """A second model, held beside the policy.
+
+    Args:
+        path: a Hugging Face folder or Hub id; by default the policy's own.
+        revision: of ``path`` on the Hub.
+    """
+
+    def __init__(self, path: str | None = None, revision: str | None = None) -> None:
+        if revision is not None and path is None:
+            raise ConfigError("reference Frozen: revision has no effect without path; give both, or neither.")
+        self.path, self.revision = path, revision
+        self._model: Policy | None = None
+
+    @property
+    def is_initial_policy(self) -> bool:
+        """True unless another model was named."""
+        return self.path is None
+
+    def load(self, policy: PolicyConfig, dtype: torch.dtype) -> None:
+        """Load the model, without gradients."""
+        source = policy if self.path is None else PolicyConfig(
+            path=self.path, revision=self.revision, attn_implementation=policy.attn_implementation,
+            trust_remote_code=policy.trust_remote_code,
+        )  # fmt: skip
+        self._model = Policy(source.load_model(dtype)).requires_grad_(False).eval()
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the model."""
+        shard(self.model, mesh)
+
+    def to(self, device: torch.device) -> None:
+        """Move the model."""
+        self.model.to(device)
+
+    @property
+    def model(self) -> Policy:
+        """The frozen model, once loaded."""
+        assert self._model is not None, "load comes first"
+        return self._model
+
+    @torch.no_grad()
+    def logps(self, policy: Policy, batch: Batch) -> Tensor:
+        """One forward pass of the frozen model."""
+        return self.model.logps(batch)
+
+
+class AdaptersOff(Reference):
+    """The policy's own weights without its adapter: no second model in memory. Needs ``--model.policy.lora``."""
+
+    def check(self, policy: PolicyConfig) -> None:
+        """Refuse a policy without an adapter: policy and reference would be one and the same."""
+        if policy.lora is None:
+            raise ConfigError(
+                "reference AdaptersOff needs an adapter to switch off. Set --model.policy.lora.r, or use Frozen."
+            )
+
+    @torch.no_grad()
+    def logps(self, policy: Policy, batch: Batch) -> Tensor:
+        """One forward pass with the adapter disabled."""
+        with policy.model.disable_adapter():
+            return policy.logps(batch)
+
+
+class NoReference(Reference):
+    """For losses that need none."""
+
+    def logps(self, policy: Policy, batch: Batch) -> Tensor:
+        """Never called: a loss that needs a reference refuses this one when the run is configured."""
+        raise AssertionError("NoReference has no log-probabilities")

@@ -1,0 +1,274 @@
+"""The system: a policy, a frozen reference, a preference loss and its metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from functools import cached_property
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBatch
+from rap_lightning.errors import ConfigError
+from rap_lightning.losses import DPO, PreferenceLoss
+from rap_lightning.metrics import PairMetrics
+from rap_lightning.models.generate import Generation, generate
+from rap_lightning.models.policy import Policy, PolicyConfig, check_head
+from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
+from rap_lightning.models.sharding import shard
+from rap_lightning.schedules import CosineWithWarmup, Schedule
+
+AGREEMENT = 1e-3
+"""Nats: in float32 a policy and the reference it starts from may differ by rounding, not by more."""
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    """The paper's optimizer: AdamW at 5e-7, no weight decay."""
+    return torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0)
+
+
+class PreferenceModule(pl.LightningModule):
+    """Direct alignment of a policy on pairs of responses.
+
+    To change what is optimised, write a :class:`PreferenceLoss`; to change the step itself, override
+    :meth:`pair_losses`.
+
+    Args:
+        policy: which model is trained, and how it is loaded.
+        loss: a PreferenceLoss.
+        reference: where reference log-probabilities come from. By default AdaptersOff with LoRA, Frozen without, and
+            none where the loss needs none.
+        optimizer: makes the optimizer from the trainable parameters.
+        schedule: makes the learning-rate schedule.
+        generation: how ``predict`` and sampling callbacks generate.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        loss: PreferenceLoss = DPO(),  # noqa: B008 (jsonargparse makes a new one)
+        reference: Reference | None = None,
+        optimizer: OptimizerCallable = adamw,
+        schedule: Schedule = CosineWithWarmup(),  # noqa: B008
+        generation: Generation = Generation(),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        self.policy_config, self.loss = policy, loss
+        self.optimizer, self.schedule, self.generation = optimizer, schedule, generation
+        self.reference = _resolve_reference(reference, loss, policy)
+        self.policy: Policy | None = None
+        self.metrics = torch.nn.ModuleDict({name: PairMetrics() for name in ("fit", "val", "test")})
+        self._clock = 0.0
+        self._checked = False
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        return self.policy_config.load_tokenizer()
+
+    # -- building -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load policy and reference, once, on every rank; shard them where the strategy brings a device mesh."""
+        if self.policy is not None:
+            return
+        dtype = self.policy_config.resolve_dtype()
+        self.policy = self.policy_config.build(dtype)
+        self.reference.load(self.policy_config, dtype)
+        difference = check_head(self.policy)
+        total = sum(p.numel() for p in self.policy.parameters())
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        rank_zero_info(
+            f"policy: {self.policy_config.path}, {total:,} parameters, "
+            f"{sum(p.numel() for p in trainable):,} trainable, {dtype}; head checked to {difference:.1e} nats\n"
+            f"loss: {self.loss}; reference: {type(self.reference).__name__}"
+        )
+        if any(p.dtype == torch.bfloat16 for p in trainable):
+            rank_zero_warn(
+                "Trainable weights are bfloat16: updates smaller than 1/256 of a weight are rounded away, so small "
+                "learning rates train nothing. Use --trainer.precision bf16-mixed, which keeps them in float32."
+            )
+        if self.device_mesh is not None:
+            shard(self.policy, self.device_mesh["data_parallel"])
+            self.reference.shard(self.device_mesh["data_parallel"])
+
+    def setup(self, stage: str) -> None:
+        """Nothing to do before the model exists; subclasses may need the hook."""
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimizer over the trainable parameters, the schedule stepping with it."""
+        assert self.policy is not None, "configure_model comes first"
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        scheduler = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    def pair_losses(
+        self, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The loss of each pair, [B], and the implicit rewards of chosen and rejected, each [B]."""
+        inputs = (policy,) if reference is None else (policy, reference)
+        options = {"rewards": rewards} if self.loss.needs_rewards else {}
+        losses = self.loss(*inputs, **options)
+        with torch.no_grad():
+            implicit = self.loss.implicit_rewards(policy, reference)
+        return losses, implicit
+
+    def _step(self, batch: Batch, metrics: PairMetrics) -> Tensor:
+        assert self.policy is not None, "configure_model comes first"
+        policy = PairLogps.from_segments(self.policy.logps(batch), batch.lengths)
+        reference = None
+        if self.loss.needs_reference:
+            reference = PairLogps.from_segments(self.reference.logps(self.policy, batch), batch.lengths)
+        losses, implicit = self.pair_losses(policy, reference, PairRewards(*batch.rewards.unbind(1)))
+        metrics.update(losses, implicit, policy, batch.origin, batch.weights, batch.tokens)
+        if reference is not None and metrics is self.metrics["fit"]:
+            self._check_agreement(policy, reference, losses, batch)
+        return losses
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean over the pairs of the whole optimizer step, over all ranks and accumulated batches."""
+        losses = self._step(batch, self._metrics("fit"))
+        # Lightning divides by the accumulated batches and the strategy by the ranks: undo both
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_pairs
+        return (losses * batch.weights).sum() * scale
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds to the epoch's metrics."""
+        self._step(batch, self._metrics("val"))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds to the epoch's metrics."""
+        self._step(batch, self._metrics("test"))
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """A response for each prompt, beside the prompt's record."""
+        assert self.policy is not None, "configure_model comes first"
+        texts = generate(self.policy, self.tokenizer, batch, self.generation)
+        return [{**record, "response": text} for record, text in zip(batch.records, texts, strict=True)]
+
+    # -- numbers --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Start the clock of the throughput."""
+        self._clock = time.perf_counter()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the gradient's norm before clipping, where it will be logged."""
+        if self._logs_at(self.global_step + 1):
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+            self._grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the means since the last log, over all ranks."""
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        if stepped and self._logs_at(self.global_step):
+            metrics = self._metrics("fit")
+            values = metrics.compute()
+            metrics.reset()
+            seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+            pairs, tokens = values.pop("pairs"), values.pop("tokens")
+            values |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+            values |= {"lr": self.trainer.optimizers[0].param_groups[0]["lr"], "grad_norm": self._grad_norm}
+            self._log(values, prefix="")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's means as ``val/...``."""
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the epoch's means as ``test/...``."""
+        self._log_epoch("test")
+
+    def _metrics(self, name: str) -> PairMetrics:
+        metrics = self.metrics[name]
+        assert isinstance(metrics, PairMetrics)
+        return metrics
+
+    def _logs_at(self, step: int) -> bool:
+        return step == 1 or step % self.trainer.log_every_n_steps == 0
+
+    def _log_epoch(self, name: str) -> None:
+        metrics = self._metrics(name)
+        values = metrics.compute()
+        metrics.reset()
+        values.pop("tokens", None)
+        if not self.trainer.sanity_checking:
+            self._log(values, prefix=f"{name}/")
+
+    def _log(self, values: dict[str, float], prefix: str) -> None:
+        named = {prefix + name: value for name, value in values.items()}
+        bar = {n: v for n, v in named.items() if n.removeprefix(prefix) in ("loss", "rewards/margins", "rewards/accuracies")}
+        self.log_dict(bar, prog_bar=True, logger=False)
+        self.log_dict({n: v for n, v in named.items() if n not in bar}, logger=False)
+        for logger in self.loggers:  # by hand: Lightning would number these by batches, one too low
+            logger.log_metrics(named, step=self.global_step)
+            logger.save()
+
+    def _check_agreement(self, policy: PairLogps, reference: PairLogps, losses: Tensor, batch: Batch) -> None:
+        """On the first batch of a fresh run, a policy must agree with the reference it starts from (law 5)."""
+        if self._checked:
+            return
+        self._checked = True
+        if self.global_step > 0 or not self.reference.is_initial_policy:
+            return
+        ratios = torch.cat([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
+        largest = float(ratios.detach().abs().max())
+        rank_zero_info(
+            f"first batch: policy and reference differ by at most {largest:.1e} nats; "
+            f"mean loss {float(losses.detach().mean()):.7f}"
+        )
+        exact = self.policy_config.resolve_dtype() == torch.float32 and "bf16" not in str(self.trainer.precision)
+        if exact and not largest <= AGREEMENT:
+            raise ConfigError(
+                f"policy and reference should be equal before the first step, but a response of pair "
+                f"{batch.pair_ids[0]} differs by {largest:.3g} nats. Is dropout on, or has the policy been changed?"
+            )
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Bring the reference to the policy's device."""
+        self.reference.to(self.device)
+
+    def on_validation_start(self) -> None:
+        """Bring the reference to the policy's device (a no-op within fit)."""
+        self.reference.to(self.device)
+
+    on_test_start = on_validation_start
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record the policy's config; of an adapter's base model, which never changes, keep nothing."""
+        checkpoint["rap_lightning"] = {"policy": dataclasses.asdict(self.policy_config)}
+        if self.policy is not None and self.policy.has_adapter and "state_dict" in checkpoint:
+            frozen = {f"policy.{n}" for n, p in self.policy.named_parameters() if not p.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fill in the base model's weights, so that loading stays strict about everything else."""
+        if self.policy is not None and self.policy.has_adapter and "state_dict" in checkpoint:
+            frozen = {f"policy.{n}": p.detach() for n, p in self.policy.named_parameters() if not p.requires_grad}
+            checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+
+
+def _resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy: PolicyConfig) -> Reference:
+    name = type(loss).__name__
+    if not loss.needs_reference:
+        if reference is not None and not isinstance(reference, NoReference):
+            raise ConfigError(f"{name} needs no reference, so --model.reference has no effect; leave it out.")
+        return NoReference()
+    if isinstance(reference, NoReference):
+        raise ConfigError(f"{name} needs a reference: use Frozen or AdaptersOff, or leave --model.reference out.")
+    if reference is None:
+        reference = AdaptersOff() if policy.lora is not None else Frozen()
+    reference.check(policy)
+    return reference
+
+

@@ -1,0 +1,1 @@
+"""Text only: scored pairs, goals, relabelling and rendering. Nothing here imports torch."""

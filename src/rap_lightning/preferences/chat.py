@@ -1,0 +1,76 @@
+"""Conversations as the chat template writes them, with the goal in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.goals import Placement
+from rap_lightning.preferences.pairs import Message
+
+SEPARATOR = "\n\n"  # between the goal and what follows it in the same turn
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+    """The conversation as text, by the tokenizer's own chat template."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+    return str(text)
+
+
+def shows_system(tokenizer: Any) -> bool:
+    """Whether the chat template writes a system message into the text: found by rendering one."""
+    probe = "a-system-message-to-look-for"
+    messages = [{"role": "system", "content": probe}, {"role": "user", "content": "hello"}]
+    try:
+        return probe in render(tokenizer, messages, generation_prompt=True)
+    except Exception:  # templates refuse a role with whatever jinja error their author raised
+        return False
+
+
+def resolve_placement(tokenizer: Any, placement: Placement) -> Literal["system", "user"]:
+    """Where the goal goes with this tokenizer.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or ``system`` was asked of one that shows no system message.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "the tokenizer has no chat template, and prompts can't be written without one. Use an instruct model's "
+            "tokenizer, or put a chat_template.jinja into the model's folder."
+        )
+    system = shows_system(tokenizer)
+    if placement == "system" and not system:
+        raise ConfigError(
+            "goal placement is 'system', but this tokenizer's chat template shows no system message. "
+            "Use 'auto', or 'user' to write the goal before the first user turn."
+        )
+    if placement == "auto":
+        return "system" if system else "user"
+    return placement
+
+
+def with_goal(
+    history: Sequence[Message], goal_text: str | None, placement: Literal["system", "user"], *, system_shown: bool = True
+) -> list[Message]:
+    """The turns with the goal written in; a system message of the data's own stays, after the goal.
+
+    Args:
+        history: an optional system turn, then user and assistant turns. It is not changed.
+        goal_text: ``None`` leaves the turns as they are.
+        placement: from :func:`resolve_placement`.
+        system_shown: where the template has no system role, the data's own system text also moves before the first
+            user turn, so that it isn't lost.
+    """
+    system = [turn["content"] for turn in history if turn["role"] == "system"]
+    rest = [dict(turn) for turn in history if turn["role"] != "system"]
+    lead = [goal_text] if goal_text is not None else []
+    if placement == "system" and system_shown:
+        top = SEPARATOR.join(lead + system)
+        return [{"role": "system", "content": top}, *rest] if top else rest
+    if system_shown and system:
+        before, kept = lead, [{"role": "system", "content": SEPARATOR.join(system)}]
+    else:
+        before, kept = lead + system, []
+    rest[0]["content"] = SEPARATOR.join([*before, rest[0]["content"]])
+    return kept + rest

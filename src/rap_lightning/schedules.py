@@ -1,0 +1,65 @@
+"""Learning-rate schedules by warm-up ratio. A user's own is any callable of (optimizer, total_steps)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from rap_lightning.errors import ConfigError
+
+
+class Schedule(ABC):
+    """Makes a scheduler that steps once per optimizer step."""
+
+    @abstractmethod
+    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """The scheduler for a run of ``total_steps`` optimizer steps."""
+
+
+class CosineWithWarmup(Schedule):
+    """Linear warm-up, then half a cosine down to ``final_ratio`` of the peak.
+
+    Args:
+        warmup_ratio: share of all steps that warm up.
+        final_ratio: last learning rate as a share of the peak.
+    """
+
+    def __init__(self, warmup_ratio: float = 0.1, final_ratio: float = 0.0) -> None:
+        self.warmup_ratio, self.final_ratio = _ratio("warmup_ratio", warmup_ratio), _ratio("final_ratio", final_ratio)
+
+    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """See the class."""
+        warmup = math.ceil(self.warmup_ratio * total_steps)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return step / warmup
+            done = (step - warmup) / max(1, total_steps - warmup)
+            return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+        return LambdaLR(optimizer, factor)
+
+
+class ConstantWithWarmup(Schedule):
+    """Linear warm-up, then constant.
+
+    Args:
+        warmup_ratio: share of all steps that warm up.
+    """
+
+    def __init__(self, warmup_ratio: float = 0.0) -> None:
+        self.warmup_ratio = _ratio("warmup_ratio", warmup_ratio)
+
+    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """See the class."""
+        warmup = math.ceil(self.warmup_ratio * total_steps)
+        return LambdaLR(optimizer, lambda step: step / warmup if step < warmup else 1.0)
+
+
+def _ratio(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be from 0 to 1, found {value}")
+    return value

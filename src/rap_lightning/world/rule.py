@@ -1,0 +1,151 @@
+"""The judge of the small world: what a response is worth, by a rule that can be checked by hand.
+
+A prompt asks for some items of a topic in an order, a response is items with commas between them:
+
+    List 5 fruits in alphabetical order.        apple, cherry, fig, lemon, plum
+
+Four shares between 0 and 1 are read off a response of m items to a prompt that asks for n:
+
+- `topic`: items that belong to the topic, over m;
+- `distinct`: different items, over m;
+- `count`: `1 - |m - n| / n`, never below 0;
+- `order`: items in place, over m. The first item is in place, and each later one that comes strictly after
+  its neighbour on the left (words by alphabet, numbers by size).
+
+The overall score is `1 + 9 * topic * distinct * count * (1 + order) / 2`, rounded to half points, quarters up. So it is
+10 only when everything is right, each fault costs its share of what is left (order at half weight), and garbage is
+worth 1. The attributes are the same four shares, each alone on `1 + 9 * share`, unrounded.
+
+A worked example. Of four items three are fruits (3/4), all four differ (4/4), four came where five were asked (4/5),
+and "apple", "plum" and "tiger" are in place but "fig" is not, for it sorts before "plum" (3/4). So the score is
+1 + 9 * 0.75 * 1 * 0.8 * 0.875 = 5.725, which rounds to 5.5.
+
+>>> asked = "List 5 fruits in alphabetical order."
+>>> attributes(asked, "apple, plum, fig, tiger")
+{'topic': 7.75, 'distinct': 10.0, 'count': 8.2, 'order': 7.75}
+>>> score(asked, "apple, plum, fig, tiger")
+5.5
+>>> score(asked, "apple, cherry, fig, lemon, plum"), score(asked, "Sorry, I can't."), score(asked, "")
+(10.0, 1.0, 1.0)
+
+Half points, because goals are printed with at most one decimal: so there are 19 goals, few enough for each to be seen
+often.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+#: Topic -> its words, in alphabetical order. No word is in two topics, so "off topic" is never a matter of opinion.
+WORDS: dict[str, tuple[str, ...]] = {
+    topic: tuple(words.split())
+    for topic, words in {
+        "fruits": "apple banana cherry fig grape kiwi lemon mango peach plum",
+        "animals": "ape bear cat dog fox horse lion pig tiger wolf",
+        "colours": "amber black cyan gold green pink red teal violet white",
+        "tools": "axe brush drill file hammer ladder nail pliers saw wrench",
+        "drinks": "ale beer cider cocoa gin juice milk rum tea water",
+        "metals": "brass bronze chrome cobalt copper iron lead nickel tin zinc",
+        "sports": "archery boxing chess diving golf hockey judo rugby surfing tennis",
+        "clothes": "apron belt cap dress gloves hat jacket scarf shirt vest",
+    }.items()
+}
+#: Topic -> its numbers, rising.
+NUMBERS: dict[str, tuple[int, ...]] = {
+    "even numbers": tuple(range(10, 100, 2)),
+    "odd numbers": tuple(range(11, 100, 2)),
+}
+#: How a prompt may open.
+OPENINGS = ("List", "Name", "Give me", "Show me", "Tell me", "Write")
+#: How many items the prompts of the data ask for. The rule itself reads any number from 1.
+COUNTS = range(3, 8)
+
+_PROMPT = re.compile(
+    rf"(?:{'|'.join(OPENINGS)}) ([1-9]\d*) "
+    rf"(?:({'|'.join(WORDS)}) in alphabetical order|({'|'.join(NUMBERS)}) in rising order)\."
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a prompt asks for: `count` items, at least 1, of `topic`, a key of `WORDS` or `NUMBERS`."""
+
+    count: int
+    topic: str
+
+    @property
+    def family(self) -> str:
+        """Which kind of prompt this is: `words` or `numbers`."""
+        return "numbers" if self.topic in NUMBERS else "words"
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """All items on the topic, in order."""
+        return tuple(map(str, NUMBERS[self.topic])) if self.topic in NUMBERS else WORDS[self.topic]
+
+    def prompt(self, opening: str = "List") -> str:
+        """The prompt that asks for this, beginning with `opening`, one of `OPENINGS`."""
+        order = "rising" if self.topic in NUMBERS else "alphabetical"
+        return f"{opening} {self.count} {self.topic} in {order} order."
+
+
+def parse_prompt(prompt: str) -> Task:
+    """What `prompt` asks for; spaces around it don't count.
+
+    Raises:
+        ValueError: the prompt is not of this world. A response may be anything, but a prompt that the rule can't read
+            has no score, and a number made up for it would hide a mistake.
+    """
+    match = _PROMPT.fullmatch(prompt.strip())
+    if match is None:
+        raise ValueError(f"not a prompt of this world: {prompt!r}; one looks like {Task(5, 'fruits').prompt()!r}")
+    return Task(count=int(match[1]), topic=match[2] or match[3])
+
+
+def attributes(prompt: str, response: str) -> dict[str, float]:
+    """The four attributes of a response, each from 1 to 10, unrounded.
+
+    Args:
+        prompt: a prompt of this world, without any goal.
+        response: any string. Case, spaces around items and a full stop at the end don't count.
+
+    Returns:
+        `topic`, `distinct`, `count` and `order`, in this order.
+
+    Raises:
+        ValueError: `prompt` is not of this world.
+    """
+    return {name: round(1 + 9 * share, 6) for name, share in _shares(parse_prompt(prompt), response).items()}
+
+
+def score(prompt: str, response: str) -> float:
+    """The overall score of a response: 1, 1.5, ... 10.
+
+    Args:
+        prompt: a prompt of this world, without any goal.
+        response: any string.
+
+    Raises:
+        ValueError: `prompt` is not of this world.
+    """
+    shares = _shares(parse_prompt(prompt), response)
+    overall = 1 + 9 * shares["topic"] * shares["distinct"] * shares["count"] * (1 + shares["order"]) / 2
+    # The small term keeps a quarter such as 5.25 on its upper side whatever the rounding of the product.
+    return math.floor(2 * overall + 0.5 + 1e-9) / 2
+
+
+def _shares(task: Task, response: str) -> dict[str, float]:
+    items = [item.strip() for item in response.strip().removesuffix(".").casefold().split(",")]
+    on_topic = set(task.items)
+    return {
+        "topic": sum(item in on_topic for item in items) / len(items),
+        "distinct": len(set(items)) / len(items),
+        "count": max(0.0, 1 - abs(len(items) - task.count) / task.count),
+        "order": (1 + sum(_sort_key(left) < _sort_key(right) for left, right in pairwise(items))) / len(items),
+    }
+
+
+def _sort_key(item: str) -> tuple[int, str]:
+    # Numbers by size and before words, so that a word among numbers, or the reverse, still has one place.
+    return (len(item) if item.isdecimal() else 1000, item)

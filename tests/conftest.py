@@ -1,0 +1,211 @@
+"""Small real components: three families of chat template, a byte-level tokenizer, tiny models, scored pairs."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rap_lightning.preferences.goals import OverallGoal
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = ROOT.parent / "shared" / "data"
+
+CHATML = (  # a default system message where there is none, as Qwen2 and SmolLM2 have
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (  # begins with BOS, trims contents
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (  # begins with BOS, refuses a system role, calls the assistant "model"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "chatml": {"template": CHATML, "eos": "<|im_end|>", "bos": None, "specials": ["<|im_start|>", "<|im_end|>"]},
+    "llama3": {
+        "template": LLAMA3,
+        "eos": "<|eot_id|>",
+        "bos": "<|begin_of_text|>",
+        "specials": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    },
+    "gemma": {
+        "template": GEMMA,
+        "eos": "<end_of_turn>",
+        "bos": "<bos>",
+        "specials": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
+    },
+}
+
+
+def make_tokenizer(family: str) -> Any:
+    """A byte-level BPE tokenizer with the family's control tokens and chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    spec = FAMILIES[family]
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<pad>", *spec["specials"]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = [str(row) for row in scored_rows(50)] + [OverallGoal().text(i / 2) for i in range(2, 21)]
+    inner.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token=spec["eos"],
+        bos_token=spec["bos"],
+        chat_template=spec["template"],
+    )
+
+
+def scored_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Scored pairs in the layout of ultrafeedback_binarized, with a few existing system messages and histories."""
+    rng = random.Random(seed)
+    words = "red green blue apple pear plum one two three four sings walks runs far near and or the a".split()
+
+    def say(low: int, high: int) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(low, high)))
+
+    rows = []
+    for number in range(count):
+        history = [{"role": "user", "content": f"{number}: {say(2, 8)}"}]
+        if number % 5 == 1:
+            history.insert(0, {"role": "system", "content": "Answer in " + say(1, 3)})
+        if number % 7 == 2:
+            history += [{"role": "assistant", "content": say(1, 6)}, {"role": "user", "content": say(1, 6)}]
+        high, low = sorted(rng.sample([i / 2 for i in range(2, 21)], 2), reverse=True)
+        rows.append(
+            {
+                "prompt": history[-1]["content"],
+                "chosen": [*history, {"role": "assistant", "content": say(1, 12) + " yes"}],
+                "rejected": [*history, {"role": "assistant", "content": say(1, 12) + " no"}],
+                "score_chosen": high,
+                "score_rejected": low,
+            }
+        )
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_model(folder: Path, family: str = "chatml", **options: Any) -> Path:
+    """A tiny Llama with random weights, saved beside its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer(family)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.2, **(sizes | options)
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ChatML model."""
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.jsonl with 23 pairs and test.jsonl with 9."""
+    folder = tmp_path_factory.mktemp("pairs")
+    write_jsonl(folder / "train.jsonl", scored_rows(23))
+    write_jsonl(folder / "test.jsonl", scored_rows(9, seed=1))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The datasets cache of the tests is their own, so that no run sees another's rows."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets-cache")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+def build(model: Path, data: Path, *, lora: bool = False, **options: Any) -> tuple[Any, Any]:
+    """A module and a data module; ``options`` go to whichever takes them."""
+    from lightning.pytorch import seed_everything
+
+    from rap_lightning.datamodule import PreferenceDataModule
+    from rap_lightning.models.policy import Lora, PolicyConfig
+    from rap_lightning.module import PreferenceModule
+
+    seed_everything(0, verbose=False)
+    module_names = {"loss", "reference", "optimizer", "schedule", "generation"}
+    module_options = {k: v for k, v in options.items() if k in module_names}
+    data_options = {k: v for k, v in options.items() if k not in module_names}
+    policy = PolicyConfig(str(model), lora=Lora(r=4) if lora else None)
+    module = PreferenceModule(policy, **module_options)
+    return module, PreferenceDataModule(str(data), **({"max_length": 160, "batch_size": 4} | data_options))
+
+
+def make_trainer(folder: Path, **options: Any) -> Any:
+    """A quiet CPU trainer."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import CSVLogger
+
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": CSVLogger(folder, name=""),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**(defaults | options))
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1)
+
+
+@pytest.fixture
+def real_pairs() -> Path:
+    folder = REAL_DATA / "ultrafeedback_pairs_scored"
+    if not folder.is_dir():
+        pytest.skip(f"the real sample data are not at {folder}")
+    return folder

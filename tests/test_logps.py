@@ -1,0 +1,183 @@
+"""Response log-probabilities: chunked ≡ full logits, padded ≡ one sequence at a time, for several architectures."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from conftest import make_model, scored_rows
+
+from rap_lightning.batches.dataset import EncodedPairs, encode_pairs
+from rap_lightning.batches.encode import Encoder
+from rap_lightning.batches.layouts import padded
+from rap_lightning.batches.sampler import BatchPlan
+from rap_lightning.errors import ConfigError
+from rap_lightning.models import logps
+from rap_lightning.models.logps import Head
+from rap_lightning.models.policy import Policy, PolicyConfig, check_head
+from rap_lightning.preferences.goals import OverallGoal
+
+
+def naive(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: Any, target: torch.Tensor, scale: float, cap: float | None
+) -> torch.Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return logits.log_softmax(-1)[torch.arange(len(target)), target]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 2.0), (3.0, 1.5)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_value_and_every_gradient_equal_full_logits(
+    chunk: int, scale: float, cap: float | None, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = 11
+    monkeypatch.setattr(logps, "CHUNK_BYTES", chunk * vocabulary * 8)
+    torch.manual_seed(1)
+    inputs = [torch.randn(7, 5), torch.randn(vocabulary, 5)] + ([torch.randn(vocabulary)] if with_bias else [])
+    inputs = [x.double().requires_grad_() for x in inputs]
+    bias = inputs[2] if with_bias else None
+    target, up = torch.randint(vocabulary, (7,)), torch.randn(7).double()
+    ours = Head(inputs[1], bias, scale, cap).token_logps(inputs[0], target)
+    theirs = naive(inputs[0], inputs[1], bias, target, scale, cap)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, inputs, up), torch.autograd.grad(theirs, inputs, up), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do() -> None:
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3)
+    Head(weight, None).token_logps(hidden, torch.tensor([0, 1, 2, 3])).sum().backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+    assert hidden.grad.abs().sum() > 0
+
+
+def test_log_probabilities_are_float32_under_bf16() -> None:
+    hidden, weight = torch.randn(64, 32), torch.randn(100, 32)
+    target = torch.randint(100, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = Head(weight, None).token_logps(hidden.bfloat16(), target)
+    assert ours.dtype == torch.float32
+    # exact log-softmax of bf16 logits; a log-softmax in bf16 would be off by up to 2^-8 of its size
+    rounded = (hidden.bfloat16() @ weight.bfloat16().T).float().log_softmax(-1)[torch.arange(64), target]
+    torch.testing.assert_close(ours, rounded, rtol=1e-5, atol=1e-5)
+
+
+def examples(model: Path, rows: int = 6, max_length: int = 160) -> EncodedPairs:
+    encoder = Encoder(PolicyConfig(str(model)).load_tokenizer(), OverallGoal(), max_length)
+    return encode_pairs(datasets.Dataset.from_list(scored_rows(rows)), encoder, source="rows", split="train")[0]
+
+
+def tiny_of(architecture: str, folder: Path) -> Path:
+    import transformers
+
+    tokenizer = Path(make_model(folder / "tokenizer"))
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 600, "head_dim": 8, "initializer_range": 0.3,
+    }  # fmt: skip
+    extra = {
+        "Gemma2": {"final_logit_softcapping": 3.0, "sliding_window": 16, "query_pre_attn_scalar": 8},
+        "Mistral": {"sliding_window": 16},
+        "Cohere": {"logit_scale": 0.25, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        "Granite": {"logits_scaling": 4.0},
+        "Qwen2": {"tie_word_embeddings": True},
+        "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 2},
+    }
+    config_class = getattr(transformers, f"{architecture}Config")
+    options = extra.get(architecture, {})
+    options = {"vocab_size": 600, "initializer_range": 0.3, **options} if architecture == "GPT2" else sizes | options
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**options))
+    model.save_pretrained(folder / "model")
+    PolicyConfig(str(tokenizer)).load_tokenizer().save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Gemma2", "Mistral", "Cohere", "Granite", "GPT2"])
+def test_padded_batches_equal_one_sequence_at_a_time(architecture: str, tmp_path: Path) -> None:
+    path = tiny_of(architecture, tmp_path)
+    policy = PolicyConfig(str(path), attn_implementation="eager").build(torch.float64)
+    assert check_head(policy) < 1e-6
+    pairs = examples(path)
+    chosen = [pairs.example(i) for i in (0, 3, 5)]
+    batch = padded(chosen, BatchPlan((0, 3, 5), (1.0,) * 3, 3), pad_id=0)
+    ours = policy.logps(batch)
+    expected = []
+    for example in chosen:
+        for response in (example.chosen_ids, example.rejected_ids):
+            ids = torch.tensor([[*example.prompt_ids, *response]])
+            table = policy.causal_lm(input_ids=ids).logits[0].double().log_softmax(-1)
+            places = range(len(example.prompt_ids), ids.shape[1])
+            expected.append(sum(table[p - 1, ids[0, p]] for p in places))
+    # float64, but the norms of most architectures compute in float32
+    torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-6, atol=1e-6)
+    grads = torch.autograd.grad(ours.sum(), list(policy.parameters()), allow_unused=True)
+    reference = torch.autograd.grad(torch.stack(expected).sum(), list(policy.parameters()), allow_unused=True)
+    for a, b in zip(grads, reference, strict=True):
+        if b is None:
+            assert a is None
+        else:
+            assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny: Path) -> None:
+    pairs = examples(tiny)
+    batch = padded([pairs.example(0)], BatchPlan((0,), (1.0,), 1), pad_id=0)
+    results = []
+    for checkpointing in (False, True):
+        policy = PolicyConfig(str(tiny), gradient_checkpointing=checkpointing).build(torch.float64)
+        assert policy.causal_lm.is_gradient_checkpointing is checkpointing
+        results.append(torch.autograd.grad(policy.logps(batch).sum(), list(policy.parameters())))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_head_that_does_more_than_is_known_is_refused(tiny: Path) -> None:
+    policy = PolicyConfig(str(tiny)).build(torch.float32)
+    forward = policy.model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    policy.model.forward = scaled
+    with pytest.raises(ConfigError, match="output layer does something that is not known"):
+        check_head(policy)
+
+
+def test_dropout_is_off_unless_asked_for(tmp_path: Path) -> None:
+    path = tiny_of("GPT2", tmp_path)
+    pairs = examples(path)
+    batch = padded([pairs.example(0)], BatchPlan((0,), (1.0,), 1), pad_id=0)
+    silent, noisy = (PolicyConfig(str(path), dropout=d).build(torch.float32) for d in (False, True))
+    assert torch.equal(silent.logps(batch), silent.logps(batch))
+    assert not torch.equal(noisy.logps(batch), noisy.logps(batch))
+
+
+def test_policy_is_a_module_whose_head_runs_inside_forward(tiny: Path) -> None:
+    """Sharding strategies gather weights around ``Policy.forward``: nothing may be used outside it."""
+    policy = PolicyConfig(str(tiny)).build(torch.float32)
+    pairs = examples(tiny)
+    batch = padded([pairs.example(0)], BatchPlan((0,), (1.0,), 1), pad_id=0)
+    inside: list[bool] = []
+    original = Head.token_logps
+    state = {"inside": False}
+    policy.register_forward_pre_hook(lambda *_: state.update(inside=True))
+    policy.register_forward_hook(lambda *_: state.update(inside=False))
+
+    def spy(self: Head, *args: Any) -> torch.Tensor:
+        inside.append(state["inside"])
+        return original(self, *args)
+
+    Head.token_logps = spy  # type: ignore[method-assign]
+    try:
+        policy.logps(batch)
+    finally:
+        Head.token_logps = original  # type: ignore[method-assign]
+    assert inside == [True]
+    assert isinstance(policy, Policy)
