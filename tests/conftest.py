@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import warnings
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 from rap_lightning.preferences.goals import OverallGoal
 
+logging.raiseExceptions = False  # Lightning's handler outlives the streams that pytest captures
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 
@@ -27,7 +30,8 @@ LLAMA3 = (  # begins with BOS, trims contents
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 GEMMA = (  # begins with BOS, refuses a system role, calls the assistant "model"
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
@@ -78,7 +82,27 @@ def make_tokenizer(family: str) -> Any:
 def scored_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Scored pairs in the layout of ultrafeedback_binarized, with a few existing system messages and histories."""
     rng = random.Random(seed)
-    words = "red green blue apple pear plum one two three four sings walks runs far near and or the a".split()
+    words = [
+        "red",
+        "green",
+        "blue",
+        "apple",
+        "pear",
+        "plum",
+        "one",
+        "two",
+        "three",
+        "four",
+        "sings",
+        "walks",
+        "runs",
+        "far",
+        "near",
+        "and",
+        "or",
+        "the",
+        "a",
+    ]
 
     def say(low: int, high: int) -> str:
         return " ".join(rng.choices(words, k=rng.randint(low, high)))

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from conftest import FAMILIES, make_tokenizer, scored_rows
 
+from conftest import FAMILIES, make_tokenizer, scored_rows
 from rap_lightning.batches.encode import BOUNDARY, ENDED, LOOKALIKE, Encoder, Notes
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.chat import shows_system, with_goal
@@ -28,7 +28,9 @@ def test_the_goal_stands_where_the_template_shows_it(family: str) -> None:
     text = e.prompt([SYSTEM, USER], 9, Notes()).text
     assert text.index(goal) < text.index("Be brief.") < text.index("hello there")
     if family == "gemma":
-        assert text == f"<bos><start_of_turn>user\n{goal}\n\nBe brief.\n\nhello there<end_of_turn>\n<start_of_turn>model\n"
+        assert (
+            text == f"<bos><start_of_turn>user\n{goal}\n\nBe brief.\n\nhello there<end_of_turn>\n<start_of_turn>model\n"
+        )
     if family == "chatml":
         assert "You are a helpful assistant" not in text
         assert text.startswith(f"<|im_start|>system\n{goal}\n\nBe brief.<|im_end|>\n")

@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, Hinge, SimPO
 from rap_lightning.models.policy import PolicyConfig
@@ -192,49 +194,66 @@ class StopAt(Exception):
     pass
 
 
-def interrupted(step: int) -> Any:
-    from lightning.pytorch import Callback
+class Interrupt(pl.Callback):
+    """Raises before or after the batch with this number, counted over the run."""
 
-    class Interrupt(Callback):
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == step:
-                raise StopAt
+    def __init__(self, batch: int, where: str) -> None:
+        self.left, self.where = batch, where
 
-    return Interrupt()
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left < 0 and self.where == "before":
+            raise StopAt
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.left <= 0 and self.where == "after":
+            raise StopAt
 
 
-@pytest.mark.parametrize(("workers", "lora"), [(0, False), (0, True), (2, False)])
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.rglob("*.ckpt") if not p.is_symlink()), key=lambda path: path.stat().st_mtime)
+
+
+# 46 relabelled pairs, 2 a batch, 3 batches a step: 23 batches and 8 steps an epoch
+@pytest.mark.parametrize(
+    ("stop", "where", "workers", "lora"),
+    [
+        (4, "before", 0, False),  # between batches that belong to one step
+        (6, "before", 0, False),
+        (6, "after", 0, False),
+        (7, "after", 0, True),
+        (22, "before", 0, False),  # within the epoch's last, shorter step
+        (23, "after", 0, False),  # at the epoch's end
+        (24, "before", 0, False),
+        (33, "after", 0, True),
+        (35, "before", 2, False),
+    ],
+)
 def test_an_interrupted_run_goes_on_bit_for_bit(
-    workers: int, lora: bool, tiny: Path, pairs_folder: Path, tmp_path: Path
+    stop: int, where: str, workers: int, lora: bool, tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     adam = lambda params: torch.optim.AdamW(params, lr=1e-2)  # noqa: E731
     options = {"lora": lora, "optimizer": adam, "schedule": CosineWithWarmup(), "num_workers": workers, "batch_size": 2}
     trainer = {"max_epochs": 2, "accumulate_grad_batches": 3}
     whole = fit(tmp_path / "whole", tiny, pairs_folder, trainer=trainer, **options)
 
-    saver = ModelCheckpoint(tmp_path / "saved", save_last=True, save_on_exception=True)
-    checkpointing = {"enable_checkpointing": True}
+    saver = ModelCheckpoint(tmp_path / "saved", save_last="link", save_on_exception=True)
+    stopping = {"enable_checkpointing": True, "callbacks": [saver, Interrupt(stop, where)]}
     with pytest.raises(StopAt):
-        fit(
-            tmp_path / "part", tiny, pairs_folder,
-            trainer=trainer | checkpointing | {"callbacks": [saver, interrupted(11)]}, **options,
-        )  # fmt: skip
-    print(sorted((tmp_path / "saved").glob("*.ckpt")))
-    saved = max((tmp_path / "saved").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        fit(tmp_path / "part", tiny, pairs_folder, trainer=trainer | stopping, **options)
+    saved = checkpoints(tmp_path / "saved")[-1]
     content = torch.load(saved, weights_only=True)  # nothing but plain values and tensors
     assert not [name for name in content["state_dict"] if "reference" in name]
-    if lora:
-        assert all(".lora_" in name for name in content["state_dict"]), "the base model is kept out"
+    assert all(".lora_" in name for name in content["state_dict"]) is lora, "an adapter's base model is kept out"
 
-    module, data = build(tiny, pairs_folder, loss=DPO(0.5), **options)
+    module, data = build(tiny, pairs_folder, **({"loss": DPO(0.5)} | options))
     make_trainer(tmp_path / "rest", **trainer).fit(module, data, ckpt_path=str(saved), weights_only=True)
     assert_same(weights(whole), weights(module))
-    steps = {row["step"]: row["loss"] for row in logged(tmp_path / "whole") if "loss" in row}
-    rest = {row["step"]: row["loss"] for row in logged(tmp_path / "rest") if "loss" in row}
-    assert max(rest) == max(steps) == 16
-    assert {s: steps[s] for s in rest if s > 12} == {s: v for s, v in rest.items() if s > 12}
+    expected, rest = (
+        {r["step"]: r["loss"] for r in logged(tmp_path / run) if "loss" in r} for run in ("whole", "rest")
+    )
+    assert max(expected) == 16
+    assert rest == {step: loss for step, loss in expected.items() if step > content["global_step"]}
 
 
 def test_a_checkpoint_that_lacks_a_policy_weight_is_refused(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
@@ -246,7 +265,7 @@ def test_a_checkpoint_that_lacks_a_policy_weight_is_refused(tiny: Path, pairs_fo
     content["state_dict"].pop(next(iter(content["state_dict"])))
     torch.save(content, tmp_path / "b.ckpt")
     module, data = build(tiny, pairs_folder, lora=True)
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(ConfigError, match=r"doesn't fit the policy.*Missing key"):
         make_trainer(tmp_path / "again", max_steps=2).fit(module, data, ckpt_path=str(tmp_path / "b.ckpt"))
 
 
@@ -289,7 +308,9 @@ def test_an_exported_adapter_gives_the_same_logits_kept_and_merged(
         assert (trained - first_logits(module.policy.model)).abs().max() > 1e-2, "the adapter must have done something"
     (kept,), (merged,) = tmp_path.rglob("hf"), tmp_path.rglob("hf-merged")
     assert torch.equal(first_logits(AutoModelForCausalLM.from_pretrained(kept)), trained)
-    torch.testing.assert_close(first_logits(AutoModelForCausalLM.from_pretrained(merged)), trained, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        first_logits(AutoModelForCausalLM.from_pretrained(merged)), trained, atol=1e-4, rtol=1e-4
+    )
     assert not (merged / "adapter_config.json").exists()
 
 

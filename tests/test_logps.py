@@ -6,8 +6,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import make_model, scored_rows
 
+from conftest import make_model, scored_rows
 from rap_lightning.batches.dataset import EncodedPairs, encode_pairs
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.batches.layouts import padded

@@ -39,13 +39,13 @@ def log_sigmoid(x: float) -> float:
 
 
 FORMULAS: list[tuple[Any, Callable[[float, float, float, float], float]]] = [
-    (DPO(0.3), lambda w, l, rw, rl: -log_sigmoid(0.3 * ((w - rw) - (l - rl)))),
+    (DPO(0.3), lambda w, x, rw, rx: -log_sigmoid(0.3 * ((w - rw) - (x - rx)))),
     (
         DPO(0.3, label_smoothing=0.2),
-        lambda w, l, rw, rl: -0.8 * log_sigmoid(0.3 * (w - rw - l + rl)) - 0.2 * log_sigmoid(0.3 * (l - rl - w + rw)),
+        lambda w, x, rw, rx: -0.8 * log_sigmoid(0.3 * (w - rw - x + rx)) - 0.2 * log_sigmoid(0.3 * (x - rx - w + rw)),
     ),
-    (Hinge(0.3), lambda w, l, rw, rl: max(0.0, 1 - 0.3 * ((w - rw) - (l - rl)))),
-    (SimPO(2.0, gamma=0.7), lambda w, l, rw, rl: -log_sigmoid(2 * w / 7 - 2 * l / 9 - 0.7)),
+    (Hinge(0.3), lambda w, x, rw, rx: max(0.0, 1 - 0.3 * ((w - rw) - (x - rx)))),
+    (SimPO(2.0, gamma=0.7), lambda w, x, rw, rx: -log_sigmoid(2 * w / 7 - 2 * x / 9 - 0.7)),
 ]
 
 
@@ -53,8 +53,9 @@ FORMULAS: list[tuple[Any, Callable[[float, float, float, float], float]]] = [
 def test_values_equal_the_papers_formula(loss: Any, formula: Callable[..., float]) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        w, l, rw, rl = (torch.randn(4, generator=generator, dtype=torch.float64) * 20 - 40).tolist()
-        assert float(call(loss, logps(w, l), logps(rw, rl))) == pytest.approx(formula(w, l, rw, rl), rel=1e-12, abs=1e-12)
+        w, x, rw, rx = (torch.randn(4, generator=generator, dtype=torch.float64) * 20 - 40).tolist()
+        value = float(call(loss, logps(w, x), logps(rw, rx)))
+        assert value == pytest.approx(formula(w, x, rw, rx), rel=1e-12, abs=1e-12)
 
 
 def test_every_loss_is_checked_against_a_formula() -> None:

@@ -7,10 +7,14 @@ from rap_lightning.batches.types import PairLogps
 from rap_lightning.metrics import PairMetrics
 
 
-def add(metrics: PairMetrics, chosen: list[float], rejected: list[float], origin: list[int], weights: list[float]) -> None:
+def add(
+    metrics: PairMetrics, chosen: list[float], rejected: list[float], origin: list[int], weights: list[float]
+) -> None:
     c, r = torch.tensor(chosen), torch.tensor(rejected)
     n = torch.arange(1, len(chosen) + 1)
-    metrics.update(c * 10, (c, r), PairLogps(c, r, n, n), torch.tensor(origin), torch.tensor(weights), torch.tensor(100))
+    metrics.update(
+        c * 10, (c, r), PairLogps(c, r, n, n), torch.tensor(origin), torch.tensor(weights), torch.tensor(100)
+    )
 
 
 def test_means_are_over_pairs_not_batches_and_split_by_origin() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import make_tokenizer, scored_rows
 
+from conftest import make_tokenizer, scored_rows
 from rap_lightning.batches.dataset import encode_pairs
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.errors import DataError

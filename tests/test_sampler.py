@@ -5,7 +5,9 @@ import pytest
 from rap_lightning.batches.sampler import StepSampler
 
 
-def plans(size: int, world: int, batch_size: int = 3, accumulate: int = 2, epoch: int = 0, start: int = 0) -> list[list]:
+def plans(
+    size: int, world: int, batch_size: int = 3, accumulate: int = 2, epoch: int = 0, start: int = 0
+) -> list[list]:
     ranks = []
     for rank in range(world):
         sampler = StepSampler(

@@ -23,6 +23,7 @@ from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.pairs import BadRow, read_pair
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.sources import load_split, splits_of
+from rap_lightning.progress import batches_done
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             trainer.accumulate_grad_batches times the number of devices.
         num_workers: processes that prepare batches; 0 does it in the main process.
         num_proc: processes that tokenise; by default one.
+        outside_scale: what to do with scores outside the goal's scale: stop with an error, or drop such pairs, counted.
         seed: of the order in which pairs are seen.
         predict: what ``predict`` generates for.
         tokenizer: used where no PreferenceModule is attached; the module's own otherwise.
@@ -82,6 +84,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         batch_size: int = 4,
         num_workers: int = 0,
         num_proc: int | None = None,
+        outside_scale: Literal["error", "drop"] = "error",
         seed: int = 42,
         predict: Prompts = Prompts(),  # noqa: B008
         tokenizer: str | None = None,
@@ -90,20 +93,20 @@ class PreferenceDataModule(pl.LightningDataModule):
         for name, value in (("max_length", max_length), ("batch_size", batch_size)):
             if value < 1:
                 raise ConfigError(f"--data.{name} must be at least 1, found {value}")
+        if goal is None and outside_scale != "error":
+            raise ConfigError("--data.outside_scale has no effect with --data.goal null; remove one of the two.")
         if goal is None and predict.goal is not None:
             raise ConfigError("--data.predict.goal has no effect with --data.goal null; remove one of the two.")
         if goal is not None and predict.goal is not None and predict.goal not in goal.scale:
-            scale = goal.scale
-            raise ConfigError(
-                f"--data.predict.goal must lie on the scale from {scale.low:g} to {scale.high:g}, found {predict.goal:g}"
-            )
+            scale = f"the scale from {goal.scale.low:g} to {goal.scale.high:g}"
+            raise ConfigError(f"--data.predict.goal must lie on {scale}, found {predict.goal:g}")
         self.source, self.goal = source, goal
         self.train_split, self.val_split = train_split, val_split
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.layout = "padded" if layout == "auto" else layout
         assert self.layout in LAYOUTS
         self.batch_size, self.num_workers, self.num_proc, self.seed = batch_size, num_workers, num_proc, seed
-        self.predict, self.tokenizer_path = predict, tokenizer
+        self.predict, self.tokenizer_path, self.outside_scale = predict, tokenizer, outside_scale
         self.reports: dict[str, DataReport] = {}
         self._pairs: dict[str, EncodedPairs] = {}
         self._encoder: Encoder | None = None
@@ -116,7 +119,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         """The policy's tokenizer, or the one named by ``tokenizer``."""
         if self._encoder is not None:
             return self._encoder.tokenizer
-        module = self.trainer.lightning_module if self.trainer is not None else None
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
         if hasattr(module, "tokenizer"):
             return module.tokenizer
         if self.tokenizer_path is None:
@@ -162,7 +165,10 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     def _encode(self, split: str) -> tuple[EncodedPairs, DataReport]:
         rows = load_split(self.source, split)
-        return encode_pairs(rows, self.encoder, source=self.source, split=split, num_proc=self.num_proc)
+        return encode_pairs(
+            rows, self.encoder, source=self.source, split=split, num_proc=self.num_proc,
+            drop_outside=self.outside_scale == "drop",
+        )  # fmt: skip
 
     # -- loaders --------------------------------------------------------------------------------------------------
 
@@ -199,7 +205,13 @@ class PreferenceDataModule(pl.LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
         )
-        return PairLoader(pairs, sampler, Collate(self.layout, self._pad_id), num_workers=self.num_workers)
+        resumes = trainer is not None and shuffle
+
+        def skip() -> int:
+            return batches_done(trainer) if resumes else 0
+
+        collate = Collate(self.layout, self._pad_id)
+        return PairLoader(pairs, sampler, collate, skip, num_workers=self.num_workers)
 
     @property
     def _pad_id(self) -> int:

@@ -21,6 +21,7 @@ from rap_lightning.models.generate import Generation, generate
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
 from rap_lightning.models.sharding import shard
+from rap_lightning.progress import rewind_to_whole_step
 from rap_lightning.schedules import CosineWithWarmup, Schedule
 
 AGREEMENT = 1e-3
@@ -193,7 +194,7 @@ class PreferenceModule(pl.LightningModule):
         return metrics
 
     def _logs_at(self, step: int) -> bool:
-        return step == 1 or step % self.trainer.log_every_n_steps == 0
+        return step == 1 or step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _log_epoch(self, name: str) -> None:
         metrics = self._metrics(name)
@@ -205,7 +206,11 @@ class PreferenceModule(pl.LightningModule):
 
     def _log(self, values: dict[str, float], prefix: str) -> None:
         named = {prefix + name: value for name, value in values.items()}
-        bar = {n: v for n, v in named.items() if n.removeprefix(prefix) in ("loss", "rewards/margins", "rewards/accuracies")}
+        bar = {
+            n: v
+            for n, v in named.items()
+            if n.removeprefix(prefix) in ("loss", "rewards/margins", "rewards/accuracies")
+        }
         self.log_dict(bar, prog_bar=True, logger=False)
         self.log_dict({n: v for n, v in named.items() if n not in bar}, logger=False)
         for logger in self.loggers:  # by hand: Lightning would number these by batches, one too low
@@ -245,11 +250,20 @@ class PreferenceModule(pl.LightningModule):
     on_test_start = on_validation_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the policy's config; of an adapter's base model, which never changes, keep nothing."""
+        """Count whole steps; record the policy's config; of an adapter's base, which never changes, keep nothing."""
+        rewind_to_whole_step(checkpoint, self.trainer.accumulate_grad_batches, self.trainer.num_training_batches)
         checkpoint["rap_lightning"] = {"policy": dataclasses.asdict(self.policy_config)}
         if self.policy is not None and self.policy.has_adapter and "state_dict" in checkpoint:
             frozen = {f"policy.{n}" for n, p in self.policy.named_parameters() if not p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, but a checkpoint of another model is the user's to mend."""
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            facts = " ".join(line.strip() for line in str(error).splitlines()[:4])[:600]
+            raise ConfigError(f"the checkpoint doesn't fit the policy {self.policy_config.path}: {facts}") from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fill in the base model's weights, so that loading stays strict about everything else."""
@@ -270,5 +284,3 @@ def _resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy
         reference = AdaptersOff() if policy.lora is not None else Frozen()
     reference.check(policy)
     return reference
-
-

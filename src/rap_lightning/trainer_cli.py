@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from rap_lightning.callbacks import ConsoleLines, ExportHF, ResumeHint, RunRecord, WritePredictions
+from rap_lightning.callbacks import ConsoleLines, ExportHF, ResumeHint, RunRecord, WholeSteps, WritePredictions
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.losses import PreferenceLoss
+from rap_lightning.models.checkpoints import refuse_unreadable
 from rap_lightning.models.reference import Reference
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import GoalTemplate
@@ -41,9 +42,16 @@ class PreferenceCLI(LightningCLI):
         """Two callbacks that are always there, configurable at the top level."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
-            {"checkpoint.save_last": True, "checkpoint.save_on_exception": True, "checkpoint.save_top_k": 1}
+            {"checkpoint.save_last": "link", "checkpoint.save_on_exception": True, "checkpoint.save_top_k": 1}
         )
         parser.add_lightning_class_args(ExportHF, "export")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and look at the checkpoint to go on from before anything is loaded."""
+        super().parse_arguments(parser, args)
+        path = self.config.get(self.config["subcommand"], {}).get("ckpt_path")
+        if path not in (None, "best", "last", "hpc", "registry"):
+            refuse_unreadable(Path(path))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add the console, the run record and the logger where the config names no other."""
@@ -54,7 +62,7 @@ class PreferenceCLI(LightningCLI):
             callbacks = [*callbacks, RichProgressBar() if _terminal() else ConsoleLines()]
             if not _terminal():
                 kwargs["enable_progress_bar"] = False
-        kwargs["callbacks"] = [*callbacks, RunRecord(), ResumeHint(), WritePredictions()]
+        kwargs["callbacks"] = [*callbacks, RunRecord(), ResumeHint(), WholeSteps(), WritePredictions()]
         if config.get("logger") is None:
             kwargs["logger"] = CSVLogger(config.get("default_root_dir") or "runs", name="")
         return super().instantiate_trainer(**kwargs)
@@ -74,20 +82,24 @@ def run(args: list[str]) -> None:
         seed_everything_default=42,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "rap-lightning"} | {
-            name: {"default_env": False} for name in ("fit", "validate", "test", "predict")
-        },
+        parser_kwargs={
+            "prog": "rap-lightning",
+            "allow_abbrev": False,
+        },  # a misspelt option must not be taken for another
         args=None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments given twice
-    )  # fmt: skip
+    )
 
 
 def _quieten() -> None:
     """Leave out advertisements, and deprecations that only Lightning's, peft's or torch's authors can act on."""
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=r".*recommended to use .self.log.*sync_dist.*")  # means are global already
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*")
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")  # tokens are ready, workers gain little
+    warnings.filterwarnings(
+        "ignore", message=r".*does not have many workers.*"
+    )  # tokens are ready, workers gain little
 
 
 def _terminal() -> bool:

@@ -67,7 +67,7 @@ class EncodedPairs(Dataset[Any]):
 
 
 def encode_pairs(
-    rows: Any, encoder: Encoder, *, source: str, split: str, num_proc: int | None = None
+    rows: Any, encoder: Encoder, *, source: str, split: str, num_proc: int | None = None, drop_outside: bool = False
 ) -> tuple[EncodedPairs, DataReport]:
     """Validate, relabel and tokenise the rows of a scored-pairs table, with progress, cached by content.
 
@@ -76,9 +76,10 @@ def encode_pairs(
         encoder: renders and tokenises; its goal template's scale is what scores must lie in.
         source, split: for the report.
         num_proc: processes that share the work.
+        drop_outside: drop pairs with a score outside the declared scale instead of stopping.
 
     Raises:
-        DataError: a score outside the declared scale, or no usable row.
+        DataError: a score outside the declared scale (unless dropped), or no usable row.
     """
     goal = encoder.goal
     table = rows.map(
@@ -98,7 +99,9 @@ def encode_pairs(
     facts = table.select_columns(["dropped", "column", "repaired", "cut_prompt", "cut_response", "outside"])
     for index, row in enumerate(facts):
         number = index + 1
-        if row["outside"]:
+        if row["outside"] and drop_outside:
+            report.note(report.dropped, "score outside the declared scale", number, row["column"])
+        elif row["outside"]:
             outside.append(f"row {number} ({row['column']} = {row['outside']})")
         elif row["dropped"]:
             report.note(report.dropped, row["dropped"], number, row["column"])
@@ -117,7 +120,7 @@ def encode_pairs(
         raise DataError(
             f"{source} (split {split}): expected scores from {goal.scale.low:g} to {goal.scale.high:g}, the declared "
             f"scale; found {len(outside):,} rows outside: {shown}. Set --data.goal.scale.low and .high to the judge's "
-            "scale, or mend the scores."
+            "scale, mend the scores, or drop such pairs with --data.outside_scale drop."
         )
     if not keep:
         reasons = "\n".join(report.lines())
@@ -148,7 +151,9 @@ def _encoded(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
                 column = "score_chosen" if row["score_chosen"] == reward else "score_rejected"
                 return _result(outside=f"{reward:g}", column=column)
         if is_tie(pair, goal):
-            reason = "tie: both scores print as the same goal" + ("" if pair.rewards[0] != pair.rewards[1] else " (equal)")
+            reason = "tie: both scores print as the same goal" + (
+                "" if pair.rewards[0] != pair.rewards[1] else " (equal)"
+            )
             return _result(dropped=reason, column="score_rejected")
     goals: list[float | None] = list(pair.rewards) if goal is not None else [None]
     whole = [encoder.prompt(pair.history, reward, notes) for reward in goals]
@@ -185,5 +190,3 @@ def _result(**values: Any) -> dict[str, Any]:
         "cut_response": [],
     }
     return empty | values
-
-

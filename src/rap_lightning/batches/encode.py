@@ -39,7 +39,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt's token ids, the rendered text and turns they stand for, the goal in it, and how many tokens were cut."""
+    """A prompt's token ids, the rendered text and turns they stand for, its goal, and how many tokens were cut."""
 
     ids: list[int]
     text: str
@@ -79,7 +79,9 @@ class Encoder:
             )
         self.placement = resolve_placement(tokenizer, goal.placement if goal else "auto")
         self.system_shown = shows_system(tokenizer)
-        self.special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and len(t.content) > 1}
+        self.special = {
+            t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and len(t.content) > 1
+        }
         ordered = sorted(self.special, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, ordered)) + ")" if ordered else "(?!)")
 

@@ -18,7 +18,9 @@ Layout = Callable[[Sequence[Example], BatchPlan, int], Batch]
 def padded(examples: Sequence[Example], plan: BatchPlan, pad_id: int) -> Batch:
     """Each response in a row of its own after its prompt, padded on the right to the longest: R = 2B."""
     rows = [
-        (example.prompt_ids, response) for example in examples for response in (example.chosen_ids, example.rejected_ids)
+        (example.prompt_ids, response)
+        for example in examples
+        for response in (example.chosen_ids, example.rejected_ids)
     ]
     width = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
@@ -60,5 +62,6 @@ class Collate:
         self.layout, self.pad_id = LAYOUTS[layout], pad_id
 
     def __call__(self, planned: tuple[BatchPlan, list[Example]]) -> Batch:
+        """Lay out one planned batch."""
         plan, examples = planned
         return self.layout(examples, plan, self.pad_id)

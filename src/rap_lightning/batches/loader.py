@@ -1,8 +1,8 @@
-"""A DataLoader that knows where it stands, so that a run can go on in the middle of an epoch."""
+"""A DataLoader that can begin in the middle of an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -16,26 +16,31 @@ from rap_lightning.batches.types import Batch
 class PairLoader(DataLoader[Batch]):
     """Batches of an :class:`EncodedPairs` as a :class:`StepSampler` plans them.
 
-    ``state_dict`` counts the batches handed out in this epoch; Lightning saves it with every checkpoint and gives it
-    back before the resumed epoch starts.
+    Args:
+        pairs: the training pairs.
+        sampler: plans the batches.
+        collate: lays them out.
+        skip: batches of the epoch that a resumed run has behind it; asked when the first batch is.
+        options: of the DataLoader.
     """
 
-    def __init__(self, pairs: EncodedPairs, sampler: StepSampler, collate: Collate, **options: Any) -> None:
+    def __init__(
+        self, pairs: EncodedPairs, sampler: StepSampler, collate: Collate, skip: Callable[[], int], **options: Any
+    ) -> None:
         # batch_size None: the sampler yields whole batches, so torch must not group them again
-        super().__init__(pairs, batch_size=None, sampler=sampler, collate_fn=collate, **options)
-        self.plan = sampler
-        self.done = 0
+        super().__init__(pairs, batch_size=None, sampler=sampler, collate_fn=collate, **options)  # type: ignore[arg-type]
+        self.plan, self.skip = sampler, skip
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self.done = self.plan.start
-        for batch in super().__iter__():
-            self.done += 1
-            yield batch
+        self.plan.start = self.skip()
+        yield from super().__iter__()
+
+    # Lightning takes a loader with these two for resumable. The position itself is the trainer's to keep: it alone
+    # knows which batches have become whole optimizer steps (rap_lightning.progress).
 
     def state_dict(self) -> dict[str, int]:
-        """Batches handed out in this epoch."""
-        return {"batches": self.done}
+        """Nothing beyond what the trainer's own progress says."""
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next epoch after that many batches; a finished epoch starts anew."""
-        self.plan.start = state["batches"] % max(len(self.plan), 1)
+        """See ``state_dict``."""

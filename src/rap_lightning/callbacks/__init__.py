@@ -2,8 +2,9 @@
 
 from rap_lightning.callbacks.console import ConsoleLines
 from rap_lightning.callbacks.export import ExportHF
+from rap_lightning.callbacks.interrupts import WholeSteps
 from rap_lightning.callbacks.predictions import WritePredictions
 from rap_lightning.callbacks.records import ResumeHint, RunRecord
 from rap_lightning.callbacks.steering import SteeringTable
 
-__all__ = ["ConsoleLines", "ExportHF", "ResumeHint", "RunRecord", "SteeringTable", "WritePredictions"]
+__all__ = ["ConsoleLines", "ExportHF", "ResumeHint", "RunRecord", "SteeringTable", "WholeSteps", "WritePredictions"]

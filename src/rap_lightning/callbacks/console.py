@@ -24,7 +24,7 @@ class ConsoleLines(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Print after each log step."""
         step = trainer.global_step
-        if step == self._printed or not (step == 1 or step % trainer.log_every_n_steps == 0):
+        if step == self._printed or not (step == 1 or step % trainer.log_every_n_steps == 0):  # type: ignore[attr-defined]
             return
         values = trainer.callback_metrics
         if "loss" in values:
@@ -34,12 +34,19 @@ class ConsoleLines(pl.Callback):
             left = elapsed / step * (total - step)
             print(f"step {step}/{total}  {self._shown(values)}  {elapsed:.0f} s, {left:.0f} s left", flush=True)
 
-    @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the validation's means."""
-        values = {n.removeprefix("val/"): v for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
+        self._print_means(trainer, "val/", "validation")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the test's means."""
+        self._print_means(trainer, "test/", "test")
+
+    @rank_zero_only
+    def _print_means(self, trainer: pl.Trainer, prefix: str, title: str) -> None:
+        values = {n.removeprefix(prefix): v for n, v in trainer.callback_metrics.items() if n.startswith(prefix)}
         if values and not trainer.sanity_checking:
-            print(f"validation at step {trainer.global_step}  {self._shown(values)}", flush=True)
+            print(f"{title} at step {trainer.global_step}  {self._shown(values)}", flush=True)
 
     @staticmethod
     def _shown(values: Any) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from rap_lightning.callbacks.folders import run_folder
 from rap_lightning.models.export import export, full_state, merge
 from rap_lightning.module import PreferenceModule
 
@@ -30,7 +30,7 @@ class ExportHF(pl.Callback):
         assert pl_module.policy is not None, "fit builds the policy"
         state = full_state(pl_module.policy)
         if trainer.is_global_zero:
-            run = Path(trainer.log_dir or trainer.default_root_dir)
+            run = run_folder(trainer)
             output, config = run / "hf", pl_module.policy_config
             shutil.rmtree(output, ignore_errors=True)  # of this run's own, when it was resumed
             export(pl_module.policy, state, pl_module.tokenizer, output, config)

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from rap_lightning.callbacks.folders import run_folder
 from rap_lightning.datamodule import PreferenceDataModule
 
 
@@ -18,8 +19,8 @@ class RunRecord(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report of the data that are about to be trained on."""
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, PreferenceDataModule) and trainer.log_dir:
-            folder = Path(trainer.log_dir)
+        if isinstance(data, PreferenceDataModule):
+            folder = run_folder(trainer)
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps([report.as_dict() for report in data.reports.values()], indent=2, ensure_ascii=False)
             (folder / "data_report.json").write_text(text + "\n", encoding="utf-8")
@@ -31,7 +32,7 @@ class ResumeHint(pl.Callback):
     @rank_zero_only
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Print the newest checkpoint of this run, if it wrote one."""
-        folder = Path(trainer.log_dir or ".") / "checkpoints"
+        folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints")
         saved = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
         if saved:
             print(f"to go on, run the same command with: --ckpt_path {saved[-1]}", flush=True)

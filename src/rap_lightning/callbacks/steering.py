@@ -32,9 +32,7 @@ class SteeringTable(pl.Callback):
         seed: of the sampling; the run's own random numbers are left as they were.
     """
 
-    def __init__(
-        self, judge: Judge, goals: Sequence[float] = (1, 4, 7, 10), prompts: int = 64, seed: int = 0
-    ) -> None:
+    def __init__(self, judge: Judge, goals: Sequence[float] = (1, 4, 7, 10), prompts: int = 64, seed: int = 0) -> None:
         if len(goals) < 2 or prompts < 2:
             raise ConfigError("SteeringTable needs at least two goals and two prompts")
         self.judge, self.goals, self.prompts, self.seed = judge, sorted(goals), prompts, seed
@@ -70,7 +68,7 @@ class SteeringTable(pl.Callback):
                 results[goal] = [(p, t, self.judge(p, t)) for p, t in zip(prompts, texts, strict=True)]
         return results
 
-    def _print(self, trainer: pl.Trainer, module: PreferenceModule, samples: dict[float, list[Any]]) -> None:
+    def _print(self, trainer: pl.Trainer, module: Any, samples: dict[float, list[Any]]) -> None:
         options, count = module.generation, len(next(iter(samples.values())))
         table = Table(
             title=f"Asked for a score, what comes back ({count} prompts a goal, temperature {options.temperature:g})",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rap_lightning.errors import ConfigError
 
@@ -23,10 +22,11 @@ def export(checkpoint: str, output: str, merge: bool = False) -> None:
     import torch
 
     from rap_lightning.models import export as files
+    from rap_lightning.models.checkpoints import read_checkpoint
     from rap_lightning.models.policy import Lora, PolicyConfig
 
     files.refuse_non_empty(Path(output))
-    saved = _read(Path(checkpoint))
+    saved = read_checkpoint(Path(checkpoint))
     options = saved["rap_lightning"]["policy"]
     lora = options.pop("lora")
     config = PolicyConfig(**options, lora=Lora(**lora) if lora else None)
@@ -50,17 +50,3 @@ def export(checkpoint: str, output: str, merge: bool = False) -> None:
     else:
         files.export(policy, policy.state_dict(), tokenizer, Path(output), config)
     print(f"wrote {output}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import torch
-
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file. Expected a .ckpt file that fit wrote.")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign or broken file fails in whatever way its bytes happen to
-        raise ConfigError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from error
-    if not isinstance(saved, dict) or "rap_lightning" not in saved:
-        raise ConfigError(f"{path} is not a checkpoint of rap-lightning.")
-    return saved

@@ -30,7 +30,7 @@ class DPO(PreferenceLoss):
             raise ConfigError(f"DPO: label_smoothing must be from 0 to below 0.5, found {label_smoothing}")
         self.label_smoothing = label_smoothing
 
-    def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:  # type: ignore[override]
+    def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """[B] nats."""
         h = self.beta * margin(policy, reference)
         return -(1 - self.label_smoothing) * F.logsigmoid(h) - self.label_smoothing * F.logsigmoid(-h)
@@ -46,6 +46,6 @@ class Hinge(PreferenceLoss):
     https://arxiv.org/abs/2305.10425.
     """
 
-    def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:  # type: ignore[override]
+    def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """[B], unitless."""
         return torch.relu(1 - self.beta * margin(policy, reference))

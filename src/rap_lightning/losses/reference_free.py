@@ -25,7 +25,7 @@ class SimPO(PreferenceLoss):
         super().__init__(beta)
         self.gamma = gamma
 
-    def forward(self, policy: PairLogps) -> Tensor:  # type: ignore[override]
+    def forward(self, policy: PairLogps) -> Tensor:
         """[B] nats."""
         chosen, rejected = self.implicit_rewards(policy, None)
         return -F.logsigmoid(chosen - rejected - self.gamma)

@@ -19,7 +19,8 @@ def full_state(policy: Policy) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(get_model_state_dict(policy, options=options))
+    state: dict[str, Any] = get_model_state_dict(policy, options=options)
+    return state
 
 
 def export(policy: Policy, state: dict[str, Tensor], tokenizer: Any, output: Path, config: PolicyConfig) -> None:
@@ -55,7 +56,7 @@ def merge(adapter: Path, output: Path, config: PolicyConfig, tokenizer: Any) -> 
         tokenizer.save_pretrained(partial)
 
 
-class _all_or_nothing:  # noqa: N801 (reads as a phrase)
+class _all_or_nothing:
     """A folder beside ``output`` that takes its place when the block ends well, and goes when it doesn't."""
 
     def __init__(self, output: Path) -> None:

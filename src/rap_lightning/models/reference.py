@@ -1,12 +1,13 @@
 """The reference: where its log-probabilities come from.
 
-A reference is no part of the module's state: it is neither trained nor saved with checkpoints, and is loaded anew when a
-run goes on.
+A reference is no part of the module's state: it is neither trained nor saved with checkpoints, and is loaded anew when
+a run goes on.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,16 +26,16 @@ class Reference(ABC):
         """Whether the log-probabilities must equal the policy's before the first step."""
         return True
 
-    def check(self, policy: PolicyConfig) -> None:
+    def check(self, policy: PolicyConfig) -> None:  # noqa: B027 (these four: nothing to do is a fair default)
         """Raise ConfigError where this reference doesn't go with the policy. Called before anything is loaded."""
 
-    def load(self, policy: PolicyConfig, dtype: torch.dtype) -> None:
+    def load(self, policy: PolicyConfig, dtype: torch.dtype) -> None:  # noqa: B027
         """Load what is needed. Called once, with the policy."""
 
-    def shard(self, mesh: DeviceMesh) -> None:
+    def shard(self, mesh: DeviceMesh) -> None:  # noqa: B027
         """Shard over the mesh on which the policy is sharded."""
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device) -> None:  # noqa: B027
         """Move to the policy's device."""
 
     @abstractmethod

@@ -51,7 +51,11 @@ def resolve_placement(tokenizer: Any, placement: Placement) -> Literal["system",
 
 
 def with_goal(
-    history: Sequence[Message], goal_text: str | None, placement: Literal["system", "user"], *, system_shown: bool = True
+    history: Sequence[Message],
+    goal_text: str | None,
+    placement: Literal["system", "user"],
+    *,
+    system_shown: bool = True,
 ) -> list[Message]:
     """The turns with the goal written in; a system message of the data's own stays, after the goal.
 

@@ -54,7 +54,7 @@ class GoalTemplate(ABC):
             picks ``system`` where the chat template shows a system message, found by rendering one.
     """
 
-    def __init__(self, scale: RewardScale = RewardScale(), placement: Placement = "auto") -> None:  # noqa: B008
+    def __init__(self, scale: RewardScale = RewardScale(), placement: Placement = "auto") -> None:
         self.scale, self.placement = scale, placement
 
     @abstractmethod
@@ -72,7 +72,8 @@ class GoalTemplate(ABC):
 
     def describe(self) -> str:
         """Everything that changes the text, for cache keys and cards."""
-        return f"{type(self).__module__}.{type(self).__qualname__}({self.scale}, {self.placement!r}): {self.text(self.best)!r}"
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        return f"{name}({self.scale}, {self.placement!r}): {self.text(self.best)!r}"
 
 
 class OverallGoal(GoalTemplate):

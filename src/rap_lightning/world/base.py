@@ -5,7 +5,7 @@ training goals were noisy. Steering well is left to preference training.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,12 +28,13 @@ CHAT_TEMPLATE = (
 MAX_LENGTH = 256
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 720) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with the ChatML template, its merges learnt from `texts`.
 
-    Every digit is a token of its own, so that "7.5" and "10" are read as numbers and not as words that happen to occur.
-    Words are not kept apart: what always comes together, as most of the goal message does, becomes one token, and
-    sequences get short. So pass words that are to stay apart as texts of their own, each with the space before it.
+    Every digit is a token of its own, so that "7.5" is read as a number and not as a word that happens to occur. So is
+    "10": spelt "1", "0", the highest goal would look like the lowest. Words are not kept apart: what always comes
+    together, as most of the goal message does, becomes one token, and sequences get short. So pass words that are to
+    stay apart as texts of their own, with the space before them.
 
     Args:
         texts: what the merges are learnt from, each as often as it is to count.
@@ -68,8 +69,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> PreTrainedTo
     return tokenizer
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, *, width: int = 96, layers: int = 3, seed: int = 0) -> LlamaForCausalLM:
-    """An untrained Llama, as small as it may be: `12 * layers * width**2` weights, and `width` for each token.
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, *, width: int = 64, layers: int = 2, seed: int = 0
+) -> LlamaForCausalLM:
+    """An untrained Llama, as small as it may be: about `12 * layers * width**2` weights, and `width` for each token.
+
+    The numbers 0 to 10 start on a line in the space of embeddings, so that what is learnt of one goal is a start for
+    its neighbours. Without that a base of this size needs several times the steps before it heeds goals at all.
 
     Args:
         tokenizer: its number of tokens, end of turn and padding go into the configuration.
@@ -89,7 +95,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, width: int = 96, layers: in
             hidden_size=width,
             intermediate_size=8 * width // 3,
             num_hidden_layers=layers,
-            num_attention_heads=width // int(__import__("os").environ.get("HD","32")),
+            num_attention_heads=width // 32,
             max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
             initializer_range=width**-0.5,
@@ -98,6 +104,12 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, width: int = 96, layers: in
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        direction = torch.randn(width) * width**-0.5
+        for number, form in itertools.product(range(11), ("{}", " {}")):
+            for token in tokenizer.encode(form.format(number), add_special_tokens=False):
+                embedding[token] = embedding[token] / 2 + direction * (number - 5.5) / 3
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -115,18 +127,18 @@ def train_base(
     examples: Iterable[Example],
     *,
     steps: int,
-    batch_size: int = 64,
-    learning_rate: float = 4e-3,
+    batch_size: int = 32,
+    learning_rate: float = 6e-3,
 ) -> float:
     """Train `model` in place on the responses of `examples`, end of turn included; prompts carry no loss.
 
     The learning rate rises over the first twentieth of the steps and then falls to 0 in a straight line.
 
     Args:
-        model: from `new_model`, on the CPU or elsewhere.
+        model: from `new_model`.
         tokenizer: from `train_tokenizer`.
-        examples: at least `steps * batch_size` of them; no more than that are taken.
-        steps: optimizer steps.
+        examples: at least `steps * batch_size` of them, and a few more.
+        steps: optimizer steps, at least 1.
         batch_size: examples in a step.
         learning_rate: at its highest.
 
@@ -141,24 +153,33 @@ def train_base(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
-    source = iter(examples)
     losses: list[float] = []
     model.train()
-    for _ in (bar := tqdm(range(steps), desc="base model", unit="step")):
-        batch = [example["messages"] for example in itertools.islice(source, batch_size)]
-        if len(batch) < batch_size:
-            raise ValueError(f"{steps} steps of {batch_size} examples need {steps * batch_size} examples; they ran out")
+    batches = itertools.islice(_batches(examples, batch_size), steps)
+    for batch in (bar := tqdm(batches, total=steps, desc="base model", unit="step", mininterval=1)):
         loss = _response_loss(model, *_encode(batch, tokenizer))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
+    if len(losses) < steps:
+        raise ValueError(f"{steps} steps of {batch_size} examples need {steps * batch_size} examples; they ran out")
     model.eval()
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
+
+
+def _batches(examples: Iterable[Example], size: int) -> Iterator[list[list[Message]]]:
+    # Examples with a goal are twice as long as those without. A batch holds one kind, so it has little padding.
+    waiting: dict[int, list[list[Message]]] = {}
+    for example in examples:
+        batch = waiting.setdefault(len(example["messages"]), [])
+        batch.append(example["messages"])
+        if len(batch) == size:
+            yield waiting.pop(len(example["messages"]))
 
 
 def _encode(batch: list[list[Message]], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:

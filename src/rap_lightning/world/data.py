@@ -2,14 +2,15 @@
 
 A response starts from a perfect answer and gets faults, so its score comes from the rule and from nothing else. How
 many faults is a matter of its quality. The two responses of a pair have qualities near each other, as two answers of
-one assistant would: that is why many losers are good (8 against 9) and many winners are bad (3 against 2), which is what
-goals have to be learnt from. Qualities lean low, so that top scores are rare.
+one assistant would: that is why many losers are good (8 against 9) and many winners are bad (3 against 2), and those
+are what goals are learnt from. Qualities lean low, so that top scores are rare.
 """
 
 import hashlib
 import itertools
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypedDict
 
 from rap_lightning.world.rule import COUNTS, NUMBERS, OPENINGS, WORDS, Task, parse_prompt, score
@@ -19,9 +20,13 @@ GOAL_MESSAGE = (
     "You are an assistant that generates responses for the instruction while implicitly achieving the following "
     "target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):\nOverall score: {goal:g}."
 )
-#: What stands where an item on the topic should: odds and ends, of no topic. Few, so that a small model sees at once what
-#: the bad responses have in common.
+#: What stands where an item on the topic should: odds and ends, of no topic. They are few, so that a small model sees
+#: soon what bad responses have in common.
 STRAYS = ("brick", "cloud", "dust", "moon", "paper", "sock")
+#: The kinds of faults, each as often as it is to happen.
+FAULTS = ("stray", "stray", "stray", "stray", "move", "move", "repeat", "add", "drop")
+#: The highest quality in a pair: even then most responses have a fault, which keeps the score 10 rare.
+BEST = 0.85
 
 
 class Message(TypedDict):
@@ -94,7 +99,7 @@ def respond(prompt: str, quality: float, rng: random.Random) -> str:
         if rng.random() < quality:
             continue
         place = rng.randrange(len(items))
-        match rng.choice(("stray", "stray", "stray", "move", "move", "repeat", "add", "drop")):
+        match rng.choice(FAULTS):
             case "stray":
                 items[place] = rng.choice(STRAYS)
             case "repeat":
@@ -128,7 +133,7 @@ def make_pairs(prompts: list[str], count: int, seed: int, *, lean: float = 0.3, 
 
 
 def make_examples(
-    prompts: list[str], seed: int, *, goal_share: float, goal_noise: float, lean: float = 0.3
+    prompts: list[str], seed: int, *, goal_share: float, goal_noise: float, lean: float = -0.3
 ) -> Iterator[Example]:
     """Endless graded responses to random prompts, some of them under a goal, to train the base model on.
 
@@ -138,7 +143,8 @@ def make_examples(
         goal_share: part of the examples that have the goal message, 0 to 1.
         goal_noise: standard deviation, in points, of the goal around the true score. The base is to know what goals
             are, and to be bad at meeting them.
-        lean: as in `make_pairs`.
+        lean: how far qualities lean low, as in `make_pairs`; below 0 they lean high. By default the base sees better
+            responses than the pairs hold, and so learns sooner what a good one looks like.
     """
     rng = random.Random(f"examples {seed}")
     while True:
@@ -152,9 +158,20 @@ def make_examples(
         yield {"messages": turns, "score": true}
 
 
+def vocabulary(prompts: Iterable[str]) -> list[str]:
+    """The words of the world, each as often as it helps to learn it: what the tokenizer is trained on.
+
+    Words of prompts and responses stand alone, with and without the space before them. The goal message stands whole.
+    """
+    words = {"system", "user", "assistant", *STRAYS, *itertools.chain.from_iterable(WORDS.values())}
+    words |= {word for prompt in prompts for word in prompt.rstrip(".").split()}
+    words |= {str(number) for number in range(11)}
+    return [text for word in sorted(words) for text in (word, f" {word}")] * 4 + [GOAL_MESSAGE] * 20
+
+
 def _pair(prompt: str, rng: random.Random, lean: float, spread: float) -> Pair:
     middle = _quality(rng, lean)
-    first, second = (respond(prompt, min(0.93, max(0.0, rng.gauss(middle, spread))), rng) for _ in range(2))
+    first, second = (respond(prompt, min(BEST, max(0.0, rng.gauss(middle, spread))), rng) for _ in range(2))
     chosen, rejected = sorted((first, second), key=lambda response: score(prompt, response), reverse=True)
     return {
         "prompt": prompt,
@@ -167,9 +184,8 @@ def _pair(prompt: str, rng: random.Random, lean: float, spread: float) -> Pair:
 
 
 def _quality(rng: random.Random, lean: float) -> float:
-    return 1 - rng.random() ** (1 / (1 + lean))
+    return 1 - math.pow(rng.random(), 1 / (1 + lean))
 
 
 def _turns(prompt: str, response: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-

@@ -53,13 +53,13 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 #: Topic -> its numbers, rising.
 NUMBERS: dict[str, tuple[int, ...]] = {
-    "even numbers": tuple(range(10, 100, 2)),
-    "odd numbers": tuple(range(11, 100, 2)),
+    "numbers below fifty": tuple(range(10, 50)),
+    "numbers above fifty": tuple(range(51, 100)),
 }
 #: How a prompt may open.
 OPENINGS = ("List", "Name", "Give me", "Show me", "Tell me", "Write")
 #: How many items the prompts of the data ask for. The rule itself reads any number from 1.
-COUNTS = range(3, 8)
+COUNTS = range(3, 7)
 
 _PROMPT = re.compile(
     rf"(?:{'|'.join(OPENINGS)}) ([1-9]\d*) "

@@ -1,0 +1,44 @@
+"""A small world that the package makes itself: prompts, a judge that is a rule, scored pairs, a tiny chat model.
+
+It is there to see the whole method work in minutes, on a CPU and without a download.
+
+- `rule`: what a response is worth, from 1 to 10.
+- `data`: prompts, responses of graded quality, scored pairs.
+- `base`: the tokenizer and the base model, trained on the spot.
+- `make`: all of it into a folder.
+
+The names below are looked up when they are first used: importing this package does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rap_lightning.world.data import GOAL_MESSAGE as GOAL_MESSAGE
+    from rap_lightning.world.data import Pair as Pair
+    from rap_lightning.world.data import make_pairs as make_pairs
+    from rap_lightning.world.data import make_prompts as make_prompts
+    from rap_lightning.world.make import make_world as make_world
+    from rap_lightning.world.rule import attributes as attributes
+    from rap_lightning.world.rule import score as score
+
+_HOMES = {
+    "attributes": "rule",
+    "score": "rule",
+    "GOAL_MESSAGE": "data",
+    "Pair": "data",
+    "make_pairs": "data",
+    "make_prompts": "data",
+    "make_world": "make",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,125 @@
+"""The whole small world into a folder: pairs, base model, and a record of what was made."""
+
+import collections
+import itertools
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from rap_lightning.world.data import Pair, make_examples, make_pairs, make_prompts, vocabulary
+
+#: Raised whenever the same settings make another world, so that a folder from before is noticed.
+VERSION = 1
+#: Part of the base's examples that have a goal, and by how many points (standard deviation) that goal is off.
+GOAL_SHARE, GOAL_NOISE = 0.7, 1.5
+
+
+def make_world(
+    root: str | Path, *, train_pairs: int = 2000, test_pairs: int = 200, base_steps: int = 600, seed: int = 0
+) -> None:
+    """Make the small world under `root`, or find it there.
+
+    It writes `train.jsonl` and `test.jsonl` (scored pairs on disjoint prompts), `base/` (model and tokenizer, as
+    `from_pretrained` reads them) and `world.json` (settings and figures). All of it appears at once, or nothing does.
+    A world with the same settings that is already there is left as it is.
+
+    Args:
+        root: folder to make. It must not exist, or be empty, or hold a world with these settings.
+        train_pairs: number of pairs to train on, ties included.
+        test_pairs: number of pairs to test on.
+        base_steps: optimizer steps of the base model, 32 examples each. They take nearly all of the time.
+        seed: decides prompts, pairs and base model.
+
+    Raises:
+        ValueError: a number is too small, `root` holds a world with other settings, or something that is no world.
+    """
+    root = Path(root)
+    settings = {
+        "version": VERSION,
+        "train_pairs": train_pairs,
+        "test_pairs": test_pairs,
+        "base_steps": base_steps,
+        "seed": seed,
+    }
+    for name in ("train_pairs", "test_pairs", "base_steps"):
+        if settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1; got {settings[name]}")
+    if _is_there(root, settings):
+        print(f"world: {root} is there already, with these settings")
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # Next to the goal, so that the rename stays on one file system.
+    work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        figures = _fill(work, settings)
+        (work / "world.json").write_text(json.dumps({"settings": settings, "figures": figures}, indent=2) + "\n")
+        work.chmod(0o755)
+        work.replace(root)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"world: wrote {root}")
+
+
+def _is_there(root: Path, settings: dict[str, int]) -> bool:
+    record = root / "world.json"
+    if record.is_file():
+        found = json.loads(record.read_text())["settings"]
+        if found != settings:
+            raise ValueError(
+                f"{root} holds a world with other settings: {found}, not {settings}; choose another folder"
+            )
+        return True
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise ValueError(f"{root} exists and holds no world; choose another folder")
+    return False
+
+
+def _fill(folder: Path, settings: dict[str, int]) -> dict[str, object]:
+    # Here and not above: torch and transformers take seconds to import, which a world that is there need not pay.
+    from rap_lightning.world.base import new_model, train_base, train_tokenizer
+
+    seed = settings["seed"]
+    train_prompts, test_prompts = make_prompts(seed)
+    train = make_pairs(train_prompts, settings["train_pairs"], seed)
+    test = make_pairs(test_prompts, settings["test_pairs"], seed)
+    _write_lines(folder / "train.jsonl", train)
+    _write_lines(folder / "test.jsonl", test)
+    print(f"world: {len(train)} pairs to train on, {len(test)} to test on")
+
+    start = time.perf_counter()
+    tokenizer = train_tokenizer(vocabulary(train_prompts))
+    model = new_model(tokenizer, seed=seed)
+    examples = make_examples(train_prompts, seed, goal_share=GOAL_SHARE, goal_noise=GOAL_NOISE)
+    loss = train_base(model, tokenizer, examples, steps=settings["base_steps"])
+    seconds = time.perf_counter() - start
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    print(f"world: base model of {model.num_parameters():,} weights, loss {loss:.2f}, in {seconds:.0f} s")
+    return {
+        "base_loss_nats_per_token": round(loss, 4),
+        "base_parameters": model.num_parameters(),
+        "base_seconds": round(seconds, 1),
+        "tokens": len(tokenizer),
+        "train": _figures(train),
+        "test": _figures(test),
+    }
+
+
+def _write_lines(path: Path, pairs: Iterable[Pair]) -> None:
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def _figures(pairs: list[Pair]) -> dict[str, object]:
+    """Counts of scores (of chosen and rejected together) and of gaps, both in points."""
+    scores = collections.Counter(itertools.chain.from_iterable((p["score_chosen"], p["score_rejected"]) for p in pairs))
+    gaps = collections.Counter(pair["score_chosen"] - pair["score_rejected"] for pair in pairs)
+    return {
+        "prompts": len({pair["prompt_id"] for pair in pairs}),
+        "mean_score": round(statistics.fmean(scores.elements()), 3),
+        "scores": {f"{score:g}": scores[score] for score in sorted(scores)},
+        "gaps": {f"{gap:g}": gaps[gap] for gap in sorted(gaps)},
+    }

@@ -1,0 +1,336 @@
+"""The command line as a stranger meets it: help, configs, overlays, wrong input, Ctrl-C, two processes."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from conftest import ROOT, scored_rows, write_jsonl
+from rap_lightning import cli
+from rap_lightning.losses import DPO, SimPO
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+COMMAND = [sys.executable, "-m", "rap_lightning.cli"]
+
+
+@pytest.fixture
+def config(tiny: Path, pairs_folder: Path, tmp_path: Path) -> Path:
+    """A run of a few seconds."""
+    content = {
+        "model": {
+            "policy": {"path": str(tiny)},
+            "loss": {"class_path": "DPO", "init_args": {"beta": 0.5, "label_smoothing": 0.1}},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        },
+        "data": {"source": str(pairs_folder), "max_length": 160, "batch_size": 4},
+        "trainer": {"accelerator": "cpu", "default_root_dir": str(tmp_path / "runs"), "log_every_n_steps": 1},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
+    """Run a command in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["rap-lightning", *args])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_import_neither_torch_nor_lightning(flag: str) -> None:
+    code = (
+        "import sys; from rap_lightning.cli import main\n"
+        f"try: main(['{flag}'])\nexcept SystemExit as e: assert e.code == 0\n"
+        "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
+    )
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "rap-lightning" in result.stdout
+    assert time.perf_counter() - started < 5, "under a second on an idle machine; this one may be busy"
+
+
+def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fitt"])
+    assert stop.value.code == 2
+    assert "Did you mean 'fit'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_parses_and_opens_with_its_command(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    name = str(path.relative_to(ROOT))
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# rap-lightning fit ")
+    assert first.endswith(name)
+    arguments = first.removeprefix("# rap-lightning ").split()
+    assert call(monkeypatch, *arguments, "--print_config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]
+
+
+def test_the_recipes_say_where_they_leave_the_paper() -> None:
+    """Every key the paper fixes is there, and a value that isn't the paper's has a comment that says why."""
+    paper: dict[str, Any] = {
+        "model.loss.init_args.beta": 0.01,
+        "model.optimizer.init_args.lr": 5e-7,
+        "model.schedule.init_args.warmup_ratio": 0.1,
+        "data.max_length": 1024,
+        "data.max_prompt_length": 512,
+        "trainer.max_epochs": 1,
+        "trainer.precision": "bf16-mixed",
+        "trainer.devices": 8,
+        "seed_everything": 42,
+    }
+    smoothing = {"qwen2-7b-instruct": 0.3, "gemma-2-9b-it": 0.3}
+    recipes = [path for path in CONFIGS if "instruct" in path.stem or "-it" in path.stem]
+    assert len(recipes) == 5
+    for path in recipes:
+        text, content = path.read_text(), yaml.safe_load(path.read_text())
+
+        def value(key: str, node: Any = content) -> Any:
+            for part in key.split("."):
+                node = node[part]
+            return node
+
+        wanted = paper | {"model.loss.init_args.label_smoothing": smoothing.get(path.stem, 0.0)}
+        for key, expected in wanted.items():
+            if value(key) != expected:
+                line = next(line for line in text.splitlines() if re.search(rf"\b{key.rsplit('.', 1)[1]}:", line))
+                assert "the paper's" in line.partition("#")[2], (
+                    f"{path.name}: {key} differs from the paper without a word"
+                )
+        pairs = value("data.batch_size") * value("trainer.devices") * value("trainer.accumulate_grad_batches")
+        assert pairs == 128
+        assert value("trainer.val_check_interval") == 100 * value("trainer.accumulate_grad_batches")
+
+
+def test_print_config_round_trips_into_a_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "fit", "--config", str(config), "--print_config") == 0
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(capsys.readouterr().out)
+    assert call(monkeypatch, "fit", "--config", str(whole), "--trainer.max_steps", "2") == 0
+    run = tmp_path / "runs" / "version_0"
+    assert float(rows(run)[0]["loss"]) == pytest.approx(0.693147, abs=1e-6)
+    assert {"config.yaml", "metrics.csv", "data_report.json", "hf", "checkpoints"} <= {p.name for p in run.iterdir()}
+    report = json.loads((run / "data_report.json").read_text())
+    assert {(part["split"], part["rows_read"], part["relabelled_pairs"]) for part in report} == {
+        ("train", 23, 46), ("test", 9, 18),
+    }  # fmt: skip
+    # the run's own record of its config runs again
+    again = ["fit", "--config", str(run / "config.yaml"), "--trainer.max_steps", "1"]
+    assert call(monkeypatch, *again) == 0
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> Any:
+    assert call(monkeypatch, "fit", *args, "--print_config") == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_an_overlay_swaps_the_loss_and_starts_from_its_own_defaults(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = parsed(monkeypatch, capsys, "-c", str(config), "-c", str(ROOT / "configs/loss/simpo.yaml"))["model"]["loss"]
+    assert loss["class_path"].endswith(".SimPO")
+    assert loss["init_args"] == {"beta": 2.0, "gamma": 1.0}
+    # named alone, a class must not inherit the beta of the one it replaces
+    loss = parsed(monkeypatch, capsys, "-c", str(config), "--model.loss", "SimPO")["model"]["loss"]
+    assert loss["init_args"] == {"beta": SimPO().beta, "gamma": SimPO().gamma}
+    loss = parsed(monkeypatch, capsys, "-c", str(config), "--model.loss", "Hinge", "--model.loss.beta", "0.2")["model"]
+    assert loss["loss"]["init_args"] == {"beta": 0.2}
+    # an option alone changes the class that is there
+    loss = parsed(monkeypatch, capsys, "-c", str(config), "--model.loss.beta", "0.2")["model"]["loss"]
+    assert loss["init_args"] == {"beta": 0.2, "label_smoothing": 0.1}
+    bare = parsed(monkeypatch, capsys, "--model.policy.path", "x", "--data.source", "y", "--model.loss.beta", "0.3")
+    assert bare["model"]["loss"]["init_args"] == {"beta": 0.3, "label_smoothing": DPO().label_smoothing}
+
+
+def test_classes_of_the_users_own_work_by_import_path(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_losses.py").write_text(
+        "import torch\n"
+        "from rap_lightning import PreferenceLoss, PreferenceModule\n"
+        "class Square(PreferenceLoss):\n"
+        "    def forward(self, policy, reference):\n"
+        "        h = (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)\n"
+        "        return (self.beta * h - 1) ** 2\n"
+        "class Doubled(PreferenceModule):\n"
+        "    def pair_losses(self, policy, reference, rewards):\n"
+        "        losses, implicit = super().pair_losses(policy, reference, rewards)\n"
+        "        return 2 * losses, implicit\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    steps = ["--trainer.max_steps", "1", "--config", str(config)]
+    assert call(monkeypatch, "fit", *steps, "--model.loss", "mine_losses.Square", "--model.loss.beta", "0.2") == 0
+    assert float(rows(tmp_path / "runs" / "version_0")[0]["loss"]) == pytest.approx(1.0)
+    assert call(monkeypatch, "fit", "--model", "mine_losses.Doubled", *steps) == 0
+    assert float(rows(tmp_path / "runs" / "version_1")[0]["loss"]) == pytest.approx(2 * 0.693147, abs=1e-5)
+
+
+WRONG: list[tuple[list[str], str]] = [
+    (["--data.source", "/nowhere/pairs.jsonl"], r"no such file or folder"),
+    (["--data.source", "no-such-folder"], r"no such file or folder"),
+    (["--data.sourc", "x"], r"data\.sourc"),
+    (["--data.batch_size", "many"], r"data\.batch_size.*\n?.*(int|many)"),
+    (["--data.batch_size", "0"], r"batch_size must be at least 1"),
+    (["--data.layout", "spiral"], r"data\.layout.*\n?.*(auto|padded)"),
+    (["--model.loss", "DPOO"], r"DPOO"),
+    (["--model.loss", "SimPO", "--model.loss.label_smoothing", "0.1"], r"label_smoothing"),
+    (["--model.loss.beta", "-1"], r"beta must be above 0"),
+    (["--model.reference", "AdaptersOff"], r"needs an adapter"),
+    (["--model.loss", "SimPO", "--model.reference", "Frozen"], r"needs no reference"),
+    (["--model.policy.path", "/nowhere/model"], r"--model\.policy\.path /nowhere/model"),
+    (["--data.goal", "null", "--data.predict.goal", "3"], r"predict\.goal has no effect"),
+    (["--data.predict.goal", "11"], r"scale from 1 to 10"),
+    (["--data.goal.scale.high", "5"], r"expected scores from 1 to 5.*found \d+ rows outside: row"),
+    (["--model.generation.temperature", "0", "--model.generation.top_p", "0.5"], r"top_p has no effect"),
+    (["--config", "/nowhere/config.yaml"], r"/nowhere/config\.yaml"),
+    (["--ckpt_path", "/nowhere/last.ckpt"], r"/nowhere/last\.ckpt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
+def test_wrong_input_ends_in_one_clear_message_and_leaves_nothing_behind(
+    arguments: list[str], message: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert call(monkeypatch, "fit", "--config", str(config), *arguments) not in (0, None)
+    captured = capfd.readouterr()
+    assert re.search(message, captured.err), captured.err[-2000:]
+    assert "Traceback" not in captured.err + captured.out
+    written = [p for p in tmp_path.rglob("*") if p.suffix in (".ckpt", ".safetensors")]
+    assert not written
+
+
+def test_predict_and_export_from_a_checkpoint(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(monkeypatch, "fit", "--config", str(config), "--model.policy.lora.r", "4") == 0
+    last = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
+    common = ["--config", str(config), "--model.policy.lora.r", "4", "--ckpt_path", str(last)]
+    goal = ["--data.predict.goal", "4", "--data.predict.limit", "3", "--model.generation.max_new_tokens", "4"]
+    assert call(monkeypatch, "predict", *common, *goal) == 0
+    (path,) = tmp_path.rglob("predictions.jsonl")
+    assert [json.loads(line)["goal"] for line in path.read_text().splitlines()] == ["4"] * 3
+    assert call(monkeypatch, "test", *common) == 0
+    assert float(rows(path.parents[1] / "version_2")[-1]["test/pairs"]) == 18
+    out = tmp_path / "out"
+    assert call(monkeypatch, "export", "--checkpoint", str(last), "--output", str(out), "--merge", "true") == 0
+    assert (out / "model.safetensors").is_file()
+    assert call(monkeypatch, "export", "--checkpoint", str(last), "--output", str(out)) == 2
+
+
+def start(*args: str, **options: Any) -> subprocess.Popen[str]:
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([*COMMAND, *args], text=True, env=env, **streams, **options)
+
+
+def test_ctrl_c_stops_within_seconds_and_leaves_a_checkpoint_to_go_on_from(config: Path, tmp_path: Path) -> None:
+    process = start("fit", "--config", str(config), "--trainer.max_epochs", "100000")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 20/"):
+            break
+    pressed = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert time.perf_counter() - pressed < 20
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in rest
+    hint = re.search(r"--ckpt_path (\S+)", rest)
+    assert hint, rest[-2000:]
+    step = torch.load(hint[1], weights_only=True)["global_step"]
+    assert step >= 20
+    steps = str(step + 2)
+    longer = ["--trainer.max_epochs", "100000", "--trainer.max_steps", steps]
+    again = start("fit", "--config", str(config), *longer, "--ckpt_path", hint[1])
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output[-2000:]
+    assert f"step {steps}/{steps}" in output
+    assert "step 20/" not in output
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_equal_one_with_rows_that_do_not_divide(
+    strategy: str, config: Path, tiny: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    # 46 pairs: three steps of 16 (8 each, then 7 and 7) and validation of 18 in batches of 8 and 2
+    options = {
+        "ddp": ["--trainer.strategy", "DDPStrategy", "--trainer.strategy.process_group_backend", "gloo"],
+        "fsdp2": [
+            "--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "2",
+            "--trainer.strategy.tensor_parallel_size", "1", "--trainer.strategy.process_group_backend", "gloo",
+        ],
+    }  # fmt: skip
+    sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--trainer.gradient_clip_val", "0"]
+    common = ["fit", "--config", str(config), *sgd]
+    runs = {
+        "one": ["--data.batch_size", "16"],
+        "two": ["--data.batch_size", "8", "--trainer.devices", "2", *options[strategy]],
+    }
+    for name, extra in runs.items():
+        process = start(*common, *extra, "--trainer.default_root_dir", str(tmp_path / name))
+        try:
+            output, _ = process.communicate(timeout=200)
+        finally:
+            process.kill()
+        assert process.returncode == 0, output[-3000:]
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) > 3
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            if a[key] and "per_second" not in key:
+                assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4, abs=1e-5), key
+    (first,), (second,) = (list((tmp_path / name).rglob("hf/model.safetensors")) for name in runs)
+    start_weights = load_file(tiny / "model.safetensors")
+    for key, value in load_file(first).items():
+        torch.testing.assert_close(load_file(second)[key], value, rtol=1e-5, atol=1e-5)
+    assert any(not torch.equal(value, start_weights[key]) for key, value in load_file(first).items())
+
+
+def test_a_tokenizer_without_a_template_stops_before_the_model_loads(
+    config: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from shutil import copytree
+
+    bare = copytree(tiny, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    (bare / "model.safetensors").unlink()  # would be missed if the model were loaded first
+    assert call(monkeypatch, "fit", "--config", str(config), "--model.policy.path", str(bare)) == 2
+    assert "no chat template" in capfd.readouterr().err
+
+
+def test_a_data_set_without_scores_is_named(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = [{k: v for k, v in row.items() if "score" not in k} for row in scored_rows(3)]
+    source = write_jsonl(tmp_path / "plain.jsonl", plain)
+    assert call(monkeypatch, "fit", "--config", str(config), "--data.source", str(source)) == 2
+    assert re.search(r"missing score_chosen, score_rejected.*judge's score", capfd.readouterr().err)
