@@ -28,14 +28,14 @@ class SteeringTable(pl.Callback):
     Args:
         judge: a function of (prompt, response), by import path, that gives the reward.
         goals: rewards to ask for, low to high.
-        prompts: how many validation prompts are sampled, once per goal.
+        samples: how many responses are sampled at each goal; validation prompts repeat where there are fewer.
         seed: of the sampling; the run's own random numbers are left as they were.
     """
 
-    def __init__(self, judge: Judge, goals: Sequence[float] = (1, 4, 7, 10), prompts: int = 64, seed: int = 0) -> None:
-        if len(goals) < 2 or prompts < 2:
-            raise ConfigError("SteeringTable needs at least two goals and two prompts")
-        self.judge, self.goals, self.prompts, self.seed = judge, sorted(goals), prompts, seed
+    def __init__(self, judge: Judge, goals: Sequence[float] = (1, 4, 7, 10), samples: int = 64, seed: int = 0) -> None:
+        if len(goals) < 2 or samples < 2:
+            raise ConfigError("SteeringTable needs at least two goals and two samples")
+        self.judge, self.goals, self.samples, self.seed = judge, sorted(goals), samples, seed
         self.before: dict[float, list[float]] = {}
         self.after: dict[float, list[float]] = {}
 
@@ -55,7 +55,8 @@ class SteeringTable(pl.Callback):
         if not isinstance(data, PreferenceDataModule) or data.goal is None or not isinstance(module, PreferenceModule):
             raise ConfigError("SteeringTable needs a PreferenceModule and data with a goal template")
         assert module.policy is not None, "fit builds the policy"
-        histories = data.histories()[: self.prompts]
+        distinct = data.histories()
+        histories = [distinct[i % len(distinct)] for i in range(self.samples)]
         pad = module.tokenizer.pad_token_id
         results = {}
         with isolate_rng():
@@ -71,7 +72,7 @@ class SteeringTable(pl.Callback):
     def _print(self, trainer: pl.Trainer, module: Any, samples: dict[float, list[Any]]) -> None:
         options, count = module.generation, len(next(iter(samples.values())))
         table = Table(
-            title=f"Asked for a score, what comes back ({count} prompts a goal, temperature {options.temperature:g})",
+            title=f"Asked for a score, what comes back ({count} samples a goal, temperature {options.temperature:g})",
             caption="mean score ± standard error, by the judge; the samples are of the trained policy",
         )
         for name in ("goal", "before", "after"):

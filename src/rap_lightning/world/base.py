@@ -97,7 +97,7 @@ def new_model(
             num_hidden_layers=layers,
             num_attention_heads=width // 32,
             max_position_embeddings=MAX_LENGTH,
-            tie_word_embeddings=True,
+            tie_word_embeddings=__import__("os").environ.get("UNTIE") is None,
             initializer_range=width**-0.5,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,

@@ -133,27 +133,29 @@ def make_pairs(prompts: list[str], count: int, seed: int, *, lean: float = 0.3, 
 
 
 def make_examples(
-    prompts: list[str], seed: int, *, goal_share: float, goal_noise: float, lean: float = -0.3
+    prompts: list[str], count: int, seed: int, *, goal_share: float, goal_noise: float, lean: float = -0.3
 ) -> Iterator[Example]:
-    """Endless graded responses to random prompts, some of them under a goal, to train the base model on.
+    """`count` graded responses to random prompts, some of them under a goal, to train the base model on, in this order.
+
+    The goals begin exact and get worse: a model learns soon that a goal means something, and then to trust it little.
 
     Args:
         prompts: prompts of this world, at least one.
+        count: number of examples.
         seed: decides everything.
         goal_share: part of the examples that have the goal message, 0 to 1.
-        goal_noise: standard deviation, in points, of the goal around the true score. The base is to know what goals
-            are, and to be bad at meeting them.
+        goal_noise: standard deviation, in points, of the last goals around the true score; the first have none.
         lean: how far qualities lean low, as in `make_pairs`; below 0 they lean high. By default the base sees better
             responses than the pairs hold, and so learns sooner what a good one looks like.
     """
     rng = random.Random(f"examples {seed}")
-    while True:
+    for done in range(count):
         prompt = rng.choice(prompts)
         response = respond(prompt, _quality(rng, lean), rng)
         true = score(prompt, response)
         turns = _turns(prompt, response)
         if rng.random() < goal_share:
-            noisy = min(10.0, max(1.0, round(2 * rng.gauss(true, goal_noise)) / 2))
+            noisy = min(10.0, max(1.0, round(2 * rng.gauss(true, goal_noise * done / count)) / 2))
             turns.insert(0, {"role": "system", "content": GOAL_MESSAGE.format(goal=noisy)})
         yield {"messages": turns, "score": true}
 
