@@ -119,7 +119,8 @@ def test_the_recipes_say_where_they_leave_the_paper() -> None:
         for key, expected in wanted.items():
             if value(key) != expected:
                 line = next(line for line in text.splitlines() if re.search(rf"\b{key.rsplit('.', 1)[1]}:", line))
-                assert "the paper's" in line.partition("#")[2], (
+                comment = line.partition("#")[2]
+                assert re.search(r"the paper's \S+ .{8,}|= the paper's", comment), (
                     f"{path.name}: {key} differs from the paper without a word"
                 )
         pairs = value("data.batch_size") * value("trainer.devices") * value("trainer.accumulate_grad_batches")
@@ -128,14 +129,17 @@ def test_the_recipes_say_where_they_leave_the_paper() -> None:
 
 
 def test_print_config_round_trips_into_a_run(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "fit", "--config", str(config), "--print_config") == 0
     whole = tmp_path / "whole.yaml"
-    whole.write_text(capsys.readouterr().out)
+    whole.write_text(capfd.readouterr().out)
     assert call(monkeypatch, "fit", "--config", str(whole), "--trainer.max_steps", "2") == 0
     run = tmp_path / "runs" / "version_0"
     assert float(rows(run)[0]["loss"]) == pytest.approx(0.693147, abs=1e-6)
+    printed_steps = capfd.readouterr().out
+    for row in rows(run)[:2]:  # the console says what the log says, at the same step
+        assert f"step {row['step']}/2  loss {float(row['loss']):.4f}" in printed_steps
     assert {"config.yaml", "metrics.csv", "data_report.json", "hf", "checkpoints"} <= {p.name for p in run.iterdir()}
     report = json.loads((run / "data_report.json").read_text())
     assert {(part["split"], part["rows_read"], part["relabelled_pairs"]) for part in report} == {
@@ -209,6 +213,13 @@ WRONG: list[tuple[list[str], str]] = [
     (["--data.predict.goal", "11"], r"scale from 1 to 10"),
     (["--data.goal.scale.high", "5"], r"expected scores from 1 to 5.*found \d+ rows outside: row"),
     (["--model.generation.temperature", "0", "--model.generation.top_p", "0.5"], r"top_p has no effect"),
+    (["--export.merge", "true"], r"merge has no effect without an adapter"),
+    (["--data.num_proc", "0"], r"num_proc must be at least 1"),
+    (["--data.num_workers", "-1"], r"num_workers must be at least 0"),
+    (["--trainer.log_every_n_steps", "0"], r"log_every_n_steps"),
+    (["--trainer.val_check_interval", "5000"], r"val_check_interval"),
+    (["--trainer.overfit_batches", "2"], r"overfit_batches isn't supported"),
+    (["--trainer.max_epochs", "-1"], r"how long the run is"),
     (["--config", "/nowhere/config.yaml"], r"/nowhere/config\.yaml"),
     (["--ckpt_path", "/nowhere/last.ckpt"], r"/nowhere/last\.ckpt"),
 ]  # fmt: skip

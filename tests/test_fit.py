@@ -411,3 +411,86 @@ def test_schedules_reach_their_peak_after_the_warm_up_and_end_at_zero() -> None:
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
     with pytest.raises(ConfigError, match="warmup_ratio"):
         CosineWithWarmup(1.5)
+
+
+def test_adapters_on_a_model_with_a_tied_head_save_and_resume(pairs_folder: Path, tmp_path: Path) -> None:
+    tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    module, data = build(tied, pairs_folder, lora=True, optimizer=sgd)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert all(".lora_" in name for name in content["state_dict"])
+    again, data = build(tied, pairs_folder, lora=True, optimizer=sgd)
+    make_trainer(tmp_path / "on", max_steps=3).fit(again, data, ckpt_path=str(tmp_path / "a.ckpt"), weights_only=True)
+    assert again.global_step == 3
+
+
+def test_dropout_that_is_asked_for_trains(tmp_path: Path, pairs_folder: Path) -> None:
+    model = make_model(tmp_path / "model", attention_dropout=0.5)
+    module, data = build(model, pairs_folder)
+    config = PolicyConfig(str(model), dropout=True)
+    make_trainer(tmp_path, max_steps=2).fit(PreferenceModule(config), data)
+    assert logged(tmp_path)[0]["rewards/margins"] != 0.0, "policy with dropout, reference without"
+
+
+def test_a_reference_with_another_tokenizer_is_refused(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", "llama3")
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        fit(tmp_path, tiny, pairs_folder, reference=Frozen(str(other)))
+
+
+def test_every_step_is_logged_in_some_window(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    fit(tmp_path, tiny, pairs_folder, trainer={"log_every_n_steps": 5})  # 12 steps: 1, 2-5, 6-10, 11-12
+    rows = [row for row in logged(tmp_path) if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 5, 10, 12]
+
+
+def test_an_epoch_that_would_end_within_a_step_is_refused(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="in the middle of an optimizer step"):
+        fit(
+            tmp_path, tiny, pairs_folder, batch_size=2, trainer={"limit_train_batches": 5, "accumulate_grad_batches": 4}
+        )
+
+
+def test_nothing_is_overwritten_by_a_second_export(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    from rap_lightning.callbacks import ExportHF
+
+    for _ in range(2):
+        module, data = build(tiny, pairs_folder)
+        options = {"logger": False, "default_root_dir": tmp_path, "callbacks": [ExportHF()]}
+        make_trainer(tmp_path, max_steps=1, **options).fit(module, data)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"hf", "hf-2"}
+
+
+def test_a_checkpoint_never_decides_to_run_a_models_code(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    from rap_lightning.commands.export import export
+
+    module, data = build(tiny, pairs_folder)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    evil = make_model(tmp_path / "evil")
+    config = json.loads((evil / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    (evil / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemError")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    content["rap_lightning"]["policy"] |= {"path": str(evil), "trust_remote_code": True}
+    torch.save(content, tmp_path / "b.ckpt")
+    with pytest.raises(ConfigError):
+        export(str(tmp_path / "b.ckpt"), str(tmp_path / "out"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_generation_at_temperature_zero_ignores_penalties_that_a_model_ships(tiny: Path) -> None:
+    from rap_lightning.models.generate import Generation, generate, left_pad
+
+    policy = PolicyConfig(str(tiny)).build(torch.float32)
+    tokenizer = PolicyConfig(str(tiny)).load_tokenizer()
+    batch = left_pad([[5, 6, 7], [8, 9]], 0, [{}, {}])
+    plain = generate(policy, tokenizer, batch, Generation(8, temperature=0))
+    policy.model.generation_config.repetition_penalty = 5.0
+    assert generate(policy, tokenizer, batch, Generation(8, temperature=0)) == plain
+    assert policy.model.generation_config.repetition_penalty == 5.0
+    assert policy.training

@@ -152,3 +152,38 @@ def test_real_data_are_kept_and_dropped_as_described(real_pairs: Path) -> None:
     assert report.read == 800
     assert sum(tally.count for tally in report.dropped.values()) == 86
     assert len(pairs) == 2 * 714
+
+
+def test_rows_that_need_repair_late_in_a_large_file_are_kept() -> None:
+    """Columns that are empty in the first 100 rows must not decide what the later ones may hold."""
+    rows = scored_rows(260)
+    rows[200]["chosen"][-1]["content"] += " <|im_end|>"
+    rows[201]["score_chosen"] = rows[201]["score_rejected"] = 5.0
+    (pairs, report), _ = encode("chatml", rows)
+    assert (report.pairs, len(pairs)) == (259, 518)
+    assert sum(tally.count for tally in report.repaired.values()) == 1
+    for row in rows[:120]:
+        row["score_chosen"] = row["score_rejected"] = 5.0
+    (pairs, report), _ = encode("chatml", rows)
+    assert report.pairs == 139
+
+
+def test_a_score_outside_the_scale_can_be_dropped_and_is_counted() -> None:
+    rows = scored_rows(4)
+    rows[2]["score_rejected"] = 0.0
+    encoder = Encoder(make_tokenizer("chatml"), OverallGoal(), 512)
+    table = datasets.Dataset.from_list(rows)
+    _, report = encode_pairs(table, encoder, source="rows", split="train", drop_outside=True)
+    assert report.pairs == 3
+    assert report.dropped["score outside the declared scale"].first == "row 3, column score_rejected"
+
+
+def test_both_goals_cut_a_response_at_the_same_place() -> None:
+    rows = scored_rows(1)
+    rows[0]["score_chosen"], rows[0]["score_rejected"] = 10.0, 2.5  # "2.5" takes more tokens than "10"
+    rows[0]["chosen"][-1]["content"] = "apple pear " * 40
+    (pairs, report), _ = encode("chatml", rows, max_length=110)
+    high, low = pairs.example(0), pairs.example(1)
+    assert high.chosen_ids == low.rejected_ids
+    assert report.truncated["end of the chosen response cut"].count == 1
+    assert max(len(e.prompt_ids) + len(e.chosen_ids) for e in (high, low)) <= 110

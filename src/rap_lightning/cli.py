@@ -30,7 +30,7 @@ COMMANDS = (*TRAINER_COMMANDS, "export")
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command. Exits with 0 when it went well, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run a command. Exits with 0 when it went well, 2 for what the user can mend, 1 or 130 after Ctrl-C."""
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -61,6 +61,20 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not _is_lightnings_refusal(error):
+            raise
+        sys.exit(_fail(str(error)))
+
+
+def _is_lightnings_refusal(error: Exception) -> bool:
+    """Whether Lightning itself refused the trainer's options: its text says what to do, and its stack says nothing."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    raised_in = str(last.tb_frame.f_globals.get("__name__", "")) if last is not None else ""
+    ours = isinstance(error, ValueError | TypeError) and raised_in.startswith("lightning.")
+    return ours or type(error).__name__ == "MisconfigurationException"
 
 
 def _fail(message: str) -> int:

@@ -69,7 +69,6 @@ class PreferenceDataModule(pl.LightningDataModule):
         outside_scale: what to do with scores outside the goal's scale: stop with an error, or drop such pairs, counted.
         seed: of the order in which pairs are seen.
         predict: what ``predict`` generates for.
-        tokenizer: used where no PreferenceModule is attached; the module's own otherwise.
     """
 
     def __init__(
@@ -87,12 +86,15 @@ class PreferenceDataModule(pl.LightningDataModule):
         outside_scale: Literal["error", "drop"] = "error",
         seed: int = 42,
         predict: Prompts = Prompts(),  # noqa: B008
-        tokenizer: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
-            if value < 1:
-                raise ConfigError(f"--data.{name} must be at least 1, found {value}")
+        least: dict[str, tuple[int | None, int]] = {
+            "max_length": (max_length, 1), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0),
+            "num_proc": (num_proc, 1), "predict.limit": (predict.limit, 1),
+        }  # fmt: skip
+        for name, (value, lowest) in least.items():
+            if value is not None and value < lowest:
+                raise ConfigError(f"--data.{name} must be at least {lowest}, found {value}")
         if goal is None and outside_scale != "error":
             raise ConfigError("--data.outside_scale has no effect with --data.goal null; remove one of the two.")
         if goal is None and predict.goal is not None:
@@ -106,7 +108,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         self.layout = "padded" if layout == "auto" else layout
         assert self.layout in LAYOUTS
         self.batch_size, self.num_workers, self.num_proc, self.seed = batch_size, num_workers, num_proc, seed
-        self.predict, self.tokenizer_path, self.outside_scale = predict, tokenizer, outside_scale
+        self.predict, self.outside_scale = predict, outside_scale
         self.reports: dict[str, DataReport] = {}
         self._pairs: dict[str, EncodedPairs] = {}
         self._encoder: Encoder | None = None
@@ -116,17 +118,13 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer, or the one named by ``tokenizer``."""
+        """The policy's tokenizer."""
         if self._encoder is not None:
             return self._encoder.tokenizer
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         if hasattr(module, "tokenizer"):
             return module.tokenizer
-        if self.tokenizer_path is None:
-            raise ConfigError("PreferenceDataModule without a PreferenceModule needs tokenizer=PATH")
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.tokenizer_path)
+        raise ConfigError("PreferenceDataModule takes its tokenizer from a PreferenceModule; none is attached.")
 
     @property
     def encoder(self) -> Encoder:
@@ -196,6 +194,8 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     def _loader(self, split: str, *, shuffle: bool) -> PairLoader:
         pairs, trainer = self._pairs[split], self.trainer
+        if trainer is not None and trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise ConfigError("--trainer.overfit_batches isn't supported; use --trainer.limit_train_batches.")
         sampler = StepSampler(
             len(pairs),
             self.batch_size,
@@ -221,8 +221,17 @@ class PreferenceDataModule(pl.LightningDataModule):
     # -- predict --------------------------------------------------------------------------------------------------
 
     def encode_prompts(self, histories: list[Any], goal: float | None) -> list[list[int]]:
-        """Token ids of conversations at a goal (``None`` without one)."""
-        return [self.encoder.prompt(history, goal, Notes()).ids for history in histories]
+        """Token ids of conversations at a goal (``None`` without one), cut to max_prompt_length as in training.
+
+        Raises:
+            BadRow: the chat template refuses a conversation.
+        """
+        encoder = self.encoder
+        room = encoder.max_length - encoder.max_prompt_length
+        prompts = [encoder.fit(encoder.prompt(history, goal, Notes()), history, room) for history in histories]
+        if cut := sum(prompt.cut > 0 for prompt in prompts):
+            rank_zero_info(f"{cut:,} of {len(prompts):,} prompts cut to {encoder.max_prompt_length} tokens, goal kept")
+        return [prompt.ids for prompt in prompts]
 
     def histories(self, split: str | None = None, source: str | None = None) -> list[Any]:
         """The distinct conversations of a split, in order; bad rows are left out and counted."""
@@ -254,4 +263,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             goal = self.goal.best if self.predict.goal is None else self.predict.goal
         printed = None if self.goal is None or goal is None else self.goal.printed(goal)
         records = [{"messages": list(history), "goal": printed} for history in histories]
-        return list(zip(self.encode_prompts(histories, goal), records, strict=True))
+        try:
+            return list(zip(self.encode_prompts(histories, goal), records, strict=True))
+        except BadRow as problem:
+            raise DataError(f"{source or self.source}: a prompt can't be written: {problem.reason}") from problem

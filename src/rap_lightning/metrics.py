@@ -80,6 +80,8 @@ class PairMetrics(Metric):
 
     def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
         # Lightning's half-precision plugins convert modules; sums must stay float64
+        self.sums, self.counts = self.sums.float(), self.counts.float()
         result = super()._apply(fn, exclude_state)
-        self.sums, self.counts = self.sums.double(), self.counts.double()
+        if self.sums.device.type != "mps":  # which has no float64
+            self.sums, self.counts = self.sums.double(), self.counts.double()
         return result

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,7 +66,9 @@ class PreferenceModule(pl.LightningModule):
         self.reference = _resolve_reference(reference, loss, policy)
         self.policy: Policy | None = None
         self.metrics = torch.nn.ModuleDict({name: PairMetrics() for name in ("fit", "val", "test")})
-        self._clock = 0.0
+        self.last_logged: tuple[int, dict[str, float]] = (0, {})
+        self._clock = self._pause = 0.0
+        self._grad_norm = float("nan")
         self._checked = False
 
     @cached_property
@@ -80,7 +84,6 @@ class PreferenceModule(pl.LightningModule):
             return
         dtype = self.policy_config.resolve_dtype()
         self.policy = self.policy_config.build(dtype)
-        self.reference.load(self.policy_config, dtype)
         difference = check_head(self.policy)
         total = sum(p.numel() for p in self.policy.parameters())
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
@@ -94,18 +97,26 @@ class PreferenceModule(pl.LightningModule):
                 "Trainable weights are bfloat16: updates smaller than 1/256 of a weight are rounded away, so small "
                 "learning rates train nothing. Use --trainer.precision bf16-mixed, which keeps them in float32."
             )
+        # the policy is sharded before the reference is loaded, so that no rank holds both whole
         if self.device_mesh is not None:
+            if self.device_mesh["tensor_parallel"].size() > 1:
+                raise ConfigError(
+                    "tensor parallelism isn't there yet. Set --trainer.strategy.tensor_parallel_size 1 and "
+                    f"--trainer.strategy.data_parallel_size {self.trainer.world_size}."
+                )
             shard(self.policy, self.device_mesh["data_parallel"])
+        self.reference.load(self.policy_config, dtype)
+        if self.device_mesh is not None:
             self.reference.shard(self.device_mesh["data_parallel"])
-
-    def setup(self, stage: str) -> None:
-        """Nothing to do before the model exists; subclasses may need the hook."""
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer over the trainable parameters, the schedule stepping with it."""
         assert self.policy is not None, "configure_model comes first"
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        scheduler = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ConfigError("the schedule needs to know how long the run is: set --trainer.max_steps or max_epochs.")
+        scheduler = self.schedule(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -158,6 +169,12 @@ class PreferenceModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Start the clock of the throughput."""
+        batches, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        if batches < len(self.trainer.train_dataloader) and batches % accumulate:  # type: ignore[arg-type,operator]
+            raise ConfigError(
+                f"--trainer.limit_train_batches ends an epoch after {batches} batches, in the middle of an optimizer "
+                f"step of {accumulate}. Use a multiple of accumulate_grad_batches."
+            )
         self._clock = time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -171,14 +188,29 @@ class PreferenceModule(pl.LightningModule):
         """Log the means since the last log, over all ranks."""
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if stepped and self._logs_at(self.global_step):
-            metrics = self._metrics("fit")
-            values = metrics.compute()
-            metrics.reset()
-            seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-            pairs, tokens = values.pop("pairs"), values.pop("tokens")
-            values |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
-            values |= {"lr": self.trainer.optimizers[0].param_groups[0]["lr"], "grad_norm": self._grad_norm}
-            self._log(values, prefix="")
+            self._log_window()
+
+    def on_train_end(self) -> None:
+        """Log the steps since the last log."""
+        if self.global_step > self.last_logged[0]:
+            self._log_window(bar_too=False)  # Lightning takes nothing for the bar any more
+
+    def _log_window(self, *, bar_too: bool = True) -> None:
+        metrics = self._metrics("fit")
+        values = metrics.compute()
+        metrics.reset()
+        if not values:
+            return
+        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        pairs, tokens = values.pop("pairs"), values.pop("tokens")
+        values |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+        values |= {"lr": self.trainer.optimizers[0].param_groups[0]["lr"], "grad_norm": self._grad_norm}
+        self.last_logged = (self.global_step, values)
+        self._log(values, prefix="", bar_too=bar_too)
+
+    def on_validation_end(self) -> None:
+        """Time spent on validation is no training time."""
+        self._clock += time.perf_counter() - self._pause
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's means as ``val/...``."""
@@ -204,15 +236,16 @@ class PreferenceModule(pl.LightningModule):
         if not self.trainer.sanity_checking:
             self._log(values, prefix=f"{name}/")
 
-    def _log(self, values: dict[str, float], prefix: str) -> None:
+    def _log(self, values: dict[str, float], prefix: str, *, bar_too: bool = True) -> None:
         named = {prefix + name: value for name, value in values.items()}
         bar = {
             n: v
             for n, v in named.items()
             if n.removeprefix(prefix) in ("loss", "rewards/margins", "rewards/accuracies")
         }
-        self.log_dict(bar, prog_bar=True, logger=False)
-        self.log_dict({n: v for n, v in named.items() if n not in bar}, logger=False)
+        if bar_too:
+            self.log_dict(bar, prog_bar=True, logger=False)
+            self.log_dict({n: v for n, v in named.items() if n not in bar}, logger=False)
         for logger in self.loggers:  # by hand: Lightning would number these by batches, one too low
             logger.log_metrics(named, step=self.global_step)
             logger.save()
@@ -222,7 +255,7 @@ class PreferenceModule(pl.LightningModule):
         if self._checked:
             return
         self._checked = True
-        if self.global_step > 0 or not self.reference.is_initial_policy:
+        if self.global_step > 0 or not self.reference.is_initial_policy or self.policy_config.dropout:
             return
         ratios = torch.cat([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
         largest = float(ratios.detach().abs().max())
@@ -241,20 +274,31 @@ class PreferenceModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Bring the reference to the policy's device."""
+        if self.trainer.log_every_n_steps < 1:  # type: ignore[attr-defined]
+            raise ConfigError("--trainer.log_every_n_steps must be at least 1")
         self.reference.to(self.device)
 
     def on_validation_start(self) -> None:
         """Bring the reference to the policy's device (a no-op within fit)."""
+        self._pause = time.perf_counter()
         self.reference.to(self.device)
 
     on_test_start = on_validation_start
 
+    def on_predict_start(self) -> None:
+        """Refuse what can't work yet."""
+        if self.device_mesh is not None:
+            raise ConfigError("predict can't sample from a sharded policy yet: run it on one device, or with DDP.")
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count whole steps; record the policy's config; of an adapter's base, which never changes, keep nothing."""
         rewind_to_whole_step(checkpoint, self.trainer.accumulate_grad_batches, self.trainer.num_training_batches)
-        checkpoint["rap_lightning"] = {"policy": dataclasses.asdict(self.policy_config)}
-        if self.policy is not None and self.policy.has_adapter and "state_dict" in checkpoint:
-            frozen = {f"policy.{n}" for n, p in self.policy.named_parameters() if not p.requires_grad}
+        config = dataclasses.asdict(self.policy_config)
+        if Path(config["path"]).is_dir():  # must be found from anywhere
+            config["path"] = str(Path(config["path"]).resolve())
+        checkpoint["rap_lightning"] = {"policy": config}
+        if "state_dict" in checkpoint:
+            frozen = self._frozen()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -267,9 +311,15 @@ class PreferenceModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fill in the base model's weights, so that loading stays strict about everything else."""
-        if self.policy is not None and self.policy.has_adapter and "state_dict" in checkpoint:
-            frozen = {f"policy.{n}": p.detach() for n, p in self.policy.named_parameters() if not p.requires_grad}
-            checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = {**self._frozen(), **checkpoint["state_dict"]}
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """An adapter's base model, as named in the state dict; nothing where a strategy writes sharded checkpoints."""
+        if self.policy is None or not self.policy.has_adapter or self.device_mesh is not None:
+            return {}
+        named = self.policy.named_parameters(remove_duplicate=False)  # a tied head has two names
+        return {f"policy.{name}": p.detach() for name, p in named if not p.requires_grad}
 
 
 def _resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy: PolicyConfig) -> Reference:
@@ -277,6 +327,8 @@ def _resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy
     if not loss.needs_reference:
         if reference is not None and not isinstance(reference, NoReference):
             raise ConfigError(f"{name} needs no reference, so --model.reference has no effect; leave it out.")
+        if type(loss).implicit_rewards is PreferenceLoss.implicit_rewards:
+            raise ConfigError(f"{name} needs no reference, so it must say what its implicit_rewards are.")
         return NoReference()
     if isinstance(reference, NoReference):
         raise ConfigError(f"{name} needs a reference: use Frozen or AdaptersOff, or leave --model.reference out.")

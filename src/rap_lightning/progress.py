@@ -30,5 +30,6 @@ def rewind_to_whole_step(checkpoint: dict[str, Any], accumulate: int, batches: f
 
 def batches_done(trainer: Any) -> int:
     """Batches of the current epoch that a resumed run must not see again; 0 in any other."""
-    loop = trainer.fit_loop.epoch_loop
-    return int(loop.batch_progress.current.ready)
+    if not trainer.training:
+        return 0
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)

@@ -94,7 +94,7 @@ def _quieten() -> None:
     """Leave out advertisements, and deprecations that only Lightning's, peft's or torch's authors can act on."""
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
-    warnings.filterwarnings("ignore", message=r".*recommended to use .self.log.*sync_dist.*")  # means are global already
+    warnings.filterwarnings("ignore", message=r".*recommended to use .self.log.*sync_dist.*")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*")
     warnings.filterwarnings(

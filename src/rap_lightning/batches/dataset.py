@@ -19,7 +19,7 @@ from rap_lightning.preferences.pairs import BadRow, read_pair
 from rap_lightning.preferences.relabel import UNCONDITIONED, halves, is_tie, locate
 from rap_lightning.preferences.report import DataReport
 
-FORMAT = 1  # part of the cache key: raise it when the columns below or the encoding change
+FORMAT = 2  # part of the cache key: raise it when the columns below or the encoding change
 EXCHANGED = "score_chosen below score_rejected, exchanged so that the higher reward wins"
 
 
@@ -50,7 +50,8 @@ class EncodedPairs(Dataset[Any]):
         row, half = locate(index, self.conditioned)
         pair = self.table[row]
         prompt = pair["prompt_ids"][half]
-        chosen, rejected = (pair["response_ids"][which][: self.max_length - len(prompt)] for which in (half, 1 - half))
+        room = self.max_length - max(map(len, pair["prompt_ids"]))  # the same under both goals, so cuts are too
+        chosen, rejected = (pair["response_ids"][which][:room] for which in (half, 1 - half))
         return Example(
             pair_id=pair["pair_id"],
             origin=half if self.conditioned else UNCONDITIONED,
@@ -88,6 +89,7 @@ def encode_pairs(
         batch_size=100,
         with_indices=True,
         remove_columns=rows.column_names,
+        features=_features(),
         fn_kwargs={"encoder": encoder},
         num_proc=num_proc,
         new_fingerprint=f"{rows._fingerprint}-{encoder.key()}-{FORMAT}",
@@ -157,7 +159,10 @@ def _encoded(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
             return _result(dropped=reason, column="score_rejected")
     goals: list[float | None] = list(pair.rewards) if goal is not None else [None]
     whole = [encoder.prompt(pair.history, reward, notes) for reward in goals]
-    responses = [encoder.response(whole[0], text, notes) for text in pair.responses]
+    columns = ("rejected", "chosen") if pair.exchanged else ("chosen", "rejected")
+    responses = [
+        encoder.response(whole[0], text, notes, column) for text, column in zip(pair.responses, columns, strict=True)
+    ]
     longest = max(map(len, responses))
     prompts = [encoder.fit(prompt, pair.history, longest) for prompt in whole]
     room = encoder.max_length - max(len(prompt.ids) for prompt in prompts)
@@ -173,6 +178,18 @@ def _encoded(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
         cut_prompt=max(prompt.cut for prompt in prompts),
         cut_response=[max(0, len(ids) - room) for ids in responses],
     )
+
+
+def _features() -> Any:
+    """The columns of an encoded row. Left to be guessed, a column that is empty at first would refuse later values."""
+    from datasets import Features, List, Value
+
+    ids = List(List(Value("int32")))
+    return Features(
+        pair_id=Value("string"), rewards=List(Value("float64")), goals=List(Value("string")), prompt_ids=ids,
+        response_ids=ids, dropped=Value("string"), column=Value("string"), outside=Value("string"),
+        repaired=List(Value("string")), cut_prompt=Value("int64"), cut_response=List(Value("int64")),
+    )  # fmt: skip
 
 
 def _result(**values: Any) -> dict[str, Any]:

@@ -18,12 +18,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rap_lightning import __version__
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.chat import render, resolve_placement, shows_system, with_goal
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import BadRow, Message
 
-MARK = chr(0xFDD0)  # a Unicode noncharacter, put inside rendered text to break what imitates a control token
+# Unicode noncharacters, never part of real text:
+MARK = chr(0xFDD0)  # put inside rendered text to break what imitates a control token
+OPEN, OPEN_SYSTEM, CLOSE = chr(0xFDD1), chr(0xFDD2), chr(0xFDD3)  # put around turns to find them in rendered text
+RESERVED = re.compile(f"[{MARK}{OPEN}{OPEN_SYSTEM}{CLOSE}]")
 
 LOOKALIKE = "text that imitates a control token, kept as text"
 BOUNDARY = "tokens would merge across the end of the prompt, split there"
@@ -79,17 +83,27 @@ class Encoder:
             )
         self.placement = resolve_placement(tokenizer, goal.placement if goal else "auto")
         self.system_shown = shows_system(tokenizer)
-        self.special = {
-            t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and len(t.content) > 1
-        }
+        self.special = self._control_tokens()
         ordered = sorted(self.special, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, ordered)) + ")" if ordered else "(?!)")
+
+    def _control_tokens(self) -> dict[str, int]:
+        """Text and id of the tokens that text must never become: special ones, and those that the template writes.
+
+        Some tokenizers do not declare their role markers special; a conversation rendered as a probe shows them.
+        """
+        turns = [("user", "a"), ("assistant", "b"), ("user", "a")]
+        probe = render(self.tokenizer, [{"role": r, "content": c} for r, c in turns], generation_prompt=True)
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {t.content: i for i, t in added if len(t.content) > 1 and (t.special or t.content in probe)}
 
     def key(self) -> str:
         """Digest of everything that changes the ids."""
         parts = {
             "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "special tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
             "template": self.tokenizer.chat_template,
+            "package": __version__,
             "goal": self.goal.describe() if self.goal else None,
             "lengths": [self.max_length, self.max_prompt_length],
         }
@@ -103,8 +117,8 @@ class Encoder:
         """
         goal_text = self.goal.text(reward) if self.goal is not None and reward is not None else None
         messages = with_goal(history, goal_text, self.placement, system_shown=self.system_shown)
-        safe = self._safe(messages, notes)
-        text = self._render(safe, generation_prompt=True)
+        safe = self._safe(messages, notes, "prompt")
+        text = self._render(safe, "prompt", generation_prompt=True)
         return EncodedPrompt(self._ids(text), text, safe, goal_text)
 
     def fit(self, prompt: EncodedPrompt, history: Sequence[Message], room_for: int) -> EncodedPrompt:
@@ -118,19 +132,19 @@ class Encoder:
         budget = max(self.max_prompt_length, self.max_length - room_for)
         if len(prompt.ids) <= budget:
             return prompt
-        kept = self._cut(prompt.text, history, prompt.goal_text, budget)
+        kept = self._cut(prompt, history, budget)
         return replace(prompt, ids=kept, cut=len(prompt.ids) - len(kept))
 
-    def response(self, prompt: EncodedPrompt, text: str, notes: Notes) -> list[int]:
+    def response(self, prompt: EncodedPrompt, text: str, notes: Notes, column: str = "chosen") -> list[int]:
         """The ids that the template writes after an uncut ``prompt`` for a response.
 
         Raises:
             BadRow: the template does not write the prompt as a prefix of prompt and response.
         """
-        answer = self._safe([{"role": "assistant", "content": text}], notes)
-        whole_text = self._render(prompt.messages + answer, generation_prompt=False)
+        answer = self._safe([{"role": "assistant", "content": text}], notes, column)
+        whole_text = self._render(prompt.messages + answer, column, generation_prompt=False)
         if not whole_text.startswith(prompt.text):
-            raise BadRow("chosen", "the chat template does not write the prompt as a prefix of prompt and response")
+            raise BadRow(column, "the chat template does not write the prompt as a prefix of prompt and response")
         tail = whole_text[len(prompt.text) :]
         whole = self._ids(whole_text)
         if whole[: len(prompt.ids)] == prompt.ids:
@@ -141,27 +155,27 @@ class Encoder:
         # a control token in the tail is the template's own: those in the text carry a mark
         if not self._special_pattern.search(tail):
             if self.tokenizer.eos_token_id is None:
-                raise BadRow("chosen", "neither the chat template nor the tokenizer has an end of turn")
+                raise BadRow(column, "neither the chat template nor the tokenizer has an end of turn")
             notes.repaired.append(ENDED)
             ids = [*ids, self.tokenizer.eos_token_id]
         return ids
 
     # -- text -----------------------------------------------------------------------------------------------------
 
-    def _render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], column: str, *, generation_prompt: bool) -> str:
         try:
             return render(self.tokenizer, messages, generation_prompt=generation_prompt)
         except Exception as error:  # templates refuse conversations with whatever jinja error their author raised
-            raise BadRow("chosen", f"the chat template refuses the conversation: {error}") from error
+            raise BadRow(column, f"the chat template refuses the conversation: {error}") from error
 
-    def _safe(self, messages: Sequence[Message], notes: Notes) -> list[Message]:
+    def _safe(self, messages: Sequence[Message], notes: Notes, column: str) -> list[Message]:
         """The messages with a mark inside whatever reads like a control token."""
         safe = []
         for turn in messages:
-            if MARK in turn["content"]:
-                raise BadRow("chosen", f"text holds the Unicode noncharacter U+{ord(MARK):04X}")
-            content, found = self._special_pattern.subn(lambda m: m[0][0] + MARK + m[0][1:], turn["content"])
-            if found:
+            if found := RESERVED.search(turn["content"]):
+                raise BadRow(column, f"text holds the Unicode noncharacter U+{ord(found[0]):04X}")
+            content, count = self._special_pattern.subn(lambda m: m[0][0] + MARK + m[0][1:], turn["content"])
+            if count:
                 notes.repaired.append(LOOKALIKE)
             safe.append({**turn, "content": content})
         return safe
@@ -174,41 +188,37 @@ class Encoder:
         return [token for token, _, _ in self._spans(text)]
 
     def _spans(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(id, start, end) of each token in ``text`` without marks; marked text is tokenised as text."""
-        base = 0
-        pieces = self._special_pattern.split(text) if MARK in text else [text]
-        for piece in pieces:
-            plain = piece.replace(MARK, "")
-            # control tokens are hard boundaries for fast tokenizers, so pieces between them stand for themselves
-            options = {"split_special_tokens": True} if MARK in piece else {}
-            encoded = self.tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True, **options)
-            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                yield token, base + start, base + end
-            base += len(plain)
+        """(id, start, end) of each token in ``text`` without marks; marked text is tokenised as text.
 
-    def _cut(self, text: str, history: Sequence[Message], goal_text: str | None, budget: int) -> list[int]:
+        Control tokens are hard boundaries for a fast tokenizer. So text is tokenised between them, and on either side
+        of a mark, each piece right after a control token, as it stands in the whole: some tokenizers put a blank before
+        text that nothing precedes.
+        """
+        base, anchor = 0, ""
+        for piece in self._special_pattern.split(text) if MARK in text else [text]:
+            if piece in self.special:
+                yield self.special[piece], base, base + len(piece)
+                base, anchor = base + len(piece), piece
+                continue
+            for part in filter(None, piece.split(MARK)):
+                encoded = self.tokenizer(anchor + part, add_special_tokens=False, return_offsets_mapping=True)
+                spans = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+                shift = base - len(anchor)
+                for token, (start, end) in spans[1:] if anchor else spans:
+                    yield token, shift + start, shift + end
+                base, anchor = base + len(part), anchor or next(iter(self.special), "")
+
+    def _cut(self, prompt: EncodedPrompt, history: Sequence[Message], budget: int) -> list[int]:
         """The prompt's ids with conversation text taken out until ``budget`` remain.
 
         The oldest turns go first; of the turn that goes in part, the middle goes, since instructions stand at either
         end. The data's own system message goes last. The goal and the template's own tokens stay.
         """
-        tokens = list(self._spans(text))
+        tokens = list(self._spans(prompt.text))
         excess = len(tokens) - budget
-        plain = text.replace(MARK, "")
-        cuttable: list[list[int]] = []
-        cursor = plain.find(goal_text) + len(goal_text) if goal_text and goal_text in plain else 0
-        turns = sorted(history, key=lambda turn: turn["role"] != "system")  # as rendered: system text first
-        spans = []
-        for turn in turns:
-            content = turn["content"].strip()
-            start = plain.find(content, cursor)
-            if content and start >= 0:
-                cursor = start + len(content)
-                spans.append((turn["role"] == "system", start, cursor))
-        for _, start, end in sorted(spans, key=lambda span: span[0]):  # stable: oldest first, system last
-            cuttable.append([i for i, (_, s, e) in enumerate(tokens) if start <= s < e <= end])
         removed: set[int] = set()
-        for inside in cuttable:
+        for start, end in self._turns(prompt, history):
+            inside = [i for i, (_, s, e) in enumerate(tokens) if start <= s < e <= end]
             count = min(excess - len(removed), len(inside))
             first = (len(inside) - count) // 2
             removed.update(inside[first : first + count])
@@ -216,3 +226,34 @@ class Encoder:
         if len(kept) >= self.max_length:
             raise BadRow("prompt", f"the goal and the template alone leave no room within max_length={self.max_length}")
         return kept
+
+    def _turns(self, prompt: EncodedPrompt, history: Sequence[Message]) -> list[tuple[int, int]]:
+        """Where the data's own turns stand in the prompt's text without marks, in the order in which they may be cut.
+
+        Raises:
+            BadRow: the template rewrites what stands in a turn, so that it can't be found.
+        """
+        plain, text = prompt.text.replace(MARK, ""), ""
+        for strip in (False, True):  # a template that trims would not trim within the brackets
+            bracketed = []
+            for turn in history:
+                content = turn["content"].strip() if strip else turn["content"]
+                opening = OPEN_SYSTEM if turn["role"] == "system" else OPEN
+                bracketed.append({**turn, "content": opening + content + CLOSE})
+            messages = with_goal(bracketed, prompt.goal_text, self.placement, system_shown=self.system_shown)
+            text = self._render(messages, "prompt", generation_prompt=True)
+            if re.sub(f"[{OPEN}{OPEN_SYSTEM}{CLOSE}]", "", text) == plain:
+                break
+        else:
+            raise BadRow("prompt", "too long, and the chat template rewrites its turns, so that none can be cut")
+        found: list[tuple[bool, int, int]] = []
+        position = start = 0
+        is_system = False
+        for character in text:
+            if character in (OPEN, OPEN_SYSTEM):
+                start, is_system = position, character == OPEN_SYSTEM
+            elif character == CLOSE:
+                found.append((is_system, start, position))
+            else:
+                position += 1
+        return [(start, end) for _, start, end in sorted(found)]  # other turns before system text, oldest first

@@ -14,25 +14,37 @@ class ConsoleLines(pl.Callback):
 
     def __init__(self) -> None:
         self._printed = -1
+        self._first = 0
         self._start = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; a resumed run starts at a later step."""
+        self._printed = self._first = trainer.global_step
         self._start = time.perf_counter()
 
+    # The module logs at the end of a batch, after the callbacks' turn: so what it logged is printed at what comes next.
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Print what was logged since."""
+        self._print_step(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print what was logged since."""
+        self._print_step(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print what was logged since."""
+        self._print_step(trainer, pl_module)
+
     @rank_zero_only
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Print after each log step."""
-        step = trainer.global_step
-        if step == self._printed or not (step == 1 or step % trainer.log_every_n_steps == 0):  # type: ignore[attr-defined]
+    def _print_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        step, values = getattr(module, "last_logged", (self._printed, {}))
+        if step <= self._printed:
             return
-        values = trainer.callback_metrics
-        if "loss" in values:
-            self._printed = step
-            elapsed = time.perf_counter() - self._start
-            total = int(trainer.estimated_stepping_batches)
-            left = elapsed / step * (total - step)
-            print(f"step {step}/{total}  {self._shown(values)}  {elapsed:.0f} s, {left:.0f} s left", flush=True)
+        self._printed = step
+        elapsed, total = time.perf_counter() - self._start, int(trainer.estimated_stepping_batches)
+        left = elapsed / (step - self._first) * (total - step)
+        print(f"step {step}/{total}  {self._shown(values)}  {elapsed:.0f} s, {left:.0f} s left", flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the validation's means."""

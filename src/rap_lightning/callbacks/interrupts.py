@@ -35,5 +35,11 @@ class WholeSteps(pl.Callback):
                 self._pressed = False
                 raise KeyboardInterrupt
 
+    def on_exception(self, *_: Any) -> None:
+        """The step failed: Ctrl-C must work while the checkpoint is saved."""
+        if self._held:
+            signal.signal(signal.SIGINT, self._previous)
+            self._held = self._pressed = False
+
     def _remember(self, *_: Any) -> None:
         self._pressed = True

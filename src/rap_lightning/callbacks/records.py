@@ -33,6 +33,7 @@ class ResumeHint(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Print the newest checkpoint of this run, if it wrote one."""
         folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints")
-        saved = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
+        saved = [path for path in folder.glob("*.ckpt") if not path.is_symlink()] if folder.is_dir() else []
         if saved:
-            print(f"to go on, run the same command with: --ckpt_path {saved[-1]}", flush=True)
+            newest = max(saved, key=lambda path: path.stat().st_mtime)
+            print(f"to go on, run the same command with: --ckpt_path {newest}", flush=True)

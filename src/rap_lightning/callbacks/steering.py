@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch import seed_everything
+import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.markup import escape
@@ -57,15 +57,21 @@ class SteeringTable(pl.Callback):
         assert module.policy is not None, "fit builds the policy"
         distinct = data.histories()
         histories = [distinct[i % len(distinct)] for i in range(self.samples)]
-        pad = module.tokenizer.pad_token_id
+        if module.device_mesh is not None:
+            raise ConfigError("SteeringTable can't sample from a sharded policy yet; remove it from the callbacks.")
+        tokenizer = module.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        prompts = [history[-1]["content"] for history in histories]
         results = {}
         with isolate_rng():
-            seed_everything(self.seed, verbose=False)
+            torch.manual_seed(self.seed)
             for goal in self.goals:
+                texts: list[str] = []
                 ids = data.encode_prompts(histories, goal)
-                batch = left_pad(ids, module.tokenizer.eos_token_id if pad is None else pad, [{}] * len(ids))
-                texts = generate(module.policy, module.tokenizer, batch.to(module.device), module.generation)
-                prompts = [history[-1]["content"] for history in histories]
+                for first in range(0, len(ids), data.batch_size):
+                    part = ids[first : first + data.batch_size]
+                    batch = left_pad(part, pad, [{}] * len(part)).to(module.device)
+                    texts += generate(module.policy, tokenizer, batch, module.generation)
                 results[goal] = [(p, t, self.judge(p, t)) for p, t in zip(prompts, texts, strict=True)]
         return results
 

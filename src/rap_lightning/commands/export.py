@@ -7,7 +7,7 @@ from pathlib import Path
 from rap_lightning.errors import ConfigError
 
 
-def export(checkpoint: str, output: str, merge: bool = False) -> None:
+def export(checkpoint: str, output: str, merge: bool = False, trust_remote_code: bool = False) -> None:
     """Write a checkpoint of fit as a Hugging Face folder: safetensors, tokenizer, chat template.
 
     Example: rap-lightning export --checkpoint runs/version_0/checkpoints/last.ckpt --output my-model
@@ -15,7 +15,8 @@ def export(checkpoint: str, output: str, merge: bool = False) -> None:
     Args:
         checkpoint: a .ckpt file that fit wrote.
         output: a folder that doesn't exist yet, or is empty.
-        merge: add a LoRA adapter to its base model's weights, instead of writing the adapter alone.
+        merge: add a LoRA adapter to its base model's weights, in float32, instead of writing the adapter alone.
+        trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
     import tempfile
 
@@ -29,6 +30,7 @@ def export(checkpoint: str, output: str, merge: bool = False) -> None:
     saved = read_checkpoint(Path(checkpoint))
     options = saved["rap_lightning"]["policy"]
     lora = options.pop("lora")
+    options["trust_remote_code"] = trust_remote_code  # never what a file says
     config = PolicyConfig(**options, lora=Lora(**lora) if lora else None)
     if merge and config.lora is None:
         raise ConfigError("--merge has no effect: the checkpoint is of a fully trained model, without an adapter.")

@@ -17,8 +17,8 @@ class PreferenceLoss(nn.Module, ABC):
     Subclass it, write ``forward``, and name the class by import path: ``--model.loss my_pkg.MyLoss``. Options are the
     arguments of ``__init__``. What the loss needs is declared by two class attributes:
 
-    - ``needs_reference``: ``forward(policy, reference)``; where false no reference is loaded, and it is
-      ``forward(policy)``.
+    - ``needs_reference``: it is ``forward(policy, reference)``; where false, no reference is loaded, it is
+      ``forward(policy)``, and the class says what its ``implicit_rewards`` are.
     - ``needs_rewards``: the judge's rewards come too, as the keyword ``rewards`` (a ``PairRewards``).
 
     Args:

@@ -31,6 +31,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ConfigError: it isn't there, can't be read, or isn't one of ours.
     """
     refuse_unreadable(path)
+    if path.is_dir():
+        raise ConfigError(
+            f"{path} is a sharded checkpoint. Make one file of it first: "
+            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign or broken file fails in whatever way its bytes happen to

@@ -41,7 +41,7 @@ def export(policy: Policy, state: dict[str, Tensor], tokenizer: Any, output: Pat
 
 
 def merge(adapter: Path, output: Path, config: PolicyConfig, tokenizer: Any) -> None:
-    """Write the base model with the adapter in folder ``adapter`` added to its weights, all or nothing.
+    """Write the base model with the adapter in folder ``adapter`` added to its weights in float32, all or nothing.
 
     Raises:
         ConfigError: ``output`` exists and is not empty.
@@ -50,9 +50,8 @@ def merge(adapter: Path, output: Path, config: PolicyConfig, tokenizer: Any) -> 
 
     with _all_or_nothing(output) as partial:
         base = config.load_model(torch.float32)
-        dtype = getattr(base.config, "dtype", None) or torch.float32
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-        merged.to(dtype).save_pretrained(partial, safe_serialization=True)
+        merged.save_pretrained(partial, safe_serialization=True)
         tokenizer.save_pretrained(partial)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy import Policy, evaluating
 
 
 @dataclass
@@ -50,18 +49,28 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[di
 @torch.no_grad()
 def generate(policy: Policy, tokenizer: Any, batch: PromptBatch, options: Generation) -> list[str]:
     """One response per prompt, as text without control tokens."""
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    from transformers import GenerationConfig
+
+    sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-    with _evaluating(policy):
-        output = policy.model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=options.max_new_tokens,
-            eos_token_id=end_of_turn_ids(tokenizer, policy.causal_lm),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
+    model = policy.causal_lm
+    own = model.generation_config
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ends = end_of_turn_ids(tokenizer, model)
+    try:
+        # transformers fills what is left out from the model's own config, so that one must not stand in the way:
+        # a repetition penalty there would change what "temperature 0" means
+        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+        config = GenerationConfig(
+            max_new_tokens=options.max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling
         )
+        with evaluating(policy):
+            output = policy.model.generate(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+            )
+    finally:
+        model.generation_config = own
     texts: list[str] = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     return texts
 
@@ -77,13 +86,3 @@ def end_of_turn_ids(tokenizer: Any, model: Any) -> list[int]:
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     first = next((i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special), None)
     return sorted(ids if first is None else ids | {first})
-
-
-@contextmanager
-def _evaluating(policy: Policy) -> Iterator[None]:
-    was_training = policy.training
-    policy.eval()
-    try:
-        yield
-    finally:
-        policy.train(was_training)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,6 @@ from torch import Tensor, nn
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.logps import Head, sum_by_segment
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKPOINTING_FROM = 1_000_000_000  # parameters
@@ -160,6 +159,17 @@ class Policy(nn.Module):
         return sum_by_segment(self(batch), batch.segment, len(batch.lengths))
 
 
+@contextmanager
+def evaluating(policy: Policy) -> Iterator[None]:
+    """Evaluation mode, without dropout, for the length of a block."""
+    was_training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(was_training)
+
+
 def check_head(policy: Policy) -> float:
     """Largest difference in nats between our log-probabilities and those of the model's own logits.
 
@@ -176,7 +186,7 @@ def check_head(policy: Policy) -> float:
         predict_from=places, target=ids[0, 1:], segment=places * 0, lengths=places[:1], rewards=places[:0],
         origin=places[:0], weights=places[:0], step_pairs=0, pair_ids=(), goals=(),
     )  # fmt: skip
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(policy):
         ours = policy(batch)
         logits = policy.causal_lm(input_ids=ids, use_cache=False).logits[0, :-1]
         theirs = logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]

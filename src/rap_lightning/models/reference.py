@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import Policy, PolicyConfig
+from rap_lightning.models.policy import Policy, PolicyConfig, check_head, evaluating
 from rap_lightning.models.sharding import shard
 
 
@@ -68,7 +68,13 @@ class Frozen(Reference):
             path=self.path, revision=self.revision, attn_implementation=policy.attn_implementation,
             trust_remote_code=policy.trust_remote_code,
         )  # fmt: skip
+        if source is not policy and source.load_tokenizer().get_vocab() != policy.load_tokenizer().get_vocab():
+            raise ConfigError(
+                f"reference Frozen: {self.path} has another tokenizer than the policy {policy.path}, so their "
+                "log-probabilities are of different tokens. Use a reference of the same family."
+            )
         self._model = Policy(source.load_model(dtype)).requires_grad_(False).eval()
+        check_head(self._model)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the model."""
@@ -103,7 +109,7 @@ class AdaptersOff(Reference):
     @torch.no_grad()
     def logps(self, policy: Policy, batch: Batch) -> Tensor:
         """One forward pass with the adapter disabled."""
-        with policy.model.disable_adapter():
+        with evaluating(policy), policy.model.disable_adapter():
             return policy.logps(batch)
 
 

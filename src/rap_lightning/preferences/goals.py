@@ -71,9 +71,11 @@ class GoalTemplate(ABC):
         return self.scale.printed(reward)
 
     def describe(self) -> str:
-        """Everything that changes the text, for cache keys and cards."""
-        name = f"{type(self).__module__}.{type(self).__qualname__}"
-        return f"{name}({self.scale}, {self.placement!r}): {self.text(self.best)!r}"
+        """What the template writes for 201 rewards over the scale, for cache keys."""
+        step = (self.scale.high - self.scale.low) / 200
+        rewards = [self.scale.low + step * i for i in range(201)]
+        texts = [(self.printed(reward), self.text(reward)) for reward in rewards]
+        return f"{type(self).__module__}.{type(self).__qualname__} {self.scale} {self.placement} {texts}"
 
 
 class OverallGoal(GoalTemplate):
