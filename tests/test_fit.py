@@ -422,13 +422,15 @@ def test_adapters_on_a_model_with_a_tied_head_save_and_resume(pairs_folder: Path
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert all(".lora_" in name for name in content["state_dict"])
     again, data = build(tied, pairs_folder, lora=True, optimizer=sgd)
-    make_trainer(tmp_path / "on", max_steps=3).fit(again, data, ckpt_path=str(tmp_path / "a.ckpt"), weights_only=True)
+    make_trainer(tmp_path / "on", max_epochs=2, max_steps=3).fit(
+        again, data, ckpt_path=str(tmp_path / "a.ckpt"), weights_only=True
+    )
     assert again.global_step == 3
 
 
 def test_dropout_that_is_asked_for_trains(tmp_path: Path, pairs_folder: Path) -> None:
     model = make_model(tmp_path / "model", attention_dropout=0.5)
-    module, data = build(model, pairs_folder)
+    _, data = build(model, pairs_folder)
     config = PolicyConfig(str(model), dropout=True)
     make_trainer(tmp_path, max_steps=2).fit(PreferenceModule(config), data)
     assert logged(tmp_path)[0]["rewards/margins"] != 0.0, "policy with dropout, reference without"

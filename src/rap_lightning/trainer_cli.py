@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 from jsonargparse import _typehints
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from rap_lightning.callbacks import ConsoleLines, ExportHF, ResumeHint, RunRecord, WholeSteps, WritePredictions
+from rap_lightning.callbacks import Checkpoints, ConsoleLines, ExportHF, RunRecord, WholeSteps, WritePredictions
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.checkpoints import refuse_unreadable
@@ -40,7 +40,7 @@ class PreferenceCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Two callbacks that are always there, configurable at the top level."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {"checkpoint.save_last": "link", "checkpoint.save_on_exception": True, "checkpoint.save_top_k": 1}
         )
@@ -62,7 +62,7 @@ class PreferenceCLI(LightningCLI):
             callbacks = [*callbacks, RichProgressBar() if _terminal() else ConsoleLines()]
             if not _terminal():
                 kwargs["enable_progress_bar"] = False
-        kwargs["callbacks"] = [*callbacks, RunRecord(), ResumeHint(), WholeSteps(), WritePredictions()]
+        kwargs["callbacks"] = [*callbacks, RunRecord(), WholeSteps(), WritePredictions()]
         if config.get("logger") is None:
             kwargs["logger"] = CSVLogger(config.get("default_root_dir") or "runs", name="")
         return super().instantiate_trainer(**kwargs)

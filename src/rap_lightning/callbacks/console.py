@@ -13,7 +13,7 @@ class ConsoleLines(pl.Callback):
     """Prints a line per log step and per validation."""
 
     def __init__(self) -> None:
-        self._printed = -1
+        self._printed = 0
         self._first = 0
         self._start = 0.0
 

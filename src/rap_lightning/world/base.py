@@ -97,8 +97,8 @@ def new_model(
             num_hidden_layers=layers,
             num_attention_heads=width // 32,
             max_position_embeddings=MAX_LENGTH,
-            tie_word_embeddings=__import__("os").environ.get("UNTIE") is None,
-            initializer_range=width**-0.5,
+            tie_word_embeddings=True,
+            initializer_range=width**-0.5,  # the usual 0.02 suits wide models, and starts a narrow one too slowly
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -137,7 +137,7 @@ def train_base(
     Args:
         model: from `new_model`.
         tokenizer: from `train_tokenizer`.
-        examples: at least `steps * batch_size` of them, and a few more.
+        examples: at least `(steps + 1) * batch_size` of them, for a batch holds one kind, with or without a goal.
         steps: optimizer steps, at least 1.
         batch_size: examples in a step.
         learning_rate: at its highest.
@@ -166,7 +166,7 @@ def train_base(
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
     if len(losses) < steps:
-        raise ValueError(f"{steps} steps of {batch_size} examples need {steps * batch_size} examples; they ran out")
+        raise ValueError(f"examples ran out: {steps} steps of {batch_size} need {(steps + 1) * batch_size}")
     model.eval()
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)

@@ -14,8 +14,10 @@ from rap_lightning.world.data import Pair, make_examples, make_pairs, make_promp
 
 #: Raised whenever the same settings make another world, so that a folder from before is noticed.
 VERSION = 1
-#: Part of the base's examples that have a goal, and by how many points (standard deviation) that goal is off.
-GOAL_SHARE, GOAL_NOISE = 0.7, 1.5
+#: Part of the base's examples that have a goal, and by how many points (standard deviation) the last goals are off.
+GOAL_SHARE, GOAL_NOISE = 0.7, 2.5
+#: Examples in an optimizer step of the base.
+BATCH = 32
 
 
 def make_world(
@@ -93,8 +95,9 @@ def _fill(folder: Path, settings: dict[str, int]) -> dict[str, object]:
     start = time.perf_counter()
     tokenizer = train_tokenizer(vocabulary(train_prompts))
     model = new_model(tokenizer, seed=seed)
-    examples = make_examples(train_prompts, seed, goal_share=GOAL_SHARE, goal_noise=GOAL_NOISE)
-    loss = train_base(model, tokenizer, examples, steps=settings["base_steps"])
+    steps = settings["base_steps"]
+    examples = make_examples(train_prompts, (steps + 2) * BATCH, seed, goal_share=GOAL_SHARE, goal_noise=GOAL_NOISE)
+    loss = train_base(model, tokenizer, examples, steps=steps, batch_size=BATCH)
     seconds = time.perf_counter() - start
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
