@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -496,3 +498,39 @@ def test_generation_at_temperature_zero_ignores_penalties_that_a_model_ships(tin
     assert generate(policy, tokenizer, batch, Generation(8, temperature=0)) == plain
     assert policy.model.generation_config.repetition_penalty == 5.0
     assert policy.training
+
+
+class PressedHalfWay(torch.optim.SGD):
+    """Sends Ctrl-C to this process when half of the weights have had their third update."""
+
+    calls = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        self.calls += 1
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in enumerate(params):
+            if self.calls == 3 and number == len(params) // 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            p.sub_(0.1 * p.grad)
+        return loss
+
+
+def test_ctrl_c_within_an_optimizer_step_waits_for_its_end(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    from rap_lightning.callbacks import WholeSteps
+
+    saver = ModelCheckpoint(tmp_path / "saved", save_on_exception=True)
+    options = {"enable_checkpointing": True, "callbacks": [saver, WholeSteps()]}
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            fit(tmp_path / "part", tiny, pairs_folder, optimizer=PressedHalfWay, trainer=options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    content = torch.load(checkpoints(tmp_path / "saved")[-1], weights_only=True)
+    assert content["global_step"] == 3
+    whole = fit(tmp_path / "whole", tiny, pairs_folder, trainer={"max_steps": 3})
+    saved = {n.removeprefix("policy."): v for n, v in content["state_dict"].items()}
+    assert_same({n: saved[n] for n in weights(whole)}, weights(whole), 1e-6)
