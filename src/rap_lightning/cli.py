@@ -46,6 +46,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(_fail(f"unknown command {args[0]!r}.{hint} The commands are {', '.join(COMMANDS)}."))
     sys.path.append(os.getcwd())  # so that a class in a file beside you can be named; last, so that it hides nothing
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when data workers fork
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning stall each other on busy cores
     try:
         if args[0] in TRAINER_COMMANDS:
             from rap_lightning.trainer_cli import run
