@@ -133,7 +133,7 @@ def make_pairs(prompts: list[str], count: int, seed: int, *, lean: float = 0.3, 
 
 
 def make_examples(
-    prompts: list[str], count: int, seed: int, *, goal_share: float, goal_noise: float, lean: float = -0.6, goal_lean: float = 0.3
+    prompts: list[str], count: int, seed: int, *, goal_share: float, goal_noise: float, lean: float = -0.3
 ) -> Iterator[Example]:
     """`count` graded responses to random prompts, some of them under a goal, to train the base model on, in this order.
 
@@ -145,19 +145,16 @@ def make_examples(
         seed: decides everything.
         goal_share: part of the examples that have the goal message, 0 to 1.
         goal_noise: standard deviation, in points, of the last goals around the true score; the first have none.
-        lean: how far qualities lean low without a goal, as in `make_pairs`; below 0 they lean high. By default the base
-            learns here what good responses look like.
-        goal_lean: the same under a goal. By default top scores are as rare here as in the pairs, and so the base falls
-            short of a high goal although it could do better.
+        lean: how far qualities lean low, as in `make_pairs`; below 0 they lean high. By default the base sees better
+            responses than the pairs hold, and so learns sooner what a good one looks like.
     """
     rng = random.Random(f"examples {seed}")
     for done in range(count):
         prompt = rng.choice(prompts)
-        has_goal = rng.random() < goal_share
-        response = respond(prompt, _quality(rng, goal_lean if has_goal else lean), rng)
+        response = respond(prompt, _quality(rng, lean), rng)
         true = score(prompt, response)
         turns = _turns(prompt, response)
-        if has_goal:
+        if rng.random() < goal_share:
             noisy = min(10.0, max(1.0, round(2 * rng.gauss(true, goal_noise * done / count)) / 2))
             turns.insert(0, {"role": "system", "content": GOAL_MESSAGE.format(goal=noisy)})
         yield {"messages": turns, "score": true}
