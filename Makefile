@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" "torch>=2.6,<2.14"
 	@touch $@
 
-demo: setup ## train on the embedded world and print how the goal steers (about 3 minutes on 2 cores)
+demo: setup ## train on the embedded world and print how the goal steers (a few minutes on 2 cores)
 	$(BIN)/rap-lightning fit --config configs/quickstart.yaml
 
 check: setup ## ruff and mypy

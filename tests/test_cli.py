@@ -345,3 +345,25 @@ def test_a_data_set_without_scores_is_named(
     source = write_jsonl(tmp_path / "plain.jsonl", plain)
     assert call(monkeypatch, "fit", "--config", str(config), "--data.source", str(source)) == 2
     assert re.search(r"missing score_chosen, score_rejected.*judge's score", capfd.readouterr().err)
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (open, (self.path, "w"))
+
+
+def test_resuming_never_runs_what_a_checkpoint_has_pickled(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "fit", "--config", str(config), "--trainer.max_steps", "1") == 0
+    last = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    torch.save(content | {"bomb": Bomb(str(tmp_path / "ran"))}, tmp_path / "bad.ckpt")
+    assert call(monkeypatch, "fit", "--config", str(config), "--ckpt_path", str(tmp_path / "bad.ckpt")) == 2
+    assert "more than plain values and tensors" in capfd.readouterr().err
+    assert not (tmp_path / "ran").exists()

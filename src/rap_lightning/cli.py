@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pickle import UnpicklingError
 
 from rap_lightning import __version__
 from rap_lightning.errors import UserError
@@ -62,6 +63,9 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
+    except UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(_fail(f"the checkpoint holds more than plain values and tensors, and is refused: {reason}"))
     except Exception as error:
         if not _is_lightnings_refusal(error):
             raise

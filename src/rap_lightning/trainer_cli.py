@@ -49,7 +49,10 @@ class PreferenceCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look at the checkpoint to go on from before anything is loaded."""
         super().parse_arguments(parser, args)
-        path = self.config.get(self.config["subcommand"], {}).get("ckpt_path")
+        options = self.config[self.config["subcommand"]]
+        if options.get("weights_only") is None:
+            options["weights_only"] = True  # Lightning would run what a local file has pickled
+        path = options.get("ckpt_path")
         if path not in (None, "best", "last", "hpc", "registry"):
             refuse_unreadable(Path(path))
 

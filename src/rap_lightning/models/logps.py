@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rap_lightning.errors import ConfigError
 
-CHUNK_BYTES = 256 * 2**20  # float32 logits held at a time; larger chunks were no faster on CPU
+CHUNK_BYTES = 256 * 2**20  # float32 logits held at a time
 
 
 class Head:
