@@ -257,7 +257,11 @@ def test_predict_and_export_from_a_checkpoint(config: Path, tmp_path: Path, monk
 def start(*args: str, **options: Any) -> subprocess.Popen[str]:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([*COMMAND, *args], text=True, env=env, **streams, **options)
+
+    def obey_ctrl_c() -> None:  # a job that a shell starts in the background is born ignoring it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen([*COMMAND, *args], text=True, env=env, preexec_fn=obey_ctrl_c, **streams, **options)
 
 
 def test_ctrl_c_stops_within_seconds_and_leaves_a_checkpoint_to_go_on_from(config: Path, tmp_path: Path) -> None:
