@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +23,6 @@ from rap_lightning.preferences.pairs import BadRow, read_pair
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.sources import load_split, splits_of
 from rap_lightning.progress import batches_done
-
-log = logging.getLogger(__name__)
 
 VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
 
@@ -135,7 +132,9 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fill the on-disk cache once per machine, before the other processes read it."""
-        for split in {self.train_split, self.validation_split()} - {None}:
+        stage = str(self.trainer.state.fn.value) if self.trainer is not None and self.trainer.state.fn else "fit"
+        wanted = {"fit": {self.train_split, self.validation_split()}, "predict": set()}
+        for split in wanted.get(stage, {self.validation_split()}) - {None}:
             self._encode(str(split))
 
     def setup(self, stage: str) -> None:
@@ -185,7 +184,7 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """Prompts at the goal, padded on the left."""
-        pad = self._pad_id
+        pad = self.pad_id
 
         def collate(items: list[tuple[list[int], dict[str, Any]]]) -> PromptBatch:
             return left_pad([ids for ids, _ in items], pad, [record for _, record in items])
@@ -210,11 +209,12 @@ class PreferenceDataModule(pl.LightningDataModule):
         def skip() -> int:
             return batches_done(trainer) if resumes else 0
 
-        collate = Collate(self.layout, self._pad_id)
+        collate = Collate(self.layout, self.pad_id)
         return PairLoader(pairs, sampler, collate, skip, num_workers=self.num_workers)
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
+        """What padding is made of; masked, so any id would do."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(i for i in ids if i is not None)
 

@@ -204,7 +204,9 @@ class PreferenceModule(pl.LightningModule):
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         pairs, tokens = values.pop("pairs"), values.pop("tokens")
         values |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
-        values |= {"lr": self.trainer.optimizers[0].param_groups[0]["lr"], "grad_norm": self._grad_norm}
+        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        if bar_too:  # at the end of training the norm kept is an earlier step's
+            values["grad_norm"] = self._grad_norm
         self.last_logged = (self.global_step, values)
         self._log(values, prefix="", bar_too=bar_too)
 

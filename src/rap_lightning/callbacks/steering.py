@@ -60,7 +60,6 @@ class SteeringTable(pl.Callback):
         if module.device_mesh is not None:
             raise ConfigError("SteeringTable can't sample from a sharded policy yet; remove it from the callbacks.")
         tokenizer = module.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         prompts = [history[-1]["content"] for history in histories]
         results = {}
         with isolate_rng():
@@ -70,7 +69,7 @@ class SteeringTable(pl.Callback):
                 ids = data.encode_prompts(histories, goal)
                 for first in range(0, len(ids), data.batch_size):
                     part = ids[first : first + data.batch_size]
-                    batch = left_pad(part, pad, [{}] * len(part)).to(module.device)
+                    batch = left_pad(part, data.pad_id, [{}] * len(part)).to(module.device)
                     texts += generate(module.policy, tokenizer, batch, module.generation)
                 results[goal] = [(p, t, self.judge(p, t)) for p, t in zip(prompts, texts, strict=True)]
         return results
