@@ -132,6 +132,48 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def pairs_of(rows: list[dict[str, Any]], **rules: Any) -> tuple[list[Any], Any]:
+    """The scored pairs of rows in memory, and the report; ``rules`` are those of Rules."""
+    from rap_lightning.preferences.ingest import Rules, find_format, ingest
+    from rap_lightning.preferences.readers import Chunk
+    from rap_lightning.preferences.sources import Source
+
+    made = Rules(**rules)
+    chunk = Chunk("rows", 1, rows)
+    part = ingest(chunk, made, find_format(chunk, made, Source("rows")))
+    part.report.pairs = len(part.pairs)
+    return part.pairs, part.report
+
+
+def pair_of(row: dict[str, Any]) -> Any:
+    """The one scored pair of a row."""
+    (pair,), _ = pairs_of([row])
+    return pair
+
+
+def encode(tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> tuple[Any, Any, Any]:
+    """Rows in memory to encoded pairs: (EncodedPairs, report, encoder)."""
+    import tempfile
+
+    from rap_lightning.batches.dataset import encode_pairs
+    from rap_lightning.batches.encode import Encoder
+    from rap_lightning.preferences.ingest import Rules
+    from rap_lightning.preferences.relabel import Relabelling
+    from rap_lightning.preferences.sources import Source
+    from rap_lightning.preferences.stored import stored_pairs
+
+    goal = options.pop("goal", OverallGoal())
+    lengths = options.pop("max_length", 512), options.pop("max_prompt_length", None)
+    num_proc = options.pop("num_proc", None)
+    relabelling = options.pop("relabelling", Relabelling("both" if goal else "none"))
+    rules = Rules(goal, relabelling, tool_turns=True, **options)
+    encoder = Encoder(tokenizer, goal, *lengths)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Source(str(write_jsonl(Path(folder) / "rows.jsonl", rows)))
+        table, report = stored_pairs(source, "train", rules, num_proc=num_proc)
+        return encode_pairs(table, encoder, relabelling, report, num_proc=num_proc), report, encoder
+
+
 def make_model(folder: Path, family: str = "chatml", **options: Any) -> Path:
     """A tiny Llama with random weights, saved beside its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM

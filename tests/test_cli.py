@@ -211,7 +211,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--model.policy.path", "/nowhere/model"], r"--model\.policy\.path /nowhere/model"),
     (["--data.goal", "null", "--data.predict.goal", "3"], r"predict\.goal has no effect"),
     (["--data.predict.goal", "11"], r"scale from 1 to 10"),
-    (["--data.goal.scale.high", "5"], r"expected scores from 1 to 5.*found \d+ rows outside: row"),
+    (["--data.goal.scale.high", "5"], r"expected scores from 1 to 5.*found \d+ outside among"),
     (["--model.generation.temperature", "0", "--model.generation.top_p", "0.5"], r"top_p has no effect"),
     (["--export.merge", "true"], r"merge has no effect without an adapter"),
     (["--data.num_proc", "0"], r"num_proc must be at least 1"),

@@ -380,7 +380,7 @@ def test_wrong_sources_are_named(
 def test_missing_score_columns_and_unusable_rows_are_named(tiny: Path, tmp_path: Path) -> None:
     plain = [{k: v for k, v in row.items() if "score" not in k} for row in scored_rows(3)]
     tied = [row | {"score_chosen": 5.0, "score_rejected": 5.0} for row in scored_rows(3)]
-    for rows, message in [(plain, "missing score_chosen, score_rejected"), (tied, "no row is left(.|\n)*3: tie")]:
+    for rows, message in [(plain, "missing score_chosen, score_rejected"), (tied, "no pair is left(.|\n)*3: tie")]:
         module, data = build(tiny, write_jsonl(tmp_path / f"{len(message)}.jsonl", rows))
         with pytest.raises(DataError, match=message):
             make_trainer(tmp_path).fit(module, data)

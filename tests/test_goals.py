@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from conftest import ROOT
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.goals import OverallGoal, RewardScale
 
@@ -38,7 +39,10 @@ def test_an_impossible_scale_is_refused(arguments: dict[str, int]) -> None:
 
 
 def test_the_text_floor_imports_no_torch() -> None:
-    modules = "goals", "pairs", "relabel", "chat", "sources", "report"
-    code = "import sys\n" + "\n".join(f"import rap_lightning.preferences.{m}" for m in modules)
+    folder = ROOT / "src" / "rap_lightning" / "preferences"
+    modules = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.py")]
+    names = [module.replace("/", ".").removesuffix("__init__").strip(".") for module in modules]
+    assert len(names) > 15
+    code = "import sys\n" + "\n".join(f"import rap_lightning.preferences.{name}".strip(".") for name in names)
     code += "\nassert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

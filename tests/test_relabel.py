@@ -2,30 +2,28 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
-from conftest import make_tokenizer, scored_rows
+from conftest import encode, make_tokenizer, pair_of, pairs_of, scored_rows
 from rap_lightning.batches.dataset import encode_pairs
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.errors import DataError
-from rap_lightning.preferences.goals import OverallGoal, RewardScale
-from rap_lightning.preferences.pairs import BadRow, read_pair
-from rap_lightning.preferences.relabel import RelabelledView
-
-
-def encode(family: str, rows: list[dict[str, Any]], **options: Any) -> Any:
-    encoder = Encoder(make_tokenizer(family), options.pop("goal", OverallGoal()), options.pop("max_length", 512))
-    return encode_pairs(datasets.Dataset.from_list(rows), encoder, source="rows", split="train"), encoder
+from rap_lightning.preferences.goals import OverallGoal
+from rap_lightning.preferences.ingest import Rules
+from rap_lightning.preferences.relabel import RelabelledView, Relabelling
+from rap_lightning.preferences.scales import RewardScale
+from rap_lightning.preferences.sources import Source
+from rap_lightning.preferences.stored import stored_pairs
 
 
 def test_the_view_swaps_under_the_rejected_goal_and_edits_nothing() -> None:
     rows = scored_rows(12)
     before = copy.deepcopy(rows)
-    pairs = [read_pair(row) for row in rows]
+    pairs = [pair_of(row) for row in rows]
     view = RelabelledView(pairs, OverallGoal())
     assert len(view) == 24
     for i, row in enumerate(rows):
@@ -46,7 +44,7 @@ def test_the_view_swaps_under_the_rejected_goal_and_edits_nothing() -> None:
 
 def test_the_encoded_halves_swap_with_and_without_a_system_role(family: str) -> None:
     rows = scored_rows(10)
-    (pairs, _), encoder = encode(family, rows)
+    pairs, _, encoder = encode(make_tokenizer(family), rows)
     decode = encoder.tokenizer.decode
     assert len(pairs) == 20
     for i, row in enumerate(rows):
@@ -62,7 +60,7 @@ def test_the_encoded_halves_swap_with_and_without_a_system_role(family: str) -> 
 
 def test_without_a_goal_the_pairs_stay_plain_and_carry_no_goal_text(family: str) -> None:
     rows = scored_rows(6)
-    (pairs, _), encoder = encode(family, rows, goal=None)
+    pairs, _, encoder = encode(make_tokenizer(family), rows, goal=None)
     assert len(pairs) == 6
     assert {pairs.example(i).origin for i in range(6)} == {2}
     assert not any("score" in encoder.tokenizer.decode(pairs.example(i).prompt_ids) for i in range(6))
@@ -72,19 +70,24 @@ def test_goals_that_print_the_same_are_dropped_and_counted(family: str) -> None:
     rows = scored_rows(6)
     rows[1]["score_chosen"] = rows[1]["score_rejected"] = 7.0
     rows[4]["score_chosen"], rows[4]["score_rejected"] = 7.04, 6.96  # both print "7"
-    (pairs, report), _ = encode(family, rows)
+    pairs, report, _ = encode(make_tokenizer(family), rows)
     assert (report.read, report.pairs, report.relabelled, len(pairs)) == (6, 4, 8, 8)
     ties = {reason: tally for reason, tally in report.dropped.items() if "tie" in reason}
     assert sum(tally.count for tally in ties.values()) == 2
-    assert {tally.first for tally in ties.values()} == {"row 2, column score_rejected", "row 5, column score_rejected"}
+    columns = "column score_chosen, score_rejected"
+    places = {f"rows.jsonl line 2, {columns}", f"rows.jsonl line 5, {columns}"}
+    assert {tally.first for tally in ties.values()} == places
+    (tie,), _ = pairs_of([rows[4]], ties="chosen")
+    view = RelabelledView([tie], OverallGoal())
+    assert [half.origin for half in view] == ["chosen-goal"], "the other half would contradict it"
     with pytest.raises(ValueError, match="tie"):
-        RelabelledView([read_pair(rows[4])], OverallGoal())[0]
+        RelabelledView([replace(tie, tie=False)], OverallGoal())[1]
 
 
 def test_scores_the_wrong_way_round_are_exchanged_and_counted() -> None:
     rows = scored_rows(3)
     rows[0]["score_chosen"], rows[0]["score_rejected"] = 2.0, 9.0
-    (pairs, report), encoder = encode("chatml", rows)
+    pairs, report, encoder = encode(make_tokenizer("chatml"), rows)
     assert sum(t.count for r, t in report.repaired.items() if "exchanged" in r) == 1
     example = pairs.example(0)
     assert example.rewards == (9.0, 2.0)
@@ -94,9 +97,9 @@ def test_scores_the_wrong_way_round_are_exchanged_and_counted() -> None:
 def test_scores_outside_the_declared_scale_stop_with_the_rows() -> None:
     rows = scored_rows(4)
     rows[2]["score_chosen"] = 55.0
-    with pytest.raises(DataError, match=r"from 1 to 10.*row 3 \(score_chosen = 55\)"):
-        encode("chatml", rows)
-    (_, report), _ = encode("chatml", rows, goal=OverallGoal(RewardScale(0, 100)))
+    with pytest.raises(DataError, match=r"from 1 to 10.*line 3, column score_chosen = 55"):
+        encode(make_tokenizer("chatml"), rows)
+    _, report, _ = encode(make_tokenizer("chatml"), rows, goal=OverallGoal(RewardScale(0, 100)))
     assert report.pairs == 4
 
 
@@ -113,45 +116,72 @@ def mend(row: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "column", "reason"),
     [
-        ("prompt", " ", "prompt", "non-empty"),
-        ("chosen", "text", "chosen", "list of messages"),
-        ("chosen", [], "chosen", "list of messages"),
-        ("chosen.-1.content", None, "chosen", "without text"),
-        ("chosen.-1.content", "  ", "chosen", "empty response"),
-        ("rejected.-1.role", "tool", "rejected", "role"),
-        ("rejected.-1.role", "user", "rejected", "alternate"),
-        ("rejected.0.content", "another question", "rejected", "different conversations"),
-        ("score_chosen", None, "score_chosen", "finite"),
+        ("prompt", " ", "prompt", "empty prompt"),
+        ("chosen", [], "chosen", "empty conversation"),
+        ("chosen.-1.content", None, "chosen[1].content", "null"),
+        ("chosen.-1.content", "  ", "chosen[1].content", "empty response"),
+        ("chosen.-1.content", "\u200b\u200d", "chosen[1].content", "empty response"),
+        ("chosen.-1.content", "a \ud800", "chosen[1].content", "surrogate"),
+        ("chosen.0.role", None, "chosen[0].role", "none of system, user"),
+        ("rejected.-1.role", "user", "rejected[1]", "out of order"),
+        ("rejected.0.content", "another question", "chosen[0], rejected[0]", "different conversations"),
+        ("score_chosen", None, "score_chosen", "null or empty"),
+        ("score_chosen", "", "score_chosen", "null or empty"),
         ("score_chosen", float("nan"), "score_chosen", "finite"),
         ("score_rejected", float("inf"), "score_rejected", "finite"),
-        ("score_rejected", True, "score_rejected", "finite"),
     ],
 )
-def test_a_bad_row_is_named_by_column_and_reason(path: str, value: Any, column: str, reason: str) -> None:
-    with pytest.raises(BadRow, match=reason) as caught:
-        read_pair(mend(scored_rows(1)[0], path, value))
-    assert caught.value.column == column
+def test_a_bad_row_is_dropped_by_column_and_reason(path: str, value: Any, column: str, reason: str) -> None:
+    pairs, report = pairs_of([mend(scored_rows(1)[0], path, value), *scored_rows(3)[1:]])
+    assert len(pairs) == 2
+    ((found, tally),) = report.dropped.items()
+    assert reason in found
+    assert tally.first.startswith(f"rows row 1, column {column}")
+    _, strict = pairs_of([mend(scored_rows(1)[0], path, value), *scored_rows(3)[1:]], bad_rows="error")
+    assert found in strict.faults
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "column"),
+    [
+        ("chosen", "text", "chosen"),
+        ("chosen", ["text"], "chosen[0]"),
+        ("rejected", {"role": "assistant", "content": "text"}, "rejected"),
+        ("score_chosen", "7.5", "score_chosen"),
+        ("score_rejected", True, "score_rejected"),
+        ("score_rejected", {"overall": 3}, "score_rejected"),
+    ],
+)
+def test_a_row_of_another_shape_is_a_fault_that_stops(path: str, value: Any, column: str) -> None:
+    rows = scored_rows(3)
+    _, report = pairs_of([*rows[1:], mend(rows[0], path, value)])
+    (tally,) = report.faults.values()
+    assert tally.first.startswith(f"rows row 3, column {column}")
+    with pytest.raises(DataError, match=column.split("[", maxsplit=1)[0]):
+        encode(make_tokenizer("chatml"), [*rows[1:], mend(rows[0], path, value)])
 
 
 def test_equal_responses_and_late_system_turns_are_bad() -> None:
     row = scored_rows(1)[0]
     same = copy.deepcopy(row)
     same["rejected"][-1]["content"] = same["chosen"][-1]["content"] + " "
-    with pytest.raises(BadRow, match="same text"):
-        read_pair(same)
-    row["chosen"].insert(1, {"role": "system", "content": "x"})
-    with pytest.raises(BadRow, match="system message after"):
-        read_pair(row)
+    for turns in (row["chosen"], row["rejected"]):
+        turns.insert(1, {"role": "system", "content": "x"})
+    pairs, report = pairs_of([same, row])
+    assert not pairs
+    assert any("same text" in reason for reason in report.dropped)
+    assert any("system message after" in reason for reason in report.dropped)
 
 
 def test_real_data_are_kept_and_dropped_as_described(real_pairs: Path) -> None:
-    rows = datasets.load_dataset(str(real_pairs), split="train")
+    table, report = stored_pairs(Source(str(real_pairs)), "train", Rules())
     encoder = Encoder(make_tokenizer("chatml"), OverallGoal(), 512)
-    pairs, report = encode_pairs(rows, encoder, source="real", split="train")
-    # 800 rows: 84 exact ties, 2 identical pairs, 1 blank response; one of the two identical pairs is a tie as well
+    pairs = encode_pairs(table, encoder, Relabelling(), report)
+    # 800 rows: 84 exact ties, 2 identical pairs, 1 blank response; one of the two identical pairs is a tie as well,
+    # and one chosen response is nothing but a zero-width blank
     assert report.read == 800
-    assert sum(tally.count for tally in report.dropped.values()) == 86
-    assert len(pairs) == 2 * 714
+    assert sum(tally.count for tally in report.dropped.values()) == 87
+    assert len(pairs) == 2 * 713
 
 
 def test_rows_that_need_repair_late_in_a_large_file_are_kept() -> None:
@@ -159,30 +189,31 @@ def test_rows_that_need_repair_late_in_a_large_file_are_kept() -> None:
     rows = scored_rows(260)
     rows[200]["chosen"][-1]["content"] += " <|im_end|>"
     rows[201]["score_chosen"] = rows[201]["score_rejected"] = 5.0
-    (pairs, report), _ = encode("chatml", rows)
+    pairs, report, _ = encode(make_tokenizer("chatml"), rows)
     assert (report.pairs, len(pairs)) == (259, 518)
     assert sum(tally.count for tally in report.repaired.values()) == 1
     for row in rows[:120]:
         row["score_chosen"] = row["score_rejected"] = 5.0
-    (pairs, report), _ = encode("chatml", rows)
+    pairs, report, _ = encode(make_tokenizer("chatml"), rows)
     assert report.pairs == 139
 
 
-def test_a_score_outside_the_scale_can_be_dropped_and_is_counted() -> None:
+def test_a_score_outside_the_scale_can_be_dropped_or_clipped_and_is_counted() -> None:
     rows = scored_rows(4)
     rows[2]["score_rejected"] = 0.0
-    encoder = Encoder(make_tokenizer("chatml"), OverallGoal(), 512)
-    table = datasets.Dataset.from_list(rows)
-    _, report = encode_pairs(table, encoder, source="rows", split="train", drop_outside=True)
-    assert report.pairs == 3
-    assert report.dropped["score outside the declared scale"].first == "row 3, column score_rejected"
+    pairs, report = pairs_of(rows, outside_scale="drop")
+    assert len(pairs) == 3
+    assert report.dropped["score outside the declared scale"].first == "rows row 3, column score_rejected, found 0.0"
+    pairs, report = pairs_of(rows, outside_scale="clip")
+    assert pairs[2].rewards == (rows[2]["score_chosen"], 1.0)
+    assert sum(tally.count for tally in report.repaired.values()) == 1
 
 
 def test_both_goals_cut_a_response_at_the_same_place() -> None:
     rows = scored_rows(1)
     rows[0]["score_chosen"], rows[0]["score_rejected"] = 10.0, 2.5  # "2.5" takes more tokens than "10"
     rows[0]["chosen"][-1]["content"] = "apple pear " * 40
-    (pairs, report), _ = encode("chatml", rows, max_length=110)
+    pairs, report, _ = encode(make_tokenizer("chatml"), rows, max_length=110)
     high, low = pairs.example(0), pairs.example(1)
     assert high.chosen_ids == low.rejected_ids
     assert report.truncated["end of the chosen response cut"].count == 1

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, pair_of
 from rap_lightning import cli
 from rap_lightning.preferences.goals import OverallGoal
-from rap_lightning.preferences.pairs import read_pair
 from rap_lightning.world import make_pairs, make_prompts, make_world, score
 from rap_lightning.world.data import GOAL_MESSAGE
 
@@ -45,7 +44,7 @@ def test_pairs_are_scored_by_the_rule_with_rare_top_scores_good_losers_and_bad_w
         for side in ("chosen", "rejected"):
             assert pair[f"score_{side}"] == score(pair["prompt"], pair[side][-1]["content"])  # type: ignore[literal-required]
         assert pair["score_chosen"] >= pair["score_rejected"]
-    usable = [read_pair(pair) for pair in pairs if pair["score_chosen"] > pair["score_rejected"]]
+    usable = [pair_of(pair) for pair in pairs if pair["score_chosen"] > pair["score_rejected"]]
     assert len(usable) > 800
     scores = Counter(reward for pair in usable for reward in pair.rewards)
     assert 0 < scores[10.0] / sum(scores.values()) < 0.1

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from rap_lightning.losses import DPO, Hinge, PreferenceLoss, SimPO
     from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference
     from rap_lightning.module import PreferenceModule
-    from rap_lightning.preferences.goals import GoalTemplate, OverallGoal, RewardScale
+    from rap_lightning.preferences.filters import Filters
+    from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
     from rap_lightning.preferences.relabel import RelabelledView, relabel
+    from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
+    from rap_lightning.preferences.select import AdjacentPairs, AllPairs, BestVsRandom, BestVsWorst, Selection
+    from rap_lightning.preferences.sources import Source
 
 _HOMES = {
     "PreferenceDataModule": "datamodule",
@@ -26,9 +30,19 @@ _HOMES = {
     "AdaptersOff": "models.reference",
     "Frozen": "models.reference",
     "NoReference": "models.reference",
+    "AttributeGoal": "preferences.goals",
     "GoalTemplate": "preferences.goals",
     "OverallGoal": "preferences.goals",
-    "RewardScale": "preferences.goals",
+    "LinearScale": "preferences.scales",
+    "QuantileScale": "preferences.scales",
+    "RewardScale": "preferences.scales",
+    "AdjacentPairs": "preferences.select",
+    "AllPairs": "preferences.select",
+    "BestVsRandom": "preferences.select",
+    "BestVsWorst": "preferences.select",
+    "Selection": "preferences.select",
+    "Filters": "preferences.filters",
+    "Source": "preferences.sources",
     "RelabelledView": "preferences.relabel",
     "relabel": "preferences.relabel",
 }
@@ -36,17 +50,27 @@ _HOMES = {
 __all__ = [
     "DPO",
     "AdaptersOff",
+    "AdjacentPairs",
+    "AllPairs",
+    "AttributeGoal",
+    "BestVsRandom",
+    "BestVsWorst",
+    "Filters",
     "Frozen",
     "GoalTemplate",
     "Hinge",
+    "LinearScale",
     "NoReference",
     "OverallGoal",
     "PreferenceDataModule",
     "PreferenceLoss",
     "PreferenceModule",
+    "QuantileScale",
     "RelabelledView",
     "RewardScale",
+    "Selection",
     "SimPO",
+    "Source",
     "relabel",
 ]
 

@@ -7,7 +7,7 @@ import sys
 from pickle import UnpicklingError
 
 from rap_lightning import __version__
-from rap_lightning.errors import UserError
+from rap_lightning.errors import DataError, UserError
 
 HELP = f"""rap-lightning {__version__}: reward-augmented preference alignment on Lightning
 
@@ -20,6 +20,12 @@ train and measure (configs stack; any option of a config can be given as a flag)
   test       the same, logged as test/...
   predict    generate at a goal:  rap-lightning predict --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt
 
+look at data (fast, no training):
+  inspect    what would be trained on, with counts, rewards, lengths and examples:
+                              rap-lightning inspect --source my-pairs/
+  relabel    write the relabelled data as parquet:
+                              rap-lightning relabel --source my-pairs/ --output relabelled/
+
 take away:
   export     a checkpoint as a Hugging Face folder:  rap-lightning export --checkpoint LAST.ckpt --output DIR
 
@@ -27,7 +33,7 @@ Useful everywhere: --print_config shows every option with its value; -c base.yam
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "export")
+COMMANDS = (*TRAINER_COMMANDS, "inspect", "relabel", "export")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -53,12 +59,8 @@ def main(args: list[str] | None = None) -> None:
             from rap_lightning.trainer_cli import run
 
             run(args)
-        else:
-            from jsonargparse import auto_cli
-
-            from rap_lightning.commands.export import export
-
-            auto_cli(export, args=args[1:], as_positional=False, prog="rap-lightning export")
+        elif code := _text_command(args):
+            sys.exit(code)
     except UserError as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
@@ -70,6 +72,30 @@ def main(args: list[str] | None = None) -> None:
         if not _is_lightnings_refusal(error):
             raise
         sys.exit(_fail(str(error)))
+
+
+def _text_command(args: list[str]) -> int:
+    """Run a command that needs no trainer; its modules are imported here, so that none pays for another."""
+    from rap_lightning.commands.options import run
+
+    name, rest = args[0], args[1:]
+    if name == "inspect":
+        from rap_lightning.commands.inspect import inspect
+
+        try:
+            return int(run(inspect, rest, name, flags=("json",)))
+        except DataError as error:
+            _fail(str(error))
+            return 1
+    if name == "relabel":
+        from rap_lightning.commands.relabel import relabel
+
+        run(relabel, rest, name)
+        return 0
+    from rap_lightning.commands.export import export
+
+    run(export, rest, name)
+    return 0
 
 
 def _is_lightnings_refusal(error: Exception) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import json
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,17 +15,27 @@ from rap_lightning.batches.dataset import EncodedPairs, encode_pairs
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.batches.layouts import LAYOUTS, Collate
 from rap_lightning.batches.loader import PairLoader
+from rap_lightning.batches.pair_encoder import PairEncoder
 from rap_lightning.batches.sampler import StepSampler
+from rap_lightning.batches.stream import StepShape, StreamedPairs, StreamLoader
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.generate import left_pad
+from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.pairs import BadRow, read_pair
+from rap_lightning.preferences.ingest import Rules, rewards_of
+from rap_lightning.preferences.mix import copies, stream_mixed
+from rap_lightning.preferences.pairs import BadRow
+from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.report import DataReport
-from rap_lightning.preferences.sources import load_split, splits_of
+from rap_lightning.preferences.select import Selection
+from rap_lightning.preferences.sources import Source, as_sources, splits_of
+from rap_lightning.preferences.stored import stored_pairs
 from rap_lightning.progress import batches_done
 
 VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
+FIRST_LOOK = 1000
+"""Pairs of a stream that are read before the model is loaded."""
 
 
 @dataclass
@@ -32,9 +43,9 @@ class Prompts:
     """What ``predict`` generates for.
 
     Args:
-        source: a parquet or json-lines file, folder or Hub id with the columns of a scored pair; by default the
-            validation split. Each distinct conversation is one prompt.
-        goal: the reward to ask for; by default the best of the goal template.
+        source: a file, folder or Hub id in any format that is read for training; by default the validation split. Each
+            distinct conversation is one prompt.
+        goal: the number to ask for, on the scale that goals state; by default the best of the goal template.
         limit: at most this many prompts.
     """
 
@@ -44,17 +55,35 @@ class Prompts:
 
 
 class PreferenceDataModule(pl.LightningDataModule):
-    """Reads scored pairs, relabels them as in the paper, tokenises and batches them.
+    """Reads scored preferences, relabels them as in the paper, tokenises and batches them.
 
     Every row that is dropped, repaired or truncated is counted in ``reports`` and printed with its reason.
 
     Args:
-        source: a parquet or json-lines file, a folder of them, or a Hub id, with the columns prompt, chosen, rejected
-            (message lists), score_chosen and score_rejected.
-        goal: how the goal reads in the prompt; null trains on the plain pairs, without goals (the usual DPO).
+        source: a parquet, arrow, json or json-lines file (text also compressed), a folder of them, or a Hub id; or a
+            list of sources with weights. How rows look is found by their columns: scored pairs, several scored
+            responses to a prompt, raw UltraFeedback, HelpSteer, ranked answers, ShareGPT.
+        goal: how the goal reads in the prompt; null trains on the plain pairs, without goals (the usual DPO), and needs
+            no scores.
+        relabel: both halves of each pair (the paper), the chosen or the rejected one only, none (plain pairs, chosen by
+            the same rules: the baseline), or half (both halves of a seeded half of the prompts: the paper's Half-RA).
+            By default both, and none where there is no goal.
+        keep_original: also train on each pair without a goal.
+        ties: a pair whose goals print the same: drop it, keep its chosen half only, or stop with an error.
+        selection: which pairs are made of several responses to a prompt; by default the best against a random other,
+            as in the paper (BestVsRandom; also BestVsWorst, AllPairs, AdjacentPairs).
+        filters: what is left out on purpose; each filter counts what it removes.
+        outside_scale: scores outside the goal's scale: stop with an error, drop such pairs or responses, or clip them.
+        bad_rows: rows that can't be used: drop and count them, or stop with an error.
+        format: of the rows: auto, pairs, completions, ultrafeedback, helpsteer, ranked, sharegpt, or the import path of
+            a function that makes one of these of a row.
+        columns: new names for columns, {theirs: ours}, as in {chosen_score: score_chosen}.
         train_split: name of the split to train on.
         val_split: name of the split to validate and test on; by default the first that exists of validation, valid,
             val, test_prefs, test. It is relabelled like the training split.
+        streaming: read the training split while training on it, for data larger than disk. Rows are looked at one by
+            one, so repeats and contradictions are not found; set trainer.max_steps.
+        shuffle_buffer: training pairs that a stream is shuffled among; by default 10,000.
         max_length: tokens of prompt and response together; longer ones are cut, and counted.
         max_prompt_length: a prompt is cut only where it and its longer response exceed max_length, and never below
             this many tokens; by default half of max_length. The goal is never cut.
@@ -62,51 +91,73 @@ class PreferenceDataModule(pl.LightningDataModule):
         batch_size: pairs per device in one forward pass. Pairs per optimizer step are batch_size times
             trainer.accumulate_grad_batches times the number of devices.
         num_workers: processes that prepare batches; 0 does it in the main process.
-        num_proc: processes that tokenise; by default one.
-        outside_scale: what to do with scores outside the goal's scale: stop with an error, or drop such pairs, counted.
-        seed: of the order in which pairs are seen.
+        num_proc: processes that read and tokenise; by default one.
+        seed: of the order in which pairs are seen, of the half that relabel half takes, and of what weights draw.
         predict: what ``predict`` generates for.
     """
 
     def __init__(
         self,
-        source: str,
+        source: str | list[Source],
         goal: GoalTemplate | None = OverallGoal(),  # noqa: B008 (immutable; jsonargparse wants an instance)
+        relabel: Mode | None = None,
+        keep_original: bool = False,
+        ties: Literal["drop", "chosen", "error"] = "drop",
+        selection: Selection | None = None,
+        filters: Filters = Filters(),  # noqa: B008
+        outside_scale: Literal["error", "drop", "clip"] = "error",
+        bad_rows: Literal["drop", "error"] = "drop",
+        format: str = "auto",
+        columns: dict[str, str] | None = None,
         train_split: str = "train",
         val_split: str | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int | None = None,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         layout: Literal["auto", "padded"] = "auto",
         batch_size: int = 4,
         num_workers: int = 0,
         num_proc: int | None = None,
-        outside_scale: Literal["error", "drop"] = "error",
         seed: int = 42,
         predict: Prompts = Prompts(),  # noqa: B008
     ) -> None:
         super().__init__()
-        least: dict[str, tuple[int | None, int]] = {
-            "max_length": (max_length, 1), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0),
-            "num_proc": (num_proc, 1), "predict.limit": (predict.limit, 1),
+        least = {
+            "batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "num_proc": (num_proc, 1),
+            "predict.limit": (predict.limit, 1), "shuffle_buffer": (shuffle_buffer, 1),
         }  # fmt: skip
         for name, (value, lowest) in least.items():
             if value is not None and value < lowest:
                 raise ConfigError(f"--data.{name} must be at least {lowest}, found {value}")
-        if goal is None and outside_scale != "error":
-            raise ConfigError("--data.outside_scale has no effect with --data.goal null; remove one of the two.")
+        if shuffle_buffer is not None and not streaming:
+            raise ConfigError("--data.shuffle_buffer has no effect without --data.streaming true; remove it.")
+        if streaming and goal is not None and goal.scale.needs_fit:
+            raise ConfigError(
+                f"--data.goal.scale: {type(goal.scale).__name__} is fitted on the training split, which a stream shows "
+                "only once. Give its numbers (rap-lightning inspect prints those of a sample)."
+            )
+        if streaming and filters.repeats == "drop":
+            raise ConfigError("--data.filters.repeats drop has no effect on a stream, whose rows are read one by one.")
         if goal is None and predict.goal is not None:
             raise ConfigError("--data.predict.goal has no effect with --data.goal null; remove one of the two.")
-        if goal is not None and predict.goal is not None and predict.goal not in goal.scale:
+        if goal is not None and predict.goal is not None and not goal.scale.low <= predict.goal <= goal.scale.high:
             scale = f"the scale from {goal.scale.low:g} to {goal.scale.high:g}"
             raise ConfigError(f"--data.predict.goal must lie on {scale}, found {predict.goal:g}")
-        self.source, self.goal = source, goal
+        self.sources, self.goal = as_sources(source), goal
+        mode: Mode = relabel if relabel is not None else "both" if goal is not None else "none"
+        self.relabelling = Relabelling(mode, keep_original, seed)
+        self.rules = Rules(
+            goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns=True
+        )
         self.train_split, self.val_split = train_split, val_split
+        self.streaming, self.shuffle_buffer = streaming, 10_000 if shuffle_buffer is None else shuffle_buffer
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.layout = "padded" if layout == "auto" else layout
         assert self.layout in LAYOUTS
         self.batch_size, self.num_workers, self.num_proc, self.seed = batch_size, num_workers, num_proc, seed
-        self.predict, self.outside_scale = predict, outside_scale
-        self.reports: dict[str, DataReport] = {}
+        self.predict = predict
+        self.reports: dict[str, list[DataReport]] = {}
         self._pairs: dict[str, EncodedPairs] = {}
         self._encoder: Encoder | None = None
         self._prompts: list[tuple[list[int], dict[str, Any]]] = []
@@ -134,44 +185,100 @@ class PreferenceDataModule(pl.LightningDataModule):
         """Fill the on-disk cache once per machine, before the other processes read it."""
         stage = str(self.trainer.state.fn.value) if self.trainer is not None and self.trainer.state.fn else "fit"
         wanted = {"fit": {self.train_split, self.validation_split()}, "predict": set()}
+        self._fit_scale()
         for split in wanted.get(stage, {self.validation_split()}) - {None}:
-            self._encode(str(split))
+            if not (self.streaming and split == self.train_split):
+                self._encode(str(split))
 
     def setup(self, stage: str) -> None:
         """Load what the stage needs; raises DataError with what is wrong before any model is loaded."""
+        self._fit_scale()
         if stage == "predict":
             self._prompts = self._load_prompts()
             return
         validation = self.validation_split()
         if stage in ("validate", "test") and validation is None:
-            raise DataError(f"{self.source} has no split to {stage} on. Name one with --data.val_split.")
+            raise DataError(f"{self._named()} has no split to {stage} on. Name one with --data.val_split.")
         names = [self.train_split, validation] if stage == "fit" else [validation]
         for name in names:
-            if name is not None and name not in self._pairs:
+            if name is None or name in self.reports:
+                continue
+            if self.streaming and name == self.train_split:
+                self.reports[name] = [self._first_look()]
+            else:
                 self._pairs[name], self.reports[name] = self._encode(name)
-                rank_zero_info("\n".join(self.reports[name].lines()))
+            rank_zero_info("\n".join(line for report in self.reports[name] for line in report.lines()))
         if stage == "fit" and validation is None:
-            rank_zero_info(f"no validation: {self.source} has no split named {', '.join(VALIDATION_NAMES)}")
+            rank_zero_info(f"no validation: {self._named()} has no split named {', '.join(VALIDATION_NAMES)}")
 
     def validation_split(self) -> str | None:
         """The split to validate on: the one named, else the first usual name that exists, else none."""
         if self.val_split is not None:
             return self.val_split
-        available = splits_of(self.source)
+        available = {name for source in self.sources for name in splits_of(source)}
         return next((n for n in VALIDATION_NAMES if n in available and n != self.train_split), None)
 
-    def _encode(self, split: str) -> tuple[EncodedPairs, DataReport]:
-        rows = load_split(self.source, split)
-        return encode_pairs(
-            rows, self.encoder, source=self.source, split=split, num_proc=self.num_proc,
-            drop_outside=self.outside_scale == "drop",
-        )  # fmt: skip
+    def _named(self) -> str:
+        return ", ".join(source.path for source in self.sources)
+
+    def _having(self, split: str) -> list[Source]:
+        """The sources that have a split; all of them must have the one that is trained on."""
+        if split == self.train_split or len(self.sources) == 1:
+            return self.sources
+        return [source for source in self.sources if source.split is None and split in splits_of(source)]
+
+    def _fit_scale(self) -> None:
+        """Take a scale's open numbers from the training split."""
+        if self.goal is None or not self.goal.scale.needs_fit:
+            return
+        parts = [rewards_of(s, self.train_split, self.rules, num_proc=self.num_proc) for s in self.sources]
+        self.goal.scale.fit([reward for part in parts for reward in part])
+        rank_zero_info(f"scale fitted on the training split: {self.goal.scale}")
+
+    def _encode(self, split: str) -> tuple[EncodedPairs, list[DataReport]]:
+        """The encoded pairs of all sources that have the split, each as often as its weight says."""
+        from datasets import concatenate_datasets
+
+        parts, reports = [], []
+        for source in self._having(split):
+            table, report = stored_pairs(source, split, self.rules, num_proc=self.num_proc)
+            encoded = encode_pairs(table, self.encoder, self.relabelling, report, num_proc=self.num_proc)
+            parts.append((encoded.table, encoded.index.pairs, source.weight if split == self.train_split else 1.0))
+            reports.append(report)
+        if len(parts) == 1 and parts[0][2] == 1.0:
+            return encoded, reports
+        untied, tied = [], []
+        for table, pairs, weight in parts:
+            ids = table["pair_id"]
+            times = [copies(ids[row], weight, self.seed) for row in range(len(table))]
+            untied.append(table.select([row for row in range(pairs) for _ in range(times[row])]))
+            tied.append(table.select([row for row in range(pairs, len(table)) for _ in range(times[row])]))
+        whole = concatenate_datasets([*untied, *tied])
+        if len(whole) == 0:
+            raise DataError(f"{self._named()} (split {split}): the weights leave no pair.")
+        rank_zero_info(f"{split}: {len(whole):,} scored pairs an epoch, by the weights of {len(parts)} sources")
+        return EncodedPairs(whole, self.relabelling, self.max_length, sum(map(len, tied))), reports
+
+    def _first_look(self) -> DataReport:
+        """Read and encode the beginning of the stream, so that most faults show before the model is loaded."""
+        report = DataReport(self._named(), f"{self.train_split} (first {FIRST_LOOK:,} pairs of the stream)")
+        stream = stream_mixed(self.sources, self.train_split, self.rules, report, self.seed)
+        pairs = list(islice(stream, FIRST_LOOK))
+        rows = PairEncoder(self.encoder, self.relabelling)(pairs)
+        for row in rows:
+            if row["dropped"]:
+                report.note("dropped", row["dropped"], row["place"], row["column"])
+        if all(row["dropped"] for row in rows):
+            raise DataError(
+                "\n".join([f"{self._named()}: no pair of the first {FIRST_LOOK:,} is left.", *report.lines()])
+            )
+        return report
 
     # -- loaders --------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> PairLoader:
+    def train_dataloader(self) -> PairLoader | StreamLoader:
         """Shuffled; the whole split once per epoch, however many devices share it."""
-        return self._loader(self.train_split, shuffle=True)
+        return self._stream_loader() if self.streaming else self._loader(self.train_split, shuffle=True)
 
     def val_dataloader(self) -> PairLoader | list[Any]:
         """In order; nothing if there is no validation split."""
@@ -212,6 +319,24 @@ class PreferenceDataModule(pl.LightningDataModule):
         collate = Collate(self.layout, self.pad_id)
         return PairLoader(pairs, sampler, collate, skip, num_workers=self.num_workers)
 
+    def _stream_loader(self) -> StreamLoader:
+        trainer = self.trainer
+        shape = StepShape(
+            self.batch_size,
+            accumulate=trainer.accumulate_grad_batches if trainer is not None else 1,
+            num_replicas=trainer.world_size if trainer is not None else 1,
+            rank=trainer.global_rank if trainer is not None else 0,
+        )
+        stream = StreamedPairs(
+            self.sources, self.train_split, self.rules, PairEncoder(self.encoder, self.relabelling), shape,
+            buffer=self.shuffle_buffer, seed=self.seed, max_length=self.max_length,
+        )  # fmt: skip
+
+        def position() -> tuple[int, int]:
+            return (trainer.current_epoch, batches_done(trainer)) if trainer is not None else (0, 0)
+
+        return StreamLoader(stream, Collate(self.layout, self.pad_id), position, num_workers=self.num_workers)
+
     @property
     def pad_id(self) -> int:
         """What padding is made of; masked, so any id would do."""
@@ -227,36 +352,37 @@ class PreferenceDataModule(pl.LightningDataModule):
             BadRow: the chat template refuses a conversation.
         """
         encoder = self.encoder
+        text = None
+        if self.goal is not None and goal is not None:
+            text = self.goal.text(goal, self.goal.best_attributes)
         room = encoder.max_length - encoder.max_prompt_length
-        prompts = [encoder.fit(encoder.prompt(history, goal, Notes()), history, room) for history in histories]
+        prompts = [encoder.fit(encoder.prompt(history, text, Notes()), history, room) for history in histories]
         if cut := sum(prompt.cut > 0 for prompt in prompts):
             rank_zero_info(f"{cut:,} of {len(prompts):,} prompts cut to {encoder.max_prompt_length} tokens, goal kept")
         return [prompt.ids for prompt in prompts]
 
     def histories(self, split: str | None = None, source: str | None = None) -> list[Any]:
-        """The distinct conversations of a split, in order; bad rows are left out and counted."""
-        source = source or self.source
-        rows = load_split(source, split or self.validation_split() or self.train_split)
+        """The distinct conversations of a split, in order; rows that can't be used are left out and counted."""
+        plain = replace(
+            self.rules, goal=None, relabelling=Relabelling("none"), ties="drop", outside_scale="error",
+            filters=Filters(), selection=None, tool_turns=False,
+        )  # fmt: skip
+        name = split or self.validation_split() or self.train_split
         seen: dict[str, Any] = {}
-        dropped = 0
-        for row in rows:
-            try:
-                history = read_pair(row).history
-            except BadRow:
-                dropped += 1
-                continue
-            seen.setdefault(repr(history), history)
-        if dropped:
-            rank_zero_info(f"{source}: {dropped:,} of {len(rows):,} rows left out: not usable as pairs")
-        if not seen:
-            raise DataError(f"{source}: no usable prompt among {len(rows):,} rows.")
-        return list(seen.values())
+        for one in [Source(source)] if source is not None else self._having(name):
+            table, report = stored_pairs(one, name, plain, num_proc=self.num_proc)
+            if report.dropped:
+                rank_zero_info("\n".join(report.lines()))
+            for row in table.select_columns(["history"]):
+                seen.setdefault(row["history"], None)
+        return [json.loads(history) for history in seen]
 
     def _load_prompts(self) -> list[tuple[list[int], dict[str, Any]]]:
         source = self.predict.source
         split = None
-        if source is not None and Path(source).is_file():
-            split = "train"
+        if source is not None:
+            available = splits_of(Source(source))
+            split = next((n for n in (*VALIDATION_NAMES, self.train_split) if n in available), available[0])
         histories = self.histories(split, source)[: self.predict.limit]
         goal = None
         if self.goal is not None:
@@ -266,4 +392,4 @@ class PreferenceDataModule(pl.LightningDataModule):
         try:
             return list(zip(self.encode_prompts(histories, goal), records, strict=True))
         except BadRow as problem:
-            raise DataError(f"{source or self.source}: a prompt can't be written: {problem.reason}") from problem
+            raise DataError(f"{source or self._named()}: a prompt can't be written: {problem.reason}") from problem

@@ -1,6 +1,6 @@
 """Scored pairs, encoded once, seen as training pairs.
 
-Each original pair is one row of an Arrow table with the prompt under either goal and both responses; training pairs are
+Each scored pair is one row of an Arrow table with its prompts under either goal and both responses; training pairs are
 found by index arithmetic over it (rap_lightning.preferences.relabel).
 """
 
@@ -12,15 +12,15 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from rap_lightning.batches.encode import Encoder, Notes
+from rap_lightning.batches.encode import Encoder
+from rap_lightning.batches.pair_encoder import FORMAT, PairEncoder, features, note_encoding
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.errors import DataError
-from rap_lightning.preferences.pairs import BadRow, read_pair
-from rap_lightning.preferences.relabel import UNCONDITIONED, halves, is_tie, locate
+from rap_lightning.preferences.relabel import REJECTED_GOAL, UNCONDITIONED, Relabelling, TrainingIndex
 from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.stored import as_pair
 
-FORMAT = 2  # part of the cache key: raise it when the columns below or the encoding change
-EXCHANGED = "score_chosen below score_rejected, exchanged so that the higher reward wins"
+ROWS = 250  # encoded at a time
 
 
 @dataclass(frozen=True)
@@ -37,173 +37,94 @@ class Example:
 
 
 class EncodedPairs(Dataset[Any]):
-    """2N training pairs (N without a goal) over a table of N encoded pairs."""
+    """The training pairs over a table of encoded scored pairs, those that tie last.
 
-    def __init__(self, table: Any, conditioned: bool, max_length: int) -> None:
-        self.table, self.conditioned, self.max_length = table, conditioned, max_length
+    Args:
+        table: a ``datasets.Dataset`` with the columns of :func:`features`.
+        relabelling: what each scored pair becomes.
+        max_length: tokens of prompt and response together.
+        ties: how many of the last rows tie.
+    """
+
+    def __init__(self, table: Any, relabelling: Relabelling, max_length: int, ties: int = 0) -> None:
+        self.table, self.relabelling, self.max_length = table, relabelling, max_length
+        self.index = TrainingIndex(len(table) - ties, ties, relabelling)
 
     def __len__(self) -> int:
-        return len(self.table) * halves(self.conditioned)
+        return len(self.index)
 
     def example(self, index: int) -> Example:
-        """Training pair ``index``; responses are cut so that prompt and response fit ``max_length``."""
-        row, half = locate(index, self.conditioned)
-        pair = self.table[row]
-        prompt = pair["prompt_ids"][half]
-        room = self.max_length - max(map(len, pair["prompt_ids"]))  # the same under both goals, so cuts are too
-        chosen, rejected = (pair["response_ids"][which][:room] for which in (half, 1 - half))
-        return Example(
-            pair_id=pair["pair_id"],
-            origin=half if self.conditioned else UNCONDITIONED,
-            goal=pair["goals"][half] if self.conditioned else None,
-            rewards=(pair["rewards"][half], pair["rewards"][1 - half]),
-            prompt_ids=prompt,
-            chosen_ids=chosen,
-            rejected_ids=rejected,
-        )
+        """Training pair ``index``."""
+        row, origin = self.index[index]
+        return example_of(self.table[row], origin, self.relabelling, self.max_length)
 
     def __getitem__(self, plan: BatchPlan) -> tuple[BatchPlan, list[Example]]:
         """The examples of a whole batch: the sampler plans batches, not rows."""
         return plan, [self.example(index) for index in plan.indices]
 
 
+def example_of(row: dict[str, Any], origin: int, relabelling: Relabelling, max_length: int) -> Example:
+    """A training pair of an encoded row; responses are cut so that prompt and response fit ``max_length``."""
+    half = 1 if origin == REJECTED_GOAL else 0
+    prompts = row["prompt_ids"]
+    room = max_length - max(map(len, prompts))  # the same under every goal, so that cuts are too
+    chosen, rejected = (row["response_ids"][which][:room] for which in (half, 1 - half))
+    rewards = row["rewards"]
+    return Example(
+        pair_id=row["pair_id"],
+        origin=origin,
+        goal=None if origin == UNCONDITIONED else row["goals"][half],
+        rewards=(rewards[half], rewards[1 - half]),
+        prompt_ids=prompts[relabelling.origins.index(origin)],
+        chosen_ids=chosen,
+        rejected_ids=rejected,
+    )
+
+
 def encode_pairs(
-    rows: Any, encoder: Encoder, *, source: str, split: str, num_proc: int | None = None, drop_outside: bool = False
-) -> tuple[EncodedPairs, DataReport]:
-    """Validate, relabel and tokenise the rows of a scored-pairs table, with progress, cached by content.
+    pairs: Any, encoder: Encoder, relabelling: Relabelling, report: DataReport, *, num_proc: int | None = None
+) -> EncodedPairs:
+    """Tokenise scored pairs, with progress, cached by content.
 
     Args:
-        rows: a ``datasets.Dataset`` with the columns of a scored pair.
-        encoder: renders and tokenises; its goal template's scale is what scores must lie in.
-        source, split: for the report.
+        pairs: a table of scored pairs (rap_lightning.preferences.stored).
+        encoder: renders and tokenises.
+        relabelling: what each pair becomes.
+        report: gets what was repaired, truncated or dropped here, and the final counts.
         num_proc: processes that share the work.
-        drop_outside: drop pairs with a score outside the declared scale instead of stopping.
 
     Raises:
-        DataError: a score outside the declared scale (unless dropped), or no usable row.
+        DataError: no pair can be encoded.
     """
-    goal = encoder.goal
-    table = rows.map(
+    table = pairs.map(
         _encode_rows,
         batched=True,
-        batch_size=100,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=_features(),
-        fn_kwargs={"encoder": encoder},
+        batch_size=ROWS,
+        remove_columns=pairs.column_names,
+        features=features(),
+        fn_kwargs={"encode": PairEncoder(encoder, relabelling)},
         num_proc=num_proc,
-        new_fingerprint=f"{rows._fingerprint}-{encoder.key()}-{FORMAT}",
-        desc=f"encoding {split}",
+        new_fingerprint=f"{pairs._fingerprint}-{encoder.key()}-{FORMAT}",
+        desc=f"encoding {report.split}",
     )
-    report = DataReport(source, split, read=len(rows))
-    keep = []
-    outside: list[str] = []
-    facts = table.select_columns(["dropped", "column", "repaired", "cut_prompt", "cut_response", "outside"])
+    keep: list[int] = []
+    ties: list[int] = []
+    facts = table.select_columns(["place", "dropped", "column", "repaired", "cut_prompt", "cut_response", "tie"])
     for index, row in enumerate(facts):
-        number = index + 1
-        if row["outside"] and drop_outside:
-            report.note(report.dropped, "score outside the declared scale", number, row["column"])
-        elif row["outside"]:
-            outside.append(f"row {number} ({row['column']} = {row['outside']})")
-        elif row["dropped"]:
-            report.note(report.dropped, row["dropped"], number, row["column"])
-        else:
-            keep.append(index)
-            for reason in row["repaired"]:
-                report.note(report.repaired, reason, number, "chosen, rejected or prompt")
-            if row["cut_prompt"]:
-                report.note(report.truncated, "prompt text cut, goal kept", number, "prompt")
-            for half, cut in enumerate(row["cut_response"]):
-                if cut:
-                    name = ("chosen", "rejected")[half]
-                    report.note(report.truncated, f"end of the {name} response cut", number, name)
-    if outside and goal is not None:
-        shown = "; ".join(outside[:5]) + ("; ..." if len(outside) > 5 else "")
+        note_encoding(row, report)
+        if not row["dropped"]:
+            (ties if row["tie"] else keep).append(index)
+    if not keep and not ties:
         raise DataError(
-            f"{source} (split {split}): expected scores from {goal.scale.low:g} to {goal.scale.high:g}, the declared "
-            f"scale; found {len(outside):,} rows outside: {shown}. Set --data.goal.scale.low and .high to the judge's "
-            "scale, mend the scores, or drop such pairs with --data.outside_scale drop."
+            f"{report.source} (split {report.split}): no pair is left to train on.\n" + "\n".join(report.lines())
         )
-    if not keep:
-        reasons = "\n".join(report.lines())
-        raise DataError(f"{source} (split {split}): no row is left to train on.\n{reasons}")
-    pairs = EncodedPairs(table.select(keep), goal is not None, encoder.max_length)
-    report.pairs, report.relabelled = len(keep), len(pairs)
-    return pairs, report
+    encoded = EncodedPairs(table.select(keep + ties), relabelling, encoder.max_length, len(ties))
+    report.pairs, report.relabelled = len(keep) + len(ties), len(encoded)
+    return encoded
 
 
-def _encode_rows(batch: dict[str, list[Any]], indices: list[int], encoder: Encoder) -> dict[str, list[Any]]:
-    columns = list(batch)
-    encoded = [_encode_row({name: batch[name][i] for name in columns}, encoder) for i in range(len(indices))]
-    return {name: [row[name] for row in encoded] for name in encoded[0]}
-
-
-def _encode_row(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
-    try:
-        return _encoded(row, encoder)
-    except BadRow as problem:
-        return _result(dropped=problem.reason, column=problem.column)
-
-
-def _encoded(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
-    pair, goal, notes = read_pair(row), encoder.goal, Notes()
-    if goal is not None:
-        for reward in pair.rewards:
-            if reward not in goal.scale:
-                column = "score_chosen" if row["score_chosen"] == reward else "score_rejected"
-                return _result(outside=f"{reward:g}", column=column)
-        if is_tie(pair, goal):
-            reason = "tie: both scores print as the same goal" + (
-                "" if pair.rewards[0] != pair.rewards[1] else " (equal)"
-            )
-            return _result(dropped=reason, column="score_rejected")
-    goals: list[float | None] = list(pair.rewards) if goal is not None else [None]
-    whole = [encoder.prompt(pair.history, reward, notes) for reward in goals]
-    columns = ("rejected", "chosen") if pair.exchanged else ("chosen", "rejected")
-    responses = [
-        encoder.response(whole[0], text, notes, column) for text, column in zip(pair.responses, columns, strict=True)
-    ]
-    longest = max(map(len, responses))
-    prompts = [encoder.fit(prompt, pair.history, longest) for prompt in whole]
-    room = encoder.max_length - max(len(prompt.ids) for prompt in prompts)
-    if pair.exchanged:
-        notes.repaired.append(EXCHANGED)
-    return _result(
-        pair_id=pair.id,
-        rewards=list(pair.rewards),
-        goals=[goal.printed(reward) for reward in pair.rewards] if goal is not None else [],
-        prompt_ids=[prompt.ids for prompt in prompts],
-        response_ids=responses,
-        repaired=sorted(set(notes.repaired)),
-        cut_prompt=max(prompt.cut for prompt in prompts),
-        cut_response=[max(0, len(ids) - room) for ids in responses],
-    )
-
-
-def _features() -> Any:
-    """The columns of an encoded row. Left to be guessed, a column that is empty at first would refuse later values."""
-    from datasets import Features, List, Value
-
-    ids = List(List(Value("int32")))
-    return Features(
-        pair_id=Value("string"), rewards=List(Value("float64")), goals=List(Value("string")), prompt_ids=ids,
-        response_ids=ids, dropped=Value("string"), column=Value("string"), outside=Value("string"),
-        repaired=List(Value("string")), cut_prompt=Value("int64"), cut_response=List(Value("int64")),
-    )  # fmt: skip
-
-
-def _result(**values: Any) -> dict[str, Any]:
-    empty: dict[str, Any] = {
-        "pair_id": "",
-        "rewards": [],
-        "goals": [],
-        "prompt_ids": [],
-        "response_ids": [],
-        "dropped": "",
-        "column": "",
-        "outside": "",
-        "repaired": [],
-        "cut_prompt": 0,
-        "cut_response": [],
-    }
-    return empty | values
+def _encode_rows(batch: dict[str, list[Any]], encode: PairEncoder) -> dict[str, list[Any]]:
+    names = list(batch)
+    pairs = [as_pair(dict(zip(names, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    rows = encode(pairs)
+    return {name: [row[name] for row in rows] for name in rows[0]}

@@ -50,6 +50,7 @@ class EncodedPrompt:
     messages: list[Message]
     goal_text: str | None = None
     cut: int = 0
+    tools: Any = None
 
 
 class Encoder:
@@ -97,6 +98,14 @@ class Encoder:
         added = self.tokenizer.added_tokens_decoder.items()
         return {t.content: i for i, t in added if len(t.content) > 1 and (t.special or t.content in probe)}
 
+    def imitates(self, text: str) -> bool:
+        """Whether text from the data reads like a control token somewhere."""
+        return self._special_pattern.search(text) is not None
+
+    def split_at_control_tokens(self, text: str) -> list[str]:
+        """Rendered text in pieces: control tokens, and what stands between them."""
+        return self._special_pattern.split(text)
+
     def key(self) -> str:
         """Digest of everything that changes the ids."""
         parts = {
@@ -109,17 +118,26 @@ class Encoder:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def prompt(self, history: Sequence[Message], reward: float | None, notes: Notes) -> EncodedPrompt:
-        """The conversation up to and including the generation prompt, asking for ``reward`` (``None``: no goal).
+    def prompt(
+        self, history: Sequence[Message], goal_text: str | None, notes: Notes, tools: str | None = None
+    ) -> EncodedPrompt:
+        """The conversation up to and including the generation prompt.
+
+        Args:
+            history: the turns before the response.
+            goal_text: what the goal template says; ``None`` for a plain conversation.
+            notes: gets what was repaired.
+            tools: the tools the conversation may call, as JSON.
 
         Raises:
-            BadRow: the chat template refuses the conversation.
+            BadRow: the chat template refuses the conversation, or leaves tools out of it.
         """
-        goal_text = self.goal.text(reward) if self.goal is not None and reward is not None else None
         messages = with_goal(history, goal_text, self.placement, system_shown=self.system_shown)
         safe = self._safe(messages, notes, "prompt")
-        text = self._render(safe, "prompt", generation_prompt=True)
-        return EncodedPrompt(self._ids(text), text, safe, goal_text)
+        tool_list = json.loads(tools) if tools is not None else None
+        text = self._render(safe, "prompt", generation_prompt=True, tools=tool_list)
+        self._check_tools(history, tool_list, text)
+        return EncodedPrompt(self._ids(text), text, safe, goal_text, tools=tool_list)
 
     def fit(self, prompt: EncodedPrompt, history: Sequence[Message], room_for: int) -> EncodedPrompt:
         """The prompt, cut where it must be so that ``room_for`` response tokens follow within ``max_length``.
@@ -142,7 +160,7 @@ class Encoder:
             BadRow: the template does not write the prompt as a prefix of prompt and response.
         """
         answer = self._safe([{"role": "assistant", "content": text}], notes, column)
-        whole_text = self._render(prompt.messages + answer, column, generation_prompt=False)
+        whole_text = self._render(prompt.messages + answer, column, generation_prompt=False, tools=prompt.tools)
         if not whole_text.startswith(prompt.text):
             raise BadRow(column, "the chat template does not write the prompt as a prefix of prompt and response")
         tail = whole_text[len(prompt.text) :]
@@ -162,16 +180,30 @@ class Encoder:
 
     # -- text -----------------------------------------------------------------------------------------------------
 
-    def _render(self, messages: Sequence[Message], column: str, *, generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], column: str, *, generation_prompt: bool, tools: Any = None) -> str:
         try:
-            return render(self.tokenizer, messages, generation_prompt=generation_prompt)
+            return render(self.tokenizer, messages, generation_prompt=generation_prompt, tools=tools)
         except Exception as error:  # templates refuse conversations with whatever jinja error their author raised
             raise BadRow(column, f"the chat template refuses the conversation: {error}") from error
+
+    def _check_tools(self, history: Sequence[Message], tools: Any, text: str) -> None:
+        """Raise BadRow where the template leaves out a tool, a call or what it returned."""
+        wanted = [tool.get("function", tool).get("name", "") for tool in tools or [] if isinstance(tool, dict)]
+        for turn in history:
+            wanted += [call.get("function", call).get("name", "") for call in turn.get("tool_calls") or []]
+            if turn["role"] == "tool":
+                wanted.append(turn["content"].strip())
+        if any(self._special_pattern.sub(lambda m: m[0][0] + MARK + m[0][1:], part) not in text for part in wanted):
+            raise BadRow("prompt", "tools or tool calls that the chat template does not write")
 
     def _safe(self, messages: Sequence[Message], notes: Notes, column: str) -> list[Message]:
         """The messages with a mark inside whatever reads like a control token."""
         safe = []
         for turn in messages:
+            if turn.get("tool_calls") and self._special_pattern.search(
+                json.dumps(turn["tool_calls"], ensure_ascii=False)
+            ):
+                raise BadRow(column, "a tool call with text that imitates a control token")
             if found := RESERVED.search(turn["content"]):
                 raise BadRow(column, f"text holds the Unicode noncharacter U+{ord(found[0]):04X}")
             content, count = self._special_pattern.subn(lambda m: m[0][0] + MARK + m[0][1:], turn["content"])
@@ -238,10 +270,13 @@ class Encoder:
             bracketed = []
             for turn in history:
                 content = turn["content"].strip() if strip else turn["content"]
+                if turn.get("tool_calls") and not content:
+                    bracketed.append(turn)
+                    continue
                 opening = OPEN_SYSTEM if turn["role"] == "system" else OPEN
                 bracketed.append({**turn, "content": opening + content + CLOSE})
             messages = with_goal(bracketed, prompt.goal_text, self.placement, system_shown=self.system_shown)
-            text = self._render(messages, "prompt", generation_prompt=True)
+            text = self._render(messages, "prompt", generation_prompt=True, tools=prompt.tools)
             if re.sub(f"[{OPEN}{OPEN_SYSTEM}{CLOSE}]", "", text) == plain:
                 break
         else:

@@ -12,9 +12,12 @@ from rap_lightning.preferences.pairs import Message
 SEPARATOR = "\n\n"  # between the goal and what follows it in the same turn
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
-    """The conversation as text, by the tokenizer's own chat template."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = False, tools: Any = None) -> str:
+    """The conversation as text, by the tokenizer's own chat template; ``tools`` is a list of tools it may call."""
+    options = {} if tools is None else {"tools": tools}
+    text = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=generation_prompt, **options
+    )
     return str(text)
 
 

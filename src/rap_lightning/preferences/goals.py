@@ -3,79 +3,68 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.scales import RewardScale
 
 Placement = Literal["auto", "system", "user"]
-
-
-@dataclass(frozen=True)
-class RewardScale:
-    """The judge's scale.
-
-    Args:
-        low: the lowest reward the judge can give.
-        high: the highest; the goal asked for at inference.
-        decimals: goals are printed with at most this many decimals, without trailing zeros ("7.5", "8").
-    """
-
-    low: float = 1.0
-    high: float = 10.0
-    decimals: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise ConfigError(f"reward scale: low must be below high, found low={self.low}, high={self.high}")
-        if not 0 <= self.decimals <= 6:
-            raise ConfigError(f"reward scale: decimals must be from 0 to 6, found {self.decimals}")
-
-    def __contains__(self, reward: float) -> bool:
-        return self.low <= reward <= self.high
-
-    def printed(self, reward: float) -> str:
-        """The reward as the prompt states it.
-
-        >>> RewardScale().printed(8.0), RewardScale().printed(7.46)
-        ('8', '7.5')
-        """
-        text = f"{reward:.{self.decimals}f}"
-        text = text.rstrip("0").rstrip(".") if "." in text else text
-        return "0" if text == "-0" else text
 
 
 class GoalTemplate(ABC):
     """How a goal reads. Subclass it and name the class by import path: ``--data.goal my_pkg.MyGoal``.
 
     Args:
-        scale: the judge's scale.
+        scale: the judge's scale, and the numbers that goals state.
         placement: ``system`` writes the goal as the system message, ``user`` before the first user turn, and ``auto``
             picks ``system`` where the chat template shows a system message, found by rendering one.
     """
 
-    def __init__(self, scale: RewardScale = RewardScale(), placement: Placement = "auto") -> None:
+    attributes: tuple[str, ...] = ()
+    """Names of further rewards that each response must have, in the order in which :meth:`text` gets them."""
+
+    def __init__(self, scale: RewardScale = RewardScale(), placement: Placement = "auto") -> None:  # noqa: B008
         self.scale, self.placement = scale, placement
 
     @abstractmethod
-    def text(self, reward: float) -> str:
-        """The text that asks for ``reward``."""
+    def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
+        """The text that asks for ``goal``, a number on the scale that goals state, and for attributes likewise."""
+
+    def goal_of(self, reward: float, attributes: Sequence[float] = ()) -> tuple[float, tuple[float, ...]]:
+        """The goal under which a response with these rewards is the right answer."""
+        return self.scale.goal(reward), tuple(attributes)
 
     @property
     def best(self) -> float:
         """The goal to ask for at inference: the top of the scale."""
         return self.scale.high
 
-    def printed(self, reward: float) -> str:
-        """The reward as the text states it; two rewards that print the same are one goal."""
-        return self.scale.printed(reward)
+    @property
+    def best_attributes(self) -> tuple[float, ...]:
+        """The attributes to ask for at inference."""
+        return ()
+
+    def printed(self, goal: float, attributes: Sequence[float] = ()) -> str:
+        """The goal in short, for logs and tables."""
+        return self.scale.printed(goal)
 
     def describe(self) -> str:
-        """What the template writes for 201 rewards over the scale, for cache keys."""
+        """What the template writes over its whole scale, for cache keys."""
         step = (self.scale.high - self.scale.low) / 200
-        rewards = [self.scale.low + step * i for i in range(201)]
-        texts = [(self.printed(reward), self.text(reward)) for reward in rewards]
+        goals = [self.scale.low + step * i for i in range(201)]
+        texts = [self.text(goal, [goal] * len(self.attributes)) for goal in goals]
         return f"{type(self).__module__}.{type(self).__qualname__} {self.scale} {self.placement} {texts}"
+
+    def record(self) -> dict[str, Any]:
+        """What must be known to ask a trained policy for its best: saved with the run and with exported models."""
+        return {
+            "template": f"{type(self).__module__}.{type(self).__qualname__}",
+            "scale": {"class": type(self.scale).__name__, **self.scale.numbers()},
+            "placement": self.placement,
+            "attributes": list(self.attributes),
+            "best": self.text(self.best, self.best_attributes),
+        }
 
 
 class OverallGoal(GoalTemplate):
@@ -87,11 +76,81 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
     Overall score: 7.5.
     """
 
-    def text(self, reward: float) -> str:
-        """The paper's sentence with the scale's ends and the printed reward."""
-        low, high = self.scale.printed(self.scale.low), self.scale.printed(self.scale.high)
-        return (
-            "You are an assistant that generates responses for the instruction while implicitly achieving the "
-            f"following target scores (on a scale of {low}-{high}, where {low} is lowest and {high} is highest):\n"
-            f"Overall score: {self.printed(reward)}."
-        )
+    def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
+        """The paper's sentence with the scale's ends and the printed goal."""
+        return f"{_lead(self.scale)}\nOverall score: {self.scale.printed(goal)}."
+
+
+class AttributeGoal(GoalTemplate):
+    """Several scores in a fixed order, as the paper's runs on five attributes of ArmoRM state them.
+
+    Pairs are still relabelled by the overall reward: that decides which response won.
+
+    Args:
+        attributes: names of the attributes, as the data call them, in the order in which they are stated.
+        scale: of the overall reward.
+        attribute_scale: of the attributes' rewards; null takes the overall one's.
+        overall: also state the overall score, last.
+        placement: as for every goal.
+
+    >>> print(AttributeGoal(["helpfulness", "instruction_following"]).text(7, [8, 6.5]))
+    You are an assistant that generates responses for the instruction while implicitly achieving the following \
+target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
+    Helpfulness: 8.
+    Instruction following: 6.5.
+    Overall score: 7.
+    """
+
+    def __init__(
+        self,
+        attributes: list[str],
+        scale: RewardScale = RewardScale(),  # noqa: B008
+        attribute_scale: RewardScale | None = None,
+        overall: bool = True,
+        placement: Placement = "auto",
+    ) -> None:
+        super().__init__(scale, placement)
+        if not attributes or len(set(attributes)) != len(attributes):
+            raise ConfigError(f"AttributeGoal: attributes must be different names, at least one, found {attributes}")
+        if attribute_scale is not None and attribute_scale.needs_fit:
+            raise ConfigError("AttributeGoal: attribute_scale must be declared in full; only the overall one is fitted")
+        if attribute_scale is None and type(scale) is not RewardScale:
+            raise ConfigError(
+                f"AttributeGoal: {type(scale).__name__} maps the overall reward; say with attribute_scale what the "
+                "attributes' own range is."
+            )
+        self.attributes = tuple(attributes)
+        self.attribute_scale, self.overall = attribute_scale or scale, overall
+
+    def goal_of(self, reward: float, attributes: Sequence[float] = ()) -> tuple[float, tuple[float, ...]]:
+        """Each reward on its own scale."""
+        return self.scale.goal(reward), tuple(self.attribute_scale.goal(value) for value in attributes)
+
+    def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
+        """A line for each attribute, then the overall score."""
+        scale = self.attribute_scale
+        lines = [
+            f"{name.replace('_', ' ').capitalize()}: {scale.printed(value)}."
+            for name, value in zip(self.attributes, attributes, strict=True)
+        ]
+        if self.overall:
+            lines.append(f"Overall score: {self.scale.printed(goal)}.")
+        return "\n".join([_lead(scale), *lines])
+
+    @property
+    def best_attributes(self) -> tuple[float, ...]:
+        """The top of their scale."""
+        return (self.attribute_scale.high,) * len(self.attributes)
+
+    def printed(self, goal: float, attributes: Sequence[float] = ()) -> str:
+        """All numbers, attributes first."""
+        numbers = [self.attribute_scale.printed(value) for value in attributes]
+        return " ".join([*numbers, self.scale.printed(goal)] if self.overall else numbers)
+
+
+def _lead(scale: RewardScale) -> str:
+    low, high = scale.printed(scale.low), scale.printed(scale.high)
+    return (
+        "You are an assistant that generates responses for the instruction while implicitly achieving the "
+        f"following target scores (on a scale of {low}-{high}, where {low} is lowest and {high} is highest):"
+    )

@@ -1,29 +1,88 @@
-"""The record every source becomes, and what makes a row bad."""
+"""The records every source becomes, and what makes a row bad."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-Message = dict[str, str]
-"""One turn: ``{"role": "system" | "user" | "assistant", "content": text}``."""
-
-SCORED_PAIR_COLUMNS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-"""The columns of HuggingFaceH4/ultrafeedback_binarized that are read."""
+Message = dict[str, Any]
+"""One turn: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``, with ``tool_calls`` where it calls
+a tool."""
 
 ROLES = ("system", "user", "assistant")
+INVISIBLE = frozenset("\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadRow(Exception):
-    """A row that can't become a pair: the column at fault and the reason, in words."""
+    """A row, or one response of it, that can't be used.
 
-    def __init__(self, column: str, reason: str) -> None:
+    Args:
+        column: the column at fault, down to the field: ``rejected[1].content``.
+        reason: in words, the same for every row with this fault, so that it can be counted.
+        found: a short excerpt of what stands there, if that helps.
+        stops: the file is not what it says it is (broken JSON, text for a number): nothing in it should be trusted,
+            and the run stops. Otherwise the row is left out and counted.
+    """
+
+    def __init__(self, column: str, reason: str, found: Any = None, *, stops: bool = False) -> None:
         super().__init__(reason)
-        self.column, self.reason = column, reason
+        self.column, self.reason, self.stops = column, reason, stops
+        self.found = "" if found is None else shown(found)
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response and what the judge gave it.
+
+    Attributes:
+        text: not blank.
+        reward: in the judge's units; nan where there is none.
+        attributes: further rewards, in the order in which they were asked for.
+        column: where it stood in its row.
+    """
+
+    text: str
+    reward: float = math.nan
+    attributes: tuple[float, ...] = ()
+    column: str = ""
+
+
+@dataclass
+class Judged:
+    """One conversation and its judged responses: what every row format is read into.
+
+    Attributes:
+        history: the turns before the response; the last one is the user's, or a tool's.
+        responses: those that can be used.
+        left_out: why others can't.
+        paired: the row is a pair already, ``responses[0]`` being the one it calls chosen.
+        tools: the tools the conversation may call, as JSON, where it has any.
+        prompt: the text of the row's first user turn, and ``prompt_id`` what the row calls it.
+        noted: (reason, column) of oddities that change nothing.
+    """
+
+    history: tuple[Message, ...]
+    responses: list[Response]
+    left_out: list[BadRow] = field(default_factory=list)
+    paired: bool = False
+    tools: str | None = None
+    prompt_id: Any = None
+    noted: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> str:
+        """The first user turn."""
+        return str(next(turn["content"] for turn in self.history if turn["role"] == "user"))
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the history holds tool calls or tool turns."""
+        return any(turn["role"] == "tool" or turn.get("tool_calls") for turn in self.history)
 
 
 @dataclass(frozen=True)
@@ -32,68 +91,165 @@ class Pair:
 
     Attributes:
         id: digest of the content, equal wherever the same pair stands.
-        history: the turns before the response; the last one is the user's.
+        history: the turns before the response.
         responses: the winner's and the loser's text.
-        rewards: their rewards, in the units of the reward scale; ``rewards[0] >= rewards[1]``.
+        rewards: their rewards in the judge's units, ``rewards[0] >= rewards[1]``; nan where nobody judged them.
+        attributes: their further rewards, in the goal template's order.
+        tools: the tools the conversation may call, as JSON.
         exchanged: the source had the lower-scored response as chosen.
+        tie: neither reward is higher once printed; only the half under the chosen response's goal is trained on.
+        place: where it was read: file, and line or row.
     """
 
     id: str
     history: tuple[Message, ...]
     responses: tuple[str, str]
     rewards: tuple[float, float]
+    attributes: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    tools: str | None = None
     exchanged: bool = False
+    tie: bool = False
+    place: str = ""
 
 
-def read_pair(row: Mapping[str, Any]) -> Pair:
-    """A row with the columns of :data:`SCORED_PAIR_COLUMNS` as a :class:`Pair`.
+def make_pair(judged: Judged, first: Response, second: Response, place: str = "") -> Pair:
+    """A pair of two responses; the reward decides who won, not the column."""
+    exchanged = second.reward > first.reward
+    win, lose = (second, first) if exchanged else (first, second)
+    return Pair(
+        id=digest(judged.history, win.text, lose.text),
+        history=judged.history,
+        responses=(win.text, lose.text),
+        rewards=(win.reward, lose.reward),
+        attributes=(win.attributes, lose.attributes),
+        tools=judged.tools,
+        exchanged=exchanged and judged.paired,
+        place=place,
+    )
+
+
+def digest(history: Sequence[Message], *texts: str) -> str:
+    """16 hex digits that depend on the text alone."""
+    parts: list[str] = []
+    for turn in history:
+        parts += (turn["role"], turn["content"])
+        if len(turn) > 2:
+            parts.append(repr(sorted((k, v) for k, v in turn.items() if k not in ("role", "content"))))
+    joined = "".join([f"{len(part)}:{part}" for part in (*parts, "", *texts)])
+    return hashlib.blake2b(joined.encode(), digest_size=8).hexdigest()
+
+
+def shown(value: Any, limit: int = 40) -> str:
+    """A value for messages: short, and with everything that a terminal would obey escaped.
+
+    >>> shown("a\\x1b[31m" + "b" * 100, 16)
+    "'a\\\\x1b[31mbbbbb..."
+    """
+    text = ascii(value[: limit * 2] if isinstance(value, str) else value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of the text can be seen: blanks and zero-width characters only."""
+    text = text.strip()
+    if not text:
+        return True
+    return text[0] in INVISIBLE and all(c in INVISIBLE or c.isspace() for c in text)
+
+
+def read_text(value: Any, column: str) -> str:
+    """A text as it stands; only what can't be text at all is refused."""
+    if not isinstance(value, str):
+        raise BadRow(column, "not text" if value is not None else "null", value)
+    if not value.isascii() and (found := SURROGATE.search(value)):
+        raise BadRow(column, "half a surrogate pair, which no encoding can write", found[0])
+    return value
+
+
+def read_number(value: Any, column: str) -> float:
+    """A finite number; text that looks like one is not one."""
+    if type(value) is float or type(value) is int:
+        if math.isfinite(value):
+            return float(value)
+        raise BadRow(column, "not a finite number", value)
+    if value is None or value == "":
+        raise BadRow(column, "no score: null or empty", value)
+    if isinstance(value, str):
+        raise BadRow(column, "a score that is text, not a number", value, stops=True)
+    if isinstance(value, bool | Mapping | list):
+        raise BadRow(column, f"a score that is {_kind(value)}, not a number", value, stops=True)
+    try:
+        return read_number(float(value), column)
+    except (TypeError, ValueError) as error:
+        raise BadRow(column, f"a score that is {_kind(value)}, not a number", value, stops=True) from error
+
+
+def read_messages(value: Any, column: str) -> list[Message]:
+    """A list of messages, each with role and content, in an order that chat templates accept.
 
     Raises:
-        BadRow: anything that would make training on the row wrong; nothing is guessed.
+        BadRow: not a list of messages; a role or content missing; turns that don't alternate.
     """
-    prompt = row["prompt"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise BadRow("prompt", "prompt is not a non-empty string")
-    chosen, rejected = (_conversation(row[column], column) for column in ("chosen", "rejected"))
-    rewards = (_score(row["score_chosen"], "score_chosen"), _score(row["score_rejected"], "score_rejected"))
-    history, responses = chosen[:-1], (chosen[-1]["content"], rejected[-1]["content"])
-    if history != rejected[:-1]:
-        raise BadRow("rejected", "chosen and rejected answer different conversations")
-    if responses[0].strip() == responses[1].strip():
-        raise BadRow("rejected", "both responses are the same text")
-    exchanged = rewards[0] < rewards[1]
-    if exchanged:  # the reward decides who won, not the column
-        responses, rewards = (responses[1], responses[0]), (rewards[1], rewards[0])
-    return Pair(pair_id(history, responses), tuple(history), responses, rewards, exchanged)
-
-
-def pair_id(history: Sequence[Message], responses: tuple[str, str]) -> str:
-    """16 hex digits that depend on the text alone."""
-    content = json.dumps([list(history), list(responses)], sort_keys=True).encode("utf-8")
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _conversation(value: Any, column: str) -> list[Message]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise BadRow(column, f"{column} is not a list of messages")
+    if value is None:
+        raise BadRow(column, "null")
+    if not isinstance(value, list):
+        raise BadRow(column, f"{_kind(value)} where a list of messages is expected", value, stops=True)
+    if not value:
+        raise BadRow(column, "an empty conversation")
     turns: list[Message] = []
-    for turn in value:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-            raise BadRow(column, f"{column} has a message without text content")
-        if turn.get("role") not in ROLES:
-            raise BadRow(column, f"{column} has a message whose role is none of {', '.join(ROLES)}")
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    if any(turn["role"] == "system" for turn in turns[1:]):
-        raise BadRow(column, f"{column} has a system message after the first turn")
-    spoken = [turn["role"] for turn in turns if turn["role"] != "system"]
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
-        raise BadRow(column, f"{column} does not alternate user and assistant turns, ending with the assistant")
-    if not turns[-1]["content"].strip():
-        raise BadRow(column, f"{column} ends with an empty response")
+    for i, turn in enumerate(value):
+        if not isinstance(turn, dict):
+            reason = f"{_kind(turn)} where a message with role and content is expected"
+            raise BadRow(f"{column}[{i}]", reason, turn, stops=turn is not None)
+        role, calls = turn.get("role"), turn.get("tool_calls")
+        if role not in ROLES and role != "tool":
+            raise BadRow(f"{column}[{i}].role", "a role that is none of system, user, assistant, tool", role)
+        content = turn.get("content")
+        if content is None and calls:
+            content = ""
+        if type(content) is not str or not content.isascii():  # the usual case at the least cost
+            content = read_text(content, f"{column}[{i}].content")
+        message: Message = {"role": role, "content": content}
+        if calls:
+            message["tool_calls"] = calls
+        if role == "tool" or calls:
+            message |= {name: turn[name] for name in ("name", "tool_call_id") if turn.get(name)}
+        turns.append(message)
+    _check_order(turns, column)
     return turns
 
 
-def _score(value: Any, column: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRow(column, f"{column} is not a finite number")
-    return float(value)
+def _check_order(turns: Sequence[Message], column: str) -> None:
+    expected: tuple[str, ...] = ("system", "user")
+    for i, turn in enumerate(turns):
+        role = turn["role"]
+        if role not in expected:
+            reason = "a system message after the first turn" if role == "system" else None
+            reason = reason or f"turns out of order: expected {' or '.join(expected)}, found {role}"
+            raise BadRow(f"{column}[{i}]", reason)
+        if role == "assistant":
+            expected = ("tool",) if turn.get("tool_calls") else ("user",)
+        else:
+            expected = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}[role]
+
+
+def split_response(turns: list[Message], column: str) -> tuple[list[Message], str]:
+    """The turns before the last one, and the last one's text.
+
+    Raises:
+        BadRow: the last turn is not the assistant's, calls a tool, or is blank.
+    """
+    *history, last = turns
+    where = f"{column}[{len(history)}]"
+    if last["role"] != "assistant":
+        raise BadRow(where, "the conversation does not end with the assistant")
+    if last.get("tool_calls"):
+        raise BadRow(where, "the response is a tool call, not text")
+    if is_blank(last["content"]):
+        raise BadRow(f"{where}.content", "an empty response", last["content"])
+    return history, str(last["content"])
+
+
+def _kind(value: Any) -> str:
+    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "null" if value is None else f"a {type(value).__name__}")

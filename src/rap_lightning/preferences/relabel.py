@@ -10,31 +10,106 @@ and that is all: N pairs become 2N by counting, and no row is copied or edited.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.pairs import Message, Pair
+from rap_lightning.preferences.pairs import Message, Pair, digest
 
 ORIGINS = ("chosen-goal", "rejected-goal", "unconditioned")
 """Which half a pair is: conditioned on the winner's reward, on the loser's, or a plain pair without a goal."""
 
-UNCONDITIONED = ORIGINS.index("unconditioned")
+CHOSEN_GOAL, REJECTED_GOAL, UNCONDITIONED = range(3)
+
+Mode = Literal["both", "chosen", "rejected", "none", "half"]
 
 
-def halves(conditioned: bool) -> int:
-    """How many training pairs one scored pair becomes."""
-    return 2 if conditioned else 1
+@dataclass(frozen=True)
+class Relabelling:
+    """Which training pairs one scored pair becomes.
+
+    Args:
+        mode: ``both`` halves (the paper); the ``chosen`` one only, or the ``rejected`` one; ``none``, the plain pair
+            without a goal (the baseline); ``half``, both halves of a seeded half of the prompts (the paper's Half-RA:
+            as many training pairs as without relabelling).
+        keep_original: the plain pair stands beside the conditioned ones.
+        seed: of the half.
+    """
+
+    mode: Mode = "both"
+    keep_original: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode == "none" and self.keep_original:
+            raise ConfigError("keep_original has no effect with relabel none, which keeps the originals alone.")
+
+    @property
+    def origins(self) -> tuple[int, ...]:
+        """What each scored pair becomes, as indices into :data:`ORIGINS`."""
+        halves = {"chosen": (CHOSEN_GOAL,), "rejected": (REJECTED_GOAL,), "none": ()}
+        conditioned = halves.get(self.mode, (CHOSEN_GOAL, REJECTED_GOAL))
+        return conditioned if conditioned and not self.keep_original else (*conditioned, UNCONDITIONED)
+
+    @property
+    def of_ties(self) -> tuple[int, ...]:
+        """What a pair becomes whose goals print the same: never both halves, for they would contradict each other."""
+        return tuple(origin for origin in self.origins if origin != REJECTED_GOAL)
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether any training pair has a goal."""
+        return self.origins != (UNCONDITIONED,)
+
+    def takes(self, history: Sequence[Message]) -> bool:
+        """Whether a prompt is in the half that is taken; all are, in other modes."""
+        if self.mode != "half":
+            return True
+        key = f"{self.seed} {digest(history)}".encode()
+        return hashlib.blake2b(key, digest_size=1).digest()[0] % 2 == 0
 
 
-def locate(index: int, conditioned: bool) -> tuple[int, int]:
-    """(row, half) of training pair ``index``."""
-    return divmod(index, halves(conditioned))
+class TrainingIndex:
+    """Where training pair i comes from: arithmetic over pairs, so that nothing grows with their number.
+
+    The training pairs of pair 0 come first, then those of pair 1, and so on; pairs that tie stand after all others.
+
+    Args:
+        pairs: how many do not tie.
+        ties: how many tie.
+        relabelling: what each becomes.
+    """
+
+    def __init__(self, pairs: int, ties: int = 0, relabelling: Relabelling = Relabelling()) -> None:
+        self.pairs, self.ties = pairs, ties
+        self.origins, self.of_ties = relabelling.origins, relabelling.of_ties
+
+    def __len__(self) -> int:
+        return self.pairs * len(self.origins) + self.ties * len(self.of_ties)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """(number of the pair, origin) of training pair ``index``."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        untied = self.pairs * len(self.origins)
+        if index < untied:
+            row, place = divmod(index, len(self.origins))
+            return row, self.origins[place]
+        row, place = divmod(index - untied, len(self.of_ties))
+        return self.pairs + row, self.of_ties[place]
 
 
 def is_tie(pair: Pair, goal: GoalTemplate) -> bool:
-    """True where both goals print the same: the halves would contradict each other (law 2)."""
-    return goal.printed(pair.rewards[0]) == goal.printed(pair.rewards[1])
+    """True where both goals read the same, or neither response has the higher reward (law 2)."""
+    if pair.rewards[0] == pair.rewards[1]:
+        return True
+    first, second = (
+        goal.text(*goal.goal_of(r, a)) for r, a in zip(pair.rewards, pair.attributes, strict=True)
+    )  # fmt: skip
+    return first == second
 
 
 @dataclass(frozen=True)
@@ -48,7 +123,7 @@ class RelabelledPair:
         goal_text: the text that states it.
         history: the turns before the response, without the goal.
         chosen, rejected: the response preferred under this goal, and the other one.
-        rewards: rewards of chosen and rejected, in the scale's units.
+        rewards: rewards of chosen and rejected, in the judge's units.
     """
 
     pair_id: str
@@ -61,44 +136,53 @@ class RelabelledPair:
     rewards: tuple[float, float]
 
 
-def relabel(pair: Pair, goal: GoalTemplate | None, half: int) -> RelabelledPair:
-    """The ``half``-th training pair of ``pair``; with ``goal=None`` the plain pair (half 0 only)."""
-    other = 1 - half
-    reward = pair.rewards[half]
+def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPair:
+    """The training pair of ``pair`` with an origin (an index into :data:`ORIGINS`)."""
+    half = REJECTED_GOAL if origin == REJECTED_GOAL else CHOSEN_GOAL
+    printed = text = None
+    if goal is not None and origin != UNCONDITIONED:
+        asked = goal.goal_of(pair.rewards[half], pair.attributes[half])
+        printed, text = goal.printed(*asked), goal.text(*asked)
     return RelabelledPair(
         pair_id=pair.id,
-        origin=ORIGINS[half if goal else UNCONDITIONED],
-        goal=goal.printed(reward) if goal else None,
-        goal_text=goal.text(reward) if goal else None,
+        origin=ORIGINS[origin],
+        goal=printed,
+        goal_text=text,
         history=pair.history,
         chosen=pair.responses[half],
-        rejected=pair.responses[other],
-        rewards=(reward, pair.rewards[other]),
+        rejected=pair.responses[1 - half],
+        rewards=(pair.rewards[half], pair.rewards[1 - half]),
     )
 
 
 class RelabelledView(Sequence[RelabelledPair]):
-    """2N training pairs over N scored pairs, without copying them.
+    """The training pairs of scored pairs, without copying them.
 
     Args:
-        pairs: the scored pairs; ties must have been dropped.
-        goal: the template, or ``None`` for the N plain pairs.
+        pairs: the scored pairs, those marked as ties last.
+        goal: the template, or ``None`` for the plain pairs.
+        relabelling: what each pair becomes.
 
     Raises:
-        ValueError: a tie is asked for.
+        ValueError: both halves of a tie are asked for.
     """
 
-    def __init__(self, pairs: Sequence[Pair], goal: GoalTemplate | None) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], goal: GoalTemplate | None, relabelling: Relabelling | None = None
+    ) -> None:
         self.pairs, self.goal = pairs, goal
+        relabelling = relabelling or Relabelling("both" if goal is not None else "none")
+        ties = sum(pair.tie for pair in pairs)
+        self._places = TrainingIndex(len(pairs) - ties, ties, relabelling)
 
     def __len__(self) -> int:
-        return len(self.pairs) * halves(self.goal is not None)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> RelabelledPair:  # type: ignore[override]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        row, half = locate(index % len(self), self.goal is not None)
+        row, origin = self._places[index % len(self)]
         pair = self.pairs[row]
-        if self.goal is not None and is_tie(pair, self.goal):
-            raise ValueError(f"pair {pair.id} is a tie: both goals print {self.goal.printed(pair.rewards[0])}")
-        return relabel(pair, self.goal, half)
+        if self.goal is not None and origin == REJECTED_GOAL and is_tie(pair, self.goal):
+            raise ValueError(f"pair {pair.id} is a tie: both goals read the same")
+        return relabel(pair, self.goal, origin)

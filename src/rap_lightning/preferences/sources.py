@@ -1,89 +1,188 @@
-"""Scored pairs from files, folders and the Hub, by the datasets library."""
+"""Where preference data come from: files, folders and the Hub, split by the datasets library's own rules."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rap_lightning.errors import DataError
-from rap_lightning.preferences.pairs import SCORED_PAIR_COLUMNS
-
-FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.pairs import shown
+from rap_lightning.preferences.readers import COMPRESSIONS, ROWS, Chunk, kind_of, numbered, read_file
 
 
-def splits_of(source: str) -> list[str]:
+@dataclass(frozen=True)
+class Source:
+    """One of several sources.
+
+    Args:
+        path: a file (.parquet, .arrow, .jsonl, .json, text also compressed), a folder, or a Hub id like org/name.
+        weight: how often each of its training pairs is seen in an epoch: 2 is twice, 0.5 a seeded half of them.
+        split: the split that stands for the one asked for; by default it has the same name.
+        format: as for the data module; by default the data module's.
+        revision: of a Hub data set: a branch, tag or commit.
+    """
+
+    path: str
+    weight: float = 1.0
+    split: str | None = None
+    format: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"source {self.path}: weight must be above 0, found {self.weight}")
+        if self.revision is not None and Path(self.path).expanduser().exists():
+            raise ConfigError(f"source {self.path}: revision has no effect on local files; leave it out.")
+
+
+def as_sources(source: str | Sequence[Source]) -> list[Source]:
+    """One path, or several sources."""
+    sources = [Source(source)] if isinstance(source, str) else list(source)
+    if not sources:
+        raise ConfigError("no source: name a file, a folder, or a Hub id.")
+    return sources
+
+
+def splits_of(source: Source) -> list[str]:
     """The names of the splits of a folder or Hub data set; a single file has one, ``train``."""
-    import datasets
-
-    if _file_format(source):
+    path = _local(source)
+    if path is not None and path.is_file():
         return ["train"]
-    try:
-        return [str(name) for name in datasets.get_dataset_split_names(source)]
-    except Exception as error:
-        raise _unreadable(source, error) from error
+    if path is not None and (saved := _saved_to_disk(path)) is not None:
+        return saved
+    return [str(name) for name in _builder_splits(source)]
 
 
-def load_split(source: str, split: str) -> Any:
-    """One split as a ``datasets.Dataset`` that has the columns of a scored pair.
+def chunks_of(source: Source, split: str, *, streaming: bool = False) -> Iterator[Chunk]:
+    """The rows of one split, some at a time, in order.
 
-    Raises:
-        DataError: missing, unreadable or empty source, an unknown split, or columns missing.
-    """
-    import datasets
-
-    format_name = _file_format(source)
-    if format_name:
-        if split != "train":
-            raise DataError(f"{source} is one file and has the single split 'train'; split {split!r} was asked for.")
-        load = (format_name, {"data_files": source})
-    else:
-        available = splits_of(source)
-        if split not in available:
-            raise DataError(f"{source} has the splits {', '.join(available)}; split {split!r} was asked for.")
-        load = (source, {})
-    try:
-        table = datasets.load_dataset(load[0], split=split, **load[1])
-    except Exception as error:
-        raise _unreadable(source, error) from error
-    missing = [name for name in SCORED_PAIR_COLUMNS if name not in table.column_names]
-    if missing:
-        scores = [name for name in missing if name.startswith("score_")]
-        hint = " Reward-augmented alignment needs a judge's score for each response." if scores else ""
-        raise DataError(
-            f"{source} (split {split}): expected the columns {', '.join(SCORED_PAIR_COLUMNS)}; "
-            f"found {', '.join(table.column_names) or 'none'}; missing {', '.join(missing)}.{hint} "
-            f"Rename or add the columns, then try again."
-        )
-    if len(table) == 0:
-        raise DataError(f"{source} (split {split}) has no rows.")
-    return table
-
-
-def _file_format(source: str) -> str | None:
-    """The datasets builder for a single file; ``None`` for a folder or a Hub id.
+    Args:
+        source: where.
+        split: which; ``source.split`` if that is given.
+        streaming: read a Hub data set without downloading it first. Local files are never read whole anyway.
 
     Raises:
-        DataError: the source is a path that doesn't exist, or a file of a kind that isn't read.
+        DataError: missing, unreadable or empty, or no such split.
     """
-    path = Path(source)
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
-    format_name = FILE_FORMATS.get(suffixes[-1]) if suffixes else None
-    if path.is_file():
-        if format_name is None:
-            raise DataError(f"{source}: expected a file ending in {', '.join(FILE_FORMATS)} (also compressed).")
-        return format_name
-    if path.is_dir():
+    wanted = source.split or split
+    files = files_of(source, wanted)
+    if files is None:
+        yield from _from_library(source, wanted, streaming)
+        return
+    for path, label in files:
+        yield from read_file(path, label)
+
+
+def files_of(source: Source, split: str) -> list[tuple[str, str]] | None:
+    """(path, label) of the files of a split; None where only the datasets library can read the source."""
+    path = _local(source)
+    if path is None:
         return None
-    looks_like_path = format_name is not None or source.startswith((".", "/", "~")) or source.count("/") != 1
+    if path.is_file():
+        if split != "train":
+            raise DataError(f"{source.path} is one file and has the single split 'train'; {split!r} was asked for.")
+        return [(str(path), path.name)]
+    if _saved_to_disk(path) is not None:
+        return None
+    available = _builder_splits(source)
+    if split not in available:
+        raise DataError(f"{source.path} has the splits {', '.join(available)}; {split!r} was asked for.")
+    files = available[split]
+    if any(kind_of(file) is None for file in files):
+        return None
+    root = path.resolve()
+    return [(file, str(Path(file).relative_to(root)) if Path(file).is_relative_to(root) else file) for file in files]
+
+
+def fingerprint(source: Source, split: str) -> str:
+    """Digest of what a split holds, from names, sizes and times of its files; of a Hub split, from its own."""
+    files = files_of(source, source.split or split)
+    if files is None:
+        table = _load(source, source.split or split, streaming=False)
+        facts: Any = table._fingerprint
+    else:
+        stats = [(str(Path(path).resolve()), Path(path).stat()) for path, _ in files]
+        facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _local(source: Source) -> Path | None:
+    """The path of a local source, None for a Hub id.
+
+    Raises:
+        DataError: it is a path to nothing, or a file of a kind that isn't read.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        if kind_of(source.path) is None:
+            raise DataError(
+                f"{source.path}: expected a file ending in .parquet, .arrow, .jsonl or .json "
+                f"(text also compressed: {', '.join(COMPRESSIONS)})."
+            )
+        return path
+    if path.is_dir():
+        return path
+    looks_like_path = kind_of(source.path) or source.path.startswith((".", "/", "~")) or source.path.count("/") != 1
     if looks_like_path:
-        raise DataError(f"{source}: no such file or folder. Give a file, a folder, or a Hub id like org/name.")
+        raise DataError(f"{source.path}: no such file or folder. Give a file, a folder, or a Hub id like org/name.")
     return None
 
 
-def _unreadable(source: str, error: Exception) -> DataError:
+def _saved_to_disk(path: Path) -> list[str] | None:
+    """The splits of a folder that ``Dataset.save_to_disk`` wrote."""
+    if (path / "dataset_dict.json").is_file():
+        return [str(name) for name in json.loads((path / "dataset_dict.json").read_text())["splits"]]
+    return ["train"] if (path / "state.json").is_file() else None
+
+
+def _builder_splits(source: Source) -> dict[str, list[str]]:
+    import datasets
+
+    path = _local(source)
+    try:
+        if path is None:
+            names = datasets.get_dataset_split_names(source.path, revision=source.revision)
+            return {str(name): [] for name in names}
+        files = datasets.load_dataset_builder(str(path)).config.data_files
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    return {str(name): [str(file) for file in names] for name, names in (files or {}).items()}
+
+
+def _load(source: Source, split: str, *, streaming: bool) -> Any:
+    import datasets
+
+    available = splits_of(source)
+    if split not in available:
+        raise DataError(f"{source.path} has the splits {', '.join(available)}; {split!r} was asked for.")
+    path = _local(source)
+    try:
+        if path is not None and _saved_to_disk(path) is not None:
+            table = datasets.load_from_disk(str(path))
+            return table[split] if isinstance(table, datasets.DatasetDict) else table
+        options = {"revision": source.revision} if path is None else {}
+        return datasets.load_dataset(str(path or source.path), split=split, streaming=streaming, **options)
+    except Exception as error:
+        raise _unreadable(source, error) from error
+
+
+def _from_library(source: Source, split: str, streaming: bool) -> Iterator[Chunk]:
+    table = _load(source, split, streaming=streaming).with_format("arrow")
+    try:
+        batches = (batch for part in table.iter(ROWS) for batch in part.combine_chunks().to_batches())
+        yield from numbered(batches, f"{source.path} ({split})")
+    except (OSError, ValueError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: Source, error: Exception) -> DataError:
     if isinstance(error, DataError):
         return error
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    kind = "can't be read" if Path(source).exists() else "is neither a file here nor a Hub data set that can be reached"
-    return DataError(f"{source} {kind}: {type(error).__name__}: {reason[0]}")
+    local = Path(source.path).expanduser().exists()
+    kind = "can't be read" if local else "is neither a file here nor a Hub data set that can be reached"
+    return DataError(f"{source.path} {kind}: {type(error).__name__}: {shown(reason[0], 300)}")

@@ -38,7 +38,7 @@ class WorldDataModule(PreferenceDataModule):
     def prepare_data(self) -> None:
         """Make the world, then fill the cache as every data module does."""
         try:
-            make_world(self.source, **self._settings)
+            make_world(self.sources[0].path, **self._settings)
         except ValueError as error:
             raise DataError(str(error)) from error
         super().prepare_data()

@@ -1,0 +1,162 @@
+"""Training pairs from data larger than disk, one at a time.
+
+Every process reads the same stream, in the same order, and encodes only the batches that are its own. Reading is cheap
+beside encoding, and so the batches are the same for any number of workers, their sizes are known to all ranks at the
+end of the stream too, and a resumed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from rap_lightning.batches.dataset import Example, example_of
+from rap_lightning.batches.layouts import Collate
+from rap_lightning.batches.pair_encoder import PairEncoder
+from rap_lightning.batches.sampler import BatchPlan
+from rap_lightning.batches.types import Batch
+from rap_lightning.preferences.ingest import Rules
+from rap_lightning.preferences.mix import stream_mixed
+from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.sources import Source
+
+log = logging.getLogger("rap_lightning")
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How an optimizer step is cut into batches: as for :class:`rap_lightning.batches.sampler.StepSampler`."""
+
+    batch_size: int
+    accumulate: int = 1
+    num_replicas: int = 1
+    rank: int = 0
+
+    @property
+    def width(self) -> int:
+        """Pairs that all ranks see at once."""
+        return self.batch_size * self.num_replicas
+
+    @property
+    def pairs(self) -> int:
+        """Pairs in a full step."""
+        return self.width * self.accumulate
+
+
+class StreamedPairs(IterableDataset[Any]):
+    """Planned batches of examples, as :class:`EncodedPairs` gives them, from a stream.
+
+    Args:
+        sources: where from.
+        split: which.
+        rules: what is done with rows.
+        encode: makes token ids.
+        shape: of the steps.
+        buffer: training pairs to shuffle among; 1 keeps the order.
+        seed: of the order.
+        max_length: tokens of prompt and response together.
+    """
+
+    def __init__(
+        self, sources: list[Source], split: str, rules: Rules, encode: PairEncoder, shape: StepShape,
+        *, buffer: int, seed: int, max_length: int,
+    ) -> None:  # fmt: skip
+        self.sources, self.split, self.rules, self.encode, self.shape = sources, split, rules, encode, shape
+        self.buffer, self.seed, self.max_length = buffer, seed, max_length
+        self.epoch = self.start = 0
+
+    def __iter__(self) -> Iterator[tuple[BatchPlan, list[Example]]]:
+        worker = get_worker_info()
+        own, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        report = DataReport(", ".join(source.path for source in self.sources), self.split)
+        for number, (items, weights, step_pairs) in enumerate(self._batches(report)):
+            if number >= self.start and (number - self.start) % workers == own:
+                yield self._encoded(items, weights, step_pairs)
+        if own == 0 and self.shape.rank == 0:
+            log.info("\n".join(report.lines()))
+
+    def _batches(self, report: DataReport) -> Iterator[tuple[list[tuple[Pair, int]], list[float], int]]:
+        shape, step = self.shape, []
+        for item in self._shuffled(report):
+            step.append(item)
+            if len(step) == shape.pairs:
+                yield from self._cut(step)
+                step = []
+        yield from self._cut(step)
+
+    def _cut(self, step: list[tuple[Pair, int]]) -> Iterator[tuple[list[tuple[Pair, int]], list[float], int]]:
+        shape = self.shape
+        for first in range(0, len(step), shape.width):
+            mine = step[first + shape.rank * shape.batch_size :][: shape.batch_size]
+            yield (mine, [1.0] * len(mine), len(step)) if mine else ([step[0]], [0.0], len(step))
+
+    def _shuffled(self, report: DataReport) -> Iterator[tuple[Pair, int]]:
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        held: list[tuple[Pair, int]] = []
+        for pair in stream_mixed(self.sources, self.split, self.rules, report, self.seed):
+            for origin in self.rules.relabelling.of_ties if pair.tie else self.rules.relabelling.origins:
+                held.append((pair, origin))
+                if len(held) >= self.buffer:
+                    place = rng.randrange(len(held))
+                    held[place], held[-1] = held[-1], held[place]
+                    yield held.pop()
+        rng.shuffle(held)
+        yield from held
+
+    def _encoded(
+        self, items: list[tuple[Pair, int]], weights: list[float], step_pairs: int
+    ) -> tuple[BatchPlan, list[Example]]:
+        examples, kept = [], []
+        spare: Example | None = None
+        for (pair, origin), row, weight in zip(items, self.encode([p for p, _ in items]), weights, strict=True):
+            if row["dropped"]:
+                log.warning("dropped: %s (%s, column %s)", row["dropped"], pair.place, row["column"])
+                continue
+            spare = example_of(row, origin, self.rules.relabelling, self.max_length)
+            examples.append(spare)
+            kept.append(weight)
+        if not examples:  # every rank must run every batch: a pair of weight 0 stands in
+            spare = next(self._stand_in())
+            examples, kept = [spare], [0.0]
+        # the others can't know that a pair was dropped here, so the step's mean is over the pairs that were planned
+        return BatchPlan((0,) * len(examples), tuple(kept), step_pairs), examples
+
+    def _stand_in(self) -> Iterator[Example]:
+        for item in self._shuffled(DataReport("", "")):
+            row = self.encode([item[0]])[0]
+            if not row["dropped"]:
+                yield example_of(row, item[1], self.rules.relabelling, self.max_length)
+
+
+class StreamLoader(DataLoader[Batch]):
+    """Batches of a :class:`StreamedPairs`.
+
+    Args:
+        pairs: the stream.
+        collate: lays batches out.
+        position: (epoch, batches of it that a resumed run has behind it); asked when the first batch is.
+        options: of the DataLoader.
+    """
+
+    def __init__(
+        self, pairs: StreamedPairs, collate: Collate, position: Callable[[], tuple[int, int]], **options: Any
+    ) -> None:
+        super().__init__(pairs, batch_size=None, collate_fn=collate, **options)  # type: ignore[arg-type]
+        self.stream, self.position = pairs, position
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.stream.epoch, self.stream.start = self.position()
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing beyond what the trainer's own progress says."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """See ``state_dict``."""

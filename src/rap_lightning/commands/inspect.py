@@ -1,0 +1,235 @@
+"""``rap-lightning inspect``: what would be trained on."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+import unicodedata
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from rap_lightning.commands.options import fit_scale, having, load_tokenizer, make_rules, wanted_splits
+from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.census import Census
+from rap_lightning.preferences.chat import with_goal
+from rap_lightning.preferences.filters import Filters
+from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
+from rap_lightning.preferences.ingest import Rules, read_pairs
+from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.relabel import Mode, RelabelledPair, relabel
+from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.select import Selection
+from rap_lightning.preferences.sources import Source, as_sources
+
+MEASURED = 20_000  # pairs that are tokenised
+SHOWN = 300  # characters of a response
+
+
+def inspect(
+    source: str | list[Source],
+    split: str | None = None,
+    tokenizer: str | None = None,
+    max_length: int = 1024,
+    goal: GoalTemplate | None = OverallGoal(),  # noqa: B008
+    relabel: Mode | None = None,
+    keep_original: bool = False,
+    ties: Literal["drop", "chosen", "error"] = "drop",
+    selection: Selection | None = None,
+    filters: Filters = Filters(),  # noqa: B008
+    outside_scale: Literal["error", "drop", "clip"] = "error",
+    bad_rows: Literal["drop", "error"] = "drop",
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    examples: int = 2,
+    num_proc: int | None = None,
+    seed: int = 42,
+    json: bool = False,
+) -> int:
+    """Show what would be trained on: rows kept and dropped with reasons, rewards, gaps, lengths, two pairs as
+    relabelled.
+
+    Example: rap-lightning inspect --source my-pairs/ --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
+
+    It reads the data as fit does, and ends with 1 where fit would stop at a fault. Columns are renamed with
+    --columns.chosen_score score_chosen.
+
+    Args:
+        source: a parquet, arrow, json or json-lines file (text also compressed), a folder, or a Hub id; or a list
+            of them.
+        split: by default each one.
+        tokenizer: folder or Hub id of the model to train; with it, lengths are measured in tokens, and pairs rendered
+            by its chat template.
+        max_length: tokens of prompt and response together; the share of longer pairs is shown.
+        goal: how the goal reads in the prompt; null for plain pairs, which need no scores.
+        relabel: as in the data module: both, chosen, rejected, none or half.
+        keep_original: also each pair without a goal.
+        ties: a pair whose goals print the same: drop, keep its chosen half, or error.
+        selection: which pairs are made of several responses to a prompt.
+        filters: what is left out on purpose.
+        outside_scale: scores outside the goal's scale: error, drop or clip.
+        bad_rows: rows that can't be used: drop or error.
+        format: of the rows: auto, a known format, or the import path of a function.
+        columns: new names for columns, {theirs: ours}.
+        examples: scored pairs that are shown as relabelled.
+        num_proc: processes that share the reading.
+        seed: of the half that relabel half takes.
+        json: print one JSON document for machines instead of tables.
+    """
+    if max_length < 2:
+        raise ConfigError(f"--max_length must be at least 2, found {max_length}")
+    sources = as_sources(source)
+    rules = make_rules(
+        goal, relabel, keep_original, ties, selection, filters, outside_scale, bad_rows, format, columns, seed,
+        tool_turns=tokenizer is not None,
+    )  # fmt: skip
+    encode = _encoder(tokenizer, rules, max_length) if tokenizer is not None else None
+    splits = wanted_splits(sources, split)
+    fitted = fit_scale(rules, sources, splits, num_proc)
+    documents, failed = [], False
+    for name in splits:
+        for one in having(sources, name):
+            report, census, shown = _census(one, name, rules, encode, max_length, examples, num_proc)
+            failed = failed or bool(report.faults) or not report.pairs
+            documents.append({**report.as_dict(), "figures": census.as_dict()})
+            if not json:
+                _print(report, census, max_length)
+                _print_examples(shown, rules, encode)
+    if json:
+        scale = rules.goal.record()["scale"] if rules.goal is not None else None
+        print(jsonlib.dumps({"splits": documents, "scale": scale, "faults": failed}, ensure_ascii=False))
+    elif fitted and rules.goal is not None:
+        print(f"scale fitted: {rules.goal.scale}")
+    if failed and not json:
+        print("Faults were found: fit would stop.", file=sys.stderr)
+    return int(failed)
+
+
+def _encoder(path: str, rules: Rules, max_length: int) -> Any:
+    from rap_lightning.batches.encode import Encoder
+    from rap_lightning.batches.pair_encoder import PairEncoder
+
+    return PairEncoder(Encoder(load_tokenizer(path), rules.goal, max_length), rules.relabelling)
+
+
+def _census(
+    source: Source, split: str, rules: Rules, encode: Any, max_length: int, examples: int, num_proc: int | None
+) -> tuple[DataReport, Census, list[Pair]]:
+    report, census = DataReport(source.path, split), Census()
+    shown: list[Pair] = []
+    lot: list[Pair] = []
+    pairs = read_pairs(
+        source, split, rules, report, num_proc=num_proc, collect_faults=True, progress=sys.stderr.isatty()
+    )
+    for pair in pairs:
+        census.add(pair)
+        if len(shown) < examples:
+            shown.append(pair)
+        if encode is not None and census.tokenised + len(lot) < MEASURED:
+            lot.append(pair)
+            if len(lot) == 250:
+                _measure(lot, encode, census, report, max_length)
+                lot = []
+    if lot:
+        _measure(lot, encode, census, report, max_length)
+    return report, census, shown
+
+
+def _measure(pairs: list[Pair], encode: Any, census: Census, report: DataReport, max_length: int) -> None:
+    from rap_lightning.batches.pair_encoder import note_encoding
+
+    for row in encode(pairs):
+        note_encoding(row, report)
+        if row["dropped"]:
+            report.pairs -= 1
+            report.relabelled -= len(encode.relabelling.origins)
+            continue
+        prompt = max(map(len, row["prompt_ids"])) + row["cut_prompt"]
+        chosen, rejected = map(len, row["response_ids"])
+        census.add_tokens(prompt, chosen, rejected, max_length)
+
+
+def _print(report: DataReport, census: Census, max_length: int) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    for line in report.lines():
+        console.print(escape(visible(line)), soft_wrap=True)
+    if not census.pairs:
+        return
+    histogram = census.histogram()
+    if histogram:
+        table = Table(title=f"rewards of both responses, {census.pairs:,} pairs", box=None)
+        table.add_column("from", justify="right")
+        table.add_column("to", justify="right")
+        table.add_column("count", justify="right")
+        table.add_column("")
+        most = max(count for _, _, count in histogram)
+        for low, high, count in histogram:
+            table.add_row(f"{low:g}", f"{high:g}", f"{count:,}", "█" * round(40 * count / most))
+        console.print(table)
+    figures = census.as_dict()
+    table = Table(box=None)
+    for name in ("", "min", "p25", "p50", "p75", "p95", "max"):
+        table.add_column(name, justify="right" if name else "left")
+    rows = {"gap between rewards": figures["gap"]} if figures["gap"] else {}
+    for name, counts in figures.get("tokens", {}).items():
+        if isinstance(counts, dict):
+            rows[f"tokens: {name}"] = counts
+    for name, found in rows.items():
+        table.add_row(name, *(f"{found[key]:g}" for key in ("min", "p25", "p50", "p75", "p95", "max")))
+    if rows:
+        console.print(table)
+    console.print(f"the chosen response is the longer one in {figures['chosen_longer_share']:.0%} of the pairs")
+    if census.tokenised:
+        part = "" if census.tokenised == census.pairs else f" (of the first {census.tokenised:,} pairs)"
+        share = figures["tokens"]["share_over_max_length"]
+        console.print(f"{share:.1%} of the pairs{part} are longer than max_length {max_length} and would be truncated")
+
+
+def _print_examples(pairs: Iterable[Pair], rules: Rules, encode: Any) -> None:
+    for number, pair in enumerate(pairs, 1):
+        print(f"\n== pair {number}: {visible(pair.place)}, id {pair.id}")
+        for origin in rules.relabelling.of_ties if pair.tie else rules.relabelling.origins:
+            half = relabel(pair, rules.goal, origin)
+            print(f"-- {half.origin}" + (f", goal {half.goal}" if half.goal is not None else ""))
+            print(_indented(_rendered(half, rules, encode)))
+            for name, text, reward in (("chosen", half.chosen, 0), ("rejected", half.rejected, 1)):
+                print(f"   {name} (reward {half.rewards[reward]:g}):")
+                print(_indented(_short(text), "   | "))
+
+
+def _rendered(half: RelabelledPair, rules: Rules, encode: Any) -> str:
+    if encode is not None:
+        from rap_lightning.batches.encode import MARK, Notes
+        from rap_lightning.preferences.pairs import BadRow
+
+        try:
+            return _short(
+                encode.encoder.prompt(half.history, half.goal_text, Notes()).text.replace(MARK, ""), 3 * SHOWN
+            )
+        except BadRow as problem:
+            return f"({problem.reason})"
+    placement: Literal["system", "user"] = "system"
+    if rules.goal is not None and rules.goal.placement == "user":
+        placement = "user"
+    turns = with_goal(half.history, half.goal_text, placement)
+    return "\n".join(f"[{turn['role']}] {_short(turn['content'])}" for turn in turns)
+
+
+def _short(text: str, limit: int = SHOWN) -> str:
+    return visible(text if len(text) <= limit else f"{text[: limit // 2]} [...] {text[-limit // 2 :]}")
+
+
+def _indented(text: str, lead: str = "   ") -> str:
+    return "\n".join(lead + line for line in text.split("\n"))
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: what it would obey, or not show, is written as an escape."""
+    hidden = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+    return "".join(
+        character if character == "\n" or unicodedata.category(character) not in hidden else ascii(character)[1:-1]
+        for character in text
+    )

@@ -1,0 +1,107 @@
+"""What the text commands share: options of reading, and how a function becomes a command line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from inspect import cleandoc
+from typing import Any, Literal
+
+from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.filters import Filters
+from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.ingest import Rules, rewards_of
+from rap_lightning.preferences.relabel import Mode, Relabelling
+from rap_lightning.preferences.select import Selection
+from rap_lightning.preferences.sources import Source, splits_of
+
+
+def make_rules(
+    goal: GoalTemplate | None,
+    relabel: Mode | None,
+    keep_original: bool,
+    ties: Literal["drop", "chosen", "error"],
+    selection: Selection | None,
+    filters: Filters,
+    outside_scale: Literal["error", "drop", "clip"],
+    bad_rows: Literal["drop", "error"],
+    format: str,
+    columns: dict[str, str] | None,
+    seed: int,
+    tool_turns: bool,
+) -> Rules:
+    """Rules as the data module makes them of the same options."""
+    mode: Mode = relabel if relabel is not None else "both" if goal is not None else "none"
+    relabelling = Relabelling(mode, keep_original, seed)
+    return Rules(
+        goal, relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns=tool_turns
+    )
+
+
+def wanted_splits(sources: list[Source], split: str | None) -> list[str]:
+    """The split asked for, or all splits of the sources."""
+    if split is not None:
+        return [split]
+    return list(dict.fromkeys(source.split or name for source in sources for name in splits_of(source)))
+
+
+def having(sources: list[Source], split: str) -> list[Source]:
+    """The sources that have a split; a source that names its split belongs to that one."""
+    found = [source for source in sources if split in ([source.split] if source.split else splits_of(source))]
+    if not found:
+        known = ", ".join(wanted_splits(sources, None))
+        raise DataError(f"{', '.join(source.path for source in sources)}: no split {split!r}; found {known}.")
+    return found
+
+
+def fit_scale(rules: Rules, sources: list[Source], splits: list[str], num_proc: int | None) -> bool:
+    """Take a scale's open numbers from the training split (or the only one); whether there were any."""
+    if rules.goal is None or not rules.goal.scale.needs_fit:
+        return False
+    split = "train" if "train" in splits or len(splits) > 1 else splits[0]
+    rewards = [r for source in having(sources, split) for r in rewards_of(source, split, rules, num_proc=num_proc)]
+    rules.goal.scale.fit(rewards)
+    return True
+
+
+def load_tokenizer(path: str) -> Any:
+    """A tokenizer by folder or Hub id.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with contextlib.redirect_stderr(None):
+            return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"--tokenizer {path}: no tokenizer can be loaded from it: {reason}") from error
+
+
+def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[str, ...] = ()) -> Any:
+    """Parse a command line for a function and call it; ``flags`` are options without a value."""
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the paragraphs of the description, with its example on a line of its own."""
+
+    summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
+    prog = f"rap-lightning {name}"
+    parser = ArgumentParser(prog=prog, description=summary, allow_abbrev=False, formatter_class=Formatter)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with these options")
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=_flag_help(function, flag))
+    parser.add_function_arguments(function, as_group=False, skip=set(flags), sub_configs=True, fail_untyped=True)
+    options = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    options.pop("config", None)
+    return function(**options)
+
+
+def _flag_help(function: Callable[..., Any], flag: str) -> str:
+    lines = (function.__doc__ or "").splitlines()
+    found = next((line.strip() for line in lines if line.strip().startswith(f"{flag}:")), f"{flag}:")
+    return found.split(":", 1)[1].strip()

@@ -1,0 +1,156 @@
+"""``rap-lightning relabel``: the relabelled data as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from rap_lightning import __version__
+from rap_lightning.commands.options import fit_scale, having, load_tokenizer, make_rules, wanted_splits
+from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.chat import resolve_placement, shows_system
+from rap_lightning.preferences.filters import Filters
+from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
+from rap_lightning.preferences.ingest import Rules, key_of, read_pairs
+from rap_lightning.preferences.mix import copies
+from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.relabel import Mode
+from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.select import Selection
+from rap_lightning.preferences.sources import Source, as_sources, fingerprint
+from rap_lightning.preferences.written import SHARD, ShardedFolder, batches_of
+
+
+def relabel(
+    source: str | list[Source],
+    output: str,
+    split: str | None = None,
+    tokenizer: str | None = None,
+    goal: GoalTemplate | None = OverallGoal(),  # noqa: B008
+    relabel: Mode | None = None,
+    keep_original: bool = False,
+    ties: Literal["drop", "chosen", "error"] = "drop",
+    selection: Selection | None = None,
+    filters: Filters = Filters(),  # noqa: B008
+    outside_scale: Literal["error", "drop", "clip"] = "error",
+    bad_rows: Literal["drop", "error"] = "drop",
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    num_proc: int | None = None,
+    seed: int = 42,
+) -> None:
+    """Write relabelled pairs as parquet, in the conversational layout (prompt, chosen, rejected) that trainers read.
+
+    Example: rap-lightning relabel --source my-pairs/ --output relabelled/ --tokenizer
+    HuggingFaceTB/SmolLM2-135M-Instruct
+
+    The folder appears when it is whole. A run that was stopped goes on where it was when started again in the same way.
+    fit needs none of this: it relabels as it reads.
+
+    Args:
+        source: a parquet, arrow, json or json-lines file (text also compressed), a folder, or a Hub id; or a list of
+        them.
+        output: folder to write; it must not exist, or be empty.
+        split: by default each one.
+        tokenizer: folder or Hub id of the model to train, whose chat template decides whether the goal is a system
+            message or stands before the first user turn; without it, it is a system message.
+        goal: how the goal reads in the prompt; null for plain pairs.
+        relabel: as in the data module: both, chosen, rejected, none or half.
+        keep_original: also each pair without a goal.
+        ties: a pair whose goals print the same: drop, keep its chosen half, or error.
+        selection: which pairs are made of several responses to a prompt.
+        filters: what is left out on purpose.
+        outside_scale: scores outside the goal's scale: error, drop or clip.
+        bad_rows: rows that can't be used: drop or error.
+        format: of the rows: auto, a known format, or the import path of a function.
+        columns: new names for columns, {theirs: ours}.
+        num_proc: processes that share the reading.
+        seed: of the half that relabel half takes, and of what weights draw.
+    """
+    target = Path(output).expanduser()
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ConfigError(f"{output} exists and is not empty. Name another folder, or remove it.")
+    sources = as_sources(source)
+    rules = make_rules(
+        goal, relabel, keep_original, ties, selection, filters, outside_scale, bad_rows, format, columns, seed,
+        tool_turns=False,
+    )  # fmt: skip
+    placement, system_shown = _placement(rules, tokenizer)
+    splits = wanted_splits(sources, split)
+    fit_scale(rules, sources, splits, num_proc)
+    parts = [(name, one) for name in splits for one in having(sources, name)]
+    prints = [fingerprint(one, name) for name, one in parts]
+    folder = ShardedFolder(
+        target,
+        key_of(rules, [*prints, repr(sources), repr(splits), placement, str(system_shown), str(seed), __version__]),
+    )
+    if there := folder.open():
+        print(f"going on: {there} shards of an earlier run are there")
+    reports = []
+    for name in splits:
+        number = 0
+        for one in having(sources, name):
+            report = DataReport(_public(one.path), name)
+            stream: Iterator[Pair] = read_pairs(one, name, rules, report, num_proc=num_proc)
+            if one.weight != 1.0 and name == "train":
+                stream = _weighted(stream, one.weight, seed)
+            while (first := next(stream, None)) is not None:
+                shard = chain([first], islice(stream, SHARD - 1))
+                label = f"{name}-{number:05d}.parquet"
+                if folder.has(label):
+                    _pass_over(shard)
+                else:
+                    folder.write(label, batches_of(shard, rules, placement, system_shown))
+                number += 1
+            reports.append(report)
+            print("\n".join(report.lines()))
+    folder.close(_card(rules, reports, placement))
+    print(f"wrote {output}")
+
+
+def _placement(rules: Rules, tokenizer: str | None) -> tuple[Literal["system", "user"], bool]:
+    asked = rules.goal.placement if rules.goal is not None else "auto"
+    if tokenizer is None:
+        return ("user" if asked == "user" else "system"), True
+    loaded = load_tokenizer(tokenizer)
+    return resolve_placement(loaded, asked), shows_system(loaded)
+
+
+def _weighted(pairs: Iterable[Pair], weight: float, seed: int) -> Iterator[Pair]:
+    for pair in pairs:
+        for _ in range(copies(pair.id, weight, seed)):
+            yield pair
+
+
+def _pass_over(pairs: Iterable[Pair]) -> None:
+    for _ in pairs:
+        pass
+
+
+def _public(path: str) -> str:
+    """A source's name for a card: no folders of this machine, no user names or keys in addresses."""
+    if "://" in path:
+        parts = urlsplit(path)
+        return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+    return Path(path).expanduser().resolve().name if Path(path).expanduser().exists() else path
+
+
+def _card(rules: Rules, reports: list[DataReport], placement: str) -> str:
+    lines = ["---", "tags:", "- preference", "- reward-augmented", "---", "", "# Reward-augmented preference pairs", ""]
+    lines += [
+        f"Written by rap-lightning {__version__}. Each scored pair stands here under the reward of either response as "
+        "the goal; under the loser's goal the responses change places (Zhang et al., ICML 2025, arXiv 2410.08067).",
+        "",
+    ]
+    if rules.goal is not None:
+        record = rules.goal.record()
+        lines += [f"Goal ({placement} message), at its best:", "", "```", record["best"], "```", ""]
+        lines += [f"Scale: `{json.dumps(record['scale'])}`", ""]
+    lines += [f"Relabelling: `{json.dumps(dataclasses.asdict(rules.relabelling))}`; ties: {rules.ties}", "", "```"]
+    lines += [line for report in reports for line in report.lines()]
+    return "\n".join([*lines, "```", ""])

@@ -1,0 +1,131 @@
+"""What is left out on purpose. Each filter counts what it removes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.pairs import BadRow, Judged, Response
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which prompts, responses and pairs are left out.
+
+    Args:
+        min_gap: pairs whose rewards differ by less, in the judge's units, are left out.
+        min_reward: responses with a lower reward are left out.
+        max_reward: responses with a higher reward are left out.
+        max_length_ratio: pairs whose longer response has more than this many times the other's characters are left out.
+        near_duplicates: responses to one prompt that share this part of their words (Jaccard index, 0 to 1) with an
+            earlier one are left out.
+        exclude: a file of prompts to leave out, to keep benchmarks clean: a line each, or json lines with a prompt,
+            instruction or question. Upper case, punctuation and blanks make no difference.
+        repeats: what happens to a pair that was read before: keep it, as an oversampled data set means it, or drop it.
+    """
+
+    min_gap: float | None = None
+    min_reward: float | None = None
+    max_reward: float | None = None
+    max_length_ratio: float | None = None
+    near_duplicates: float | None = None
+    exclude: str | None = None
+    repeats: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        if self.min_gap is not None and not self.min_gap > 0:
+            raise ConfigError(f"filters.min_gap must be above 0, found {self.min_gap}")
+        if self.max_length_ratio is not None and not self.max_length_ratio > 1:
+            raise ConfigError(f"filters.max_length_ratio must be above 1, found {self.max_length_ratio}")
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
+            raise ConfigError(f"filters.near_duplicates must be above 0 and at most 1, found {self.near_duplicates}")
+        low, high = self.min_reward, self.max_reward
+        if low is not None and high is not None and not low < high:
+            raise ConfigError(f"filters.min_reward must be below max_reward, found {low} and {high}")
+        if self.exclude is not None:
+            excluded(self.exclude)  # a missing file is found now, not after an hour
+
+    @property
+    def on_responses(self) -> bool:
+        """Whether single responses may be left out."""
+        return any(v is not None for v in (self.min_reward, self.max_reward, self.near_duplicates))
+
+    def check_prompt(self, judged: Judged) -> None:
+        """Raise BadRow where one of the user's turns stands in the list of prompts to exclude."""
+        if self.exclude is None:
+            return
+        known = excluded(self.exclude)
+        for i, turn in enumerate(judged.history):
+            if turn["role"] == "user" and normal(turn["content"]) in known:
+                raise BadRow(f"prompt (turn {i + 1})", "a prompt in the list of prompts to exclude")
+
+    def responses(self, responses: Sequence[Response]) -> tuple[list[Response], list[BadRow]]:
+        """Those to keep, and why others are left out."""
+        good: list[Response] = []
+        bad: list[BadRow] = []
+        words: list[set[str]] = []
+        for response in responses:
+            if self.min_reward is not None and response.reward < self.min_reward:
+                bad.append(BadRow(response.column, f"a reward below filters.min_reward {self.min_reward:g}"))
+                continue
+            if self.max_reward is not None and response.reward > self.max_reward:
+                bad.append(BadRow(response.column, f"a reward above filters.max_reward {self.max_reward:g}"))
+                continue
+            if self.near_duplicates is not None:
+                own = set(normal(response.text).split())
+                if any(_jaccard(own, other) >= self.near_duplicates for other in words):
+                    bad.append(BadRow(response.column, "nearly the same text as an earlier response to this prompt"))
+                    continue
+                words.append(own)
+            good.append(response)
+        return good, bad
+
+    def check_pair(self, better: Response, worse: Response) -> None:
+        """Raise BadRow where a pair is to be left out."""
+        if self.min_gap is not None and not better.reward - worse.reward >= self.min_gap:
+            raise BadRow(worse.column, f"a gap between rewards below filters.min_gap {self.min_gap:g}")
+        if self.max_length_ratio is not None:
+            short, long = sorted((len(better.text), len(worse.text)))
+            if long > short * self.max_length_ratio:
+                raise BadRow(worse.column, f"lengths beyond filters.max_length_ratio {self.max_length_ratio:g}")
+
+
+def normal(text: str) -> str:
+    """The words of a text: lower case, without punctuation, one blank between them."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+@lru_cache(maxsize=4)
+def excluded(path: str) -> frozenset[str]:
+    """The prompts of a list to exclude, as :func:`normal` writes them."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"filters.exclude: no such file: {path}")
+    prompts = set()
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        text = line
+        if file.suffix in (".jsonl", ".json"):
+            try:
+                row = json.loads(line)
+                text = next(row[name] for name in ("prompt", "instruction", "question") if name in row)
+            except (ValueError, StopIteration, TypeError) as error:
+                raise DataError(
+                    f"filters.exclude: {path} line {number}: expected an object with a prompt, instruction or question."
+                ) from error
+        prompts.add(normal(str(text)))
+    if not prompts:
+        raise DataError(f"filters.exclude: {path} holds no prompts.")
+    return frozenset(prompts - {""})
+
+
+def _jaccard(a: set[str], b: set[str]) -> float:
+    either = len(a | b)
+    return len(a & b) / either if either else 1.0

@@ -1,0 +1,30 @@
+"""How rows look: each format reads one row (or a run of rows) into a conversation with judged responses."""
+
+from rap_lightning.preferences.formats.base import Adapted, RowFormat
+from rap_lightning.preferences.formats.completions import RankedAnswers, ScoredCompletions
+from rap_lightning.preferences.formats.helpsteer import HelpSteer
+from rap_lightning.preferences.formats.scored_pairs import ScoredPairs
+from rap_lightning.preferences.formats.sharegpt import ShareGPT
+from rap_lightning.preferences.formats.ultrafeedback import UltraFeedback
+
+FORMATS: tuple[type[RowFormat], ...] = (
+    UltraFeedback,
+    ScoredCompletions,
+    RankedAnswers,
+    HelpSteer,
+    ShareGPT,
+    ScoredPairs,
+)
+"""Those that are detected, in the order in which they are asked."""
+
+__all__ = [
+    "FORMATS",
+    "Adapted",
+    "HelpSteer",
+    "RankedAnswers",
+    "RowFormat",
+    "ScoredCompletions",
+    "ScoredPairs",
+    "ShareGPT",
+    "UltraFeedback",
+]

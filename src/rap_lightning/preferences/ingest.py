@@ -1,0 +1,585 @@
+"""From rows to scored pairs: read, judge, select, filter, count. The one road that every command and every run takes.
+
+Rows are taken apart in chunks, each on its own, so that processes can share the work; what needs all rows (repeats,
+contradictions, ids that stand for two prompts) is looked at afterwards, in order. The result depends neither on the
+number of processes nor on the size of chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import partial
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+
+from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.filters import Filters
+from rap_lightning.preferences.formats import FORMATS, Adapted, RowFormat
+from rap_lightning.preferences.formats.base import Row, call_adapter
+from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
+from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, digest, make_pair
+from rap_lightning.preferences.parallel import in_order
+from rap_lightning.preferences.readers import Chunk
+from rap_lightning.preferences.relabel import Relabelling, is_tie
+from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.seen import Seen
+from rap_lightning.preferences.select import BestVsRandom, Selection
+from rap_lightning.preferences.sources import Source, chunks_of
+
+EXCHANGED = "score_chosen below score_rejected, exchanged so that the higher reward wins"
+TIE = "tie: both scores print as the same goal"
+OUTSIDE = "score outside the declared scale"
+CONTRADICTION = "the same two responses to the same prompt, the other way round"
+REPEAT = "a pair that was read before"
+OTHER_PROMPT = "a prompt_id that stands for another prompt as well"
+SCORE_COLUMNS = {"score_chosen", "score_rejected"}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is done with rows on the way to pairs.
+
+    Args:
+        goal: the goal template; None for plain pairs, which need no scores.
+        relabelling: what each pair becomes.
+        ties: a pair whose goals print the same: ``drop`` it, keep its ``chosen`` half, or stop with an ``error``.
+        selection: of pairs from several responses; None is best against random.
+        filters: what is left out on purpose.
+        outside_scale: scores outside the goal's scale: stop with an ``error``, ``drop`` such pairs or responses, or
+            ``clip`` them to the nearest end.
+        bad_rows: rows that can't be used (an empty response, a missing score): ``drop`` and count them, or stop with an
+            ``error``. A file that is broken or not what its first rows say stops in either case.
+        format: of the rows: ``auto``, the name of a format, or the import path of a function that turns a row into one
+            of a known format.
+        columns: new names for columns: {theirs: ours}.
+        tool_turns: keep conversations with tool calls; without a chat template that shows them they can't be used.
+    """
+
+    goal: GoalTemplate | None = field(default_factory=OverallGoal)
+    relabelling: Relabelling = field(default_factory=Relabelling)
+    ties: Literal["drop", "chosen", "error"] = "drop"
+    selection: Selection | None = None
+    filters: Filters = field(default_factory=Filters)
+    outside_scale: Literal["error", "drop", "clip"] = "error"
+    bad_rows: Literal["drop", "error"] = "drop"
+    format: str = "auto"
+    columns: dict[str, str] | None = None
+    tool_turns: bool = False
+
+    def __post_init__(self) -> None:
+        for option, least in (("outside_scale", "error"), ("ties", "drop")):
+            if self.goal is None and getattr(self, option) != least:
+                raise ConfigError(
+                    f"{option} {getattr(self, option)} has no effect without a goal; remove one of the two."
+                )
+        if self.goal is None and self.relabelling.conditioned:
+            raise ConfigError(
+                f"relabel {self.relabelling.mode} needs a goal; use relabel none, or name a goal template."
+            )
+        if self.ties == "chosen" and not self.relabelling.of_ties:
+            raise ConfigError(f"ties chosen has no effect with relabel {self.relabelling.mode}; remove one of the two.")
+        if self.goal is not None and self.outside_scale != "error" and self.goal.scale.judge_range[0] == float("-inf"):
+            raise ConfigError(
+                f"outside_scale {self.outside_scale} has no effect with {type(self.goal.scale).__name__}, which states "
+                "every reward by its nearest end; remove it."
+            )
+
+    def describe(self) -> str:
+        """Everything that changes the pairs, for cache keys."""
+        goal = self.goal.describe() if self.goal is not None else None
+        options = (
+            self.relabelling, self.ties, self.selection or BestVsRandom(), self.filters, self.outside_scale,
+            self.bad_rows, self.format, self.columns, self.tool_turns,
+        )  # fmt: skip
+        return repr((goal, options))
+
+
+@dataclass
+class Ingested:
+    """What became of one chunk."""
+
+    report: DataReport
+    pairs: list[Pair] = field(default_factory=list)
+    ids: list[tuple[str, str, str]] = field(default_factory=list)
+    """(prompt_id, digest of the prompt, place) of rows that have an id."""
+    outside: list[tuple[float, str]] = field(default_factory=list)
+    """(reward, place) of rewards outside the scale."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that were taken apart already, with their numbers."""
+
+    name: str
+    unit: str
+    numbered: list[tuple[int, Row | BadRow]]
+
+    def place(self, number: int) -> str:
+        return f"{self.name} {self.unit} {number}"
+
+    def rows(self) -> Iterator[tuple[int, Row | BadRow]]:
+        return iter(self.numbered)
+
+
+# -- all rows ---------------------------------------------------------------------------------------------------------
+
+
+def read_pairs(
+    source: Source, split: str, rules: Rules, report: DataReport, *,
+    num_proc: int | None = None, streaming: bool = False, collect_faults: bool = False, progress: bool = True,
+) -> Iterator[Pair]:  # fmt: skip
+    """The scored pairs of a split, in order, counted into ``report`` as they are read.
+
+    Args:
+        source: where from.
+        split: which.
+        rules: what is done with rows.
+        report: gets the counts.
+        num_proc: processes that share the work; by default one.
+        streaming: look at each row alone, so that memory does not grow at all: repeats and contradictions are not
+            looked for.
+        collect_faults: count faults too, instead of stopping at the first.
+        progress: show a bar where it takes longer than two seconds.
+
+    Raises:
+        DataError: a source that can't be read, rows of no known format, a fault, scores outside the declared scale, or
+            no pair left at the end.
+    """
+    from tqdm import tqdm
+
+    row_format, chunks = _opened(source, split, rules, streaming=streaming)
+    across = _AcrossRows(rules, report)
+    bar = tqdm(desc=f"reading {split}", unit=" rows", delay=2, disable=not progress or None)
+    with bar:
+        for part in in_order(partial(ingest, rules=rules, row_format=row_format), chunks, num_proc):
+            report.add(part.report)
+            bar.update(part.report.read)
+            if not collect_faults:
+                refuse_faults(report, rules)
+                refuse_outside(part.outside, rules, report)
+            elif part.outside:
+                _count_outside(part.outside, report)
+            kept = part.pairs if streaming else across.check(part)
+            report.pairs += len(kept)
+            for pair in kept:
+                report.relabelled += len(rules.relabelling.of_ties if pair.tie else rules.relabelling.origins)
+                yield pair
+    if not report.pairs and not collect_faults:
+        raise DataError(f"{source.path} (split {split}): no pair is left to train on.\n" + "\n".join(report.lines()))
+
+
+def _opened(
+    source: Source, split: str, rules: Rules, *, streaming: bool = False
+) -> tuple[RowFormat, Iterator[Chunk | _Rows]]:
+    """The format of a source's rows, and its chunks."""
+    chunks = chunks_of(source, split, streaming=streaming)
+    first = next(chunks, None)
+    if first is None:
+        raise DataError(f"{source.path} (split {split}) has no rows.")
+    row_format = find_format(first, rules, source)
+    return row_format, _whole_groups(chain([first], chunks), row_format)
+
+
+def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
+    """The format of the first rows, or the one that is named.
+
+    Raises:
+        DataError: their columns are of no known format, or lack the scores.
+        ConfigError: the named format does not exist, or an option has no effect on it.
+    """
+    rows = [row for _, row in chunk.rows() if isinstance(row, dict)]
+    rows = [_renamed(row, rules.columns) for row in rows]
+    if not rows:
+        problems = {problem.reason: n for n, problem in reversed(list(chunk.rows())) if isinstance(problem, BadRow)}
+        facts = "; ".join(f"{chunk.place(number)}: {reason}" for reason, number in problems.items())
+        raise DataError(f"{source.path}: no row can be read. {facts}")
+    name = source.format or rules.format
+    attributes = rules.goal.attributes if rules.goal is not None else ()
+    scored = rules.goal is not None
+    if name not in ("auto", *(kind.name for kind in FORMATS)):
+        adapt = _import(name)
+        adapted = [call_adapter(adapt, row) for row in rows[:20]]
+        inner = _detected([row for row in adapted if row], source, rules, attributes, scored)
+        found: RowFormat = Adapted(adapt, inner)
+    elif name == "auto":
+        found = _detected(rows, source, rules, attributes, scored)
+    else:
+        found = next(kind for kind in FORMATS if kind.name == name)(attributes, scored)
+        found.look(rows)
+    if found.paired and rules.selection is not None:
+        raise ConfigError(f"selection has no effect on {source.path}: its rows are pairs already; remove it.")
+    if found.paired and rules.filters.near_duplicates is not None:
+        raise ConfigError(f"filters.near_duplicates has no effect on {source.path}: its rows are pairs; remove it.")
+    return found
+
+
+def _detected(rows: Sequence[Row], source: Source, rules: Rules, attributes: Sequence[str], scored: bool) -> RowFormat:
+    columns = set().union(*(row.keys() for row in rows)) if rows else set()
+    kind = next((kind for kind in FORMATS if kind.fits(columns)), None)
+    found = ", ".join(sorted(map(str, columns))) or "none"
+    if kind is None:
+        known = "\n".join(f"  {kind.name}: {kind.expects}" for kind in FORMATS)
+        raise DataError(
+            f"{source.path}: expected the columns of a known format; found the columns {found}."
+            f"{_hint(columns, {'prompt', 'chosen', 'rejected', *SCORE_COLUMNS})}\n"
+            f"Rename columns with columns, or name a function that makes one of these of a row with format:\n{known}"
+        )
+    row_format = kind(attributes, scored)
+    if kind.paired and scored:
+        missing = SCORE_COLUMNS - columns
+        by_attribute = attributes and {"scores_chosen", "scores_rejected"} <= columns
+        if missing and not by_attribute:
+            raise DataError(
+                f"{source.path}: expected {kind.expects}; missing {', '.join(sorted(missing))}; found the columns "
+                f"{found}.{_hint(columns, missing)} Goals state the judge's score of each response; unscored pairs can "
+                "only be trained on without goals (goal null, relabel none)."
+            )
+    row_format.look(rows)
+    return row_format
+
+
+def _hint(columns: set[str], wanted: set[str]) -> str:
+    if "scores_chosen" in columns:
+        return " scores_chosen and scores_rejected hold scores of attributes: ask for them with an AttributeGoal."
+    hints = []
+    for name in sorted(wanted - columns):
+        words = set(name.split("_"))
+        near = next((c for c in sorted(columns - wanted) if set(c.lower().replace("-", "_").split("_")) == words), None)
+        near = near or next(iter(get_close_matches(name, sorted(columns - wanted), 1, 0.8)), None)
+        if near is not None:
+            hints.append(f"{near} -> {name}")
+    return f" Did you mean {', '.join(hints)}? Rename with columns." if hints else ""
+
+
+def refuse_faults(report: DataReport, rules: Rules) -> None:
+    """Raise DataError where rows were found that make the whole file doubtful, or any bad row if that is asked for."""
+    faults = dict(report.faults)
+    if faults:
+        lines = [f"  {tally.first}: {reason} ({tally.count:,} so far)" for reason, tally in faults.items()]
+        raise DataError(
+            f"{report.source} (split {report.split}): {sum(t.count for t in faults.values())} faults found:\n"
+            + "\n".join(lines)
+        )
+
+
+def refuse_outside(outside: Sequence[tuple[float, str]], rules: Rules, report: DataReport) -> None:
+    """Raise DataError where rewards lie outside the declared scale."""
+    if not outside or rules.goal is None:
+        return
+    low, high = rules.goal.scale.judge_range
+    rewards = [reward for reward, _ in outside]
+    places = "; ".join(f"{place} = {reward:g}" for reward, place in outside[:5]) + ("; ..." if len(outside) > 5 else "")
+    raise DataError(
+        f"{report.source} (split {report.split}): expected scores from {low:g} to {high:g}, the declared scale; found "
+        f"{len(outside):,} outside among {report.read:,} rows, from {min(rewards):g} to {max(rewards):g}: "
+        f"{places}. Declare the judge's scale (goal.scale.low and .high), map another one onto it (a LinearScale), "
+        "mend the scores, or leave such pairs out with outside_scale drop."
+    )
+
+
+def _count_outside(outside: Sequence[tuple[float, str]], report: DataReport) -> None:
+    for reward, place in outside:
+        report.note("faults", OUTSIDE, place, "", f"{reward:g}")
+
+
+class _AcrossRows:
+    """What only shows when rows are held against each other."""
+
+    def __init__(self, rules: Rules, report: DataReport) -> None:
+        self.rules, self.report = rules, report
+        self.seen_pairs, self.seen_ids = Seen(), Seen()
+
+    def check(self, part: Ingested) -> list[Pair]:
+        """The pairs to keep."""
+        kept = self._check_pairs(self._check_ids(part))
+        self.report.kept -= len({pair.place for pair in part.pairs} - {pair.place for pair in kept})
+        return kept
+
+    def _check_pairs(self, pairs: list[Pair]) -> list[Pair]:
+        if not pairs:
+            return []
+        ids = [int(pair.id, 16) for pair in pairs]
+        swapped = [int(digest(p.history, p.responses[1], p.responses[0]), 16) for p in pairs]
+        keys = np.array([min(both) for both in zip(ids, swapped, strict=True)], dtype=np.uint64)
+        known, before = self.seen_pairs.add(keys, np.array(ids, dtype=np.uint64))
+        kept = []
+        for pair, is_known, value, own in zip(pairs, known, before, ids, strict=True):
+            if is_known and int(value) != own:
+                self.report.note("dropped", CONTRADICTION, pair.place, "chosen, rejected")
+            elif is_known and self.rules.filters.repeats == "drop":
+                self.report.note("dropped", REPEAT, pair.place, "chosen, rejected")
+            else:
+                if is_known:
+                    self.report.note("noted", REPEAT, pair.place, "chosen, rejected")
+                kept.append(pair)
+        return kept
+
+    def _check_ids(self, part: Ingested) -> list[Pair]:
+        if not part.ids:
+            return part.pairs
+        keys, values = ([_as_int(x) for x in column] for column in list(zip(*part.ids, strict=True))[:2])
+        known, before = self.seen_ids.add(np.array(keys, dtype=np.uint64), np.array(values, dtype=np.uint64))
+        wrong = {
+            place for (_, _, place), is_known, value, own in zip(part.ids, known, before, values, strict=True)
+            if is_known and int(value) != own
+        }  # fmt: skip
+        for place in sorted(wrong):
+            self.report.note("dropped", OTHER_PROMPT, place, "prompt_id")
+        return [pair for pair in part.pairs if pair.place not in wrong]
+
+
+# -- one chunk --------------------------------------------------------------------------------------------------------
+
+
+def ingest(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> Ingested:
+    """The pairs of a chunk, looked at alone."""
+    out = Ingested(DataReport("", ""))
+    for number, rows in _groups(chunk, rules, row_format):
+        place = chunk.place(number)
+        out.report.read += 1 if isinstance(rows, BadRow) else len(rows)
+        try:
+            if isinstance(rows, BadRow):
+                raise rows
+            judged = row_format.read(rows)
+            pairs = list(_pairs(judged, rules, row_format, place, out))
+        except BadRow as problem:
+            for response in getattr(problem, "left_out", []):
+                _problem(out, response, place, rules, "left_out")
+            _problem(out, problem, place, rules, "dropped")
+            continue
+        if pairs:
+            out.report.kept += 1 if row_format.group_key(rows[0]) is None else len(rows)
+            out.pairs += pairs
+            if isinstance(judged.prompt_id, str):
+                own = judged.prompt_id == _own_id(judged.prompt)
+                prompt = judged.prompt_id if own else _own_id(judged.prompt)
+                out.ids.append((judged.prompt_id, prompt, place))
+    return out
+
+
+def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, out: Ingested) -> Iterator[Pair]:
+    if judged.uses_tools and not rules.tool_turns:
+        raise BadRow("chosen, rejected", "tool calls, which need a chat template that shows them")
+    if judged.prompt_id is not None and not isinstance(judged.prompt_id, str):
+        raise BadRow("prompt_id", "an id that is not text, as the others are", judged.prompt_id)
+    rules.filters.check_prompt(judged)
+    if not rules.relabelling.takes(judged.history):
+        raise BadRow(
+            "prompt", f"not in the half of the prompts that relabel half takes (seed {rules.relabelling.seed})"
+        )
+    responses = _in_scale(judged, rules, place, out)
+    if responses is None:
+        return
+    if rules.filters.on_responses:
+        responses, left_out = rules.filters.responses(responses)
+        judged.left_out.extend(left_out)
+    for problem in judged.left_out:
+        _problem(out, problem, place, rules, "left_out")
+    if len(responses) < 2:
+        column = judged.left_out[-1].column if judged.left_out else "responses"
+        raise BadRow(column, "fewer than 2 responses that can be used")
+    if row_format.paired:
+        chosen = [(responses[0], responses[1])]
+    else:
+        selection = rules.selection or BestVsRandom()
+        key = digest(judged.history, *sorted(response.text for response in responses))
+        chosen = selection.select(responses, partial(_same_goal, goal=rules.goal), key)
+        if not chosen:
+            raise BadRow(responses[0].column, f"{TIE}, for all responses")
+    problems = []
+    for first, second in chosen:
+        pair = make_pair(judged, first, second, place)
+        try:
+            better, worse = (second, first) if pair.exchanged else (first, second)
+            yield _checked(pair, better, worse, rules, out)
+        except BadRow as problem:
+            problems.append(problem)
+    last = problems.pop() if len(problems) == len(chosen) else None
+    for other in problems:
+        _problem(out, other, place, rules, "dropped")
+    if last is not None:
+        raise last  # no pair is left of the row
+
+
+def _checked(pair: Pair, better: Response, worse: Response, rules: Rules, out: Ingested) -> Pair:
+    rules.filters.check_pair(better, worse)
+    if pair.exchanged:
+        out.report.note("repaired", EXCHANGED, pair.place, "score_chosen, score_rejected")
+    for text, side in zip(pair.responses, (better, worse), strict=True):
+        if "\0" in text:
+            out.report.note("noted", "U+0000 in the text, kept as it is", pair.place, side.column)
+    if rules.goal is None or not is_tie(pair, rules.goal):
+        return pair
+    equal = pair.rewards[0] == pair.rewards[1]
+    reason = TIE + (" (equal)" if equal else "")
+    if rules.ties == "drop":
+        raise BadRow("score_chosen, score_rejected", reason)
+    if rules.ties == "error":
+        raise BadRow("score_chosen, score_rejected", f"{reason}, and ties are an error", stops=True)
+    out.report.note("noted", f"{reason}; kept under the chosen response's goal", pair.place, "score_rejected")
+    return replace(pair, tie=True)
+
+
+def _in_scale(judged: Judged, rules: Rules, place: str, out: Ingested) -> list[Response] | None:
+    """The responses whose rewards lie on the scale; None where the run must stop."""
+    if rules.goal is None:
+        return judged.responses
+    good, low_high = [], rules.goal.scale.judge_range
+    for response in judged.responses:
+        column = f"score_{response.column}" if judged.paired else response.column
+        if response.reward in rules.goal.scale:
+            good.append(response)
+        elif rules.outside_scale == "error":
+            out.outside.append((response.reward, f"{place}, column {column}"))
+        elif rules.outside_scale == "clip":
+            clipped = min(max(response.reward, low_high[0]), low_high[1])
+            out.report.note("repaired", f"{OUTSIDE}, clipped to its end", place, column, f"{response.reward:g}")
+            good.append(replace(response, reward=clipped))
+        elif judged.paired:
+            raise BadRow(column, OUTSIDE, response.reward)
+        else:
+            judged.left_out.append(BadRow(column, OUTSIDE, response.reward))
+    stopped = rules.outside_scale == "error" and len(good) < len(judged.responses)
+    return None if stopped else good
+
+
+def _same_goal(a: Response, b: Response, goal: GoalTemplate | None) -> bool:
+    if goal is None or a.reward == b.reward:
+        return a.reward == b.reward
+    return goal.text(*goal.goal_of(a.reward, a.attributes)) == goal.text(*goal.goal_of(b.reward, b.attributes))
+
+
+def _problem(out: Ingested, problem: BadRow, place: str, rules: Rules, kind: str) -> None:
+    stops = problem.stops or (rules.bad_rows == "error" and not _by_choice(problem))
+    out.report.problem("faults" if stops else kind, problem, place)
+
+
+def _by_choice(problem: BadRow) -> bool:
+    """Whether a row is left out by a rule that was asked for, not for a fault of its own."""
+    return problem.reason.startswith(
+        (TIE, OUTSIDE, "a gap between", "lengths beyond", "not in the half", "a reward ")
+    ) or (
+        "prompts to exclude" in problem.reason
+        or "left out by your adapter" in problem.reason
+        or "nearly the same" in problem.reason
+    )
+
+
+def _groups(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> Iterator[tuple[int, list[Row] | BadRow]]:
+    group: list[Row] = []
+    start, key = 0, None
+    for number, row in chunk.rows():
+        if isinstance(row, BadRow):
+            yield number, row
+            continue
+        row = _renamed(row, rules.columns)
+        own = row_format.group_key(row)
+        if own is None:
+            yield number, [row]
+            continue
+        if group and own != key:
+            yield start, group
+            group = []
+        if not group:
+            start, key = number, own
+        group.append(row)
+    if group:
+        yield start, group
+
+
+def _whole_groups(chunks: Iterable[Chunk], row_format: RowFormat) -> Iterator[Chunk | _Rows]:
+    """Chunks that no group of rows straddles."""
+    held: list[tuple[int, Row | BadRow]] = []
+    last: Chunk | None = None
+    for chunk in chunks:
+        if not _grouping(row_format):
+            yield chunk
+            continue
+        if last is not None and last.name != chunk.name and held:
+            yield _Rows(last.name, last.unit, held)
+            held = []
+        last = chunk
+        held += list(chunk.rows())
+        keys = [None if isinstance(row, BadRow) else row_format.group_key(row) for _, row in held]
+        cut = next((i for i in range(len(keys) - 1, 0, -1) if keys[i] != keys[i - 1]), 0)
+        if cut:
+            yield _Rows(chunk.name, chunk.unit, held[:cut])
+            held = held[cut:]
+    if held and last is not None:
+        yield _Rows(last.name, last.unit, held)
+
+
+def _grouping(row_format: RowFormat) -> bool:
+    return type(row_format).group_key is not RowFormat.group_key
+
+
+def _renamed(row: Row, columns: dict[str, str] | None) -> Row:
+    return row if not columns else {columns.get(name, name): value for name, value in row.items()}
+
+
+def _as_int(text: str) -> int:
+    """64 bits of an id: of a digest its own, otherwise a digest's."""
+    try:
+        return int(text[:16], 16) if len(text) == 64 else int(digest([], text), 16)
+    except ValueError:
+        return int(digest([], text), 16)
+
+
+def _own_id(prompt: str) -> str:
+    """What ultrafeedback_binarized has as prompt_id."""
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+def _import(path: str) -> Callable[[Row], Row | None]:
+    module, _, name = path.rpartition(".")
+    known = ", ".join(kind.name for kind in FORMATS)
+    if not module:
+        raise ConfigError(f"format: expected auto, {known}, or the import path of a function; found {path!r}.")
+    try:
+        function: Callable[[Row], Row | None] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"format: {path} can't be imported: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"format: {path} is not a function of a row.")
+    return function
+
+
+def rewards_of(source: Source, split: str, rules: Rules, *, num_proc: int | None = None) -> list[float]:
+    """The rewards of all responses that can be used, to fit a scale on; in the judge's units."""
+    open_scale = replace(rules, goal=None, relabelling=Relabelling("none"), ties="drop", outside_scale="error")
+    report = DataReport(source.path, split)
+    row_format, chunks = _opened(source, split, rules)
+    rewards: list[float] = []
+    work = partial(_rewards, rules=open_scale, row_format=row_format)
+    for part, values in in_order(work, chunks, num_proc):
+        report.add(part)
+        refuse_faults(report, rules)
+        rewards += values
+    if not rewards:
+        raise DataError(f"{source.path} (split {split}): no reward to fit the scale on.")
+    return rewards
+
+
+def _rewards(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> tuple[DataReport, list[float]]:
+    report, rewards = DataReport("", ""), []
+    for number, rows in _groups(chunk, rules, row_format):
+        try:
+            if isinstance(rows, BadRow):
+                raise rows
+            rewards += [response.reward for response in row_format.read(rows).responses]
+        except BadRow as problem:
+            if problem.stops:
+                report.problem("faults", problem, chunk.place(number))
+    return report, rewards
+
+
+def key_of(rules: Rules, prints: Sequence[str]) -> str:
+    """Digest of everything that changes the pairs made of sources with these fingerprints."""
+    return hashlib.sha256(json.dumps([rules.describe(), *prints]).encode()).hexdigest()[:16]

@@ -1,0 +1,229 @@
+"""Files to rows, with the place of each. Broken files are found here, at the line.
+
+Nothing is guessed: bytes that are not UTF-8, a line that is no JSON object, a file that is cut off all end in a message
+that says where. ``datasets.load_dataset("json")`` reads most such files without a word, or fails without a line number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rap_lightning.errors import DataError
+from rap_lightning.preferences.pairs import BadRow, shown
+
+ROWS = 1000  # in a chunk
+JSON = json.JSONDecoder(strict=False)  # control characters raw inside a text are text
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file"}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some neighbouring rows of a file, not yet taken apart, so that they can be sent to another process.
+
+    Attributes:
+        name: of the file, for messages.
+        first: number of the first line or row, from 1.
+        payload: lines as bytes, a list of rows, or an Arrow record batch.
+    """
+
+    name: str
+    first: int
+    payload: Any
+
+    @property
+    def unit(self) -> str:
+        """What a number counts."""
+        return "line" if isinstance(self.payload, list) and self.payload and type(self.payload[0]) is bytes else "row"
+
+    def place(self, number: int) -> str:
+        """Where a row stands."""
+        return f"{self.name} {self.unit} {number}"
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """(number, row) of each; a row that can't be read is the reason instead. Blank lines are passed over."""
+        if self.unit == "line":
+            for number, line in enumerate(self.payload, self.first):
+                if line.strip():
+                    yield number, parse_line(line, number)
+            return
+        values = self.payload if isinstance(self.payload, list) else self.payload.to_pylist()
+        for number, value in enumerate(values, self.first):
+            yield number, an_object(value)
+
+
+def parse_line(line: bytes, number: int) -> dict[str, Any] | BadRow:
+    """A row of a json-lines file, or what is wrong with it."""
+    if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+        line = line[3:]
+    try:
+        return an_object(JSON.decode(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        reason = "bytes that are not UTF-8"
+        return BadRow(f"byte {error.start + 1}", reason, line[error.start : error.end], stops=True)
+    except json.JSONDecodeError as error:
+        where = f"character {error.colno}"
+        if error.msg == "Extra data":
+            return BadRow(where, "more than one JSON value on the line", line[error.pos :].decode(), stops=True)
+        if number == 1 and line.strip() in (b"[", b"{"):
+            reason = "one JSON document over several lines, not an object per line; name such a file .json"
+            return BadRow(where, reason, stops=True)
+        return BadRow(where, f"not JSON ({error.msg.lower()}); is the file cut off?", stops=True)
+    except RecursionError:
+        return BadRow("row", "JSON nested too deep to read", stops=True)
+    except ValueError as error:  # a number with more digits than Python converts, say
+        return BadRow("row", f"JSON that can't be read ({type(error).__name__})", stops=True)
+
+
+def an_object(value: Any) -> dict[str, Any] | BadRow:
+    """A row must be an object; null is a row that someone left empty."""
+    if isinstance(value, dict):
+        return value
+    if value is None:
+        return BadRow("row", "null instead of an object")
+    kind = {list: "an array", str: "text", bool: "true or false"}.get(type(value), "a number")
+    return BadRow("row", f"{kind} instead of an object", value, stops=True)
+
+
+def read_file(path: str, label: str | None = None) -> Iterator[Chunk]:
+    """The chunks of one local file.
+
+    Args:
+        path: json lines (.jsonl, .ndjson), a JSON array or json lines (.json), .parquet or .arrow; text also
+            compressed.
+        label: what messages call it; the file's name by default.
+
+    Raises:
+        DataError: it can't be opened, is empty, cut off, of another kind or in another encoding.
+    """
+    label = label or Path(path).name
+    kind = kind_of(path)
+    if kind == "parquet":
+        yield from _parquet(path, label)
+    elif kind == "arrow":
+        yield from _arrow(path, label)
+    elif kind == "json":
+        yield from _json(path, label)
+    else:
+        raise DataError(f"{path}: expected a file ending in .parquet, .arrow, .jsonl or .json (text also compressed).")
+
+
+def kind_of(path: str) -> str | None:
+    """Of a file, by its name: parquet, arrow, json or none of them."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    return {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".ndjson": "json"}.get(last)
+
+
+def _json(path: str, label: str) -> Iterator[Chunk]:
+    import fsspec
+
+    compression = COMPRESSIONS.get(Path(path).suffix.lower())
+    try:
+        with fsspec.open(path, "rb", compression=compression) as stream:
+            head = stream.read(4096)
+        _check_head(head, path)
+        with fsspec.open(path, "rb", compression=compression) as stream:
+            if head.lstrip()[:1] == b"[" and ".json" in [suffix.lower() for suffix in Path(path).suffixes]:
+                yield from _array(stream, label, path)
+            else:
+                yield from _lines(stream, label, path)
+    except (OSError, EOFError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} can't be read: {type(error).__name__}: {error}. Is the file whole?") from error
+    except Exception as error:  # zstd's own error type
+        if "zstd" not in type(error).__module__.lower():
+            raise
+        raise DataError(f"{path} can't be read: {type(error).__name__}: {error}. Is the file whole?") from error
+
+
+def _check_head(head: bytes, path: str) -> None:
+    if not head:
+        raise DataError(f"{path} is empty: 0 bytes.")
+    for magic, kind in MAGIC.items():
+        if head.startswith(magic):
+            raise DataError(
+                f"{path}: expected JSON lines, found the first bytes of {kind}. Rename it, or copy it again."
+            )
+    wide = head[:2] in (b"\xff\xfe", b"\xfe\xff") or (len(head) > 3 and b"\0" in head[:4])
+    if wide:
+        raise DataError(f"{path}: expected UTF-8, found UTF-16 or UTF-32. Convert it: iconv -f UTF-16 -t UTF-8")
+
+
+def _lines(stream: Any, label: str, path: str) -> Iterator[Chunk]:
+    lines: list[bytes] = []
+    size, number, first, any_row = 0, 0, 1, False
+    for line in stream:  # binary, so only \n ends a line: U+2028 and its like stand inside texts
+        number += 1
+        lines.append(line)
+        size += len(line)
+        any_row = any_row or bool(line.strip())
+        if len(lines) >= ROWS or size >= 2**24:
+            yield Chunk(label, first, lines)
+            lines, size, first = [], 0, number + 1
+    if not any_row:
+        raise DataError(f"{path} holds no rows: {number} blank lines.")
+    if lines:
+        yield Chunk(label, first, lines)
+
+
+def _array(stream: Any, label: str, path: str) -> Iterator[Chunk]:
+    try:
+        values = json.loads(stream.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg}). Is the file cut off?") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: JSON nested too deep to read.") from error
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{path} holds no rows.")
+    for start in range(0, len(values), ROWS):
+        yield Chunk(label, start + 1, values[start : start + ROWS])
+
+
+def _parquet(path: str, label: str) -> Iterator[Chunk]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows == 0:
+                raise DataError(f"{path} has no rows.")
+            yield from numbered(file.iter_batches(ROWS), label)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} can't be read as Parquet: {shown(str(error), 200)}. Is the file whole?") from error
+
+
+def _arrow(path: str, label: str) -> Iterator[Chunk]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(path) as source:
+            try:
+                reader = pa.ipc.open_stream(source)
+            except pa.ArrowInvalid:
+                table = pa.ipc.open_file(source)
+                reader = (table.get_batch(i) for i in range(table.num_record_batches))
+            yield from numbered(reader, label)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} can't be read as Arrow: {shown(str(error), 200)}. Is the file whole?") from error
+
+
+def numbered(batches: Iterable[Any], label: str) -> Iterator[Chunk]:
+    """Record batches as chunks of at most ROWS rows."""
+    first = 1
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS):
+            part = batch.slice(start, ROWS)
+            yield Chunk(label, first, part)
+            first += part.num_rows
+    if first == 1:
+        raise DataError(f"{label} has no rows.")

@@ -1,0 +1,178 @@
+"""Reward scales: the judge's numbers, and the numbers that goals state."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Any
+
+from rap_lightning.errors import ConfigError
+
+
+class RewardScale:
+    """A declared scale: goals state the judge's own numbers.
+
+    Args:
+        low: the lowest reward the judge can give.
+        high: the highest; the goal asked for at inference.
+        decimals: goals are printed with at most this many decimals, without trailing zeros ("7.5", "8").
+    """
+
+    def __init__(self, low: float = 1.0, high: float = 10.0, decimals: int = 1) -> None:
+        if not low < high:
+            raise ConfigError(f"reward scale: low must be below high, found low={low}, high={high}")
+        if not 0 <= decimals <= 6:
+            raise ConfigError(f"reward scale: decimals must be from 0 to 6, found {decimals}")
+        self.low, self.high, self.decimals = float(low), float(high), decimals
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.numbers().items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and repr(other) == repr(self)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __contains__(self, reward: float) -> bool:
+        low, high = self.judge_range
+        return low <= reward <= high
+
+    @property
+    def judge_range(self) -> tuple[float, float]:
+        """Lowest and highest reward that belong to the scale, in the judge's units."""
+        return self.low, self.high
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether numbers are missing that come from the training split."""
+        return False
+
+    def fit(self, rewards: Sequence[float]) -> None:
+        """Take the missing numbers from the rewards of the training split; the values are in the judge's units."""
+        raise ConfigError(f"{type(self).__name__} has nothing to fit.")
+
+    def goal(self, reward: float) -> float:
+        """The number that a goal states for a reward."""
+        return reward
+
+    def numbers(self) -> dict[str, Any]:
+        """All arguments, fitted ones included: the scale is made again from these."""
+        return {"low": self.low, "high": self.high, "decimals": self.decimals}
+
+    def printed(self, goal: float) -> str:
+        """A goal's number as the prompt states it.
+
+        >>> RewardScale().printed(8.0), RewardScale().printed(7.46)
+        ('8', '7.5')
+        """
+        text = f"{goal:.{self.decimals}f}"
+        text = text.rstrip("0").rstrip(".") if "." in text else text
+        return "0" if text == "-0" else text
+
+
+class LinearScale(RewardScale):
+    """The judge's range stretched onto the numbers that goals state: a reward model's -20 to 5, say, onto 1 to 10.
+
+    Args:
+        low, high: the lowest and highest number that goals state.
+        decimals: as for RewardScale.
+        judge_low, judge_high: the judge's range; null takes the lowest and highest reward of the training split.
+            Rewards beyond them are stated as the nearest end.
+    """
+
+    def __init__(
+        self, low: float = 1.0, high: float = 10.0, decimals: int = 1,
+        judge_low: float | None = None, judge_high: float | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(low, high, decimals)
+        if judge_low is not None and judge_high is not None and not judge_low < judge_high:
+            raise ConfigError(f"LinearScale: judge_low must be below judge_high, found {judge_low} and {judge_high}")
+        self.judge_low, self.judge_high = judge_low, judge_high
+
+    @property
+    def judge_range(self) -> tuple[float, float]:
+        """Every reward belongs: those beyond the ends are stated as the nearest end."""
+        return float("-inf"), float("inf")
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether an end of the judge's range is still open."""
+        return self.judge_low is None or self.judge_high is None
+
+    def fit(self, rewards: Sequence[float]) -> None:
+        """Take the open ends from the rewards."""
+        low = min(rewards) if self.judge_low is None else self.judge_low
+        high = max(rewards) if self.judge_high is None else self.judge_high
+        if not low < high:
+            raise ConfigError(f"LinearScale: the training split's rewards leave no range, from {low} to {high}")
+        self.judge_low, self.judge_high = float(low), float(high)
+
+    def goal(self, reward: float) -> float:
+        """Linear between the ends."""
+        assert self.judge_low is not None, "fit comes first"
+        assert self.judge_high is not None, "fit comes first"
+        share = (reward - self.judge_low) / (self.judge_high - self.judge_low)
+        return self.low + min(1.0, max(0.0, share)) * (self.high - self.low)
+
+    def numbers(self) -> dict[str, Any]:
+        """All arguments, fitted ones included."""
+        return super().numbers() | {"judge_low": self.judge_low, "judge_high": self.judge_high}
+
+
+class QuantileScale(RewardScale):
+    """Goals state how a reward ranks in the training split: 10 is the best there, 5.5 the median, on a scale of 1-10.
+
+    For judges whose numbers crowd together or have no fixed range.
+
+    Args:
+        low, high: the lowest and highest number that goals state.
+        decimals: as for RewardScale.
+        knots: the rewards at equally spaced quantiles, lowest first; null takes 101 of the training split.
+    """
+
+    KNOTS = 101
+
+    def __init__(
+        self, low: float = 1.0, high: float = 10.0, decimals: int = 1, knots: list[float] | None = None
+    ) -> None:
+        super().__init__(low, high, decimals)
+        if knots is not None and (len(knots) < 2 or sorted(knots) != list(knots) or knots[0] == knots[-1]):
+            raise ConfigError("QuantileScale: knots must be at least two numbers, in rising order, not all the same")
+        self.knots = knots
+
+    @property
+    def judge_range(self) -> tuple[float, float]:
+        """Every reward belongs: those beyond the ends are stated as the nearest end."""
+        return float("-inf"), float("inf")
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether the knots are still open."""
+        return self.knots is None
+
+    def fit(self, rewards: Sequence[float]) -> None:
+        """Take the knots from the rewards."""
+        ordered = sorted(rewards)
+        if ordered[0] == ordered[-1]:
+            raise ConfigError(f"QuantileScale: all rewards of the training split are {ordered[0]:g}")
+        last = len(ordered) - 1
+        self.knots = [ordered[round(last * i / (self.KNOTS - 1))] for i in range(self.KNOTS)]
+
+    def goal(self, reward: float) -> float:
+        """Linear between knots; a value that many rewards share stands in the middle of their quantiles."""
+        knots = self.knots
+        assert knots is not None, "fit comes first"
+        left, right = bisect.bisect_left(knots, reward), bisect.bisect_right(knots, reward)
+        if right == 0 or left == len(knots):
+            place = 0.0 if right == 0 else len(knots) - 1.0
+        elif left < right:
+            place = (left + right - 1) / 2
+        else:
+            below, above = knots[left - 1], knots[left]
+            place = left - 1 + (reward - below) / (above - below)
+        return self.low + place / (len(knots) - 1) * (self.high - self.low)
+
+    def numbers(self) -> dict[str, Any]:
+        """All arguments, fitted ones included."""
+        return super().numbers() | {"knots": self.knots}

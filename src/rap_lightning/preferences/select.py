@@ -1,0 +1,101 @@
+"""k scored responses to pairs. Every choice depends on the content and a seed alone, never on where a row stands."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.pairs import Response
+
+SameGoal = Callable[[Response, Response], bool]
+"""Whether two responses' goals print the same, so that they can't be told apart."""
+
+
+class Selection(ABC):
+    """Which pairs are made of a prompt's responses. Named by import path: ``--data.selection my_pkg.MySelection``.
+
+    Args:
+        max_pairs: at most this many pairs per prompt, drawn at random; null keeps all.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, max_pairs: int | None = None, seed: int = 0) -> None:
+        if max_pairs is not None and max_pairs < 1:
+            raise ConfigError(f"selection: max_pairs must be at least 1, found {max_pairs}")
+        self.max_pairs, self.seed = max_pairs, seed
+
+    def __repr__(self) -> str:
+        kind = type(self)
+        return f"{kind.__module__}.{kind.__qualname__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+
+    def select(self, responses: Sequence[Response], same_goal: SameGoal, key: str) -> list[tuple[Response, Response]]:
+        """Pairs of a better and a worse response, best pairs first; none where all goals print the same.
+
+        Args:
+            responses: of one prompt, with different texts.
+            same_goal: such responses are never paired with each other.
+            key: digest of the content, the source of randomness.
+        """
+        ordered = sorted(responses, key=lambda r: (-r.reward, r.text))  # equal rewards: by text, so any order will do
+        pairs = list(self.choose(ordered, same_goal, random.Random(f"{self.seed} {key}")))
+        if self.max_pairs is not None and len(pairs) > self.max_pairs:
+            kept = sorted(random.Random(f"{self.seed} max {key}").sample(range(len(pairs)), self.max_pairs))
+            pairs = [pairs[i] for i in kept]
+        return pairs
+
+    @abstractmethod
+    def choose(
+        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
+    ) -> Iterable[tuple[Response, Response]]:
+        """Pairs of (better, worse) among responses ordered from the highest reward to the lowest."""
+
+
+class BestVsRandom(Selection):
+    """The best response against a random one of the others, as in the paper."""
+
+    def choose(
+        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
+    ) -> Iterable[tuple[Response, Response]]:
+        """One pair."""
+        worse = [other for other in ordered[1:] if not same_goal(ordered[0], other)]
+        return [(ordered[0], rng.choice(worse))] if worse else []
+
+
+class BestVsWorst(Selection):
+    """The best response against the worst."""
+
+    def choose(
+        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
+    ) -> Iterable[tuple[Response, Response]]:
+        """One pair."""
+        return [] if same_goal(ordered[0], ordered[-1]) else [(ordered[0], ordered[-1])]
+
+
+class AllPairs(Selection):
+    """Every two responses."""
+
+    def choose(
+        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
+    ) -> Iterable[tuple[Response, Response]]:
+        """Up to k (k - 1) / 2 pairs."""
+        for i, better in enumerate(ordered):
+            for worse in ordered[i + 1 :]:
+                if not same_goal(better, worse):
+                    yield better, worse
+
+
+class AdjacentPairs(Selection):
+    """Every response against the next worse one."""
+
+    def choose(
+        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
+    ) -> Iterable[tuple[Response, Response]]:
+        """Up to k - 1 pairs; of responses with the same goal the first by text stands for all."""
+        distinct = list(ordered[:1])
+        for response in ordered[1:]:
+            if not same_goal(distinct[-1], response):
+                distinct.append(response)
+        return list(pairwise(distinct))
