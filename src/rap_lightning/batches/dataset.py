@@ -110,17 +110,16 @@ def encode_pairs(
     keep: list[int] = []
     ties: list[int] = []
     facts = table.select_columns(["place", "dropped", "column", "repaired", "cut_prompt", "cut_response", "tie"])
-    for index, row in enumerate(facts):
-        note_encoding(row, report)
-        if not row["dropped"]:
-            (ties if row["tie"] else keep).append(index)
+    for index, (encoded, tie) in enumerate(zip(note_encoding(facts, report), facts["tie"], strict=True)):
+        if encoded:
+            (ties if tie else keep).append(index)
     if not keep and not ties:
         raise DataError(
             f"{report.source} (split {report.split}): no pair is left to train on.\n" + "\n".join(report.lines())
         )
-    encoded = EncodedPairs(table.select(keep + ties), relabelling, encoder.max_length, len(ties))
-    report.pairs, report.relabelled = len(keep) + len(ties), len(encoded)
-    return encoded
+    whole = EncodedPairs(table.select(keep + ties), relabelling, encoder.max_length, len(ties))
+    report.pairs, report.relabelled = len(keep) + len(ties), len(whole)
+    return whole
 
 
 def _encode_rows(batch: dict[str, list[Any]], encode: PairEncoder) -> dict[str, list[Any]]:

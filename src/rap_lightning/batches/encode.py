@@ -194,7 +194,7 @@ class Encoder:
             if turn["role"] == "tool":
                 wanted.append(turn["content"].strip())
         if any(self._special_pattern.sub(lambda m: m[0][0] + MARK + m[0][1:], part) not in text for part in wanted):
-            raise BadRow("prompt", "tools or tool calls that the chat template does not write")
+            raise BadRow("chosen, rejected", "tools or tool calls that the chat template does not write")
 
     def _safe(self, messages: Sequence[Message], notes: Notes, column: str) -> list[Message]:
         """The messages with a mark inside whatever reads like a control token."""

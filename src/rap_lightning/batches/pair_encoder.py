@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rap_lightning.batches.assemble import Assembled, Assembler, Job
@@ -129,16 +129,24 @@ def _result(**values: Any) -> dict[str, Any]:
     return empty | values
 
 
-def note_encoding(row: dict[str, Any], report: DataReport) -> None:
-    """Count what became of an encoded row."""
-    place = row["place"]
-    if row["dropped"]:
-        report.note("dropped", row["dropped"], place, row["column"])
-        return
-    for reason in row["repaired"]:
-        report.note("repaired", reason, place, "chosen, rejected or prompt")
-    if row["cut_prompt"]:
-        report.note("truncated", "prompt text cut, goal kept", place, "prompt")
-    for name, cut in zip(("chosen", "rejected"), row["cut_response"], strict=True):
-        if cut:
-            report.note("truncated", f"end of the {name} response cut", place, name)
+def note_encoding(rows: Iterable[dict[str, Any]], report: DataReport) -> list[bool]:
+    """Count what became of encoded rows; returns of each whether it was encoded."""
+    good: set[str] = set()
+    lost: set[str] = set()
+    encoded = []
+    for row in rows:
+        place = row["place"]
+        encoded.append(not row["dropped"])
+        (lost if row["dropped"] else good).add(place)
+        if row["dropped"]:
+            report.note("dropped", row["dropped"], place, row["column"])
+            continue
+        for reason in row["repaired"]:
+            report.note("repaired", reason, place, "chosen, rejected or prompt")
+        if row["cut_prompt"]:
+            report.note("truncated", "prompt text cut, goal kept", place, "prompt")
+        for name, cut in zip(("chosen", "rejected"), row["cut_response"], strict=True):
+            if cut:
+                report.note("truncated", f"end of the {name} response cut", place, name)
+    report.kept -= len(lost - good)
+    return encoded

@@ -137,9 +137,9 @@ def _census(
 def _measure(pairs: list[Pair], encode: Any, census: Census, report: DataReport, max_length: int) -> None:
     from rap_lightning.batches.pair_encoder import note_encoding
 
-    for row in encode(pairs):
-        note_encoding(row, report)
-        if row["dropped"]:
+    rows = encode(pairs)
+    for row, encoded in zip(rows, note_encoding(rows, report), strict=True):
+        if not encoded:
             report.pairs -= 1
             report.relabelled -= len(encode.relabelling.origins)
             continue

@@ -96,7 +96,7 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=_flag_help(function, flag))
     parser.add_function_arguments(function, as_group=False, skip=set(flags), sub_configs=True, fail_untyped=True)
-    options = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    options = parser.instantiate(parser.parse_args(args)).as_dict()
     options.pop("config", None)
     return function(**options)
 
