@@ -379,3 +379,69 @@ def test_weights_draw_by_content_and_seed() -> None:
     assert [copies(f"{i}", 0.5, 3) for i in range(50)] == [copies(f"{i}", 0.5, 3) for i in range(50)]
     assert {copies("x", 3.0, seed) for seed in range(20)} == {3}
     assert replace(sources[0], weight=1.0).weight == 1.0
+
+
+@relaxed
+@given(rows(max_size=8), st.sampled_from(["drop", "chosen"]), st.booleans(), st.data())
+def test_columns_and_single_rows_give_the_same_pairs_and_counts(
+    data: list[dict[str, Any]], ties: Any, keep: bool, draw: st.DataObject
+) -> None:
+    """The fast lane of Arrow batches against the way of single rows, defects and all."""
+    import pyarrow as pa
+
+    from rap_lightning.preferences import ingest
+    from rap_lightning.preferences.readers import Chunk
+
+    for row in data:
+        defect = draw.draw(
+            st.sampled_from(["none"] * 6 + ["blank", "role", "same", "length", "prompt", "nan", "history"])
+        )
+        row["prompt"] = next(turn["content"] for turn in row["chosen"] if turn["role"] == "user")
+        answer = row["rejected"][-1]
+        row["rejected"] = [*row["rejected"][:-1], dict(answer)]
+        if defect == "blank":
+            row["rejected"][-1]["content"] = "\u200b \n"
+        elif defect == "role":
+            row["rejected"][-1]["role"] = "user"
+        elif defect == "same":
+            row["rejected"][-1]["content"] = row["chosen"][-1]["content"] + " "
+        elif defect == "length":
+            row["rejected"] = [*row["rejected"], {"role": "user", "content": "more"}, answer]
+        elif defect == "prompt":
+            row["prompt"] = "another"
+        elif defect == "nan":
+            row["score_rejected"] = float("nan")
+        elif defect == "history":
+            row["rejected"][0] = {**row["rejected"][0], "content": "changed"}
+    rules = Rules(relabelling=Relabelling(keep_original=keep), ties=ties)
+    turn = pa.struct({"role": pa.string(), "content": pa.string()})
+    schema = pa.schema(
+        {
+            "chosen": pa.list_(turn), "rejected": pa.list_(turn), "prompt": pa.string(),
+            "score_chosen": pa.float64(), "score_rejected": pa.float64(),
+        }
+    )  # fmt: skip
+    chunk = Chunk("rows", 1, pa.RecordBatch.from_pylist(data, schema=schema).slice(0))
+    row_format = ingest.find_format(chunk, rules, Source("rows"))
+    assert ingest._fast_lane(chunk, rules, row_format)
+    fast = ingest.ingest(chunk, rules, row_format)
+    slow = ingest.ingest(Chunk("rows", 1, data), rules, row_format)
+    assert (fast.columns.pairs() if fast.columns is not None else fast.pairs) == slow.pairs
+    assert fast.report == slow.report
+
+
+@relaxed
+@given(rows(max_size=8), st.booleans())
+def test_columns_are_written_as_single_rows_are(data: list[dict[str, Any]], keep: bool) -> None:
+    import pyarrow as pa
+
+    from rap_lightning.preferences import ingest, written
+    from rap_lightning.preferences.readers import Chunk
+
+    rules = Rules(relabelling=Relabelling(keep_original=keep))
+    chunk = Chunk("rows", 1, pa.RecordBatch.from_pylist(data))
+    part = ingest.ingest(chunk, rules, ingest.find_format(chunk, rules, Source("rows")))
+    if part.columns is None or len(part.columns) == 0:
+        return
+    columns = written._relabel_columns(part.columns, rules).to_pylist()
+    assert columns == written._relabel_rows(part.columns.pairs(), rules, "system", True).to_pylist()

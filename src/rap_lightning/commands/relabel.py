@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -14,16 +13,16 @@ from rap_lightning import __version__
 from rap_lightning.commands.options import fit_scale, having, load_tokenizer, make_rules, wanted_splits
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.chat import resolve_placement, shows_system
+from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.ingest import Rules, key_of, read_pairs
+from rap_lightning.preferences.ingest import Rules, key_of, read_blocks
 from rap_lightning.preferences.mix import copies
-from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.relabel import Mode
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, as_sources, fingerprint
-from rap_lightning.preferences.written import SHARD, ShardedFolder, batches_of
+from rap_lightning.preferences.written import Block, ShardedFolder, relabelled, shards_of
 
 
 def relabel(
@@ -96,16 +95,13 @@ def relabel(
         number = 0
         for one in having(sources, name):
             report = DataReport(_public(one.path), name)
-            stream: Iterator[Pair] = read_pairs(one, name, rules, report, num_proc=num_proc)
+            blocks: Iterator[Block] = read_blocks(one, name, rules, report, num_proc=num_proc)
             if one.weight != 1.0 and name == "train":
-                stream = _weighted(stream, one.weight, seed)
-            while (first := next(stream, None)) is not None:
-                shard = chain([first], islice(stream, SHARD - 1))
+                blocks = _weighted(blocks, one.weight, seed)
+            for shard in shards_of(blocks):
                 label = f"{name}-{number:05d}.parquet"
-                if folder.has(label):
-                    _pass_over(shard)
-                else:
-                    folder.write(label, batches_of(shard, rules, placement, system_shown))
+                if not folder.has(label):
+                    folder.write(label, relabelled(shard, rules, placement, system_shown))
                 number += 1
             reports.append(report)
             print("\n".join(report.lines()))
@@ -121,15 +117,10 @@ def _placement(rules: Rules, tokenizer: str | None) -> tuple[Literal["system", "
     return resolve_placement(loaded, asked), shows_system(loaded)
 
 
-def _weighted(pairs: Iterable[Pair], weight: float, seed: int) -> Iterator[Pair]:
-    for pair in pairs:
-        for _ in range(copies(pair.id, weight, seed)):
-            yield pair
-
-
-def _pass_over(pairs: Iterable[Pair]) -> None:
-    for _ in pairs:
-        pass
+def _weighted(blocks: Iterable[Block], weight: float, seed: int) -> Iterator[Block]:
+    for block in blocks:
+        pairs = block.pairs() if isinstance(block, PairColumns) else block
+        yield [pair for pair in pairs for _ in range(copies(pair.id, weight, seed))]
 
 
 def _public(path: str) -> str:

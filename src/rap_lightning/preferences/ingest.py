@@ -15,26 +15,31 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.columns import PairColumns, fits, surely_good
 from rap_lightning.preferences.filters import Filters
-from rap_lightning.preferences.formats import FORMATS, Adapted, RowFormat
+from rap_lightning.preferences.formats import FORMATS, Adapted, RowFormat, ScoredPairs
 from rap_lightning.preferences.formats.base import Row, call_adapter
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, digest, make_pair
+from rap_lightning.preferences.hashing import Hashes, hash_text, hash_turns, hash_unordered
+from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, make_pair
 from rap_lightning.preferences.parallel import in_order
-from rap_lightning.preferences.readers import Chunk
+from rap_lightning.preferences.readers import Chunk, an_object
 from rap_lightning.preferences.relabel import Relabelling, is_tie
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.report import DataReport, Tally, at
 from rap_lightning.preferences.seen import Seen
 from rap_lightning.preferences.select import BestVsRandom, Selection
 from rap_lightning.preferences.sources import Source, chunks_of
 
 EXCHANGED = "score_chosen below score_rejected, exchanged so that the higher reward wins"
+LOOK = 1000  # rows that the format is found by
 TIE = "tie: both scores print as the same goal"
+TIE_RULES = {"drop": "", "chosen": "; kept under the chosen response's goal", "error": ", and ties are an error"}
 OUTSIDE = "score outside the declared scale"
 CONTRADICTION = "the same two responses to the same prompt, the other way round"
 REPEAT = "a pair that was read before"
@@ -107,6 +112,8 @@ class Ingested:
 
     report: DataReport
     pairs: list[Pair] = field(default_factory=list)
+    columns: PairColumns | None = None
+    """The pairs, where all of them could be taken a column at a time."""
     ids: list[tuple[str, str, str]] = field(default_factory=list)
     """(prompt_id, digest of the prompt, place) of rows that have an id."""
     outside: list[tuple[float, str]] = field(default_factory=list)
@@ -131,11 +138,17 @@ class _Rows:
 # -- all rows ---------------------------------------------------------------------------------------------------------
 
 
-def read_pairs(
+def read_pairs(source: Source, split: str, rules: Rules, report: DataReport, **options: Any) -> Iterator[Pair]:
+    """The scored pairs of a split, one by one; see :func:`read_blocks`."""
+    for block in read_blocks(source, split, rules, report, **options):
+        yield from block.pairs() if isinstance(block, PairColumns) else block
+
+
+def read_blocks(
     source: Source, split: str, rules: Rules, report: DataReport, *,
     num_proc: int | None = None, streaming: bool = False, collect_faults: bool = False, progress: bool = True,
-) -> Iterator[Pair]:  # fmt: skip
-    """The scored pairs of a split, in order, counted into ``report`` as they are read.
+) -> Iterator[PairColumns | list[Pair]]:  # fmt: skip
+    """The scored pairs of a split, in order and some at a time, counted into ``report`` as they are read.
 
     Args:
         source: where from.
@@ -166,11 +179,16 @@ def read_pairs(
                 refuse_outside(part.outside, rules, report)
             elif part.outside:
                 _count_outside(part.outside, report)
-            kept = part.pairs if streaming else across.check(part)
+            kept = part.columns if part.columns is not None else part.pairs
+            if not streaming:
+                kept = across.check(part)
+            if not len(kept):
+                continue
+            ties = int(kept.tie.sum()) if isinstance(kept, PairColumns) else sum(pair.tie for pair in kept)
             report.pairs += len(kept)
-            for pair in kept:
-                report.relabelled += len(rules.relabelling.of_ties if pair.tie else rules.relabelling.origins)
-                yield pair
+            report.relabelled += (len(kept) - ties) * len(rules.relabelling.origins)
+            report.relabelled += ties * len(rules.relabelling.of_ties)
+            yield kept
     if not report.pairs and not collect_faults:
         raise DataError(f"{source.path} (split {split}): no pair is left to train on.\n" + "\n".join(report.lines()))
 
@@ -194,6 +212,7 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
         DataError: their columns are of no known format, or lack the scores.
         ConfigError: the named format does not exist, or an option has no effect on it.
     """
+    chunk = chunk.head(LOOK)
     rows = [row for _, row in chunk.rows() if isinstance(row, dict)]
     rows = [_renamed(row, rules.columns) for row in rows]
     if not rows:
@@ -296,72 +315,143 @@ class _AcrossRows:
         self.rules, self.report = rules, report
         self.seen_pairs, self.seen_ids = Seen(), Seen()
 
-    def check(self, part: Ingested) -> list[Pair]:
+    def check(self, part: Ingested) -> PairColumns | list[Pair]:
         """The pairs to keep."""
-        kept = self._check_pairs(self._check_ids(part))
+        wrong = self._check_ids(part)
+        if part.columns is not None:
+            return self._check_columns(part.columns, wrong)
+        pairs = [pair for pair in part.pairs if pair.place not in wrong]
+        histories = [hash_turns(pair.history) for pair in pairs]
+        texts = [[hash_text(text) for text in pair.responses] for pair in pairs]
+        keys = [hash_unordered(turns, *both) for turns, both in zip(histories, texts, strict=True)]
+        mask = self._mask(_uints(keys), _uints([int(pair.id, 16) for pair in pairs]), [pair.place for pair in pairs])
+        kept = [pair for pair, keep in zip(pairs, mask, strict=True) if keep]
         self.report.kept -= len({pair.place for pair in part.pairs} - {pair.place for pair in kept})
         return kept
 
-    def _check_pairs(self, pairs: list[Pair]) -> list[Pair]:
-        if not pairs:
-            return []
-        ids = [int(pair.id, 16) for pair in pairs]
-        swapped = [int(digest(p.history, p.responses[1], p.responses[0]), 16) for p in pairs]
-        keys = np.array([min(both) for both in zip(ids, swapped, strict=True)], dtype=np.uint64)
-        known, before = self.seen_pairs.add(keys, np.array(ids, dtype=np.uint64))
-        kept = []
-        for pair, is_known, value, own in zip(pairs, known, before, ids, strict=True):
-            if is_known and int(value) != own:
-                self.report.note("dropped", CONTRADICTION, pair.place, "chosen, rejected")
-            elif is_known and self.rules.filters.repeats == "drop":
-                self.report.note("dropped", REPEAT, pair.place, "chosen, rejected")
-            else:
-                if is_known:
-                    self.report.note("noted", REPEAT, pair.place, "chosen, rejected")
-                kept.append(pair)
+    def _check_columns(self, columns: PairColumns, wrong: set[str]) -> PairColumns:
+        kept = columns
+        if wrong:
+            kept = kept.take(np.array([place not in wrong for place in columns.places()]))
+        kept = kept.take(self._mask(kept.keys, kept.ids, kept))
+        self.report.kept -= len(columns) - len(kept)
         return kept
 
-    def _check_ids(self, part: Ingested) -> list[Pair]:
+    def _mask(self, keys: Hashes, ids: Hashes, places: PairColumns | list[str]) -> NDArray[np.bool_]:
+        known, before = self.seen_pairs.add(keys, ids)
+        keep = np.ones(len(keys), dtype=bool)
+        for index in np.flatnonzero(known).tolist():
+            place = places.place(index) if isinstance(places, PairColumns) else places[index]
+            if before[index] != ids[index]:
+                self.report.note("dropped", CONTRADICTION, place, "chosen, rejected")
+                keep[index] = False
+            elif self.rules.filters.repeats == "drop":
+                self.report.note("dropped", REPEAT, place, "chosen, rejected")
+                keep[index] = False
+            else:
+                self.report.note("noted", REPEAT, place, "chosen, rejected")
+        return keep
+
+    def _check_ids(self, part: Ingested) -> set[str]:
+        """The places of rows whose prompt_id stood for another prompt before."""
         if not part.ids:
-            return part.pairs
-        keys, values = ([_as_int(x) for x in column] for column in list(zip(*part.ids, strict=True))[:2])
-        known, before = self.seen_ids.add(np.array(keys, dtype=np.uint64), np.array(values, dtype=np.uint64))
-        wrong = {
-            place for (_, _, place), is_known, value, own in zip(part.ids, known, before, values, strict=True)
-            if is_known and int(value) != own
-        }  # fmt: skip
-        for place in sorted(wrong):
+            return set()
+        keys, values = (_uints([_as_int(x) for x in column]) for column in list(zip(*part.ids, strict=True))[:2])
+        known, before = self.seen_ids.add(keys, values)
+        wrong = [part.ids[index][2] for index in np.flatnonzero(known & (before != values)).tolist()]
+        for place in wrong:
             self.report.note("dropped", OTHER_PROMPT, place, "prompt_id")
-        return [pair for pair in part.pairs if pair.place not in wrong]
+        return set(wrong)
 
 
 # -- one chunk --------------------------------------------------------------------------------------------------------
 
 
 def ingest(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> Ingested:
-    """The pairs of a chunk, looked at alone."""
+    """The pairs of a chunk, looked at alone: a column at a time where that can be done, the others row by row."""
     out = Ingested(DataReport("", ""))
-    for number, rows in _groups(chunk, rules, row_format):
-        place = chunk.place(number)
-        out.report.read += 1 if isinstance(rows, BadRow) else len(rows)
-        try:
-            if isinstance(rows, BadRow):
-                raise rows
-            judged = row_format.read(rows)
-            pairs = list(_pairs(judged, rules, row_format, place, out))
-        except BadRow as problem:
-            for response in getattr(problem, "left_out", []):
-                _problem(out, response, place, rules, "left_out")
-            _problem(out, problem, place, rules, "dropped")
-            continue
-        if pairs:
-            out.report.kept += 1 if row_format.group_key(rows[0]) is None else len(rows)
-            out.pairs += pairs
-            if isinstance(judged.prompt_id, str):
-                own = judged.prompt_id == _own_id(judged.prompt)
-                prompt = judged.prompt_id if own else _own_id(judged.prompt)
-                out.ids.append((judged.prompt_id, prompt, place))
+    if not isinstance(chunk, Chunk) or not _fast_lane(chunk, rules, row_format) or rules.goal is None:
+        for number, rows in _groups(chunk, rules, row_format):
+            _ingest_row(number, rows, chunk, rules, row_format, out)
+        return out
+    columns, good, ids = surely_good(chunk.payload, rules.goal, chunk.first, chunk.name, chunk.unit)
+    for index in np.flatnonzero(~good).tolist():
+        row = an_object(chunk.payload.slice(index, 1).to_pylist()[0])
+        rows = row if isinstance(row, BadRow) else [row]
+        _ingest_row(chunk.first + index, rows, chunk, rules, row_format, out)
+    _note_columns(columns, ids, rules, out)
+    columns = columns.take(_without_ties(columns, rules, out))
+    out.report.read += int(good.sum())
+    out.report.kept += len(columns)
+    if not out.pairs:
+        out.columns = columns
+    else:  # rows of both ways stand between each other
+        order = {chunk.place(number): number for number in range(chunk.first, chunk.first + len(good))}
+        out.pairs = sorted([*out.pairs, *columns.pairs()], key=lambda pair: order[pair.place])
     return out
+
+
+def _fast_lane(chunk: Chunk, rules: Rules, row_format: RowFormat) -> bool:
+    return (
+        type(row_format) is ScoredPairs
+        and not row_format.plain
+        and not isinstance(chunk.payload, list)
+        and not rules.columns
+        and rules.relabelling.mode != "half"
+        and replace(rules.filters, repeats="keep") == Filters()
+        and fits(chunk.payload, rules.goal)
+    )
+
+
+def _note_columns(columns: PairColumns, ids: list[str | None], rules: Rules, out: Ingested) -> None:
+    ties = columns.tie if rules.ties != "chosen" else np.zeros(len(columns), dtype=bool)
+    found = np.flatnonzero(columns.exchanged & ~ties).tolist()
+    if found:
+        place = at(columns.place(found[0]), "score_chosen, score_rejected")
+        out.report.repaired.setdefault(EXCHANGED, Tally()).add(place, len(found))
+    if ids and ids[0] is not None:
+        prompts = _first_users(columns)
+        for index, (own, prompt) in enumerate(zip(ids, prompts, strict=True)):
+            assert own is not None, "rows without an id go row by row"
+            out.ids.append((own, _own_id(prompt), columns.place(index)))
+
+
+def _first_users(columns: PairColumns) -> list[str]:
+    histories = columns.turns.to_pylist()
+    return [next(turn["content"] for turn in history if turn["role"] == "user") for history in histories]
+
+
+def _without_ties(columns: PairColumns, rules: Rules, out: Ingested) -> NDArray[np.bool_]:
+    kind = {"drop": "dropped", "chosen": "noted", "error": "faults"}[rules.ties]
+    equal = columns.rewards[:, 0] == columns.rewards[:, 1]
+    for mask, reason in ((columns.tie & ~equal, TIE), (columns.tie & equal, f"{TIE} (equal)")):
+        found = np.flatnonzero(mask).tolist()
+        if found:
+            place = at(columns.place(found[0]), "score_chosen, score_rejected")
+            out.report.tallies(kind).setdefault(f"{reason}{TIE_RULES[rules.ties]}", Tally()).add(place, len(found))
+    return ~columns.tie if rules.ties != "chosen" else np.ones(len(columns), dtype=bool)
+
+
+def _ingest_row(
+    number: int, rows: list[Row] | BadRow, chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat, out: Ingested
+) -> None:
+    place = chunk.place(number)
+    out.report.read += 1 if isinstance(rows, BadRow) else len(rows)
+    try:
+        if isinstance(rows, BadRow):
+            raise rows
+        judged = row_format.read(rows)
+        pairs = list(_pairs(judged, rules, row_format, place, out))
+    except BadRow as problem:
+        for response in getattr(problem, "left_out", []):
+            _problem(out, response, place, rules, "left_out")
+        _problem(out, problem, place, rules, "dropped")
+        return
+    if pairs:
+        out.report.kept += 1 if row_format.group_key(rows[0]) is None else len(rows)
+        out.pairs += pairs
+        if isinstance(judged.prompt_id, str):
+            out.ids.append((judged.prompt_id, _own_id(judged.prompt), place))
 
 
 def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, out: Ingested) -> Iterator[Pair]:
@@ -389,7 +479,8 @@ def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, out:
         chosen = [(responses[0], responses[1])]
     else:
         selection = rules.selection or BestVsRandom()
-        key = digest(judged.history, *sorted(response.text for response in responses))
+        texts = "".join(sorted(response.text for response in responses))
+        key = f"{hash_turns(judged.history)} {hash_text(texts)}"
         chosen = selection.select(responses, partial(_same_goal, goal=rules.goal), key)
         if not chosen:
             raise BadRow(responses[0].column, f"{TIE}, for all responses")
@@ -419,11 +510,10 @@ def _checked(pair: Pair, better: Response, worse: Response, rules: Rules, out: I
         return pair
     equal = pair.rewards[0] == pair.rewards[1]
     reason = TIE + (" (equal)" if equal else "")
-    if rules.ties == "drop":
-        raise BadRow("score_chosen, score_rejected", reason)
-    if rules.ties == "error":
-        raise BadRow("score_chosen, score_rejected", f"{reason}, and ties are an error", stops=True)
-    out.report.note("noted", f"{reason}; kept under the chosen response's goal", pair.place, "score_rejected")
+    reason += TIE_RULES[rules.ties]
+    if rules.ties != "chosen":
+        raise BadRow("score_chosen, score_rejected", reason, stops=rules.ties == "error")
+    out.report.note("noted", reason, pair.place, "score_chosen, score_rejected")
     return replace(pair, tie=True)
 
 
@@ -527,9 +617,13 @@ def _renamed(row: Row, columns: dict[str, str] | None) -> Row:
 def _as_int(text: str) -> int:
     """64 bits of an id: of a digest its own, otherwise a digest's."""
     try:
-        return int(text[:16], 16) if len(text) == 64 else int(digest([], text), 16)
+        return int(text[:16], 16) if len(text) == 64 else hash_text(text)
     except ValueError:
-        return int(digest([], text), 16)
+        return hash_text(text)
+
+
+def _uints(values: Sequence[int]) -> Hashes:
+    return np.array(values, dtype=np.uint64)
 
 
 def _own_id(prompt: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
+from rap_lightning.preferences.hashing import hash_text
 from rap_lightning.preferences.ingest import Rules, read_pairs
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.report import DataReport
@@ -20,8 +20,7 @@ def copies(pair_id: str, weight: float, seed: int) -> int:
     part = weight - whole
     if part <= 0:
         return whole
-    drawn = int.from_bytes(hashlib.blake2b(f"{seed} {pair_id}".encode(), digest_size=8).digest()) / 2**64
-    return whole + (drawn < part)
+    return whole + (hash_text(f"{seed} {pair_id}") / 2**64 < part)
 
 
 def stream_mixed(sources: Sequence[Source], split: str, rules: Rules, report: DataReport, seed: int) -> Iterator[Pair]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from rap_lightning.preferences.hashing import hash_pair, hash_text, hash_turns
 
 Message = dict[str, Any]
 """One turn: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``, with ``tool_calls`` where it calls
@@ -128,15 +129,9 @@ def make_pair(judged: Judged, first: Response, second: Response, place: str = ""
     )
 
 
-def digest(history: Sequence[Message], *texts: str) -> str:
-    """16 hex digits that depend on the text alone."""
-    parts: list[str] = []
-    for turn in history:
-        parts += (turn["role"], turn["content"])
-        if len(turn) > 2:
-            parts.append(repr(sorted((k, v) for k, v in turn.items() if k not in ("role", "content"))))
-    joined = "".join([f"{len(part)}:{part}" for part in (*parts, "", *texts)])
-    return hashlib.blake2b(joined.encode(), digest_size=8).hexdigest()
+def digest(history: Sequence[Message], first: str, second: str) -> str:
+    """16 hex digits of a conversation and two responses, in this order, that depend on the text alone."""
+    return f"{hash_pair(hash_turns(history), hash_text(first), hash_text(second)):016x}"
 
 
 def shown(value: Any, limit: int = 40) -> str:

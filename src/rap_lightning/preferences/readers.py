@@ -17,6 +17,7 @@ from rap_lightning.errors import DataError
 from rap_lightning.preferences.pairs import BadRow, shown
 
 ROWS = 1000  # in a chunk
+ARROW_ROWS = 4096  # in a chunk that is looked at a column at a time
 JSON = json.JSONDecoder(strict=False)  # control characters raw inside a text are text
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file"}
@@ -55,6 +56,11 @@ class Chunk:
         values = self.payload if isinstance(self.payload, list) else self.payload.to_pylist()
         for number, value in enumerate(values, self.first):
             yield number, an_object(value)
+
+    def head(self, count: int) -> Chunk:
+        """The first rows alone."""
+        part = self.payload[:count] if isinstance(self.payload, list) else self.payload.slice(0, count)
+        return Chunk(self.name, self.first, part)
 
 
 def parse_line(line: bytes, number: int) -> dict[str, Any] | BadRow:
@@ -203,7 +209,7 @@ def _parquet(path: str, label: str) -> Iterator[Chunk]:
         with pq.ParquetFile(path) as file:
             if file.metadata.num_rows == 0:
                 raise DataError(f"{path} has no rows.")
-            yield from numbered(file.iter_batches(ROWS), label)
+            yield from numbered(file.iter_batches(ARROW_ROWS), label)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} can't be read as Parquet: {shown(str(error), 200)}. Is the file whole?") from error
 
@@ -224,11 +230,11 @@ def _arrow(path: str, label: str) -> Iterator[Chunk]:
 
 
 def numbered(batches: Iterable[Any], label: str) -> Iterator[Chunk]:
-    """Record batches as chunks of at most ROWS rows."""
+    """Record batches as chunks of at most ARROW_ROWS rows."""
     first = 1
     for batch in batches:
-        for start in range(0, batch.num_rows, ROWS):
-            part = batch.slice(start, ROWS)
+        for start in range(0, batch.num_rows, ARROW_ROWS):
+            part = batch.slice(start, ARROW_ROWS)
             yield Chunk(label, first, part)
             first += part.num_rows
     if first == 1:

@@ -10,14 +10,14 @@ and that is all: N pairs become 2N by counting, and no row is copied or edited.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.pairs import Message, Pair, digest
+from rap_lightning.preferences.hashing import hash_text, hash_turns
+from rap_lightning.preferences.pairs import Message, Pair
 
 ORIGINS = ("chosen-goal", "rejected-goal", "unconditioned")
 """Which half a pair is: conditioned on the winner's reward, on the loser's, or a plain pair without a goal."""
@@ -68,8 +68,7 @@ class Relabelling:
         """Whether a prompt is in the half that is taken; all are, in other modes."""
         if self.mode != "half":
             return True
-        key = f"{self.seed} {digest(history)}".encode()
-        return hashlib.blake2b(key, digest_size=1).digest()[0] % 2 == 0
+        return hash_text(f"{self.seed} {hash_turns(history)}") % 2 == 0
 
 
 class TrainingIndex:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.pairs import shown
-from rap_lightning.preferences.readers import COMPRESSIONS, ROWS, Chunk, kind_of, numbered, read_file
+from rap_lightning.preferences.readers import ARROW_ROWS, COMPRESSIONS, Chunk, kind_of, numbered, read_file
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _load(source: Source, split: str, *, streaming: bool) -> Any:
 def _from_library(source: Source, split: str, streaming: bool) -> Iterator[Chunk]:
     table = _load(source, split, streaming=streaming).with_format("arrow")
     try:
-        batches = (batch for part in table.iter(ROWS) for batch in part.combine_chunks().to_batches())
+        batches = (batch for part in table.iter(ARROW_ROWS) for batch in part.combine_chunks().to_batches())
         yield from numbered(batches, f"{source.path} ({split})")
     except (OSError, ValueError) as error:
         raise _unreadable(source, error) from error

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from rap_lightning.preferences.chat import with_goal
+import numpy as np
+
+from rap_lightning.preferences.chat import SEPARATOR, with_goal
+from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.ingest import Rules
 from rap_lightning.preferences.pairs import Pair
-from rap_lightning.preferences.relabel import RelabelledPair, relabel
+from rap_lightning.preferences.relabel import ORIGINS, REJECTED_GOAL, UNCONDITIONED, RelabelledPair, relabel
 
 MANIFEST = "manifest.json"
 SHARD = 50_000  # scored pairs
+
+Block = PairColumns | list[Pair]
 
 
 class ShardedFolder:
@@ -81,50 +85,139 @@ def schema() -> Any:
     )  # fmt: skip
 
 
-def batches_of(
-    pairs: Iterable[Pair], rules: Rules, placement: Literal["system", "user"], system_shown: bool, rows: int = 1000
+def shards_of(blocks: Iterable[Block], size: int = SHARD) -> Iterator[list[Block]]:
+    """Blocks of pairs in lots of at least ``size`` pairs."""
+    lot: list[Block] = []
+    for block in blocks:
+        lot.append(block)
+        if sum(map(len, lot)) >= size:
+            yield lot
+            lot = []
+    if lot:
+        yield lot
+
+
+def relabelled(
+    blocks: Iterable[Block], rules: Rules, placement: Literal["system", "user"], system_shown: bool
 ) -> Iterator[Any]:
     """Relabelled pairs as Arrow record batches."""
-    remaining = iter(pairs)
-    while part := list(islice(remaining, rows)):
-        halves: list[RelabelledPair] = []
-        places: list[str] = []
-        for pair in part:
-            for origin in rules.relabelling.of_ties if pair.tie else rules.relabelling.origins:
-                halves.append(relabel(pair, rules.goal, origin))
-                places.append(pair.place)
-        yield _as_batch(halves, places, placement, system_shown)
+    for block in blocks:
+        if isinstance(block, PairColumns) and placement == "system" and system_shown and not block.tie.any():
+            yield _relabel_columns(block, rules)
+        else:
+            pairs = block.pairs() if isinstance(block, PairColumns) else block
+            yield _relabel_rows(pairs, rules, placement, system_shown)
 
 
-def _as_batch(
-    halves: Sequence[RelabelledPair], places: list[str], placement: Literal["system", "user"], system_shown: bool
-) -> Any:
+def _relabel_rows(pairs: Sequence[Pair], rules: Rules, placement: Literal["system", "user"], system_shown: bool) -> Any:
     import pyarrow as pa
 
+    halves: list[RelabelledPair] = []
+    places: list[str] = []
+    for pair in pairs:
+        for origin in rules.relabelling.of_ties if pair.tie else rules.relabelling.origins:
+            halves.append(relabel(pair, rules.goal, origin))
+            places.append(pair.place)
     prompts = [with_goal(half.history, half.goal_text, placement, system_shown=system_shown) for half in halves]
+    turns = [turn for prompt in prompts for turn in prompt]
     columns = [
-        _turns([turn for turns in prompts for turn in turns], [len(turns) for turns in prompts]),
-        _answers([half.chosen for half in halves]),
-        _answers([half.rejected for half in halves]),
+        _turns([turn["role"] for turn in turns], [turn["content"] for turn in turns], list(map(len, prompts))),
+        _answers(pa.array([half.chosen for half in halves], pa.string())),
+        _answers(pa.array([half.rejected for half in halves], pa.string())),
         pa.array([half.goal for half in halves], pa.string()),
-        pa.array([half.origin for half in halves]),
+        pa.array([half.origin for half in halves], pa.string()),
         pa.array([half.rewards[0] for half in halves], pa.float64()),
         pa.array([half.rewards[1] for half in halves], pa.float64()),
-        pa.array([half.pair_id for half in halves]),
-        pa.array(places),
+        pa.array([half.pair_id for half in halves], pa.string()),
+        pa.array(places, pa.string()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema())
 
 
-def _turns(turns: Sequence[dict[str, Any]], lengths: Sequence[int]) -> Any:
-    import numpy as np
+def _relabel_columns(block: PairColumns, rules: Rules) -> Any:
+    """The same for a block of columns, by index arithmetic: training pair i of V is half i % V of pair i // V."""
     import pyarrow as pa
 
-    roles = pa.array([turn["role"] for turn in turns], pa.string())
-    contents = pa.array([turn["content"] for turn in turns], pa.string())
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype("int32"))
-    return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays([roles, contents], ["role", "content"]))
+    origins = np.array(rules.relabelling.origins)
+    count, width = len(block), len(origins)
+    row, origin = np.repeat(np.arange(count), width), np.tile(origins, count)
+    half = (origin == REJECTED_GOAL).astype(np.int64)
+    asked = np.where(origin == UNCONDITIONED, -1, half)
+    texts, printed, goal_of = _goals(block, rules)
+    goal = np.where(asked < 0, -1, goal_of[row, half])
+    winner, loser = block.responses
+    both = pa.concat_arrays([winner, loser])
+    rewards = block.rewards
+    columns = [
+        _prompts(block, row, goal, texts),
+        _answers(both.take(pa.array(row + half * count))),
+        _answers(both.take(pa.array(row + (1 - half) * count))),
+        printed.take(pa.array(goal, mask=goal < 0)),
+        pa.array(ORIGINS).take(pa.array(origin)),
+        pa.array(rewards[row, half]),
+        pa.array(rewards[row, 1 - half]),
+        pa.array([f"{value:016x}" for value in block.ids.tolist()], pa.string()).take(pa.array(row)),
+        pa.array(block.places(), pa.string()).take(pa.array(row)),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema())
 
 
-def _answers(texts: Sequence[str]) -> Any:
-    return _turns([{"role": "assistant", "content": text} for text in texts], [1] * len(texts))
+def _goals(block: PairColumns, rules: Rules) -> tuple[Any, Any, Any]:
+    """The different goals' texts and printed numbers, and which of them each response asks for, [n, 2]."""
+    import pyarrow as pa
+
+    values, inverse = np.unique(block.rewards, return_inverse=True)
+    goals = [rules.goal.goal_of(value) for value in values.tolist()] if rules.goal is not None else []
+    assert rules.goal is not None, "columns are only made with a goal"
+    texts = pa.array([rules.goal.text(*goal) for goal in goals], pa.string())
+    printed = pa.array([rules.goal.printed(*goal) for goal in goals], pa.string())
+    return texts, printed, inverse.reshape(block.rewards.shape)
+
+
+def _prompts(block: PairColumns, row: Any, goal: Any, texts: Any) -> Any:
+    """Histories with the goal as the system message, or before the data's own."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    flat = block.turns.flatten()
+    roles, contents = pc.struct_field(flat, "role"), pc.struct_field(flat, "content")
+    starts = np.asarray(block.turns.offsets, dtype=np.int64)[:-1] - block.turns.offsets[0].as_py()
+    own = np.asarray(block.turns.value_lengths(), dtype=np.int64)
+    has_system = np.asarray(pc.equal(roles.take(pa.array(starts)), "system"))[row]
+    asks = goal >= 0
+    own, starts = own[row], starts[row]
+    lead = asks & ~has_system  # a turn more than the history has
+    lengths = own + lead
+    ends = np.cumsum(lengths)
+    at = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)  # place within the prompt
+    source = np.repeat(starts - lead, lengths) + at
+    first = at == 0
+    # texts to pick from: the histories' own, goals alone, and goals joined with a system message of the data's own
+    merged = np.flatnonzero(asks & has_system)
+    joins = pc.binary_join_element_wise(
+        texts.take(pa.array(goal[merged])), contents.take(pa.array(starts[merged])), SEPARATOR
+    )
+    pool = pa.concat_arrays([contents, texts, joins.cast(pa.string())])
+    pick = source.copy()
+    front = np.flatnonzero(first)
+    pick[front[lead]] = len(contents) + goal[lead]
+    pick[front[merged]] = len(contents) + len(texts) + np.arange(len(merged))
+    role_pool = pa.concat_arrays([roles, pa.array(["system"])])
+    role_pick = source.copy()
+    role_pick[front[lead]] = len(roles)
+    return _turns(role_pool.take(pa.array(role_pick)), pool.take(pa.array(pick)), lengths)
+
+
+def _turns(roles: Any, contents: Any, lengths: Any) -> Any:
+    import pyarrow as pa
+
+    parts = [part if isinstance(part, pa.Array) else pa.array(part, pa.string()) for part in (roles, contents)]
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(parts, ["role", "content"]))
+
+
+def _answers(texts: Any) -> Any:
+    import pyarrow as pa
+
+    roles = pa.array(["assistant"]).take(pa.array(np.zeros(len(texts), dtype=np.int32)))
+    return _turns(roles, texts, np.ones(len(texts), dtype=np.int32))
