@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -23,7 +24,7 @@ from rap_lightning.models.generate import Generation, generate
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
 from rap_lightning.models.sharding import shard
-from rap_lightning.progress import rewind_to_whole_step
+from rap_lightning.progress import close_epoch, rewind_to_whole_step
 from rap_lightning.schedules import CosineWithWarmup, Schedule
 
 AGREEMENT = 1e-3
@@ -114,8 +115,11 @@ class PreferenceModule(pl.LightningModule):
         assert self.policy is not None, "configure_model comes first"
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
         steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ConfigError("the schedule needs to know how long the run is: set --trainer.max_steps or max_epochs.")
+        if not math.isfinite(steps) or steps < 0:  # Lightning says -1 of a stream
+            raise ConfigError(
+                "the schedule needs to know how long the run is: set --trainer.max_steps, or --trainer.max_epochs where "
+                "the data are not streamed."
+            )
         scheduler = self.schedule(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -170,7 +174,9 @@ class PreferenceModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Start the clock of the throughput."""
         batches, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        if batches < len(self.trainer.train_dataloader) and batches % accumulate:  # type: ignore[arg-type,operator]
+        epoch = sized_len(self.trainer.train_dataloader)  # a stream has no length
+        cut = math.isfinite(batches) and (epoch is None or batches < epoch)
+        if cut and batches % accumulate:
             raise ConfigError(
                 f"--trainer.limit_train_batches ends an epoch after {batches} batches, in the middle of an optimizer "
                 f"step of {accumulate}. Use a multiple of accumulate_grad_batches."
@@ -294,7 +300,11 @@ class PreferenceModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count whole steps; record the policy's config; of an adapter's base, which never changes, keep nothing."""
-        rewind_to_whole_step(checkpoint, self.trainer.accumulate_grad_batches, self.trainer.num_training_batches)
+        if not math.isfinite(self.trainer.num_training_batches) and self.trainer.is_last_batch:
+            close_epoch(checkpoint)  # a stream's length is known at its end only
+        else:
+            accumulate = self.trainer.accumulate_grad_batches
+            rewind_to_whole_step(checkpoint, accumulate, self.trainer.num_training_batches)
         config = dataclasses.asdict(self.policy_config)
         if Path(config["path"]).is_dir():  # must be found from anywhere
             config["path"] = str(Path(config["path"]).resolve())

@@ -28,6 +28,24 @@ def rewind_to_whole_step(checkpoint: dict[str, Any], accumulate: int, batches: f
         current[name] = whole
 
 
+def close_epoch(checkpoint: dict[str, Any]) -> None:
+    """Say of a checkpoint made at the last batch of a stream that its epoch is over, in place.
+
+    Lightning would resume at the end of that epoch, and go on counting its batches in the next one.
+
+    Args:
+        checkpoint: as Lightning made it.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+    batches["is_last_batch"] = False
+    for name in ("ready", "started", "processed", "completed"):
+        batches["total"][name] = batches["total"]["ready"]
+        batches["current"][name] = 0
+        for counts in (epochs["total"], epochs["current"]):
+            counts[name] = counts["ready"]
+
+
 def batches_done(trainer: Any) -> int:
     """Batches of the current epoch that a resumed run must not see again; 0 in any other."""
     if not trainer.training:
