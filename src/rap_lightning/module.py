@@ -117,8 +117,8 @@ class PreferenceModule(pl.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps) or steps < 0:  # Lightning says -1 of a stream
             raise ConfigError(
-                "the schedule needs to know how long the run is: set --trainer.max_steps, or --trainer.max_epochs where "
-                "the data are not streamed."
+                "the schedule needs to know how long the run is: set --trainer.max_steps, or --trainer.max_epochs "
+                "where the data are not streamed."
             )
         scheduler = self.schedule(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

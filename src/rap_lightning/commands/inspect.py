@@ -8,13 +8,16 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import numpy as np
+
 from rap_lightning.commands.options import fit_scale, having, load_tokenizer, make_rules, wanted_splits
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.census import Census
 from rap_lightning.preferences.chat import with_goal
+from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.ingest import Rules, read_pairs
+from rap_lightning.preferences.ingest import Rules, read_blocks
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.relabel import Mode, RelabelledPair, relabel
 from rap_lightning.preferences.report import DataReport
@@ -22,6 +25,7 @@ from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, as_sources
 
 MEASURED = 20_000  # pairs that are tokenised
+LOT = 250  # pairs that are tokenised at a time
 SHOWN = 300  # characters of a response
 
 
@@ -117,18 +121,24 @@ def _census(
     report, census = DataReport(source.path, split), Census()
     shown: list[Pair] = []
     lot: list[Pair] = []
-    pairs = read_pairs(
+    blocks = read_blocks(
         source, split, rules, report, num_proc=num_proc, collect_faults=True, progress=sys.stderr.isatty()
     )
-    for pair in pairs:
-        census.add(pair)
-        if len(shown) < examples:
-            shown.append(pair)
-        if encode is not None and census.tokenised + len(lot) < MEASURED:
-            lot.append(pair)
-            if len(lot) == 250:
-                _measure(lot, encode, census, report, max_length)
-                lot = []
+    for block in blocks:
+        wanted = max(examples - len(shown), 0 if encode is None else MEASURED - census.tokenised - len(lot))
+        if isinstance(block, PairColumns):
+            census.add_columns(block)
+            first = block.take(np.arange(len(block)) < wanted).pairs() if wanted > 0 else []
+        else:
+            for pair in block:
+                census.add(pair)
+            first = block[: max(wanted, 0)]
+        shown += first[: max(examples - len(shown), 0)]
+        if encode is not None:
+            lot += first
+            while len(lot) >= LOT:
+                _measure(lot[:LOT], encode, census, report, max_length)
+                lot = lot[LOT:]
     if lot:
         _measure(lot, encode, census, report, max_length)
     return report, census, shown

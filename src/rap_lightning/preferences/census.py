@@ -6,6 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.pairs import Pair
 
 
@@ -35,6 +38,29 @@ class Census:
         chosen, rejected = map(len, pair.responses)
         self.longer += 0.5 if chosen == rejected else float(chosen > rejected)
         self.turns[sum(turn["role"] == "user" for turn in pair.history)] += 1
+
+    def add_columns(self, columns: PairColumns) -> None:
+        """Count many pairs at once, as :meth:`add` does."""
+        import pyarrow.compute as pc
+
+        count = len(columns)
+        if not count:
+            return
+        self.pairs += count
+        self._count(self.rewards, np.round(columns.rewards.ravel(), 2))
+        self._count(self.gaps, np.round(columns.rewards[:, 0] - columns.rewards[:, 1], 2))
+        chosen, rejected = (np.asarray(pc.utf8_length(texts)) for texts in columns.responses)
+        self.longer += float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum())
+        roles = pc.struct_field(columns.turns.flatten(), "role")
+        of_user = np.asarray(pc.equal(roles, "user")).astype(np.int64)
+        starts = np.asarray(columns.turns.offsets)[:-1] - columns.turns.offsets[0].as_py()
+        self._count(self.turns, np.add.reduceat(of_user, starts))
+
+    @staticmethod
+    def _count(counter: Counter[Any], values: Any) -> None:
+        found, counts = np.unique(values, return_counts=True)
+        for value, times in zip(found.tolist(), counts.tolist(), strict=True):
+            counter[value] += times
 
     def add_tokens(self, prompt: int, chosen: int, rejected: int, max_length: int) -> None:
         """Count a pair's lengths in tokens: its longest prompt with the goal, and its responses."""
