@@ -332,6 +332,8 @@ def test_a_checkpoint_exports_on_demand_to_what_fit_exported(
     export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
     (written,), (again,) = ([*f.glob("*.safetensors")] for f in (next(tmp_path.rglob("hf")), tmp_path / "out"))
     assert_same(load_file(written), load_file(again))
+    told = [json.loads((file.parent / "goal.json").read_text()) for file in (written, again)]
+    assert told == [data.goal.record()] * 2, "a model must leave with the goal it was trained at"
     with pytest.raises(ConfigError, match="not empty"):
         export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
     (tmp_path / "broken.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:1000])

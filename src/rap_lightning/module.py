@@ -308,10 +308,15 @@ class PreferenceModule(pl.LightningModule):
         config = dataclasses.asdict(self.policy_config)
         if Path(config["path"]).is_dir():  # must be found from anywhere
             config["path"] = str(Path(config["path"]).resolve())
-        checkpoint["rap_lightning"] = {"policy": config}
+        checkpoint["rap_lightning"] = {"policy": config, "goal": self.goal_record()}
         if "state_dict" in checkpoint:
             frozen = self._frozen()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+
+    def goal_record(self) -> dict[str, Any] | None:
+        """The data's goal template, with the numbers its scale was fitted to; None where there is none."""
+        goal = getattr(getattr(self.trainer, "datamodule", None), "goal", None)
+        return None if goal is None else goal.record()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's, but a checkpoint of another model is the user's to mend."""

@@ -52,11 +52,11 @@ class ExportHF(pl.Callback):
     def _write(self, run: Path, module: PreferenceModule, state: dict[str, Tensor]) -> None:
         assert module.policy is not None, "fit builds the policy"
         output = _free(run / "hf")
-        export(module.policy, state, module.tokenizer, output, module.policy_config)
+        export(module.policy, state, module.tokenizer, output, module.policy_config, module.goal_record())
         rank_zero_info(f"exported: {output}")
         if self.merge:
             merged = _free(run / "hf-merged")
-            merge(output, merged, module.policy_config, module.tokenizer)
+            merge(output, merged, module.policy_config, module.tokenizer, module.goal_record())
             rank_zero_info(f"exported, adapter merged: {merged}")
 
 

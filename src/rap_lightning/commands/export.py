@@ -28,7 +28,7 @@ def export(checkpoint: str, output: str, merge: bool = False, trust_remote_code:
 
     files.refuse_non_empty(Path(output))
     saved = read_checkpoint(Path(checkpoint))
-    options = saved["rap_lightning"]["policy"]
+    options, goal = saved["rap_lightning"]["policy"], saved["rap_lightning"].get("goal")
     lora = options.pop("lora")
     options["trust_remote_code"] = trust_remote_code  # never what a file says
     config = PolicyConfig(**options, lora=Lora(**lora) if lora else None)
@@ -48,7 +48,7 @@ def export(checkpoint: str, output: str, merge: bool = False, trust_remote_code:
         with tempfile.TemporaryDirectory() as folder:
             adapter = Path(folder) / "adapter"
             files.export(policy, policy.state_dict(), tokenizer, adapter, config)
-            files.merge(adapter, Path(output), config, tokenizer)
+            files.merge(adapter, Path(output), config, tokenizer, goal)
     else:
-        files.export(policy, policy.state_dict(), tokenizer, Path(output), config)
+        files.export(policy, policy.state_dict(), tokenizer, Path(output), config, goal)
     print(f"wrote {output}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -23,10 +24,13 @@ def full_state(policy: Policy) -> dict[str, Tensor]:
     return state
 
 
-def export(policy: Policy, state: dict[str, Tensor], tokenizer: Any, output: Path, config: PolicyConfig) -> None:
-    """Write safetensors, tokenizer and chat template to ``output``, all or nothing.
+def export(
+    policy: Policy, state: dict[str, Tensor], tokenizer: Any, output: Path, config: PolicyConfig, goal: Any = None
+) -> None:
+    """Write safetensors, tokenizer, chat template and ``goal.json`` to ``output``, all or nothing.
 
-    An adapter is written as an adapter; :func:`merge` makes a whole model of it.
+    An adapter is written as an adapter; :func:`merge` makes a whole model of it. ``goal`` is the record of the goal
+    template that the policy was trained with, its best goal's text among it.
 
     Raises:
         ConfigError: ``output`` exists and is not empty.
@@ -38,9 +42,10 @@ def export(policy: Policy, state: dict[str, Tensor], tokenizer: Any, output: Pat
             policy.model.peft_config["default"].base_model_name_or_path = str(Path(config.path).resolve())
         policy.model.save_pretrained(partial, state_dict=own, safe_serialization=True)
         tokenizer.save_pretrained(partial)
+        _write_goal(partial, goal)
 
 
-def merge(adapter: Path, output: Path, config: PolicyConfig, tokenizer: Any) -> None:
+def merge(adapter: Path, output: Path, config: PolicyConfig, tokenizer: Any, goal: Any = None) -> None:
     """Write the base model with the adapter in folder ``adapter`` added to its weights in float32, all or nothing.
 
     Raises:
@@ -53,6 +58,12 @@ def merge(adapter: Path, output: Path, config: PolicyConfig, tokenizer: Any) -> 
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
         merged.save_pretrained(partial, safe_serialization=True)
         tokenizer.save_pretrained(partial)
+        _write_goal(partial, goal)
+
+
+def _write_goal(folder: Path, goal: Any) -> None:
+    if goal is not None:
+        (folder / "goal.json").write_text(json.dumps(goal, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class _all_or_nothing:
