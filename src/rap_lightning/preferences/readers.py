@@ -205,18 +205,20 @@ def _parquet(path: str, label: str) -> Iterator[Chunk]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    failures = (pa.ArrowException, OSError)  # looked up now: the generator may be closed when modules are gone
     try:
         with pq.ParquetFile(path) as file:
             if file.metadata.num_rows == 0:
                 raise DataError(f"{path} has no rows.")
             yield from numbered(file.iter_batches(ARROW_ROWS), label)
-    except (pa.ArrowException, OSError) as error:
+    except failures as error:
         raise DataError(f"{path} can't be read as Parquet: {shown(str(error), 200)}. Is the file whole?") from error
 
 
 def _arrow(path: str, label: str) -> Iterator[Chunk]:
     import pyarrow as pa
 
+    failures = (pa.ArrowException, OSError)
     try:
         with pa.memory_map(path) as source:
             try:
@@ -225,7 +227,7 @@ def _arrow(path: str, label: str) -> Iterator[Chunk]:
                 table = pa.ipc.open_file(source)
                 reader = (table.get_batch(i) for i in range(table.num_record_batches))
             yield from numbered(reader, label)
-    except (pa.ArrowException, OSError) as error:
+    except failures as error:
         raise DataError(f"{path} can't be read as Arrow: {shown(str(error), 200)}. Is the file whole?") from error
 
 
