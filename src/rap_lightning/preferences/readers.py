@@ -207,7 +207,7 @@ def _parquet(path: str, label: str) -> Iterator[Chunk]:
 
     failures = (pa.ArrowException, OSError)  # looked up now: the generator may be closed when modules are gone
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # or it would hold the whole file in memory
             if file.metadata.num_rows == 0:
                 raise DataError(f"{path} has no rows.")
             yield from numbered(file.iter_batches(ARROW_ROWS), label)
