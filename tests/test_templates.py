@@ -7,8 +7,8 @@ from rap_lightning.preferences.templates import PassesThrough, passes_through
 
 LOOP = "{% for m in messages %}BODY{% endfor %}"
 
-THINKING = "{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
-THINKING += "{{ c }}"
+THINKING = "{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\\n') %}"
+THINKING += "{% endif %}{{ c }}"
 PARTS = "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}"
 PARTS += "{% endif %}"
 
