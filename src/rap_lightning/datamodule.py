@@ -29,7 +29,7 @@ from rap_lightning.preferences.pairs import BadRow
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.select import Selection
-from rap_lightning.preferences.sources import Source, as_sources, splits_of
+from rap_lightning.preferences.sources import Source, as_sources, having, splits_of
 from rap_lightning.preferences.stored import stored_pairs
 from rap_lightning.progress import batches_done
 
@@ -225,7 +225,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         """The sources that have a split; all of them must have the one that is trained on."""
         if split == self.train_split or len(self.sources) == 1:
             return self.sources
-        return [source for source in self.sources if source.split is None and split in splits_of(source)]
+        return having(self.sources, split, self.train_split)
 
     def _fit_scale(self) -> None:
         """Take a scale's open numbers from the training split."""
@@ -242,14 +242,21 @@ class PreferenceDataModule(pl.LightningDataModule):
         parts, reports = [], []
         for source in self._having(split):
             table, report = stored_pairs(source, split, self.rules, num_proc=self.num_proc)
-            encoded = encode_pairs(table, self.encoder, self.relabelling, report, num_proc=self.num_proc)
+            encoded = encode_pairs(
+                table,
+                self.encoder,
+                self.relabelling,
+                report,
+                num_proc=self.num_proc,
+                strict=self.rules.bad_rows == "error",
+            )
             parts.append((encoded.table, encoded.index.pairs, source.weight if split == self.train_split else 1.0))
             reports.append(report)
         if len(parts) == 1 and parts[0][2] == 1.0:
             return encoded, reports
         untied, tied = [], []
         for table, pairs, weight in parts:
-            ids = table["pair_id"]
+            ids = table.select_columns(["pair_id"])[:]["pair_id"]
             times = [copies(ids[row], weight, self.seed) for row in range(len(table))]
             untied.append(table.select([row for row in range(pairs) for _ in range(times[row])]))
             tied.append(table.select([row for row in range(pairs, len(table)) for _ in range(times[row])]))

@@ -69,8 +69,7 @@ class Assembler:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.proof = passes_through(encoder.tokenizer.chat_template)
-        added = [t for t in encoder.tokenizer.added_tokens_decoder.values() if t.content in encoder.special]
-        if not encoder.special or any(token.lstrip or token.single_word for token in added):
+        if not encoder.special or not _hard_boundaries(encoder):
             self.proof = None
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
         self._short: dict[str, list[int]] = {}
@@ -175,6 +174,25 @@ class Assembler:
         if len(self._short) < 20_000:  # goals and system messages come back with every pair
             self._short |= {text: tokens for text, tokens in ids.items() if len(text) < 600}
         return known | ids
+
+
+def _hard_boundaries(encoder: Encoder) -> bool:
+    """Whether control tokens are found in any text, whatever stands around them."""
+    tokenizer = encoder.tokenizer
+    added = list(tokenizer.added_tokens_decoder.values())
+    control = [token for token in added if token.content in encoder.special]
+    if any(token.lstrip or token.single_word for token in control):
+        return False
+    if tokenizer.backend_tokenizer.normalizer is not None and any(token.normalized for token in control):
+        return False
+    others = [token.content for token in added if token.content not in encoder.special]
+    return not any(_overlap(other, token.content) for other in others for token in control)
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether one text holds the other, or they can share characters at an edge."""
+    edges = range(1, min(len(a), len(b)))
+    return a in b or b in a or any(a[-n:] == b[:n] or b[-n:] == a[:n] for n in edges)
 
 
 @dataclass(frozen=True)

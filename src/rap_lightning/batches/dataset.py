@@ -82,7 +82,13 @@ def example_of(row: dict[str, Any], origin: int, relabelling: Relabelling, max_l
 
 
 def encode_pairs(
-    pairs: Any, encoder: Encoder, relabelling: Relabelling, report: DataReport, *, num_proc: int | None = None
+    pairs: Any,
+    encoder: Encoder,
+    relabelling: Relabelling,
+    report: DataReport,
+    *,
+    num_proc: int | None = None,
+    strict: bool = False,
 ) -> EncodedPairs:
     """Tokenise scored pairs, with progress, cached by content.
 
@@ -92,9 +98,10 @@ def encode_pairs(
         relabelling: what each pair becomes.
         report: gets what was repaired, truncated or dropped here, and the final counts.
         num_proc: processes that share the work.
+        strict: stop where a pair can't be encoded, instead of dropping and counting it.
 
     Raises:
-        DataError: no pair can be encoded.
+        DataError: no pair can be encoded, or one can't and that is to be an error.
     """
     table = pairs.map(
         _encode_rows,
@@ -113,6 +120,10 @@ def encode_pairs(
     for index, (encoded, tie) in enumerate(zip(note_encoding(facts, report), facts["tie"], strict=True)):
         if encoded:
             (ties if tie else keep).append(index)
+    if strict and len(keep) + len(ties) < len(table):
+        raise DataError(
+            "\n".join([f"{report.source} (split {report.split}): pairs that can't be encoded.", *report.lines()])
+        )
     if not keep and not ties:
         raise DataError(
             f"{report.source} (split {report.split}): no pair is left to train on.\n" + "\n".join(report.lines())

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rap_lightning.commands.options import fit_scale, having, load_tokenizer, make_rules, wanted_splits
+from rap_lightning.commands.options import fit_scale, load_tokenizer, make_rules
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.census import Census
 from rap_lightning.preferences.chat import with_goal
@@ -22,7 +22,7 @@ from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.relabel import Mode, RelabelledPair, relabel
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.select import Selection
-from rap_lightning.preferences.sources import Source, as_sources
+from rap_lightning.preferences.sources import Source, as_sources, having, splits_among
 
 MEASURED = 20_000  # pairs that are tokenised
 LOT = 250  # pairs that are tokenised at a time
@@ -81,13 +81,15 @@ def inspect(
     """
     if max_length < 2:
         raise ConfigError(f"--max_length must be at least 2, found {max_length}")
+    if examples < 0:
+        raise ConfigError(f"--examples must be at least 0, found {examples}")
     sources = as_sources(source)
     rules = make_rules(
         goal, relabel, keep_original, ties, selection, filters, outside_scale, bad_rows, format, columns, seed,
         tool_turns=tokenizer is not None,
     )  # fmt: skip
     encode = _encoder(tokenizer, rules, max_length) if tokenizer is not None else None
-    splits = wanted_splits(sources, split)
+    splits = [split] if split is not None else splits_among(sources)
     fitted = fit_scale(rules, sources, splits, num_proc)
     documents, failed = [], False
     for name in splits:
@@ -103,6 +105,8 @@ def inspect(
         print(jsonlib.dumps({"splits": documents, "scale": scale, "faults": failed}, ensure_ascii=False))
     elif fitted and rules.goal is not None:
         print(f"scale fitted: {rules.goal.scale}")
+    if not json and any(one.weight != 1.0 for one in sources):
+        print("every pair is shown once; the sources' weights apply in training")
     if failed and not json:
         print("Faults were found: fit would stop.", file=sys.stderr)
     return int(failed)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from inspect import cleandoc
 from typing import Any, Literal
 
-from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.ingest import Rules, rewards_of
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.select import Selection
-from rap_lightning.preferences.sources import Source, splits_of
+from rap_lightning.preferences.sources import Source, having
 
 
 def make_rules(
@@ -36,22 +36,6 @@ def make_rules(
     return Rules(
         goal, relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns=tool_turns
     )
-
-
-def wanted_splits(sources: list[Source], split: str | None) -> list[str]:
-    """The split asked for, or all splits of the sources."""
-    if split is not None:
-        return [split]
-    return list(dict.fromkeys(source.split or name for source in sources for name in splits_of(source)))
-
-
-def having(sources: list[Source], split: str) -> list[Source]:
-    """The sources that have a split; a source that names its split belongs to that one."""
-    found = [source for source in sources if split in ([source.split] if source.split else splits_of(source))]
-    if not found:
-        known = ", ".join(wanted_splits(sources, None))
-        raise DataError(f"{', '.join(source.path for source in sources)}: no split {split!r}; found {known}.")
-    return found
 
 
 def fit_scale(rules: Rules, sources: list[Source], splits: list[str], num_proc: int | None) -> bool:

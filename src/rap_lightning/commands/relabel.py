@@ -10,7 +10,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from rap_lightning import __version__
-from rap_lightning.commands.options import fit_scale, having, load_tokenizer, make_rules, wanted_splits
+from rap_lightning.commands.options import fit_scale, load_tokenizer, make_rules
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.chat import resolve_placement, shows_system
 from rap_lightning.preferences.columns import PairColumns
@@ -21,8 +21,14 @@ from rap_lightning.preferences.mix import copies
 from rap_lightning.preferences.relabel import Mode
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.select import Selection
-from rap_lightning.preferences.sources import Source, as_sources, fingerprint
+from rap_lightning.preferences.sources import Source, as_sources, fingerprint, having, splits_among
 from rap_lightning.preferences.written import Block, ShardedFolder, relabelled, shards_of
+
+WHAT = (
+    "chosen-goal: the winner's reward is the goal, and the winner is chosen",
+    "rejected-goal: the loser's reward is the goal, and the loser is chosen",
+    "unconditioned: no goal, the winner is chosen",
+)
 
 
 def relabel(
@@ -71,7 +77,7 @@ def relabel(
         num_proc: processes that share the reading.
         seed: of the half that relabel half takes, and of what weights draw.
     """
-    target = Path(output).expanduser()
+    target = Path(output).expanduser().resolve()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{output} exists and is not empty. Name another folder, or remove it.")
     sources = as_sources(source)
@@ -80,7 +86,7 @@ def relabel(
         tool_turns=False,
     )  # fmt: skip
     placement, system_shown = _placement(rules, tokenizer)
-    splits = wanted_splits(sources, split)
+    splits = [split] if split is not None else splits_among(sources)
     fit_scale(rules, sources, splits, num_proc)
     parts = [(name, one) for name in splits for one in having(sources, name)]
     prints = [fingerprint(one, name) for name, one in parts]
@@ -96,7 +102,7 @@ def relabel(
         for one in having(sources, name):
             report = DataReport(_public(one.path), name)
             blocks: Iterator[Block] = read_blocks(one, name, rules, report, num_proc=num_proc)
-            if one.weight != 1.0 and name == "train":
+            if one.weight != 1.0 and name in ("train", split):
                 blocks = _weighted(blocks, one.weight, seed)
             for shard in shards_of(blocks):
                 label = f"{name}-{number:05d}.parquet"
@@ -134,11 +140,13 @@ def _public(path: str) -> str:
 def _card(rules: Rules, reports: list[DataReport], placement: str) -> str:
     lines = ["---", "tags:", "- preference", "- reward-augmented", "---", "", "# Reward-augmented preference pairs", ""]
     lines += [
-        f"Written by rap-lightning {__version__}. Each scored pair stands here under the reward of either response as "
-        "the goal; under the loser's goal the responses change places (Zhang et al., ICML 2025, arXiv 2410.08067).",
+        f"Written by rap-lightning {__version__}, after *Reward-Augmented Data Enhances Direct Preference Alignment of "
+        "LLMs* (Zhang et al., ICML 2025, arXiv 2410.08067). Each scored pair stands here as:",
+        "",
+        *(f"- {WHAT[origin]}" for origin in rules.relabelling.origins),
         "",
     ]
-    if rules.goal is not None:
+    if rules.goal is not None and rules.relabelling.conditioned:
         record = rules.goal.record()
         lines += [f"Goal ({placement} message), at its best:", "", "```", record["best"], "```", ""]
         lines += [f"Scale: `{json.dumps(record['scale'])}`", ""]

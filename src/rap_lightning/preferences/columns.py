@@ -157,7 +157,7 @@ def surely_good(
         good &= ~np.asarray(pc.match_substring_regex(final, ODD))
     trimmed = [pc.utf8_trim_whitespace(final) for final in finals]
     good &= ~np.asarray(pc.equal(*trimmed))
-    numbers = [np.asarray(score.cast(pa.float64())) for score in scores]
+    numbers = [np.asarray(score.cast(pa.float64(), safe=False)) for score in scores]
     low, high = goal.scale.judge_range
     for values in numbers:
         good &= np.isfinite(values) & (values >= low) & (values <= high)

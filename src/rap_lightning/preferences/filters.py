@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.hashing import hash_text
 from rap_lightning.preferences.pairs import BadRow, Judged, Response
 
 
@@ -56,6 +57,11 @@ class Filters:
         """Whether single responses may be left out."""
         return any(v is not None for v in (self.min_reward, self.max_reward, self.near_duplicates))
 
+    def describe(self) -> str:
+        """The options, and what the list of prompts to exclude holds, for cache keys."""
+        prompts = sorted(excluded(self.exclude)) if self.exclude is not None else []
+        return f"{self} {hash_text(repr(prompts))}"
+
     def check_prompt(self, judged: Judged) -> None:
         """Raise BadRow where one of the user's turns stands in the list of prompts to exclude."""
         if self.exclude is None:
@@ -63,7 +69,7 @@ class Filters:
         known = excluded(self.exclude)
         for i, turn in enumerate(judged.history):
             if turn["role"] == "user" and normal(turn["content"]) in known:
-                raise BadRow(f"prompt (turn {i + 1})", "a prompt in the list of prompts to exclude")
+                raise BadRow(f"prompt (turn {i + 1})", "a prompt in the list of prompts to exclude", by_choice=True)
 
     def responses(self, responses: Sequence[Response]) -> tuple[list[Response], list[BadRow]]:
         """Those to keep, and why others are left out."""
@@ -72,15 +78,25 @@ class Filters:
         words: list[set[str]] = []
         for response in responses:
             if self.min_reward is not None and response.reward < self.min_reward:
-                bad.append(BadRow(response.column, f"a reward below filters.min_reward {self.min_reward:g}"))
+                bad.append(
+                    BadRow(response.column, f"a reward below filters.min_reward {self.min_reward:g}", by_choice=True)
+                )
                 continue
             if self.max_reward is not None and response.reward > self.max_reward:
-                bad.append(BadRow(response.column, f"a reward above filters.max_reward {self.max_reward:g}"))
+                bad.append(
+                    BadRow(response.column, f"a reward above filters.max_reward {self.max_reward:g}", by_choice=True)
+                )
                 continue
             if self.near_duplicates is not None:
                 own = set(normal(response.text).split())
                 if any(_jaccard(own, other) >= self.near_duplicates for other in words):
-                    bad.append(BadRow(response.column, "nearly the same text as an earlier response to this prompt"))
+                    bad.append(
+                        BadRow(
+                            response.column,
+                            "nearly the same text as an earlier response to this prompt",
+                            by_choice=True,
+                        )
+                    )
                     continue
                 words.append(own)
             good.append(response)
@@ -89,11 +105,17 @@ class Filters:
     def check_pair(self, better: Response, worse: Response) -> None:
         """Raise BadRow where a pair is to be left out."""
         if self.min_gap is not None and not better.reward - worse.reward >= self.min_gap:
-            raise BadRow(worse.column, f"a gap between rewards below filters.min_gap {self.min_gap:g}")
+            raise _left_out(worse, f"a gap between rewards below filters.min_gap {self.min_gap:g}")
         if self.max_length_ratio is not None:
             short, long = sorted((len(better.text), len(worse.text)))
             if long > short * self.max_length_ratio:
-                raise BadRow(worse.column, f"lengths beyond filters.max_length_ratio {self.max_length_ratio:g}")
+                raise BadRow(
+                    worse.column, f"lengths beyond filters.max_length_ratio {self.max_length_ratio:g}", by_choice=True
+                )
+
+
+def _left_out(response: Response, reason: str) -> BadRow:
+    return BadRow(response.column, reason, by_choice=True)
 
 
 def normal(text: str) -> str:
@@ -108,7 +130,11 @@ def excluded(path: str) -> frozenset[str]:
     if not file.is_file():
         raise DataError(f"filters.exclude: no such file: {path}")
     prompts = set()
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"filters.exclude: {path}: byte {error.start + 1} is not UTF-8.") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         text = line

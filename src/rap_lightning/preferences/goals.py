@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.preferences import codekeys
 from rap_lightning.preferences.scales import RewardScale
 
 Placement = Literal["auto", "system", "user"]
@@ -37,8 +38,8 @@ class GoalTemplate(ABC):
 
     @property
     def best(self) -> float:
-        """The goal to ask for at inference: the top of the scale."""
-        return self.scale.high
+        """The goal to ask for at inference: the highest that training can have stated."""
+        return self.scale.best
 
     @property
     def best_attributes(self) -> tuple[float, ...]:
@@ -50,11 +51,11 @@ class GoalTemplate(ABC):
         return self.scale.printed(goal)
 
     def describe(self) -> str:
-        """What the template writes over its whole scale, for cache keys."""
+        """The template's code and arguments, and what it writes over its whole scale, for cache keys."""
         step = (self.scale.high - self.scale.low) / 200
         goals = [self.scale.low + step * i for i in range(201)]
         texts = [self.text(goal, [goal] * len(self.attributes)) for goal in goals]
-        return f"{type(self).__module__}.{type(self).__qualname__} {self.scale} {self.placement} {texts}"
+        return f"{codekeys.describe(self)} {codekeys.code_of(type(self.scale))} {texts}"
 
     def record(self) -> dict[str, Any]:
         """What must be known to ask a trained policy for its best: saved with the run and with exported models."""
@@ -139,8 +140,8 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
 
     @property
     def best_attributes(self) -> tuple[float, ...]:
-        """The top of their scale."""
-        return (self.attribute_scale.high,) * len(self.attributes)
+        """The highest of their scale."""
+        return (self.attribute_scale.best,) * len(self.attributes)
 
     def printed(self, goal: float, attributes: Sequence[float] = ()) -> str:
         """All numbers, attributes first."""

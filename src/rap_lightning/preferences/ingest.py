@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences import codekeys
 from rap_lightning.preferences.columns import PairColumns, fits, surely_good
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.formats import FORMATS, Adapted, RowFormat, ScoredPairs
@@ -99,9 +100,12 @@ class Rules:
     def describe(self) -> str:
         """Everything that changes the pairs, for cache keys."""
         goal = self.goal.describe() if self.goal is not None else None
+        selection = codekeys.describe(self.selection or BestVsRandom())
+        known = self.format in ("auto", *(kind.name for kind in FORMATS))
+        adapter = self.format if known else codekeys.code_of(_import(self.format))
         options = (
-            self.relabelling, self.ties, self.selection or BestVsRandom(), self.filters, self.outside_scale,
-            self.bad_rows, self.format, self.columns, self.tool_turns,
+            self.relabelling, self.ties, selection, self.filters.describe(), self.outside_scale, self.bad_rows, adapter,
+            self.columns, self.tool_turns,
         )  # fmt: skip
         return repr((goal, options))
 
@@ -114,8 +118,8 @@ class Ingested:
     pairs: list[Pair] = field(default_factory=list)
     columns: PairColumns | None = None
     """The pairs, where all of them could be taken a column at a time."""
-    ids: list[tuple[str, str, str]] = field(default_factory=list)
-    """(prompt_id, digest of the prompt, place) of rows that have an id."""
+    ids: list[tuple[int, str, str, str]] = field(default_factory=list)
+    """(number, prompt_id, prompt, place) of kept rows that have an id."""
     outside: list[tuple[float, str]] = field(default_factory=list)
     """(reward, place) of rewards outside the scale."""
 
@@ -175,13 +179,15 @@ def read_blocks(
             report.add(part.report)
             bar.update(part.report.read)
             if not collect_faults:
-                refuse_faults(report, rules)
+                refuse_faults(report)
                 refuse_outside(part.outside, rules, report)
             elif part.outside:
                 _count_outside(part.outside, report)
             kept = part.columns if part.columns is not None else part.pairs
             if not streaming:
                 kept = across.check(part)
+                if not collect_faults:
+                    refuse_faults(report)
             if not len(kept):
                 continue
             ties = int(kept.tie.sum()) if isinstance(kept, PairColumns) else sum(pair.tie for pair in kept)
@@ -202,7 +208,7 @@ def _opened(
     if first is None:
         raise DataError(f"{source.path} (split {split}) has no rows.")
     row_format = find_format(first, rules, source)
-    return row_format, _whole_groups(chain([first], chunks), row_format)
+    return row_format, _whole_groups(chain([first], chunks), row_format, rules.columns)
 
 
 def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
@@ -214,6 +220,7 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
     """
     chunk = chunk.head(LOOK)
     rows = [row for _, row in chunk.rows() if isinstance(row, dict)]
+    _check_renaming(rows, rules, source)
     rows = [_renamed(row, rules.columns) for row in rows]
     if not rows:
         problems = {problem.reason: n for n, problem in reversed(list(chunk.rows())) if isinstance(problem, BadRow)}
@@ -224,8 +231,15 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
     scored = rules.goal is not None
     if name not in ("auto", *(kind.name for kind in FORMATS)):
         adapt = _import(name)
-        adapted = [call_adapter(adapt, row) for row in rows[:20]]
-        inner = _detected([row for row in adapted if row], source, rules, attributes, scored)
+        try:
+            adapted = [row for row in (call_adapter(adapt, row) for row in rows) if row]
+        except BadRow as problem:
+            raise DataError(f"{chunk.place(chunk.first)} and following: {problem.reason}") from problem
+        if not adapted:
+            raise DataError(f"{source.path}: your adapter {name} left out all of the first {len(rows):,} rows.")
+        inner = _detected(adapted, source, rules, attributes, scored)
+        if _grouping(inner):
+            raise ConfigError(f"format: {name} gives rows in groups ({inner.name}); give completions, a prompt a row.")
         found: RowFormat = Adapted(adapt, inner)
     elif name == "auto":
         found = _detected(rows, source, rules, attributes, scored)
@@ -237,6 +251,17 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
     if found.paired and rules.filters.near_duplicates is not None:
         raise ConfigError(f"filters.near_duplicates has no effect on {source.path}: its rows are pairs; remove it.")
     return found
+
+
+def _check_renaming(rows: Sequence[Row], rules: Rules, source: Source) -> None:
+    there = {name for row in rows for name in row}
+    renamed = rules.columns or {}
+    for theirs, ours in renamed.items():
+        if theirs not in there:
+            found = ", ".join(sorted(there))
+            raise ConfigError(f"columns: {source.path} has no column {theirs!r} to rename; found {found}.")
+        if ours in there and ours not in renamed:
+            raise ConfigError(f"columns: {source.path} has a column {ours!r} already; {theirs!r} can't take its name.")
 
 
 def _detected(rows: Sequence[Row], source: Source, rules: Rules, attributes: Sequence[str], scored: bool) -> RowFormat:
@@ -277,7 +302,7 @@ def _hint(columns: set[str], wanted: set[str]) -> str:
     return f" Did you mean {', '.join(hints)}? Rename with columns." if hints else ""
 
 
-def refuse_faults(report: DataReport, rules: Rules) -> None:
+def refuse_faults(report: DataReport) -> None:
     """Raise DataError where rows were found that make the whole file doubtful, or any bad row if that is asked for."""
     faults = dict(report.faults)
     if faults:
@@ -313,6 +338,7 @@ class _AcrossRows:
 
     def __init__(self, rules: Rules, report: DataReport) -> None:
         self.rules, self.report = rules, report
+        self.kind = "faults" if rules.bad_rows == "error" else "dropped"
         self.seen_pairs, self.seen_ids = Seen(), Seen()
 
     def check(self, part: Ingested) -> PairColumns | list[Pair]:
@@ -343,7 +369,7 @@ class _AcrossRows:
         for index in np.flatnonzero(known).tolist():
             place = places.place(index) if isinstance(places, PairColumns) else places[index]
             if before[index] != ids[index]:
-                self.report.note("dropped", CONTRADICTION, place, "chosen, rejected")
+                self.report.note(self.kind, CONTRADICTION, place, "chosen, rejected")
                 keep[index] = False
             elif self.rules.filters.repeats == "drop":
                 self.report.note("dropped", REPEAT, place, "chosen, rejected")
@@ -356,11 +382,14 @@ class _AcrossRows:
         """The places of rows whose prompt_id stood for another prompt before."""
         if not part.ids:
             return set()
-        keys, values = (_uints([_as_int(x) for x in column]) for column in list(zip(*part.ids, strict=True))[:2])
+        part.ids.sort(key=lambda found: found[0])
+        keys, values = (
+            _uints([hash_text(text) for text in column]) for column in list(zip(*part.ids, strict=True))[1:3]
+        )
         known, before = self.seen_ids.add(keys, values)
-        wrong = [part.ids[index][2] for index in np.flatnonzero(known & (before != values)).tolist()]
+        wrong = [part.ids[index][3] for index in np.flatnonzero(known & (before != values)).tolist()]
         for place in wrong:
-            self.report.note("dropped", OTHER_PROMPT, place, "prompt_id")
+            self.report.note(self.kind, OTHER_PROMPT, place, "prompt_id")
         return set(wrong)
 
 
@@ -379,8 +408,10 @@ def ingest(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> Ingeste
         row = an_object(chunk.payload.slice(index, 1).to_pylist()[0])
         rows = row if isinstance(row, BadRow) else [row]
         _ingest_row(chunk.first + index, rows, chunk, rules, row_format, out)
-    _note_columns(columns, ids, rules, out)
-    columns = columns.take(_without_ties(columns, rules, out))
+    kept = _without_ties(columns, rules, out)
+    ids = [own for own, keep in zip(ids, kept.tolist(), strict=True) if keep]
+    columns = columns.take(kept)
+    _note_columns(columns, ids, out)
     out.report.read += int(good.sum())
     out.report.kept += len(columns)
     if not out.pairs:
@@ -403,17 +434,17 @@ def _fast_lane(chunk: Chunk, rules: Rules, row_format: RowFormat) -> bool:
     )
 
 
-def _note_columns(columns: PairColumns, ids: list[str | None], rules: Rules, out: Ingested) -> None:
-    ties = columns.tie if rules.ties != "chosen" else np.zeros(len(columns), dtype=bool)
-    found = np.flatnonzero(columns.exchanged & ~ties).tolist()
+def _note_columns(columns: PairColumns, ids: list[str | None], out: Ingested) -> None:
+    found = np.flatnonzero(columns.exchanged).tolist()
     if found:
         place = at(columns.place(found[0]), "score_chosen, score_rejected")
-        out.report.repaired.setdefault(EXCHANGED, Tally()).add(place, len(found))
+        number = int(columns.numbers[found[0]])
+        out.report.repaired.setdefault(EXCHANGED, Tally()).add(place, len(found), number)
     if ids and ids[0] is not None:
-        prompts = _first_users(columns)
-        for index, (own, prompt) in enumerate(zip(ids, prompts, strict=True)):
+        numbers = columns.numbers.tolist()
+        for index, (own, prompt) in enumerate(zip(ids, _first_users(columns), strict=True)):
             assert own is not None, "rows without an id go row by row"
-            out.ids.append((own, _own_id(prompt), columns.place(index)))
+            out.ids.append((numbers[index], own, prompt, columns.place(index)))
 
 
 def _first_users(columns: PairColumns) -> list[str]:
@@ -428,14 +459,16 @@ def _without_ties(columns: PairColumns, rules: Rules, out: Ingested) -> NDArray[
         found = np.flatnonzero(mask).tolist()
         if found:
             place = at(columns.place(found[0]), "score_chosen, score_rejected")
-            out.report.tallies(kind).setdefault(f"{reason}{TIE_RULES[rules.ties]}", Tally()).add(place, len(found))
+            tally = out.report.tallies(kind).setdefault(f"{reason}{TIE_RULES[rules.ties]}", Tally())
+            tally.add(place, len(found), int(columns.numbers[found[0]]))
     return ~columns.tie if rules.ties != "chosen" else np.ones(len(columns), dtype=bool)
 
 
 def _ingest_row(
     number: int, rows: list[Row] | BadRow, chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat, out: Ingested
 ) -> None:
-    place = chunk.place(number)
+    place = out.report.row = chunk.place(number)
+    out.report.number = number
     out.report.read += 1 if isinstance(rows, BadRow) else len(rows)
     try:
         if isinstance(rows, BadRow):
@@ -450,20 +483,19 @@ def _ingest_row(
     if pairs:
         out.report.kept += 1 if row_format.group_key(rows[0]) is None else len(rows)
         out.pairs += pairs
-        if isinstance(judged.prompt_id, str):
-            out.ids.append((judged.prompt_id, _own_id(judged.prompt), place))
+        if judged.prompt_id is not None:
+            out.ids.append((number, str(judged.prompt_id), judged.prompt, place))
 
 
 def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, out: Ingested) -> Iterator[Pair]:
     if judged.uses_tools and not rules.tool_turns:
         raise BadRow("chosen, rejected", "tool calls, which need a chat template that shows them")
-    if judged.prompt_id is not None and not isinstance(judged.prompt_id, str):
-        raise BadRow("prompt_id", "an id that is not text, as the others are", judged.prompt_id)
+    if judged.prompt_id is not None and type(judged.prompt_id) is not row_format.id_type:
+        raise BadRow("prompt_id", "an id of another type than the first row's", judged.prompt_id)
     rules.filters.check_prompt(judged)
     if not rules.relabelling.takes(judged.history):
-        raise BadRow(
-            "prompt", f"not in the half of the prompts that relabel half takes (seed {rules.relabelling.seed})"
-        )
+        reason = f"not in the half of the prompts that relabel half takes (seed {rules.relabelling.seed})"
+        raise BadRow("prompt", reason, by_choice=True)
     responses = _in_scale(judged, rules, place, out)
     if responses is None:
         return
@@ -483,7 +515,7 @@ def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, out:
         key = f"{hash_turns(judged.history)} {hash_text(texts)}"
         chosen = selection.select(responses, partial(_same_goal, goal=rules.goal), key)
         if not chosen:
-            raise BadRow(responses[0].column, f"{TIE}, for all responses")
+            raise BadRow(responses[0].column, f"{TIE}, for all responses", by_choice=True)
     problems = []
     for first, second in chosen:
         pair = make_pair(judged, first, second, place)
@@ -501,18 +533,22 @@ def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, out:
 
 def _checked(pair: Pair, better: Response, worse: Response, rules: Rules, out: Ingested) -> Pair:
     rules.filters.check_pair(better, worse)
+    if rules.goal is not None and is_tie(pair, rules.goal):
+        pair = _tied(pair, rules, out)
     if pair.exchanged:
         out.report.note("repaired", EXCHANGED, pair.place, "score_chosen, score_rejected")
     for text, side in zip(pair.responses, (better, worse), strict=True):
         if "\0" in text:
             out.report.note("noted", "U+0000 in the text, kept as it is", pair.place, side.column)
-    if rules.goal is None or not is_tie(pair, rules.goal):
-        return pair
+    return pair
+
+
+def _tied(pair: Pair, rules: Rules, out: Ingested) -> Pair:
     equal = pair.rewards[0] == pair.rewards[1]
     reason = TIE + (" (equal)" if equal else "")
     reason += TIE_RULES[rules.ties]
     if rules.ties != "chosen":
-        raise BadRow("score_chosen, score_rejected", reason, stops=rules.ties == "error")
+        raise BadRow("score_chosen, score_rejected", reason, stops=rules.ties == "error", by_choice=True)
     out.report.note("noted", reason, pair.place, "score_chosen, score_rejected")
     return replace(pair, tie=True)
 
@@ -533,9 +569,9 @@ def _in_scale(judged: Judged, rules: Rules, place: str, out: Ingested) -> list[R
             out.report.note("repaired", f"{OUTSIDE}, clipped to its end", place, column, f"{response.reward:g}")
             good.append(replace(response, reward=clipped))
         elif judged.paired:
-            raise BadRow(column, OUTSIDE, response.reward)
+            raise BadRow(column, OUTSIDE, response.reward, by_choice=True)
         else:
-            judged.left_out.append(BadRow(column, OUTSIDE, response.reward))
+            judged.left_out.append(BadRow(column, OUTSIDE, response.reward, by_choice=True))
     stopped = rules.outside_scale == "error" and len(good) < len(judged.responses)
     return None if stopped else good
 
@@ -547,19 +583,8 @@ def _same_goal(a: Response, b: Response, goal: GoalTemplate | None) -> bool:
 
 
 def _problem(out: Ingested, problem: BadRow, place: str, rules: Rules, kind: str) -> None:
-    stops = problem.stops or (rules.bad_rows == "error" and not _by_choice(problem))
+    stops = problem.stops or (rules.bad_rows == "error" and not problem.by_choice)
     out.report.problem("faults" if stops else kind, problem, place)
-
-
-def _by_choice(problem: BadRow) -> bool:
-    """Whether a row is left out by a rule that was asked for, not for a fault of its own."""
-    return problem.reason.startswith(
-        (TIE, OUTSIDE, "a gap between", "lengths beyond", "not in the half", "a reward ")
-    ) or (
-        "prompts to exclude" in problem.reason
-        or "left out by your adapter" in problem.reason
-        or "nearly the same" in problem.reason
-    )
 
 
 def _groups(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> Iterator[tuple[int, list[Row] | BadRow]]:
@@ -584,7 +609,9 @@ def _groups(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> Iterat
         yield start, group
 
 
-def _whole_groups(chunks: Iterable[Chunk], row_format: RowFormat) -> Iterator[Chunk | _Rows]:
+def _whole_groups(
+    chunks: Iterable[Chunk], row_format: RowFormat, columns: dict[str, str] | None
+) -> Iterator[Chunk | _Rows]:
     """Chunks that no group of rows straddles."""
     held: list[tuple[int, Row | BadRow]] = []
     last: Chunk | None = None
@@ -596,7 +623,7 @@ def _whole_groups(chunks: Iterable[Chunk], row_format: RowFormat) -> Iterator[Ch
             yield _Rows(last.name, last.unit, held)
             held = []
         last = chunk
-        held += list(chunk.rows())
+        held += [(n, row if isinstance(row, BadRow) else _renamed(row, columns)) for n, row in chunk.rows()]
         keys = [None if isinstance(row, BadRow) else row_format.group_key(row) for _, row in held]
         cut = next((i for i in range(len(keys) - 1, 0, -1) if keys[i] != keys[i - 1]), 0)
         if cut:
@@ -614,21 +641,8 @@ def _renamed(row: Row, columns: dict[str, str] | None) -> Row:
     return row if not columns else {columns.get(name, name): value for name, value in row.items()}
 
 
-def _as_int(text: str) -> int:
-    """64 bits of an id: of a digest its own, otherwise a digest's."""
-    try:
-        return int(text[:16], 16) if len(text) == 64 else hash_text(text)
-    except ValueError:
-        return hash_text(text)
-
-
 def _uints(values: Sequence[int]) -> Hashes:
     return np.array(values, dtype=np.uint64)
-
-
-def _own_id(prompt: str) -> str:
-    """What ultrafeedback_binarized has as prompt_id."""
-    return hashlib.sha256(prompt.encode()).hexdigest()
 
 
 def _import(path: str) -> Callable[[Row], Row | None]:
@@ -654,7 +668,7 @@ def rewards_of(source: Source, split: str, rules: Rules, *, num_proc: int | None
     work = partial(_rewards, rules=open_scale, row_format=row_format)
     for part, values in in_order(work, chunks, num_proc):
         report.add(part)
-        refuse_faults(report, rules)
+        refuse_faults(report)
         rewards += values
     if not rewards:
         raise DataError(f"{source.path} (split {split}): no reward to fit the scale on.")

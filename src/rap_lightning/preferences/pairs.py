@@ -28,11 +28,14 @@ class BadRow(Exception):
         found: a short excerpt of what stands there, if that helps.
         stops: the file is not what it says it is (broken JSON, text for a number): nothing in it should be trusted,
             and the run stops. Otherwise the row is left out and counted.
+        by_choice: left out by a rule that was asked for, not for a fault of its own.
     """
 
-    def __init__(self, column: str, reason: str, found: Any = None, *, stops: bool = False) -> None:
+    def __init__(
+        self, column: str, reason: str, found: Any = None, *, stops: bool = False, by_choice: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.column, self.reason, self.stops = column, reason, stops
+        self.column, self.reason, self.stops, self.by_choice = column, reason, stops, by_choice
         self.found = "" if found is None else shown(found)
 
 
@@ -164,7 +167,7 @@ def read_text(value: Any, column: str) -> str:
 def read_number(value: Any, column: str) -> float:
     """A finite number; text that looks like one is not one."""
     if type(value) is float or type(value) is int:
-        if math.isfinite(value):
+        if -1e300 < value < 1e300:  # an integer may have any number of digits
             return float(value)
         raise BadRow(column, "not a finite number", value)
     if value is None or value == "":

@@ -75,9 +75,11 @@ def parse_line(line: bytes, number: int) -> dict[str, Any] | BadRow:
     except json.JSONDecodeError as error:
         where = f"character {error.colno}"
         if error.msg == "Extra data":
-            return BadRow(where, "more than one JSON value on the line", line[error.pos :].decode(), stops=True)
+            return BadRow(where, "more than one JSON value on the line", error.doc[error.pos :], stops=True)
         if number == 1 and line.strip() in (b"[", b"{"):
-            reason = "one JSON document over several lines, not an object per line; name such a file .json"
+            reason = (
+                "one JSON document over several lines, not an object per line (a .json file may hold an array of them)"
+            )
             return BadRow(where, reason, stops=True)
         return BadRow(where, f"not JSON ({error.msg.lower()}); is the file cut off?", stops=True)
     except RecursionError:
@@ -134,7 +136,8 @@ def _json(path: str, label: str) -> Iterator[Chunk]:
             head = stream.read(4096)
         _check_head(head, path)
         with _open(path) as stream:
-            if head.lstrip()[:1] == b"[" and ".json" in [suffix.lower() for suffix in Path(path).suffixes]:
+            array = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+            if array and ".json" in [suffix.lower() for suffix in Path(path).suffixes]:
                 yield from _array(stream, label, path)
             else:
                 yield from _lines(stream, label, path)
@@ -210,6 +213,9 @@ def _parquet(path: str, label: str) -> Iterator[Chunk]:
         with pq.ParquetFile(path, pre_buffer=False) as file:  # or it would hold the whole file in memory
             if file.metadata.num_rows == 0:
                 raise DataError(f"{path} has no rows.")
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise DataError(f"{path} has more than one column named {', '.join(twice)}.")
             yield from numbered(file.iter_batches(ARROW_ROWS), label)
     except failures as error:
         raise DataError(f"{path} can't be read as Parquet: {shown(str(error), 200)}. Is the file whole?") from error

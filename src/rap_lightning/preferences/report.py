@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +25,13 @@ class Tally:
 
     count: int = 0
     first: str = ""
+    number: float = field(default=math.inf, compare=False)
 
-    def add(self, where: str, count: int = 1) -> None:
-        """Count more; remember the place if it is the first."""
+    def add(self, where: str, count: int = 1, number: float = math.inf) -> None:
+        """Count more; remember the place if it is the first, by its number within the part of the data at hand."""
         self.count += count
-        self.first = self.first or where
+        if not self.first or number < self.number:
+            self.first, self.number = where, number
 
 
 @dataclass
@@ -54,10 +57,14 @@ class DataReport:
     repaired: dict[str, Tally] = field(default_factory=dict)
     noted: dict[str, Tally] = field(default_factory=dict)
     truncated: dict[str, Tally] = field(default_factory=dict)
+    row: str = field(default="", compare=False)
+    number: float = field(default=math.inf, compare=False)
+    """The row that is being looked at, and its number, so that the first of a kind is known in any order."""
 
     def note(self, kind: str, reason: str, place: str, column: str, found: str = "") -> None:
         """Count ``reason`` in ``kind`` (the name of one of this report's dicts) at a place and column."""
-        self.tallies(kind).setdefault(reason, Tally()).add(at(place, column, found))
+        number = self.number if place == self.row else math.inf
+        self.tallies(kind).setdefault(reason, Tally()).add(at(place, column, found), 1, number)
 
     def problem(self, kind: str, problem: BadRow, place: str) -> None:
         """Count what made a row or a response bad."""

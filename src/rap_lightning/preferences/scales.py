@@ -44,6 +44,11 @@ class RewardScale:
         return self.low, self.high
 
     @property
+    def best(self) -> float:
+        """The highest number that a goal states."""
+        return self.high
+
+    @property
     def needs_fit(self) -> bool:
         """Whether numbers are missing that come from the training split."""
         return False
@@ -145,6 +150,11 @@ class QuantileScale(RewardScale):
     def judge_range(self) -> tuple[float, float]:
         """Every reward belongs: those beyond the ends are stated as the nearest end."""
         return float("-inf"), float("inf")
+
+    @property
+    def best(self) -> float:
+        """The goal of the training split's highest reward: below ``high`` where many responses share that reward."""
+        return self.high if self.knots is None else self.goal(self.knots[-1])
 
     @property
     def needs_fit(self) -> bool:

@@ -28,8 +28,7 @@ class Selection(ABC):
         self.max_pairs, self.seed = max_pairs, seed
 
     def __repr__(self) -> str:
-        kind = type(self)
-        return f"{kind.__module__}.{kind.__qualname__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
     def select(self, responses: Sequence[Response], same_goal: SameGoal, key: str) -> list[tuple[Response, Response]]:
         """Pairs of a better and a worse response, best pairs first; none where all goals print the same.

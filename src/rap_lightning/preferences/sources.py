@@ -57,6 +57,28 @@ def splits_of(source: Source) -> list[str]:
     return [str(name) for name in _builder_splits(source)]
 
 
+def splits_among(sources: Sequence[Source]) -> list[str]:
+    """The splits of several sources; one that names its split is part of the training split."""
+    names = [name for source in sources for name in (["train"] if source.split else splits_of(source))]
+    return list(dict.fromkeys(names))
+
+
+def having(sources: Sequence[Source], split: str, train_split: str = "train") -> list[Source]:
+    """The sources that a split is made of.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = [
+        source for source in sources
+        if (split == train_split if source.split else split in splits_of(source))
+    ]  # fmt: skip
+    if not found:
+        known = ", ".join(splits_among(sources))
+        raise DataError(f"{', '.join(source.path for source in sources)}: no split {split!r}; found {known}.")
+    return found
+
+
 def chunks_of(source: Source, split: str, *, streaming: bool = False) -> Iterator[Chunk]:
     """The rows of one split, some at a time, in order.
 
@@ -126,6 +148,11 @@ def _local(source: Source) -> Path | None:
         return path
     if path.is_dir():
         return path
+    if source.path.startswith(("[", "{")):
+        raise ConfigError(
+            f"source: {shown(source.path)} is not a list of sources. Write one as "
+            "[{path: a.jsonl}, {path: b.jsonl, weight: 2}]"
+        )
     looks_like_path = kind_of(source.path) or source.path.startswith((".", "/", "~")) or source.path.count("/") != 1
     if looks_like_path:
         raise DataError(f"{source.path}: no such file or folder. Give a file, a folder, or a Hub id like org/name.")
@@ -185,4 +212,7 @@ def _unreadable(source: Source, error: Exception) -> DataError:
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
     local = Path(source.path).expanduser().exists()
     kind = "can't be read" if local else "is neither a file here nor a Hub data set that can be reached"
-    return DataError(f"{source.path} {kind}: {type(error).__name__}: {shown(reason[0], 300)}")
+    advice = ""
+    if Path(source.path).expanduser().is_dir():
+        advice = " A folder should hold files of one kind, named after their split: train.jsonl, test.jsonl."
+    return DataError(f"{source.path} {kind}: {type(error).__name__}: {shown(reason[0], 300)}{advice}")

@@ -31,19 +31,22 @@ class PassesThrough:
         return not any(part in text for part in self.without)
 
 
-def passes_through(template: str) -> PassesThrough | None:
-    """The conditions for a template; None where no conditions can be proved."""
+def passes_through(template: object) -> PassesThrough | None:
+    """The conditions for a template; None where no conditions can be proved, or it is no single template."""
     import jinja2
-    from jinja2 import nodes
 
+    if not isinstance(template, str):
+        return None
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateError:
         return None
     proof = _Proof()
+    known = -1
     try:
-        proof.statements([node for node in tree.body if isinstance(node, nodes.Node)])
-        proof.statements([node for node in tree.body if isinstance(node, nodes.Node)])  # names set late, used early
+        while proof.size() > known:  # names may be set late and used early: until nothing new is learned
+            known = proof.size()
+            proof.statements(tree.body)
     except _NotProved:
         return None
     return PassesThrough(tuple(sorted(proof.without)), proof.stripped)
@@ -62,9 +65,21 @@ class _Proof:
 
     def __init__(self) -> None:
         self.texts: set[str] = set()  # names that hold a text
-        self.turns: set[str] = {"messages"}  # names that hold turns, or one of them
+        self.turns: set[str] = {"messages"}  # names that hold a list of turns
+        self.ones: set[str] = set()  # names that hold one turn
+        self.spaces: set[str] = set()  # namespaces
         self.without: set[str] = set()
         self.stripped = False
+
+    def size(self) -> int:
+        """How much is known."""
+        return len(self.texts) + len(self.turns) + len(self.ones) + len(self.spaces)
+
+    def learn(self, names: set[str], name: str | None) -> None:
+        """A name holds one kind of thing only, or it can't be followed."""
+        if name is None or any(name in other for other in (self.texts, self.turns, self.ones) if other is not names):
+            raise _NotProved
+        names.add(name)
 
     def statements(self, body: Any) -> None:
         for node in body:
@@ -84,11 +99,9 @@ class _Proof:
                 self.statements(node.else_)
             self.statements(node.body)
         elif isinstance(node, nodes.For):
-            if self.is_turns(node.iter):
-                self.turns |= {name.name for name in node.target.find_all(nodes.Name)} | (
-                    {node.target.name} if isinstance(node.target, nodes.Name) else set()
-                )
-            elif self.carries(node.iter):
+            if self.kind(node.iter) == "turns":
+                self.learn(self.ones, node.target.name if isinstance(node.target, nodes.Name) else None)
+            elif self.kind(node.iter) == "one" or self.carries(node.iter):
                 raise _NotProved
             if node.test is not None:
                 self.condition(node.test)
@@ -97,7 +110,7 @@ class _Proof:
         elif isinstance(node, nodes.Assign):
             self.assign(node)
         elif isinstance(node, nodes.Macro):
-            self.statements(node.body)
+            self.macro(node)
         elif isinstance(node, nodes.ExprStmt):
             if self.carries(node.node):
                 raise _NotProved
@@ -111,14 +124,28 @@ class _Proof:
         name = target.name if isinstance(target, nodes.Name) else None
         if isinstance(target, nodes.NSRef):
             name = f"{target.name}.{target.attr}"
-        if self.is_turns(node.node):
-            if name is None:
-                raise _NotProved
-            self.turns.add(name)
+        if any(isinstance(node.node, nodes.Name) and node.node.name == space for space in self.spaces):
+            raise _NotProved  # another name for a namespace
+        if isinstance(node.node, nodes.Call) and getattr(node.node.node, "name", None) == "namespace":
+            self.spaces.add(name or "")
+        kind = self.kind(node.node)
+        if kind is not None:
+            self.learn(self.turns if kind == "turns" else self.ones, name)
         elif self.carries(node.node):
-            if name is None:
+            self.learn(self.texts, name)
+
+    def macro(self, node: Any) -> None:
+        """A macro may not touch the conversation at all; what it is given is looked at where it is called."""
+        from jinja2 import nodes
+
+        named = self.texts | self.turns | self.ones
+        for part in node.find_all((nodes.Name, nodes.Getattr, nodes.Const)):
+            touched = getattr(part, "name", None) in named or "content" in (
+                getattr(part, "attr", None),
+                getattr(part, "value", None),
+            )
+            if touched:
                 raise _NotProved
-            self.texts.add(name)
 
     def always(self, test: Any) -> bool:
         """Conditions that hold for every text: it is a string."""
@@ -158,7 +185,7 @@ class _Proof:
         inside = len(node.ops) == 1 and node.ops[0].op in ("in", "notin")
         if inside and not self.carries(node.expr):
             self.keep_out([node.expr])
-        elif not all((isinstance(side, nodes.Const) and side.value is None) or self.carries(side) for side in sides):
+        elif len(sides) != 2 or not any(isinstance(side, nodes.Const) and side.value is None for side in sides):
             raise _NotProved
 
     def keep_out(self, args: Any) -> None:
@@ -175,19 +202,33 @@ class _Proof:
 
     def is_turns(self, node: Any) -> bool:
         """Whether an expression is the conversation, a part of it, or one turn."""
+        return self.kind(node) is not None
+
+    def kind(self, node: Any) -> str | None:
+        """``turns`` for a list of turns, ``one`` for a turn, None for anything else."""
         from jinja2 import nodes
 
-        if isinstance(node, nodes.Name):
-            return node.name in self.turns
-        if isinstance(node, nodes.Getattr):
-            return isinstance(node.node, nodes.Name) and f"{node.node.name}.{node.attr}" in self.turns
-        if isinstance(node, nodes.Getitem) and self.is_turns(node.node):
-            return not (isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str))
+        name = node.name if isinstance(node, nodes.Name) else None
+        if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
+            name = f"{node.node.name}.{node.attr}"
+        if name is not None:
+            return "turns" if name in self.turns else "one" if name in self.ones else None
+        if isinstance(node, nodes.Getitem):
+            base = self.kind(node.node)
+            text = isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str)
+            if base == "one" and not text:
+                raise _NotProved  # a part of a turn that can't be named
+            if base != "turns" or text:
+                return None
+            return "turns" if isinstance(node.arg, nodes.Slice) else "one"
         if isinstance(node, nodes.Filter) and node.name in ("list", "reverse"):
-            return self.is_turns(node.node)
+            return self.kind(node.node)
         if isinstance(node, nodes.CondExpr):
-            return self.is_turns(node.expr1) or (node.expr2 is not None and self.is_turns(node.expr2))
-        return False
+            kinds = {self.kind(part) for part in (node.expr1, node.expr2)}
+            if len(kinds) > 1 and kinds != {None}:
+                raise _NotProved
+            return kinds.pop()
+        return None
 
     def carries(self, node: Any) -> bool:
         """Whether an expression holds a text as it is, or trimmed; raises where it holds one in any other way."""
@@ -196,7 +237,7 @@ class _Proof:
         if node is None or isinstance(node, nodes.Const | nodes.TemplateData):
             return False
         if isinstance(node, nodes.Name):
-            if node.name in self.turns:
+            if node.name in self.turns | self.ones:
                 raise _NotProved  # a whole turn goes somewhere
             return node.name in self.texts
         if isinstance(node, nodes.Getattr | nodes.Getitem):
@@ -235,11 +276,11 @@ class _Proof:
                 raise _NotProved
             return key == "content"
         if self.carries(node.node):
-            # the last or only part of a text that was split at words it must not hold
-            if isinstance(node, nodes.Getitem) and key in (0, -1) and isinstance(node.node, nodes.Call):
-                return True
+            # the first or last part of a text that was split at words it must not hold
+            parts = isinstance(node.node, nodes.Call) and getattr(node.node.node, "attr", None) == "split"
             negative = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Neg)
-            if negative and isinstance(node.node, nodes.Call) and getattr(node.arg.node, "value", None) == 1:
+            last = negative and getattr(node.arg.node, "value", None) == 1
+            if isinstance(node, nodes.Getitem) and parts and (key in (0, -1) or last):
                 return True
             raise _NotProved
         return False
@@ -250,9 +291,10 @@ class _Proof:
                 return False
             raise _NotProved
         inner = self.carries(node.node)
-        if self.some_carry(node.args):
+        options = bool(node.args or node.kwargs or node.dyn_args or node.dyn_kwargs)
+        if self.some_carry([*node.args, *(keyword.value for keyword in node.kwargs)]):
             raise _NotProved
-        if inner and node.name == "trim" and not node.args:
+        if inner and node.name == "trim" and not options:
             return True
         if inner and node.name != "safe":
             raise _NotProved
@@ -276,6 +318,9 @@ class _Proof:
             self.keep_out(node.args)
             return True
         if node.node.attr in ("strip", "lstrip", "rstrip"):
+            blanks = all(isinstance(arg, nodes.Const) and not str(arg.value).strip() for arg in node.args)
+            if not blanks or node.kwargs:
+                raise _NotProved
             self.stripped = self.stripped or node.node.attr != "strip" or bool(node.args)
             return True
         raise _NotProved

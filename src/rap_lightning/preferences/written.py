@@ -59,11 +59,7 @@ class ShardedFolder:
         unfinished.rename(self.partial / name)
 
     def close(self, card: str) -> None:
-        """Name the shards by their number, add the card, and put the folder in its place."""
-        for split in sorted({path.name.rsplit("-", 1)[0] for path in self.partial.glob("*.parquet")}):
-            shards = sorted(self.partial.glob(f"{split}-*.parquet"))
-            for number, path in enumerate(shards):
-                path.rename(self.partial / f"{split}-{number:05d}-of-{len(shards):05d}.parquet")
+        """Add the card, and put the folder in its place."""
         (self.partial / "README.md").write_text(card, encoding="utf-8")
         (self.partial / MANIFEST).unlink()
         if self.output.is_dir():

@@ -33,8 +33,12 @@ class RowFormat(ABC):
     def fits(cls, columns: set[str]) -> bool:
         """Whether rows with these columns are of this format."""
 
-    def look(self, rows: Sequence[Row]) -> None:  # noqa: B027 (most formats need not)
+    id_type: type = str
+    """What prompt ids are, where there are any."""
+
+    def look(self, rows: Sequence[Row]) -> None:
         """Learn from the first rows what must hold for all."""
+        self.id_type = next((type(r["prompt_id"]) for r in rows if r.get("prompt_id") is not None), str)
 
     def group_key(self, row: Row) -> Any:
         """Neighbouring rows with the same key belong together; None where each row stands alone."""
@@ -91,7 +95,7 @@ class Adapted(RowFormat):
         """Adapt, then read."""
         adapted = call_adapter(self.adapt, rows[0])
         if adapted is None:
-            raise BadRow("row", "left out by your adapter")
+            raise BadRow("row", "left out by your adapter", by_choice=True)
         return self.inner.read([adapted])
 
 

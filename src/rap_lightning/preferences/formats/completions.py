@@ -6,17 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rap_lightning.preferences.formats.base import Row, RowFormat
-from rap_lightning.preferences.formats.scored_pairs import as_turns, tools_of
-from rap_lightning.preferences.pairs import (
-    BadRow,
-    Judged,
-    Message,
-    Response,
-    is_blank,
-    read_messages,
-    read_number,
-    read_text,
-)
+from rap_lightning.preferences.formats.scored_pairs import as_turns, spoken_turns, tools_of
+from rap_lightning.preferences.pairs import BadRow, Judged, Response, is_blank, read_number, read_text
 
 TEXT_NAMES = ("response", "text", "content", "answer", "completion")
 SCORE_NAMES = ("overall_score", "score", "reward", "rating")
@@ -99,23 +90,6 @@ class RankedAnswers(RowFormat):
         if not 1 <= rank <= count:
             raise BadRow(f"{where}.rank", "a rank that is not from 1 to the number of answers", rank)
         return Response(text, count + 1 - rank, self.wanted(fields, where), where)
-
-
-def spoken_turns(prompt: str) -> list[Message]:
-    """Turns of a prompt written as "Human: ... Assistant: ... Human: ... Assistant:"."""
-    import re
-
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", prompt.strip("\n"))
-    if parts[0].strip():
-        raise BadRow("prompt", "text before the first Human turn")
-    names, texts = parts[1::2], parts[2::2]
-    roles = ["user" if name == "Human" else "assistant" for name in names]
-    if roles and roles[-1] == "assistant" and not texts[-1].strip():
-        roles, texts = roles[:-1], texts[:-1]
-    turns = [{"role": role, "content": text.strip()} for role, text in zip(roles, texts, strict=True)]
-    if not turns or turns[-1]["role"] != "user" or is_blank(turns[-1]["content"]):
-        raise BadRow("prompt", "the prompt does not end with the user")
-    return read_messages(turns, "prompt")
 
 
 def a_list(value: Any, column: str) -> list[Any]:

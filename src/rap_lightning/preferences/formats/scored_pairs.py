@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class ScoredPairs(RowFormat):
 
     def look(self, rows: Sequence[Row]) -> None:
         """Text or message lists: the first row with a response says which, and all must agree."""
+        super().look(rows)
         first = next((row["chosen"] for row in rows if row.get("chosen") is not None), None)
         self.plain = isinstance(first, str)
 
@@ -66,8 +68,11 @@ class ScoredPairs(RowFormat):
         for side in ("chosen", "rejected"):
             if row[side] is not None and not isinstance(row[side], str):
                 raise BadRow(side, "not plain text, though the first rows are", row[side], stops=True)
-        history = as_turns(row.get("prompt"))
         texts = [read_text(row[side], side) for side in ("chosen", "rejected")]
+        if "prompt" not in row:
+            history, texts = _spoken(texts)
+        else:
+            history = as_turns(row["prompt"])
         for side, text in zip(("chosen", "rejected"), texts, strict=True):
             if is_blank(text):
                 raise BadRow(side, "an empty response", text)
@@ -81,6 +86,8 @@ class ScoredPairs(RowFormat):
         prompt = row.get("prompt")
         if isinstance(prompt, list):
             lead, prompt = prompt, None
+        elif isinstance(prompt, str) and all(_answer_only(row[side]) for side in ("chosen", "rejected")):
+            lead, prompt = as_turns(prompt), None
         sides = [self._side(lead, row[side], side) for side in ("chosen", "rejected")]
         (history, _), (other, _) = sides
         if history != other:
@@ -112,6 +119,37 @@ class ScoredPairs(RowFormat):
         if attributes and f"score_{side}" not in row:  # nobody gave an overall score
             return sum(attributes) / len(attributes), attributes
         return read_number(score, f"score_{side}"), attributes
+
+
+def _answer_only(side: Any) -> bool:
+    return (
+        isinstance(side, list) and len(side) == 1 and isinstance(side[0], dict) and side[0].get("role") == "assistant"
+    )
+
+
+def _spoken(texts: Sequence[str]) -> tuple[list[Message], list[str]]:
+    """Whole conversations as text, "Human: ... Assistant: ...", with the response after the last Assistant."""
+    parts = [text.rpartition("\n\nAssistant:") for text in texts]
+    if not all(sign for _, sign, _ in parts):
+        raise BadRow("prompt", "neither a prompt column nor a conversation of Human and Assistant")
+    if parts[0][0] != parts[1][0]:
+        raise BadRow("chosen, rejected", "chosen and rejected answer different conversations")
+    return spoken_turns(parts[0][0]), [answer.strip() for _, _, answer in parts]
+
+
+def spoken_turns(prompt: str) -> list[Message]:
+    """Turns of a prompt written as "Human: ... Assistant: ... Human: ... Assistant:"."""
+    pieces = re.split(r"(?:^|\n\n)(Human|Assistant): ?", prompt.strip("\n"))
+    if pieces[0].strip():
+        raise BadRow("prompt", "text before the first Human turn")
+    names, texts = pieces[1::2], pieces[2::2]
+    roles = ["user" if name == "Human" else "assistant" for name in names]
+    if roles and roles[-1] == "assistant" and not texts[-1].strip():
+        roles, texts = roles[:-1], texts[:-1]
+    turns = [{"role": role, "content": text.strip()} for role, text in zip(roles, texts, strict=True)]
+    if not turns or turns[-1]["role"] != "user" or is_blank(turns[-1]["content"]):
+        raise BadRow("prompt", "the prompt does not end with the user")
+    return read_messages(turns, "prompt")
 
 
 def as_turns(prompt: Any) -> list[Message]:

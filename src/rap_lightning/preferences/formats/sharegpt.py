@@ -27,6 +27,8 @@ class ShareGPT(ScoredPairs):
 
     def look(self, rows: Sequence[Row]) -> None:
         """Always message lists."""
+        super().look(rows)
+        self.plain = False
 
     def read(self, rows: Sequence[Row]) -> Judged:
         """One row, as a scored pair with an explicit prompt."""
