@@ -171,7 +171,9 @@ def encode(tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         source = Source(str(write_jsonl(Path(folder) / "rows.jsonl", rows)))
         table, report = stored_pairs(source, "train", rules, num_proc=num_proc)
-        return encode_pairs(table, encoder, relabelling, report, num_proc=num_proc), report, encoder
+        strict = rules.bad_rows == "error"
+        pairs = encode_pairs(table, encoder, relabelling, report, num_proc=num_proc, strict=strict)
+        return pairs, report, encoder
 
 
 def make_model(folder: Path, family: str = "chatml", **options: Any) -> Path:

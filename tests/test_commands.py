@@ -165,6 +165,24 @@ def test_other_settings_begin_an_unfinished_folder_anew(rows_file: Path, tmp_pat
     assert str(tmp_path) not in card, "no folders of this machine in a card"
 
 
+def test_a_kill_while_the_folder_is_closed_repeats_nothing(
+    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if Path(target).name == "out":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        relabel(str(rows_file), str(tmp_path / "out"))
+    monkeypatch.setattr(Path, "rename", real)
+    relabel(str(rows_file), str(tmp_path / "out"))
+    assert len(datasets.load_dataset(str(tmp_path / "out"), split="train")) == 76
+
+
 def test_relabel_stops_at_a_fault_and_leaves_nothing(tmp_path: Path) -> None:
     rows = scored_rows(5)
     rows[2]["score_chosen"] = "high"

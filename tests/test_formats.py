@@ -354,3 +354,119 @@ def test_tool_calls_are_kept_where_the_template_writes_them() -> None:
     text = encoder.tokenizer.decode(pairs.example(1).prompt_ids)
     assert all(part in text for part in ("lookup", "quick", "rapid", "Overall score: 2."))
     assert encoder.tokenizer.decode(pairs.example(1).chosen_ids).startswith("Slow.")
+
+
+def test_conversations_as_text_and_bare_answers_beside_a_prompt() -> None:
+    rows = plain_rows(6)
+    expected = facts(pairs_of(rows)[0])
+    spoken = [
+        {side: f"\n\nHuman: {row['prompt']}\n\nAssistant: {row[side]}" for side in ("chosen", "rejected")}
+        | {"score_chosen": row["score_chosen"], "score_rejected": row["score_rejected"]}
+        for row in rows
+    ]
+    assert facts(pairs_of(spoken)[0]) == expected
+    bare = [row | {s: [{"role": "assistant", "content": row[s]}] for s in ("chosen", "rejected")} for row in rows]
+    assert facts(pairs_of(bare)[0]) == expected
+    numbered = [row | {"prompt_id": i} for i, row in enumerate(rows)]
+    assert facts(pairs_of(numbered)[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"a": "éééééééééééé"} {}', "more than one JSON value"),
+        ("[1, 2]", "an array instead of an object"),
+        ('{"chosen": NaN', "not JSON"),
+    ],
+)
+def test_odd_lines_end_in_words(line: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(scored_rows(1)[0]) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 2") as caught:
+        read(path)
+    assert said in str(caught.value)
+
+
+def test_a_score_of_400_digits_and_a_bom_before_an_array(tmp_path: Path) -> None:
+    rows = plain_rows(3)
+    text = json.dumps(rows).replace('"score_chosen": 5.0', '"score_chosen": 5' + "0" * 400)
+    (tmp_path / "rows.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    pairs, report = read(tmp_path / "rows.json")
+    assert len(pairs) == 2
+    assert report.dropped["not a finite number"].count == 1
+
+
+def test_columns_that_are_not_there_cannot_be_renamed() -> None:
+    with pytest.raises(ConfigError, match="no column 'typo'"):
+        pairs_of(plain_rows(), columns={"typo": "score_chosen"})
+    with pytest.raises(ConfigError, match="'score_chosen' already"):
+        pairs_of([row | {"other": 1.0} for row in plain_rows()], columns={"other": "score_chosen"})
+
+
+def test_bad_rows_as_an_error_covers_what_shows_across_rows_and_in_encoding(tmp_path: Path) -> None:
+    from conftest import encode, make_tokenizer
+
+    rows = plain_rows(8)
+    swapped = rows[2] | {"chosen": rows[2]["rejected"], "rejected": rows[2]["chosen"]}
+    with pytest.raises(DataError, match=r"line 9.*the other way round"):
+        read(write_jsonl(tmp_path / "rows.jsonl", [*rows, swapped]), bad_rows="error")
+    odd = [*rows, rows[0] | {"prompt": "a", "chosen": "noncharacter \ufdd0"}]
+    assert len(encode(make_tokenizer("chatml"), odd)[0]) == 16
+    with pytest.raises(DataError, match="can't be encoded"):
+        encode(make_tokenizer("chatml"), odd, bad_rows="error")
+
+
+def test_what_is_kept_on_disk_is_made_anew_when_code_or_lists_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+    import sys
+
+    from rap_lightning.preferences.stored import stored_pairs
+
+    source = Source(str(write_jsonl(tmp_path / "rows.jsonl", plain_rows(10))))
+    bench = tmp_path / "bench.txt"
+    bench.write_text("question 1?\n")
+    rules = Rules(filters=Filters(exclude=str(bench)))
+
+    def kept(made: Rules) -> int:
+        from rap_lightning.preferences import filters
+
+        filters.excluded.cache_clear()
+        return len(stored_pairs(source, "train", made, cache=tmp_path / "cache")[0])
+
+    assert (kept(rules), kept(rules)) == (9, 9)
+    bench.write_text("question 1?\nquestion 2?\n")
+    assert kept(rules) == 8, "decontamination must not be answered from before"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for number, expected in ((1, 10), (2, 9)):
+        (tmp_path / "later_rows.py").write_text(
+            f"def adapt(row):\n    return None if {number} == 2 and row['prompt'] == 'question 3?' else row\n"
+        )
+        sys.modules.pop("later_rows", None)
+        importlib.invalidate_caches()
+        assert kept(Rules(format="later_rows.adapt")) == expected
+
+
+def test_a_goals_key_knows_its_attributes_scale() -> None:
+    from rap_lightning.preferences.scales import LinearScale
+
+    keys = {
+        AttributeGoal(["a"], attribute_scale=LinearScale(judge_low=0, judge_high=high)).describe() for high in (4, 100)
+    }
+    assert len(keys) == 2
+
+
+def test_work_that_is_no_longer_wanted_ends(tmp_path: Path) -> None:
+    """The window of a pool of processes must not be waited for when nobody takes results."""
+    import subprocess
+    import sys
+
+    code = (
+        "import time\nfrom rap_lightning.preferences.parallel import in_order\n"
+        "if __name__ == '__main__':\n"
+        "    g = in_order(abs, iter(range(1000)), 2); next(g); time.sleep(0.3); g.close(); print('ended')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "ended\n"

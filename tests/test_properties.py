@@ -397,6 +397,7 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
             st.sampled_from(["none"] * 6 + ["blank", "role", "same", "length", "prompt", "nan", "history"])
         )
         row["prompt"] = next(turn["content"] for turn in row["chosen"] if turn["role"] == "user")
+        row["prompt_id"] = draw.draw(st.sampled_from(["a", "b", "c", row["prompt"]]))
         answer = row["rejected"][-1]
         row["rejected"] = [*row["rejected"][:-1], dict(answer)]
         if defect == "blank":
@@ -417,7 +418,7 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
     turn = pa.struct({"role": pa.string(), "content": pa.string()})
     schema = pa.schema(
         {
-            "chosen": pa.list_(turn), "rejected": pa.list_(turn), "prompt": pa.string(),
+            "chosen": pa.list_(turn), "rejected": pa.list_(turn), "prompt": pa.string(), "prompt_id": pa.string(),
             "score_chosen": pa.float64(), "score_rejected": pa.float64(),
         }
     )  # fmt: skip
@@ -428,6 +429,12 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
     slow = ingest.ingest(Chunk("rows", 1, data), rules, row_format)
     assert (fast.columns.pairs() if fast.columns is not None else fast.pairs) == slow.pairs
     assert fast.report == slow.report
+    assert sorted(fast.ids) == sorted(slow.ids)
+    reports = DataReport("", ""), DataReport("", "")
+    kept = [ingest._AcrossRows(rules, report).check(part) for report, part in zip(reports, (fast, slow), strict=True)]
+    first, second = (block if isinstance(block, list) else block.pairs() for block in kept)
+    assert first == second
+    assert reports[0] == reports[1]
 
 
 @relaxed

@@ -44,6 +44,14 @@ REFUSED = [
     "{{ {'a': m.content}['a'] | upper }}",
     "{% filter upper %}{{ m.content }}{% endfilter %}",
     "{% set c %}{{ m.content }}{% endset %}{{ c | upper }}",
+    "{% if m.content == messages[loop.index0 - 1].content %}again{% endif %}{{ m.content }}",
+    "{{ m.content.strip('*') }}",
+    "{{ m.content | trim(chars='*') }}",
+    "{% set k = 'content' %}{{ m[k] | length }}",
+    "{% for part in m['content'] %}{{ part }}{% endfor %}",
+    "{% set s = messages[0] %}{% set s = s.content %}{% if s | length > 5 %}long{% endif %}{{ m.content }}",
+    "{{ m.content.strip()[0] }}",
+    "{% set ns = namespace(x='') %}{% set ns.x = m.content %}{% set o = ns %}{{ o.x | upper }}",
 ]
 
 
@@ -58,6 +66,8 @@ def test_what_looks_into_texts_is_not(body: str) -> None:
 
 
 def test_macros_and_broken_templates_are_not_proved() -> None:
+    assert passes_through(LOOP.replace("BODY", "{% macro f() %}{{ m.content }}{% endmacro %}{{ f() | upper }}")) is None
+    assert passes_through({"default": "x"}) is None
     assert (
         passes_through("{% macro f(x) %}{{ x | upper }}{% endmacro %}" + LOOP.replace("BODY", "{{ f(m.content) }}"))
         is None
