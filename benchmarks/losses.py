@@ -1,0 +1,157 @@
+"""Every loss trains a few steps on relabelled real pairs: test values before and after, and time per step against DPO.
+
+    python benchmarks/losses.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data my-pairs/ --output losses.jsonl
+    python benchmarks/losses.py --output losses.jsonl --table
+
+One line of JSON per loss; those already in the output are left out, so that a stopped run goes on. The shortest pairs
+of the data are taken, so that a CPU is enough. A loss's values are in its own units and say nothing against another's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+import rap_lightning.losses as family
+from rap_lightning import DPO, PreferenceDataModule, PreferenceModule
+from rap_lightning.losses import BCO, IPO, SFT, Mixture
+from rap_lightning.models.policy import Lora, PolicyConfig
+from rap_lightning.models.synchronised import Synchronised
+from rap_lightning.schedules import ConstantWithWarmup
+
+
+def contenders() -> dict[str, dict[str, Any]]:
+    """Name to the module's options: DPO first, every concrete class with its defaults, and some special settings."""
+    classes = [getattr(family, name) for name in family.__all__]
+    plain = [c for c in classes if not c.__abstractmethods__ and c is not Mixture]
+    found: dict[str, dict[str, Any]] = {"DPO": {"loss": DPO()}}
+    found |= {c.__name__: {"loss": c()} for c in sorted(plain, key=lambda c: c.__name__)}
+    found["cDPO (label_smoothing 0.3)"] = {"loss": DPO(label_smoothing=0.3)}
+    found["IPO (per_token)"] = {"loss": IPO(per_token=True)}
+    found["MPO (0.8 DPO + 0.2 BCO + 1.0 SFT)"] = {"loss": Mixture([DPO(), BCO(0.1), SFT()], [0.8, 0.2, 1.0])}
+    found["TR-DPO (every 5, alpha 1)"] = {"loss": DPO(), "reference": Synchronised(every=5, alpha=1.0)}
+    return found
+
+
+def shortest(source: Path, target: Path, count: int) -> None:
+    """Write the ``count`` shortest pairs of a parquet file that are neither ties nor empty."""
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_files=str(source), split="train").to_list()
+    good = [r for r in rows if r["score_chosen"] > r["score_rejected"] and r["rejected"][-1]["content"].strip()]
+    good.sort(key=lambda r: len(r["prompt"]) + 2 * max(len(r[c][-1]["content"]) for c in ("chosen", "rejected")))
+    target.write_text("".join(json.dumps(row) + "\n" for row in good[:count]), encoding="utf-8")
+
+
+class StepTimes(pl.Callback):
+    """CPU and wall seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.cpu: list[float] = []
+        self.wall: list[float] = []
+        self._start = (0.0, 0.0)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start the clocks."""
+        self._start = (time.process_time(), time.perf_counter())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop them."""
+        self.cpu.append(time.process_time() - self._start[0])
+        self.wall.append(time.perf_counter() - self._start[1])
+
+
+def measure(options: dict[str, Any], args: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """Test, train, test again."""
+    pl.seed_everything(args.seed, verbose=False)
+    times = StepTimes()
+    trainer = pl.Trainer(
+        accelerator="cpu", precision=args.precision, max_steps=args.steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, gradient_clip_val=1.0,
+        log_every_n_steps=args.steps, callbacks=[times], default_root_dir=data,
+    )  # fmt: skip
+    module = PreferenceModule(
+        PolicyConfig(args.model, lora=Lora(r=16)), schedule=ConstantWithWarmup(),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0), **options,
+    )  # fmt: skip
+    pairs = PreferenceDataModule(str(data), max_length=args.max_length, batch_size=args.batch_size)
+    before = tested(trainer, module, pairs)
+    trainer.fit(module, pairs)
+    after = tested(trainer, module, pairs)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    return {
+        "before": before, "after": after, "finite": all(bool(w.isfinite().all()) for w in weights),
+        "steps": trainer.global_step, "cpu_s": statistics.median(times.cpu), "wall_s": statistics.median(times.wall),
+    }  # fmt: skip
+
+
+def tested(trainer: pl.Trainer, module: PreferenceModule, pairs: PreferenceDataModule) -> dict[str, float]:
+    """Loss, margin and accuracy on the test split."""
+    trainer.test(module, pairs, verbose=False)
+    names = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+    return {name: float(trainer.callback_metrics[f"test/{name}"]) for name in names}
+
+
+def table(path: Path) -> str:
+    """The results as Markdown."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    base = next(row for row in rows if row["name"] == "DPO")
+    lines = [
+        "| loss | test loss, before → after | margin after | accuracy after | CPU time per step / DPO's |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        before, after = row["before"], row["after"]
+        broken = "" if row["finite"] else " (not finite)"
+        lines.append(
+            f"| {row['name']}{broken} | {before['loss']:.5g} → {after['loss']:.5g} | {after['rewards/margins']:.3g} | "
+            f"{after['rewards/accuracies']:.2f} | {row['cpu_s'] / base['cpu_s']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet of scored pairs")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", help="names, e.g. DPO KTO")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=2, help="pairs a step")
+    parser.add_argument("--test-pairs", type=int, default=8, help="before relabelling, which doubles them")
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--precision", default="32-true", help="of Lightning's Trainer")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.output))
+        return
+    warnings.filterwarnings("ignore")
+    lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.is_file() else []
+    done = {json.loads(line)["name"] for line in lines}
+    with TemporaryDirectory() as folder:
+        data = Path(folder)
+        shortest(args.data / "train.parquet", data / "train.jsonl", args.steps * args.batch_size // 2)
+        shortest(args.data / "test.parquet", data / "test.jsonl", args.test_pairs)
+        for name, options in contenders().items():
+            if name in done or (args.only and name not in args.only):
+                continue
+            row = {"name": name} | measure(options, args, data)
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
