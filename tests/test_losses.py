@@ -12,8 +12,29 @@ from loss_cases import LOSSES, call, logps, make, random_logps, rewards_for, tak
 from rap_lightning.batches.types import PairLogps, PairRewards
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import (
-    AOT, BCO, CPO, DPO, EXO, IPO, KTO, LDDPO, RDPO, REBEL, SFT, WPO, AlphaDPO, AlphaPO, DiscoPOP, DPOPositive, Hinge,
-    InfoNCA, MarginDPO, Mixture, RobustDPO, SimPO, SoftLabelDPO,
+    AOT,
+    BCO,
+    CPO,
+    DPO,
+    EXO,
+    IPO,
+    KTO,
+    LDDPO,
+    RDPO,
+    REBEL,
+    SFT,
+    WPO,
+    AlphaDPO,
+    AlphaPO,
+    DiscoPOP,
+    DPOPositive,
+    Hinge,
+    InfoNCA,
+    MarginDPO,
+    Mixture,
+    RobustDPO,
+    SimPO,
+    SoftLabelDPO,
 )  # fmt: skip
 
 REWARD_AWARE = [kind for kind in LOSSES if kind.needs_rewards]
@@ -209,7 +230,9 @@ def log_sigmoid(x: float) -> float:
 
 def test_a_mixture_needs_what_its_parts_need_and_no_more() -> None:
     free, whole = Mixture([SimPO(), SFT()]), Mixture([DPO(), KTO(), MarginDPO(), LDDPO()])
-    assert not (free.needs_reference or free.needs_rewards or free.needs_tokens)
+    assert not (free.needs_reference)
+    assert not (free.needs_rewards)
+    assert not (free.needs_tokens)
     assert whole.needs_reference and whole.needs_rewards and whole.needs_tokens and whole.needs_unrelated  # noqa: PT018
     assert whole.least_pairs == 2
     assert whole.batch_level == f"KTO: {KTO.batch_level}"

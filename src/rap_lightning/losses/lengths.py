@@ -55,7 +55,7 @@ class RDPO(PreferenceLoss):
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """[B] nats."""
-        longer = policy.chosen_lengths - policy.rejected_lengths
+        longer = (policy.chosen_lengths - policy.rejected_lengths).to(policy.chosen.dtype)
         return -F.logsigmoid(self.beta * margin(policy, reference) + self.alpha * longer)
 
 
