@@ -65,7 +65,7 @@ def shortest(source: Path, target: Path, count: int) -> None:
 
     rows = datasets.load_dataset("parquet", data_files=str(source), split="train").to_list()
     good = [r for r in rows if r["score_chosen"] > r["score_rejected"] and r["rejected"][-1]["content"].strip()]
-    good.sort(key=lambda r: len(r["prompt"]) + 2 * max(len(r[c][-1]["content"]) for c in ("chosen", "rejected")))
+    good.sort(key=lambda r: len(r["prompt"]) + max(len(r[c][-1]["content"]) for c in ("chosen", "rejected")))
     target.write_text("".join(json.dumps(row) + "\n" for row in good[:count]), encoding="utf-8")
 
 
