@@ -1,0 +1,71 @@
+"""The example package, installed as a user would install it and run through the command line."""
+
+import ast
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+SOURCE = ROOT / "examples" / "my_losses"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    copy = shutil.copytree(SOURCE, folder / "source")  # building leaves folders behind
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(folder / "site"), str(copy)], check=True, timeout=120)
+    return folder / "site"
+
+
+def run(installed: Path, folder: Path, *args: str) -> str:
+    """rap-lightning in a folder of its own, with the installed package on its path."""
+    folder.mkdir(exist_ok=True)
+    path = os.pathsep.join([str(installed), str(ROOT / "src")])
+    env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rap_lightning.cli", "fit", *args]
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def test_a_new_loss_is_ten_lines_of_code() -> None:
+    tree = ast.parse((SOURCE / "my_losses.py").read_text(encoding="utf-8"))
+    (kind,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "FocalDPO"]
+    for node in ast.walk(kind):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    assert len(ast.unparse(kind).splitlines()) <= 10
+
+
+def test_the_installed_loss_and_module_train(installed: Path, tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    common = [
+        "--model.policy.path", str(tiny), "--data.source", str(pairs_folder), "--data.max_length", "160",
+        "--data.batch_size", "46", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu",
+        "--trainer.log_every_n_steps", "1",
+    ]  # fmt: skip
+    run(installed, tmp_path / "loss", *common, "--model.loss", "my_losses.FocalDPO", "--model.loss.focus", "1")
+    assert losses(tmp_path / "loss")[0]["loss"] == pytest.approx(0.693147 / 2, abs=1e-5)
+    run(installed, tmp_path / "module", "--model", "my_losses.HighGoalsFirst", *common)
+    first = losses(tmp_path / "module")[0]
+    assert first["loss/chosen-goal"] == pytest.approx(0.693147, abs=1e-5)
+    assert first["loss/rejected-goal"] == pytest.approx(0.693147 / 2, abs=1e-5)
+
+
+def test_its_docstring_is_the_help(installed: Path, tmp_path: Path) -> None:
+    text = run(installed, tmp_path, "--model.loss.help", "my_losses.FocalDPO")
+    assert "DPO that turns to the pairs not yet won" in text
+    assert "--model.loss.focus" in text
+    assert "γ; 0 is DPO." in text
