@@ -122,7 +122,8 @@ def measure(options: dict[str, Any], args: argparse.Namespace, data: Path) -> di
     weights = [p for p in module.parameters() if p.requires_grad]
     return {
         "before": before, "after": after, "finite": all(bool(w.isfinite().all()) for w in weights),
-        "steps": trainer.global_step, "pairs": size, "cpu_s": statistics.median(times.cpu), "wall_s": statistics.median(times.wall),
+        "steps": trainer.global_step, "pairs": size,
+        "cpu_s": statistics.median(times.cpu), "wall_s": statistics.median(times.wall),
     }  # fmt: skip
 
 

@@ -2,15 +2,16 @@
 
 import ast
 import csv
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from rap_lightning import cli
 
 SOURCE = ROOT / "examples" / "my_losses"
 
@@ -24,15 +25,20 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run(installed: Path, folder: Path, *args: str) -> str:
-    """rap-lightning in a folder of its own, with the installed package on its path."""
-    folder.mkdir(exist_ok=True)
-    path = os.pathsep.join([str(installed), str(ROOT / "src")])
-    env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rap_lightning.cli", "fit", *args]
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+@pytest.fixture
+def run(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """rap-lightning fit in this process, with the installed package on its path."""
+    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["rap-lightning", "fit", *args])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert not stop.code, args
+
+    return call
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
@@ -50,22 +56,26 @@ def test_a_new_loss_is_ten_lines_of_code() -> None:
     assert len(ast.unparse(kind).splitlines()) <= 10
 
 
-def test_the_installed_loss_and_module_train(installed: Path, tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+def test_the_installed_loss_and_module_train(
+    run: Callable[..., None], installed: Path, tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
     common = [
         "--model.policy.path", str(tiny), "--data.source", str(pairs_folder), "--data.max_length", "160",
         "--data.batch_size", "46", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu",
-        "--trainer.log_every_n_steps", "1",
+        "--trainer.log_every_n_steps", "1", "--trainer.default_root_dir",
     ]  # fmt: skip
-    run(installed, tmp_path / "loss", *common, "--model.loss", "my_losses.FocalDPO", "--model.loss.focus", "1")
-    assert losses(tmp_path / "loss")[0]["loss"] == pytest.approx(0.693147 / 2, abs=1e-5)
-    run(installed, tmp_path / "module", "--model", "my_losses.HighGoalsFirst", *common)
-    first = losses(tmp_path / "module")[0]
+    run(*common, "a", "--model.loss", "my_losses.FocalDPO", "--model.loss.focus", "1")
+    assert Path(sys.modules["my_losses"].__file__ or "").parent == installed
+    assert losses(tmp_path / "a")[0]["loss"] == pytest.approx(0.693147 / 2, abs=1e-5)
+    run("--model", "my_losses.HighGoalsFirst", *common, "b")
+    first = losses(tmp_path / "b")[0]
     assert first["loss/chosen-goal"] == pytest.approx(0.693147, abs=1e-5)
     assert first["loss/rejected-goal"] == pytest.approx(0.693147 / 2, abs=1e-5)
 
 
-def test_its_docstring_is_the_help(installed: Path, tmp_path: Path) -> None:
-    text = run(installed, tmp_path, "--model.loss.help", "my_losses.FocalDPO")
+def test_its_docstring_is_the_help(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    run("--model.loss.help", "my_losses.FocalDPO")
+    text = capsys.readouterr().out
     assert "DPO that turns to the pairs not yet won" in text
     assert "--model.loss.focus" in text
     assert "γ; 0 is DPO." in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from conftest import build, make_trainer, scored_rows, sgd, write_jsonl
-from loss_cases import LOSSES, make
+from loss_cases import LOSSES, make, random_logps, taken
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.errors import ConfigError, DataError
@@ -59,6 +60,8 @@ def test_every_loss_trains_and_validates(kind: Any, tiny: Path, pairs_folder: Pa
     for name in ("loss", "rewards/margins", "grad_norm"):
         assert torch.tensor(rows[0][name]).isfinite()
     assert rows[0]["grad_norm"] > 0
+    if loss.needs_reference:
+        assert rows[0]["rewards/margins"] == 0.0, "law 5"
     assert "val/loss" in rows[-1]
 
 
@@ -271,6 +274,47 @@ def test_after_a_copy_the_next_margins_start_from_zero(tiny: Path, pairs_folder:
         assert abs(margins[4]) > 0
 
 
+def on_a_rank(rank: int, port: int, folder: str) -> None:
+    """What each of two processes does: BCO and KTO on its half of the pairs; rank 1's last batch is a filler."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    bco, kto = BCO(0.5).train(), KTO(0.5)
+    policy, reference = (random_logps(6, seed, lengths=(torch.tensor([3] * 6),) * 2) for seed in (1, 2))
+    values = []
+    for mine in ([[0, 1], [4, 5]], [[2, 3], [0]])[rank]:
+        weight = torch.zeros(1) if mine == [0] else torch.ones(len(mine))
+        ours, theirs = (replace(taken(x, mine), weights=weight) for x in (policy, reference))
+        bco(ours, theirs)
+        values.append((mine, kto(ours, theirs)))
+    bco.after_step()
+    torch.save((bco.totals, values), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_state_and_batch_statistics_are_of_all_ranks(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(on_a_rank, (port, str(tmp_path)), nprocs=2)
+    (one, first), (two, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    policy, reference = (random_logps(6, seed, lengths=(torch.tensor([3] * 6),) * 2) for seed in (1, 2))
+    bco = BCO(0.5).train()
+    bco(policy, reference)
+    bco.after_step()
+    torch.testing.assert_close(one, bco.totals)
+    assert torch.equal(one, two)
+    for step, live in enumerate(([0, 1, 2, 3], [4, 5])):
+        whole = KTO(0.5)(taken(policy, live), taken(reference, live))
+        for mine, values in (first[step], second[step]):
+            for pair, value in zip(mine, values, strict=True):
+                if pair in live:
+                    assert value == pytest.approx(float(whole[live.index(pair)]), rel=1e-9)
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -297,13 +341,10 @@ def test_data_without_rewards_are_refused_before_the_model_loads(
 def test_a_pair_without_rewards_never_trains_a_loss_that_needs_them(
     tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
-    import dataclasses
 
     module, data = build(tiny, pairs_folder, loss=Mixture([SFT(), MarginDPO()]))
     step = module.training_step
-    module.training_step = lambda batch, batch_idx: step(
-        dataclasses.replace(batch, rewards=batch.rewards * torch.nan), batch_idx
-    )
+    module.training_step = lambda batch, batch_idx: step(replace(batch, rewards=batch.rewards * torch.nan), batch_idx)
     with pytest.raises(DataError, match="Mixture needs the judge's rewards"):
         make_trainer(tmp_path, max_steps=1).fit(module, data)
 
