@@ -36,7 +36,8 @@ def run(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         try:
             cli.main()
         except SystemExit as stop:
-            assert not stop.code, args
+            if stop.code:
+                pytest.fail(f"{args} ended with {stop.code}")
 
     return call
 
