@@ -145,6 +145,8 @@ def test_a_pairs_value_is_its_own_unless_the_class_says_otherwise(kind: Any) -> 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_pairs_of_weight_zero_change_nothing(kind: Any) -> None:
     loss, policy = make(kind), random_logps(5, seed=6)
+    assert policy.unrelated is not None
+    policy = replace(policy, unrelated=policy.unrelated + 30)  # a divergence that no clamp hides
     reference = random_logps(5, seed=7, lengths=(policy.chosen_lengths, policy.rejected_lengths))
     weights = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
     live = [0, 2, 3]
@@ -205,6 +207,7 @@ def test_bco_shifts_by_the_mean_reward_of_the_steps_before() -> None:
     assert loss.delta.item() == pytest.approx((1 + 2 + 3 + 3 + 0 + 0) / 6), "pairs of weight 0 do not count"
     loss.eval()
     value = call(loss, policy, zero)
+    call(loss, logps([50.0], [50.0]), logps([0.0], [0.0]))
     loss.after_step()
     assert value[0].item() == pytest.approx(-log_sigmoid(1.0 - 1.5) - log_sigmoid(1.5 - 2.0))
     assert loss.delta.item() == pytest.approx(1.5), "evaluation leaves no trace"
