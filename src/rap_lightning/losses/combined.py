@@ -57,7 +57,7 @@ class Mixture(_Combined):
         losses: the losses, each with its own options.
         weights: one for each, none below 0; by default all 1.
 
-    Source: Wang et al. 2024 (MPO), https://arxiv.org/abs/2411.10442, equation 1.
+    Source: Wang et al. 2024 (MPO), https://arxiv.org/abs/2411.10442.
     """
 
     def __init__(self, losses: list[PreferenceLoss], weights: list[float] | None = None) -> None:
@@ -105,7 +105,7 @@ class WPO(_Combined):
         loss: what is weighted. Not one whose values are sorted over the batch.
 
     The implicit reward is that of the weighted loss.
-    Source: Zhou et al. 2024, https://arxiv.org/abs/2406.11827, equation 2 and section 3.2.
+    Source: Zhou et al. 2024, https://arxiv.org/abs/2406.11827, equation 2, with its sampled alignment.
     """
 
     def __init__(self, loss: PreferenceLoss = DPO()) -> None:  # noqa: B008 (jsonargparse makes a new one)

@@ -3,7 +3,7 @@ r"""f-DPO, -log σ(β f'(e^a) - β f'(e^b)): DPO under another divergence betwee
 a and b are the log-ratios of chosen and rejected in nats. With the reverse KL, f'(u) = log u + 1 and f-DPO is DPO.
 Where f' grows exponentially it goes on as its tangent beyond e^30, so that no value overflows.
 
-Source: Wang et al. 2023, https://arxiv.org/abs/2309.16240, equation 9 and table 1.
+Source: Wang et al. 2023, https://arxiv.org/abs/2309.16240, the f-DPO objective and table 1.
 """
 
 from __future__ import annotations

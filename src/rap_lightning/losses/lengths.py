@@ -19,7 +19,7 @@ class LengthNormalisedDPO(PreferenceLoss):
         beta: strength of the mean log-ratio, per nat per token; an order larger than DPO's.
 
     The implicit reward is β times the mean log-ratio per token.
-    Source: Lambert et al. 2024 (Tülu 3), https://arxiv.org/abs/2411.15124, section 5.1; β as there.
+    Source: Lambert et al. 2024 (Tülu 3), https://arxiv.org/abs/2411.15124, section 5; β as there.
     """
 
     def __init__(self, beta: float = 5.0) -> None:
@@ -43,10 +43,10 @@ class RDPO(PreferenceLoss):
 
     Args:
         beta: strength of the implicit reward, per nat.
-        alpha: α, the price of a token. 0.05 is the smallest that Meng et al. 2024 (SimPO, table 7) search.
+        alpha: α, the price of a token. 0.05 is the smallest that Meng et al. 2024 (SimPO) search.
 
     The implicit reward is β times the log-ratio, without the price.
-    Source: Park et al. 2024, https://arxiv.org/abs/2403.19159, equation 9.
+    Source: Park et al. 2024, https://arxiv.org/abs/2403.19159, its length-regularised DPO.
     """
 
     def __init__(self, beta: float = 0.1, alpha: float = 0.05) -> None:
@@ -69,7 +69,7 @@ class LDDPO(PreferenceLoss):
         alpha: α, the weight of the excess tokens, from 0 to below 1 (1 is DPO). The paper tunes it by model.
 
     The implicit reward is β times the decoupled log-ratio.
-    Source: Liu et al. 2024, https://arxiv.org/abs/2409.06411, section 4.
+    Source: Liu et al. 2024, https://arxiv.org/abs/2409.06411.
     """
 
     needs_tokens = True

@@ -161,7 +161,7 @@ class DPOPositive(PreferenceLoss):
         beta: strength of the implicit reward, per nat.
         penalty: λ, 0 is DPO and refused.
 
-    Source: Pal et al. 2024 (Smaug), https://arxiv.org/abs/2402.13228, equation 3; β and λ as for their models.
+    Source: Pal et al. 2024 (Smaug), https://arxiv.org/abs/2402.13228; β and λ as for their models.
     """
 
     def __init__(self, beta: float = 0.3, penalty: float = 50.0) -> None:

@@ -53,7 +53,8 @@ class AlphaPO(PreferenceLoss):
         alpha: α, the shape; not 0, which is SimPO. Above 0 the reward falls steeply for unlikely responses.
 
     The implicit reward is r, without γ.
-    Source: Gupta et al. 2025, https://arxiv.org/abs/2501.03884; defaults: Mistral-Instruct in table 3, γ / β = 0.1.
+    Source: Gupta et al. 2025, https://arxiv.org/abs/2501.03884; defaults: Mistral-Instruct in table 3, as TRL
+    records it, its 0.1 read as γ / β.
     """
 
     needs_reference = False

@@ -175,7 +175,7 @@ class DistilledDPO(GapLoss):
         beta: strength of the implicit reward, per nat.
         distance: how far a reward is from the goal, absolute or squared.
 
-    Source: Fisch et al. 2024, https://arxiv.org/abs/2405.19316, equation 7.
+    Source: Fisch et al. 2024, https://arxiv.org/abs/2405.19316, its pairwise distillation loss.
     """
 
     def compare(self, m: Tensor, gap: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class InfoNCA(_Contrast):
         temperature: T, in the judge's units.
         distance: how far a reward is from the goal, absolute or squared.
 
-    Source: Chen et al. 2024, https://arxiv.org/abs/2402.05369, section 3.2, at K = 2; β as in section C.
+    Source: Chen et al. 2024, https://arxiv.org/abs/2402.05369, section 3, at K = 2; β as in section C.
     """
 
     def forward(self, policy: PairLogps, reference: PairLogps, rewards: PairRewards) -> Tensor:
@@ -52,7 +52,7 @@ class RewardNCA(_Contrast):
         temperature: T, in the judge's units.
         distance: how far a reward is from the goal, absolute or squared.
 
-    Source: Chen et al. 2024, https://arxiv.org/abs/2402.05369, section 3.3, at K = 2; β as in section C.
+    Source: Chen et al. 2024, https://arxiv.org/abs/2402.05369, section 4, at K = 2; β as in section C.
     """
 
     def forward(self, policy: PairLogps, reference: PairLogps, rewards: PairRewards) -> Tensor:
