@@ -143,8 +143,7 @@ class SFT(PreferenceLoss):
     The mean is over the tokens of each response; TRL's is over all the batch's, which lets long responses count more.
     The implicit reward is s, of rejected too, so that the logs tell what imitation does to the margin.
 
-    Source: the usual cross-entropy; as part of a mixture: Wang et al. 2024 (MPO), https://arxiv.org/abs/2411.10442,
-    section 3.
+    Source: the usual cross-entropy; as part of a mixture: Wang et al. 2024 (MPO), https://arxiv.org/abs/2411.10442.
     """
 
     needs_reference = False

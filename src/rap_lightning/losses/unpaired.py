@@ -18,7 +18,7 @@ class BCO(PreferenceLoss):
 
     a and b are the log-ratios of chosen and rejected in nats. δ averages the rewards of both responses over all pairs
     of the optimizer steps before this one, on all ranks; it is part of the checkpoint. A mean that took the current
-    batch in, as TRL's did up to 1.x, would depend on gradient accumulation.
+    batch in, as earlier releases of TRL did, would depend on gradient accumulation.
 
     Args:
         beta: strength of the implicit reward, per nat.
