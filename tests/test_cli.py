@@ -1,6 +1,7 @@
 """The command line as a stranger meets it: help, configs, overlays, wrong input, Ctrl-C, two processes."""
 
 import csv
+import inspect
 import json
 import os
 import re
@@ -150,6 +151,37 @@ def test_print_config_round_trips_into_a_run(
     assert call(monkeypatch, *again) == 0
 
 
+def test_help_lists_every_loss_with_a_line_of_its_docstring(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from loss_cases import LOSSES
+
+    assert call(monkeypatch, "fit", "--help") == 0
+    text = capsys.readouterr().out
+    for kind in LOSSES:
+        first = inspect.cleandoc(kind.__doc__).splitlines()[0]
+        assert re.search(rf"^  {kind.__name__} +{re.escape(first)}$", text, re.MULTILINE), kind.__name__
+    assert "RewardAwareLoss " not in text, "what can't be named in a config is no choice"
+
+
+def test_a_mixture_and_a_following_reference_train_from_overlays(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlays = [arg for name in ("mpo", "tr-dpo") for arg in ("-c", str(ROOT / f"configs/loss/{name}.yaml"))]
+    steps = ["--trainer.max_steps", "3", "--model.reference.every", "2"]
+    assert call(monkeypatch, "fit", "-c", str(config), *overlays, *steps) == 0
+    run = tmp_path / "runs" / "version_0"
+    first = rows(run)[0]
+    whole = 0.8 * float(first["loss/DPO"]) + 0.2 * float(first["loss/BCO"]) + float(first["loss/SFT"])
+    assert float(first["loss"]) == pytest.approx(whole, rel=1e-4)
+    written = yaml.safe_load((run / "config.yaml").read_text())["model"]["loss"]["init_args"]["losses"]
+    assert [part["class_path"].rpartition(".")[2] for part in written] == ["DPO", "BCO", "SFT"]
+    again = ["fit", "--config", str(run / "config.yaml"), "--trainer.max_steps", "1"]
+    assert call(monkeypatch, *again) == 0, "the run's own record runs again"
+    last = str(run / "checkpoints" / "last.ckpt")
+    assert call(monkeypatch, "export", "--checkpoint", last, "--output", str(tmp_path / "out")) == 0
+
+
 def parsed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> Any:
     assert call(monkeypatch, "fit", *args, "--print_config") == 0
     return yaml.safe_load(capsys.readouterr().out)
@@ -206,6 +238,12 @@ WRONG: list[tuple[list[str], str]] = [
     (["--model.loss", "DPOO"], r"DPOO"),
     (["--model.loss", "SimPO", "--model.loss.label_smoothing", "0.1"], r"label_smoothing"),
     (["--model.loss.beta", "-1"], r"beta must be above 0"),
+    (["--model.loss", "RobustDPO", "--model.loss.label_smoothing", "0.5"], r"must be from 0 to below 0\.5"),
+    (["--model.loss", "Hinge", "--model.loss.label_smoothing", "0.1"], r"label_smoothing"),
+    (["--model.loss", "KTO", "--data.batch_size", "1"], r"KTO needs at least 2 pairs in a batch.*batch_size 1"),
+    (["-c", str(ROOT / "configs/loss/mpo.yaml"), "--model.loss.weights", "[0, 0, 0]"], r"sum to more than 0"),
+    (["-c", str(ROOT / "configs/loss/tr-dpo.yaml"), "--model.policy.lora.r", "4"], r"with an adapter alpha must be 1"),
+    (["--model.loss", "my_pkg.Nowhere"], r"my_pkg\.Nowhere"),
     (["--model.reference", "AdaptersOff"], r"needs an adapter"),
     (["--model.loss", "SimPO", "--model.reference", "Frozen"], r"needs no reference"),
     (["--model.policy.path", "/nowhere/model"], r"--model\.policy\.path /nowhere/model"),

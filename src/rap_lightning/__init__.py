@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rap_lightning.datamodule import PreferenceDataModule
     from rap_lightning.losses import DPO, Hinge, PreferenceLoss, SimPO
     from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference
+    from rap_lightning.models.synchronised import Synchronised
     from rap_lightning.module import PreferenceModule
     from rap_lightning.preferences.filters import Filters
     from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
@@ -31,6 +32,7 @@ _HOMES = {
     "Frozen": "models.reference",
     "NoReference": "models.reference",
     "AttributeGoal": "preferences.goals",
+    "Synchronised": "models.synchronised",
     "GoalTemplate": "preferences.goals",
     "OverallGoal": "preferences.goals",
     "LinearScale": "preferences.scales",
@@ -71,6 +73,7 @@ __all__ = [
     "Selection",
     "SimPO",
     "Source",
+    "Synchronised",
     "relabel",
 ]
 

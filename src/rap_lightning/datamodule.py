@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -161,6 +162,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         self._pairs: dict[str, EncodedPairs] = {}
         self._encoder: Encoder | None = None
         self._prompts: list[tuple[list[int], dict[str, Any]]] = []
+        self._unscored = False
 
     # -- preparing ------------------------------------------------------------------------------------------------
 
@@ -271,6 +273,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         report = DataReport(self._named(), f"{self.train_split} (first {FIRST_LOOK:,} pairs of the stream)")
         stream = stream_mixed(self.sources, self.train_split, self.rules, report, self.seed)
         pairs = list(islice(stream, FIRST_LOOK))
+        self._unscored = any(math.isnan(pair.rewards[0]) for pair in pairs)
         rows = PairEncoder(self.encoder, self.relabelling)(pairs)
         for row in rows:
             if row["dropped"]:
@@ -280,6 +283,14 @@ class PreferenceDataModule(pl.LightningDataModule):
                 "\n".join([f"{self._named()}: no pair of the first {FIRST_LOOK:,} is left.", *report.lines()])
             )
         return report
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether every training pair has rewards; with a goal they must. Known after ``setup``."""
+        if self.goal is not None or self.train_split not in self._pairs:
+            return self.goal is not None or not self._unscored
+        rewards = self._pairs[self.train_split].table.select_columns(["rewards"])
+        return all(math.isfinite(row["rewards"][0]) for row in rewards)
 
     # -- loaders --------------------------------------------------------------------------------------------------
 

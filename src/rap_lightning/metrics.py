@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ class PairMetrics(Metric):
     """Weighted means of the quantities in :data:`NAMES`, overall and by origin (``rewards/margins/chosen-goal``).
 
     A pair whose implicit rewards are equal counts as half right. ``tokens`` and ``pairs`` are totals.
+
+    Args:
+        terms: names of the loss's own terms, logged as ``loss/NAME``.
     """
 
     full_state_update = False
@@ -35,25 +39,31 @@ class PairMetrics(Metric):
     counts: Tensor
     token_count: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, terms: Iterable[str] = ()) -> None:
         super().__init__()
+        self.terms = tuple(terms)
+        self.names = NAMES + tuple(f"loss/{term}" for term in self.terms)
         # float64: an epoch's sum of log-probabilities outgrows float32
-        self.add_state("sums", torch.zeros(len(ORIGINS), len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(ORIGINS), len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(ORIGINS), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("token_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.set_dtype(torch.float64)
 
     def update(
         self, losses: Tensor, rewards: tuple[Tensor, Tensor], policy: PairLogps, origin: Tensor, weights: Tensor,
-        tokens: Tensor,
+        tokens: Tensor, terms: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """Add a batch: [B] losses, implicit rewards of chosen and rejected, log-probs, origins, weights; its tokens."""
+        """Add a batch: [B] losses, implicit rewards of chosen and rejected, log-probs, origins, weights; its tokens.
+
+        ``terms`` are the loss's own, [B] each; a term that isn't there (another step was taken) is logged as nan.
+        """
         chosen, rejected = rewards
         margins = chosen - rejected
         values = torch.stack(
             [
                 losses, chosen, rejected, margins, (margins.sign() + 1) / 2, policy.chosen, policy.rejected,
                 policy.chosen_lengths, policy.rejected_lengths,
+                *((terms or {}).get(term, torch.full_like(losses, torch.nan)) for term in self.terms),
             ],
             dim=1,
         ).double()  # fmt: skip
@@ -68,12 +78,12 @@ class PairMetrics(Metric):
         result: dict[str, float] = {}
         if not counts.sum():
             return result
-        for name, value in zip(NAMES, sums.sum(0) / counts.sum(), strict=True):
+        for name, value in zip(self.names, sums.sum(0) / counts.sum(), strict=True):
             result[name] = float(value)
         if (counts > 0).sum() > 1:
             for i, origin in enumerate(ORIGINS):
                 if counts[i]:
-                    result |= {f"{n}/{origin}": float(v) for n, v in zip(NAMES, sums[i] / counts[i], strict=True)}
+                    result |= {f"{n}/{origin}": float(v) for n, v in zip(self.names, sums[i] / counts[i], strict=True)}
         result["pairs"] = float(counts.sum())
         result["tokens"] = float(self.token_count)
         return result

@@ -16,14 +16,17 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBatch
-from rap_lightning.errors import ConfigError
+from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBatch, TokenLogps
+from rap_lightning.batches.unrelated import unrelated
+from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, PreferenceLoss
 from rap_lightning.metrics import PairMetrics
 from rap_lightning.models.generate import Generation, generate
+from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
 from rap_lightning.models.sharding import shard
+from rap_lightning.preferences.relabel import UNCONDITIONED
 from rap_lightning.progress import close_epoch, rewind_to_whole_step
 from rap_lightning.schedules import CosineWithWarmup, Schedule
 
@@ -66,7 +69,8 @@ class PreferenceModule(pl.LightningModule):
         self.optimizer, self.schedule, self.generation = optimizer, schedule, generation
         self.reference = _resolve_reference(reference, loss, policy)
         self.policy: Policy | None = None
-        self.metrics = torch.nn.ModuleDict({name: PairMetrics() for name in ("fit", "val", "test")})
+        terms = tuple(loss.term_names())
+        self.metrics = torch.nn.ModuleDict({name: PairMetrics(terms) for name in ("fit", "val", "test")})
         self.last_logged: tuple[int, dict[str, float]] = (0, {})
         self._clock = self._pause = 0.0
         self._grad_norm = float("nan")
@@ -83,6 +87,7 @@ class PreferenceModule(pl.LightningModule):
         """Load policy and reference, once, on every rank; shard them where the strategy brings a device mesh."""
         if self.policy is not None:
             return
+        self._check_data()
         dtype = self.policy_config.resolve_dtype()
         self.policy = self.policy_config.build(dtype)
         difference = check_head(self.policy)
@@ -109,6 +114,21 @@ class PreferenceModule(pl.LightningModule):
         self.reference.load(self.policy_config, dtype)
         if self.device_mesh is not None:
             self.reference.shard(self.device_mesh["data_parallel"])
+        self.reference.follow(self.policy, 0)
+
+    def _check_data(self) -> None:
+        """Refuse data on which the loss would not mean what it says, before anything is loaded."""
+        data, name = getattr(self.trainer, "datamodule", None), type(self.loss).__name__
+        size = getattr(data, "batch_size", None)
+        if size is not None and size < self.loss.least_pairs:
+            raise ConfigError(
+                f"{name} needs at least {self.loss.least_pairs} pairs in a batch: {self.loss.batch_level}. "
+                f"Found --data.batch_size {size}."
+            )
+        if self.loss.needs_rewards and not getattr(data, "has_rewards", True):
+            raise ConfigError(
+                f"{name} needs the judge's rewards, and the data have none. Use another loss, or scored data."
+            )
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer over the trainable parameters, the schedule stepping with it."""
@@ -129,24 +149,52 @@ class PreferenceModule(pl.LightningModule):
         self, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The loss of each pair, [B], and the implicit rewards of chosen and rejected, each [B]."""
-        inputs = (policy,) if reference is None else (policy, reference)
-        options = {"rewards": rewards} if self.loss.needs_rewards else {}
-        losses = self.loss(*inputs, **options)
+        losses = self.loss.per_pair(policy, reference, rewards)
         with torch.no_grad():
             implicit = self.loss.implicit_rewards(policy, reference)
         return losses, implicit
 
     def _step(self, batch: Batch, metrics: PairMetrics) -> Tensor:
         assert self.policy is not None, "configure_model comes first"
-        policy = PairLogps.from_segments(self.policy.logps(batch), batch.lengths)
-        reference = None
-        if self.loss.needs_reference:
-            reference = PairLogps.from_segments(self.reference.logps(self.policy, batch), batch.lengths)
-        losses, implicit = self.pair_losses(policy, reference, PairRewards(*batch.rewards.unbind(1)))
-        metrics.update(losses, implicit, policy, batch.origin, batch.weights, batch.tokens)
+        other = unrelated(batch) if self.loss.needs_unrelated else None
+        policy = self._policy_logps(batch, other)
+        reference = self._reference_logps(batch, other) if self.loss.needs_reference else None
+        rewards = PairRewards(batch.rewards[:, 0], batch.rewards[:, 1], batch.origin != UNCONDITIONED)
+        if self.loss.needs_rewards and not batch.rewards.isfinite().all():
+            raise DataError(
+                f"{type(self.loss).__name__} needs the judge's rewards; a pair of {batch.pair_ids} has none."
+            )
+        losses, implicit = self.pair_losses(policy, reference, rewards)
+        metrics.update(losses, implicit, policy, batch.origin, batch.weights, batch.tokens, self.loss.terms())
         if reference is not None and metrics is self.metrics["fit"]:
             self._check_agreement(policy, reference, losses, batch)
         return losses
+
+    def _policy_logps(self, batch: Batch, other: Batch | None) -> PairLogps:
+        """The policy's log-probabilities with what the loss asks for; of ``other`` without gradient."""
+        assert self.policy is not None, "configure_model comes first"
+        with torch.no_grad():
+            more = None if other is None else self.policy.logps(other)
+        if self.loss.needs_collisions:
+            token_logps, collisions = self.policy(batch, collisions=True)
+            return self._pair_logps(batch, token_logps, more, collisions.detach())
+        return self._pair_logps(batch, self.policy(batch), more)
+
+    def _reference_logps(self, batch: Batch, other: Batch | None) -> PairLogps:
+        """The same of the reference, whose tokens are only asked for where the loss needs them."""
+        assert self.policy is not None, "configure_model comes first"
+        more = None if other is None else self.reference.logps(self.policy, other)
+        if self.loss.needs_tokens:
+            return self._pair_logps(batch, self.reference.token_logps(self.policy, batch), more)
+        logps = self.reference.logps(self.policy, batch)
+        return PairLogps.from_segments(logps, batch.lengths, weights=batch.weights, unrelated=more)
+
+    def _pair_logps(
+        self, batch: Batch, token_logps: Tensor, other: Tensor | None, collisions: Tensor | None = None
+    ) -> PairLogps:
+        sums = sum_by_segment(token_logps, batch.segment, len(batch.lengths))
+        tokens = TokenLogps.of(token_logps, batch.segment, collisions) if self.loss.needs_tokens else None
+        return PairLogps.from_segments(sums, batch.lengths, weights=batch.weights, tokens=tokens, unrelated=other)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean over the pairs of the whole optimizer step, over all ranks and accumulated batches."""
@@ -154,6 +202,13 @@ class PreferenceModule(pl.LightningModule):
         # Lightning divides by the accumulated batches and the strategy by the ranks: undo both
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_pairs
         return (losses * batch.weights).sum() * scale
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the loss and the reference follow, before a checkpoint can be written."""
+        assert self.policy is not None, "configure_model comes first"
+        super().optimizer_step(*args, **kwargs)
+        self.loss.after_step()
+        self.reference.follow(self.policy, self.global_step + 1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds to the epoch's metrics."""
@@ -308,7 +363,11 @@ class PreferenceModule(pl.LightningModule):
         config = dataclasses.asdict(self.policy_config)
         if Path(config["path"]).is_dir():  # must be found from anywhere
             config["path"] = str(Path(config["path"]).resolve())
-        checkpoint["rap_lightning"] = {"policy": config, "goal": self.goal_record()}
+        checkpoint["rap_lightning"] = {
+            "policy": config,
+            "goal": self.goal_record(),
+            "reference": self.reference.state_dict(),
+        }
         if "state_dict" in checkpoint:
             frozen = self._frozen()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
@@ -330,6 +389,7 @@ class PreferenceModule(pl.LightningModule):
         """Fill in the base model's weights, so that loading stays strict about everything else."""
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = {**self._frozen(), **checkpoint["state_dict"]}
+        self.reference.load_state_dict(checkpoint.get("rap_lightning", {}).get("reference", {}))
 
     def _frozen(self) -> dict[str, Tensor]:
         """An adapter's base model, as named in the state dict; nothing where a strategy writes sharded checkpoints."""
@@ -351,5 +411,10 @@ def _resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy
         raise ConfigError(f"{name} needs a reference: use Frozen or AdaptersOff, or leave --model.reference out.")
     if reference is None:
         reference = AdaptersOff() if policy.lora is not None else Frozen()
+    if (loss.needs_tokens or loss.needs_unrelated) and not reference.gives_tokens:
+        raise ConfigError(
+            f"{name} looks at more than the sums of the data's responses, which is all that "
+            f"{type(reference).__name__} has: use Frozen or AdaptersOff."
+        )
     reference.check(policy)
     return reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import sys
 import warnings
@@ -15,11 +16,13 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
+from rap_lightning import losses
 from rap_lightning.callbacks import Checkpoints, ConsoleLines, ExportHF, RunRecord, WholeSteps, WritePredictions
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.checkpoints import refuse_unreadable
 from rap_lightning.models.reference import Reference
+from rap_lightning.models.synchronised import Synchronised  # noqa: F401 (known by its name from here on)
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.schedules import Schedule
@@ -76,21 +79,40 @@ def run(args: list[str]) -> None:
     _fresh_defaults_for_new_classes()
     _quieten()
     sections = _sections_with_class(args)
-    PreferenceCLI(
-        PreferenceModule,
-        PreferenceDataModule,
-        subclass_mode_model="model" in sections,
-        subclass_mode_data="data" in sections,
-        trainer_defaults=TRAINER_DEFAULTS,
-        seed_everything_default=42,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={
-            "prog": "rap-lightning",
-            "allow_abbrev": False,
-        },  # a misspelt option must not be taken for another
-        args=None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments given twice
-    )
+    try:
+        PreferenceCLI(
+            PreferenceModule,
+            PreferenceDataModule,
+            subclass_mode_model="model" in sections,
+            subclass_mode_data="data" in sections,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": "rap-lightning",
+                "allow_abbrev": False,
+            },  # a misspelt option must not be taken for another
+            args=None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments given twice
+        )
+    except SystemExit as stop:
+        if not stop.code and {"-h", "--help"} & set(args[1:]):
+            print(losses_by_family())
+        raise
+
+
+def losses_by_family() -> str:
+    """Every loss of the package with the first line of its docstring, as ``fit --help`` shows them."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(losses.__all__, key=str.lower):
+        kind = getattr(losses, name)
+        if not inspect.isabstract(kind):
+            family = inspect.getdoc(inspect.getmodule(kind)) or ""
+            line = (inspect.getdoc(kind) or "").splitlines()[0]
+            found.setdefault(family.splitlines()[0], []).append(f"  {name:<20} {line}")
+    blocks = ["\n".join([family, *lines]) for family, lines in sorted(found.items(), key=lambda item: -len(item[1]))]
+    head = "The losses (--model.loss NAME, or an import path of your own; --model.loss.help NAME shows the options):"
+    return "\n\n".join(["", head, *blocks])
 
 
 def _quieten() -> None:

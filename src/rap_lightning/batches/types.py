@@ -12,6 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 
@@ -76,31 +77,80 @@ class Batch(_Movable):
 
 
 @dataclass(frozen=True)
+class TokenLogps:
+    """What is known of each response token, flat over the batch.
+
+    Attributes:
+        logps: [M] float32, its log-probability, in nats.
+        segment: [M] int64, which of the 2B responses it belongs to.
+        position: [M] int64, counted from 0 in its response.
+        log_collisions: [M] float32 or None, log Σ_v p(v)² of the distribution it was drawn from, without gradient.
+    """
+
+    logps: Tensor
+    segment: Tensor
+    position: Tensor
+    log_collisions: Tensor | None = None
+
+    @classmethod
+    def of(cls, logps: Tensor, segment: Tensor, log_collisions: Tensor | None = None) -> TokenLogps:
+        """From a batch's flat order, in which the tokens of a response follow each other."""
+        index = torch.arange(len(segment), device=segment.device)
+        responses = int(segment.max()) + 1 if len(segment) else 0
+        first = index.new_full((responses,), len(index)).scatter_reduce(0, segment, index, "amin")
+        return cls(logps, segment, index - first[segment], log_collisions)
+
+
+@dataclass(frozen=True)
 class PairLogps:
     """Log-probabilities of both responses of each pair.
 
     Attributes:
         chosen, rejected: [B] float32, summed over the response's tokens, in nats.
         chosen_lengths, rejected_lengths: [B] int64, response tokens including the end of turn.
+        weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch; None: all 1.
+        tokens: for losses with ``needs_tokens``.
+        unrelated: [2B] float32, for losses with ``needs_unrelated``: summed log-probability of the response of the
+            pair before this one (of the last, for the first) to this pair's prompt, chosen at 2i and rejected at 2i+1.
     """
 
     chosen: Tensor
     rejected: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
+    weights: Tensor | None = None
+    tokens: TokenLogps | None = None
+    unrelated: Tensor | None = None
 
     @classmethod
-    def from_segments(cls, logps: Tensor, lengths: Tensor) -> PairLogps:
+    def from_segments(cls, logps: Tensor, lengths: Tensor, **more: Any) -> PairLogps:
         """From [2B] values in segment order."""
-        return cls(logps[0::2], logps[1::2], lengths[0::2], lengths[1::2])
+        return cls(logps[0::2], logps[1::2], lengths[0::2], lengths[1::2], **more)
 
 
 @dataclass(frozen=True)
 class PairRewards:
-    """The judge's rewards of both responses, [B] float32, in the scale's units."""
+    """Rewards of both responses.
+
+    Attributes:
+        chosen, rejected: [B] float32, the judge's, in the scale's units.
+        conditioned: [B] bool, whether the prompt states a goal, which is then the reward of chosen; None: nowhere.
+    """
 
     chosen: Tensor
     rejected: Tensor
+    conditioned: Tensor | None = None
+
+    def under_goal(self, power: int = 1) -> PairRewards:
+        """Rewards by which chosen was chosen: -|g - r|^power where the prompt states a goal g, else the judge's own.
+
+        The paper's is power 2 (https://arxiv.org/abs/2410.08067, section 4). Chosen has the goal's reward, so 0.
+        """
+        if self.conditioned is None:
+            return self
+        missed = -((self.chosen - self.rejected).abs() ** power)
+        chosen = torch.where(self.conditioned, torch.zeros_like(missed), self.chosen)
+        return PairRewards(chosen, torch.where(self.conditioned, missed, self.rejected), self.conditioned)
 
 
 @dataclass(frozen=True)

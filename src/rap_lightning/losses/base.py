@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rap_lightning.batches.types import PairLogps
+from rap_lightning.batches.types import PairLogps, PairRewards
 from rap_lightning.errors import ConfigError
 
 
@@ -15,28 +18,47 @@ class PreferenceLoss(nn.Module, ABC):
     """One value per pair; the module averages over the pairs of the optimizer step.
 
     Subclass it, write ``forward``, and name the class by import path: ``--model.loss my_pkg.MyLoss``. Options are the
-    arguments of ``__init__``. What the loss needs is declared by two class attributes:
+    arguments of ``__init__``; a class without β calls ``nn.Module.__init__`` and defines ``implicit_rewards``. What
+    the loss needs, and what is particular about it, is declared by attributes:
 
     - ``needs_reference``: it is ``forward(policy, reference)``; where false, no reference is loaded, it is
       ``forward(policy)``, and the class says what its ``implicit_rewards`` are.
     - ``needs_rewards``: the judge's rewards come too, as the keyword ``rewards`` (a ``PairRewards``).
+    - ``needs_tokens``: ``policy.tokens`` and ``reference.tokens`` hold the log-probability of every response token.
+    - ``needs_collisions``: ``policy.tokens.log_collisions`` is there too.
+    - ``needs_unrelated``: ``policy.unrelated`` and ``reference.unrelated`` hold log-probabilities of responses to
+      other prompts of the batch, at the price of another forward pass.
+    - ``least_pairs``: smallest batch on which it means what it says.
+    - ``batch_level``: why a pair's value depends on the other pairs of its batch, or "" where it doesn't. Such a loss
+      changes with the batch size, gradient accumulation and the number of devices; it must leave out pairs whose
+      ``policy.weights`` is 0.
+    - ``at_zero_margin``: why the gradient at policy = reference does not raise chosen and lower rejected, or "".
 
     Args:
         beta: strength of the implicit reward, per nat.
     """
 
-    needs_reference: ClassVar[bool] = True
-    needs_rewards: ClassVar[bool] = False
+    needs_reference: bool = True
+    needs_rewards: bool = False
+    needs_tokens: bool = False
+    needs_collisions: bool = False
+    needs_unrelated: bool = False
+    least_pairs: int = 1
+    batch_level: str = ""
+    at_zero_margin: str = ""
 
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__()
-        if not beta > 0:
-            raise ConfigError(f"{type(self).__name__}: beta must be above 0, found {beta}")
-        self.beta = beta
+        self.beta = above_zero(self, "beta", beta)
 
     @abstractmethod
     def forward(self, policy: PairLogps, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of each pair, [B] float32, in nats unless the class says otherwise."""
+
+    def per_pair(self, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None) -> Tensor:
+        """``forward`` with what the loss needs of these: [B]."""
+        inputs = (policy, reference) if self.needs_reference else (policy,)
+        return self(*inputs, **({"rewards": rewards} if self.needs_rewards else {}))  # type: ignore[no-any-return]
 
     def implicit_rewards(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
         """What the loss treats as the rewards of chosen and rejected, each [B]; logged as ``rewards/...``.
@@ -47,11 +69,85 @@ class PreferenceLoss(nn.Module, ABC):
         assert reference is not None, "a loss without a reference defines its own implicit rewards"
         return self.beta * (policy.chosen - reference.chosen), self.beta * (policy.rejected - reference.rejected)
 
+    def terms(self) -> dict[str, Tensor]:
+        """Parts of the last ``forward``, [B] each, to log as ``loss/NAME``; names and number never change."""
+        return {}
+
+    def term_names(self) -> Iterable[str]:
+        """The names that ``terms`` will have."""
+        return ()
+
+    def after_step(self) -> None:
+        """Called on every rank after each optimizer step: the place to change buffers, so that resuming is exact."""
+
     def extra_repr(self) -> str:
         """The options, as shown at the start of a run."""
-        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if isinstance(v, int | float) and k != "training")
+        own = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
+        return ", ".join(
+            f"{k}={v}" for k, v in own.items() if isinstance(v, int | float) and not k.startswith("needs_")
+        )
+
+
+def above_zero(loss: object, name: str, value: float) -> float:
+    """``value``.
+
+    Raises:
+        ConfigError: it is not above 0.
+    """
+    if not value > 0:
+        raise ConfigError(f"{type(loss).__name__}: {name} must be above 0, found {value}")
+    return value
+
+
+def between(loss: object, name: str, value: float, low: float, high: float, *, ends: tuple[bool, bool]) -> float:
+    """``value``, which must lie between ``low`` and ``high``; ``ends`` says which of the two may be met.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not (low < value < high or (ends[0] and value == low) or (ends[1] and value == high)):
+        words = ("from" if ends[0] else "above", "to" if ends[1] else "to below")
+        raise ConfigError(
+            f"{type(loss).__name__}: {name} must be {words[0]} {low:g} {words[1]} {high:g}, found {value}"
+        )
+    return value
+
+
+def logratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
+    """Policy minus reference log-probability of chosen and of rejected, each [B], in nats."""
+    return policy.chosen - reference.chosen, policy.rejected - reference.rejected
 
 
 def margin(policy: PairLogps, reference: PairLogps) -> Tensor:
     """Chosen minus rejected log-ratio, [B], in nats."""
-    return (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
+    chosen, rejected = logratios(policy, reference)
+    return chosen - rejected
+
+
+def cross_entropy(probability: float | Tensor, logit: Tensor) -> Tensor:
+    """-p log σ(z) - (1 - p) log σ(-z), elementwise: that of a Bernoulli with probability p and one with logit z."""
+    return -probability * F.logsigmoid(logit) - (1 - probability) * F.logsigmoid(-logit)
+
+
+EXP_BOUND = 30.0
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x) up to :data:`EXP_BOUND`, and the tangent there beyond it, so that neither value nor gradient overflows."""
+    capped = x.clamp(max=EXP_BOUND)
+    return torch.exp(capped) * (1 + x - capped)
+
+
+def live(policy: PairLogps) -> Tensor:
+    """Indices of the pairs that count, [n] int64: those whose weight is not 0."""
+    if policy.weights is None:
+        return torch.arange(len(policy.chosen), device=policy.chosen.device)
+    return policy.weights.nonzero()[:, 0]
+
+
+def over_ranks(totals: Tensor) -> Tensor:
+    """The sum of a small tensor over all ranks; every rank must call it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        totals = totals.clone()
+        torch.distributed.all_reduce(totals)
+    return totals

@@ -55,6 +55,23 @@ class Head:
         logps: Tensor = _TokenLogps.apply(hidden, self.weight, self.bias, target, self.scale, self.softcap, compute)
         return logps
 
+    @torch.no_grad()
+    def log_collisions(self, hidden: Tensor) -> Tensor:
+        """log Σ_v p(v | hidden)², [N] float32 nats, of hidden [N, D]; without gradient, and chunked like the rest.
+
+        The probability that two draws are the same token; its negative is the Rényi entropy of order 2.
+        """
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        compute = torch.get_autocast_dtype(hidden.device.type) if autocast else self.weight.dtype
+        wide = torch.float64 if compute == torch.float64 else torch.float32
+        cast = self.weight.to(compute)
+        found = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        for part in _chunks(len(hidden), self.weight.shape[0], wide):
+            logits = _logits(hidden[part], cast, self.bias, self.scale, self.softcap, compute, wide)
+            log_z = torch.logsumexp(logits, -1)
+            found[part] = torch.logsumexp(2 * logits, -1) - 2 * log_z
+        return found
+
 
 class _TokenLogps(torch.autograd.Function):
     """Gathered log-softmax of a linear layer's output, recomputed chunk by chunk in the backward pass."""

@@ -145,14 +145,19 @@ class Policy(nn.Module):
         """Whether a peft adapter is attached."""
         return hasattr(self.model, "peft_config")
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Log-probability of each response token, [M] float32 nats."""
+    def forward(self, batch: Batch, *, collisions: bool = False) -> Tensor:
+        """Log-probability of each response token, [M] float32 nats; with ``collisions``, [2, M]: log Σ_v p(v)² below.
+
+        The second row has no gradient, and costs the head's forward pass once more.
+        """
         lm = self.causal_lm
         # no attention mask: padding stands on the right, where causality hides it, and without a mask attention takes
         # its fastest path
         output = lm.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)[batch.predict_from]
-        return Head.of(lm).token_logps(hidden, batch.target)
+        head = Head.of(lm)
+        token_logps = head.token_logps(hidden, batch.target)
+        return torch.stack((token_logps, head.log_collisions(hidden.detach()))) if collisions else token_logps
 
     def logps(self, batch: Batch) -> Tensor:
         """Log-probability of each response, [2B] float32 nats."""

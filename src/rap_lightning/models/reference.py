@@ -1,7 +1,7 @@
 """The reference: where its log-probabilities come from.
 
-A reference is no part of the module's state: it is neither trained nor saved with checkpoints, and is loaded anew when
-a run goes on.
+A reference is no part of the module's state: it is not trained, and is loaded anew when a run goes on. One that changes
+during a run gives the checkpoint what it needs to go on.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head, evaluating
 from rap_lightning.models.sharding import shard
 
 
 class Reference(ABC):
-    """Gives the log-probabilities of a frozen LM."""
+    """Gives the log-probabilities of a frozen LM.
+
+    ``gives_tokens`` says whether ``token_logps`` is there, for losses that look at single tokens or other responses
+    than those of the data.
+    """
+
+    gives_tokens: bool = True
 
     @property
     def is_initial_policy(self) -> bool:
@@ -38,9 +45,23 @@ class Reference(ABC):
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Move to the policy's device."""
 
+    def follow(self, policy: Policy, step: int) -> None:  # noqa: B027
+        """Called when the policy is loaded, with step 0, and after each optimizer step, with its number."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold so that a resumed run goes on with the same reference."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027
+        """Take up what ``state_dict`` gave."""
+
     @abstractmethod
+    def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
+        """[M] float32 nats, without gradient."""
+
     def logps(self, policy: Policy, batch: Batch) -> Tensor:
         """[2B] float32 nats, without gradient."""
+        return sum_by_segment(self.token_logps(policy, batch), batch.segment, len(batch.lengths))
 
 
 class Frozen(Reference):
@@ -91,9 +112,9 @@ class Frozen(Reference):
         return self._model
 
     @torch.no_grad()
-    def logps(self, policy: Policy, batch: Batch) -> Tensor:
+    def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
         """One forward pass of the frozen model."""
-        return self.model.logps(batch)
+        return self.model(batch)  # type: ignore[no-any-return]
 
 
 class AdaptersOff(Reference):
@@ -107,15 +128,15 @@ class AdaptersOff(Reference):
             )
 
     @torch.no_grad()
-    def logps(self, policy: Policy, batch: Batch) -> Tensor:
+    def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
         """One forward pass with the adapter disabled."""
         with evaluating(policy), policy.model.disable_adapter():
-            return policy.logps(batch)
+            return policy(batch)  # type: ignore[no-any-return]
 
 
 class NoReference(Reference):
     """For losses that need none."""
 
-    def logps(self, policy: Policy, batch: Batch) -> Tensor:
+    def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
         """Never called: a loss that needs a reference refuses this one when the run is configured."""
         raise AssertionError("NoReference has no log-probabilities")

@@ -1,0 +1,54 @@
+"""Each prompt of a batch with the responses of another pair, for losses that look at unrelated responses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from rap_lightning.batches.types import Batch
+
+
+def unrelated(batch: Batch) -> Batch:
+    """A padded batch in which pair i's prompt is answered by pair i - 1's responses, the first one's by the last's.
+
+    It reads any layout: before a token, the ancestor at position p is the last token with that position, because
+    positions count along the path and siblings follow each other.
+    """
+    count = len(batch.lengths)
+    begins = [int((batch.segment == s).nonzero()[0]) for s in range(count)]
+    prompts = [_path(batch, int(batch.predict_from[begin])) for begin in begins]
+    responses = [batch.target[batch.segment == s] for s in range(count)]
+    responses = responses[-2:] + responses[:-2]
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    input_ids = batch.input_ids.new_zeros(count, width)
+    mask = torch.zeros_like(input_ids)
+    predict_from = []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        whole = torch.cat((prompt, response))
+        input_ids[row, : len(whole)] = whole
+        mask[row, : len(whole)] = 1
+        predict_from.append(torch.arange(len(response), device=mask.device) + row * width + len(prompt) - 1)
+    lengths = torch.tensor([len(r) for r in responses], device=mask.device)
+    return dataclasses.replace(
+        batch,
+        input_ids=input_ids,
+        position_ids=torch.arange(width, device=mask.device).expand(count, width).contiguous(),
+        attention_mask=mask,
+        predict_from=torch.cat(predict_from),
+        target=torch.cat(responses),
+        segment=torch.repeat_interleave(torch.arange(count, device=mask.device), lengths),
+        lengths=lengths,
+    )
+
+
+def _path(batch: Batch, end: int) -> Tensor:
+    """Token ids from the root of a sequence to flat index ``end``."""
+    row, column = divmod(end, batch.input_ids.shape[1])
+    positions, ids = batch.position_ids[row, : column + 1], batch.input_ids[row, : column + 1]
+    depth = int(positions[-1]) + 1
+    index = torch.arange(len(positions), device=positions.device)
+    # the last index at each position; deeper tokens of earlier siblings fall outside
+    last = index.new_zeros(int(positions.max()) + 1).scatter_reduce(0, positions, index, "amax", include_self=False)
+    return ids[last[:depth]]
