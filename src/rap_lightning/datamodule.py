@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from rap_lightning.batches.dataset import EncodedPairs, encode_pairs
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.batches.layouts import LAYOUTS, Collate
 from rap_lightning.batches.loader import PairLoader
-from rap_lightning.batches.sampler import StepSampler
+from rap_lightning.batches.sampler import Packing, StepSampler
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.generate import left_pad
@@ -58,9 +59,13 @@ class PreferenceDataModule(pl.LightningDataModule):
         max_length: tokens of prompt and response together; longer ones are cut, and counted.
         max_prompt_length: a prompt is cut only where it and its longer response exceed max_length, and never below
             this many tokens; by default half of max_length. The goal is never cut.
-        layout: how a batch is laid out for the model. padded: a row per response. auto: the best there is.
-        batch_size: pairs per device in one forward pass. Pairs per optimizer step are batch_size times
+        layout: how a batch is laid out for the model. padded: a row per response. packed: one row of all responses, each
+            after its prompt. tree: one row in which responses share what they begin with. auto: tree. Where a model
+            can't do that (checked at the start), its sequences go through it one at a time.
+        batch_size: pairs per device and batch. Pairs per optimizer step are batch_size times
             trainer.accumulate_grad_batches times the number of devices.
+        token_budget: tokens, padding included, in one forward pass: a batch with more is taken in several passes, which
+            changes memory and speed and nothing else. By default a batch goes through the model at once.
         num_workers: processes that prepare batches; 0 does it in the main process.
         num_proc: processes that tokenise; by default one.
         outside_scale: what to do with scores outside the goal's scale: stop with an error, or drop such pairs, counted.
@@ -76,8 +81,9 @@ class PreferenceDataModule(pl.LightningDataModule):
         val_split: str | None = None,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
-        layout: Literal["auto", "padded"] = "auto",
+        layout: Literal["auto", "padded", "packed", "tree"] = "auto",
         batch_size: int = 4,
+        token_budget: int | None = None,
         num_workers: int = 0,
         num_proc: int | None = None,
         outside_scale: Literal["error", "drop"] = "error",
@@ -87,7 +93,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         super().__init__()
         least: dict[str, tuple[int | None, int]] = {
             "max_length": (max_length, 1), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0),
-            "num_proc": (num_proc, 1), "predict.limit": (predict.limit, 1),
+            "token_budget": (token_budget, 1), "num_proc": (num_proc, 1), "predict.limit": (predict.limit, 1),
         }  # fmt: skip
         for name, (value, lowest) in least.items():
             if value is not None and value < lowest:
@@ -102,7 +108,8 @@ class PreferenceDataModule(pl.LightningDataModule):
         self.source, self.goal = source, goal
         self.train_split, self.val_split = train_split, val_split
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
-        self.layout = "padded" if layout == "auto" else layout
+        self.layout = "tree" if layout == "auto" else layout
+        self.token_budget = token_budget
         assert self.layout in LAYOUTS
         self.batch_size, self.num_workers, self.num_proc, self.seed = batch_size, num_workers, num_proc, seed
         self.predict, self.outside_scale = predict, outside_scale
@@ -203,6 +210,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             rank=trainer.global_rank if trainer is not None else 0,
             shuffle=shuffle,
             seed=self.seed,
+            packing=Packing(pairs.sizes(), LAYOUTS[self.layout].tokens, self.token_budget or sys.maxsize),
         )
         resumes = trainer is not None and shuffle
 

@@ -20,7 +20,7 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO, PreferenceLoss
 from rap_lightning.metrics import PairMetrics
 from rap_lightning.models.generate import Generation, generate
-from rap_lightning.models.policy import Policy, PolicyConfig, check_head
+from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
 from rap_lightning.models.sharding import shard
 from rap_lightning.progress import rewind_to_whole_step
@@ -85,6 +85,11 @@ class PreferenceModule(pl.LightningModule):
         dtype = self.policy_config.resolve_dtype()
         self.policy = self.policy_config.build(dtype)
         difference = check_head(self.policy)
+        if reason := check_sharing(self.policy):
+            rank_zero_info(
+                f"{self.policy_config.path} shares no prefixes and packs nothing: {reason}. With the layouts "
+                "packed and tree, sequences go through it one at a time."
+            )
         total = sum(p.numel() for p in self.policy.parameters())
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         rank_zero_info(
@@ -144,20 +149,40 @@ class PreferenceModule(pl.LightningModule):
             self._check_agreement(policy, reference, losses, batch)
         return losses
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean over the pairs of the whole optimizer step, over all ranks and accumulated batches."""
-        losses = self._step(batch, self._metrics("fit"))
-        # Lightning divides by the accumulated batches and the strategy by the ranks: undo both
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_pairs
-        return (losses * batch.weights).sum() * scale
+    def training_step(self, batch: tuple[Batch, ...], batch_idx: int) -> Tensor:
+        """The mean over the pairs of the whole optimizer step, over all ranks and accumulated batches.
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds to the epoch's metrics."""
-        self._step(batch, self._metrics("val"))
+        A batch comes as its forward passes; all but the last leave their gradients behind at once, and with them the
+        memory they took.
+        """
+        trainer = self.trainer
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            trainer.optimizers[0].zero_grad()
+        *first, last = batch
+        for part in first:
+            loss = self._share_of_step(part)
+            with torch.autocast(self.device.type, enabled=False):
+                trainer.strategy.backward(loss, None)
+        # Lightning divides what is returned by the accumulated batches
+        return self._share_of_step(last) * trainer.accumulate_grad_batches
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def _share_of_step(self, part: Batch) -> Tensor:
+        losses = self._step(part, self._metrics("fit"))
+        # the strategy divides gradients by the ranks: undo that
+        return (losses * part.weights).sum() * (self.trainer.world_size / part.step_pairs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Done in ``training_step``: here the gradients of its first forward passes are already there."""
+
+    def validation_step(self, batch: tuple[Batch, ...], batch_idx: int) -> None:
         """Adds to the epoch's metrics."""
-        self._step(batch, self._metrics("test"))
+        for part in batch:
+            self._step(part, self._metrics("val"))
+
+    def test_step(self, batch: tuple[Batch, ...], batch_idx: int) -> None:
+        """Adds to the epoch's metrics."""
+        for part in batch:
+            self._step(part, self._metrics("test"))
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A response for each prompt, beside the prompt's record."""
@@ -184,7 +209,7 @@ class PreferenceModule(pl.LightningModule):
             norm = torch.nn.utils.get_total_norm(grads)
             self._grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: tuple[Batch, ...], batch_idx: int) -> None:
         """Log the means since the last log, over all ranks."""
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if stepped and self._logs_at(self.global_step):

@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from rap_lightning.batches.encode import Encoder, Notes
-from rap_lightning.batches.sampler import BatchPlan
+from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.pairs import BadRow, read_pair
 from rap_lightning.preferences.relabel import UNCONDITIONED, halves, is_tie, locate
@@ -61,6 +61,21 @@ class EncodedPairs(Dataset[Any]):
             chosen_ids=chosen,
             rejected_ids=rejected,
         )
+
+    def sizes(self) -> list[PairSize]:
+        """Tokens of every training pair, as :meth:`example` gives it, read from the columns' offsets alone."""
+        lengths = [
+            (list(map(len, row["prompt_ids"])), list(map(len, row["response_ids"])))
+            for row in self.table.select_columns(["prompt_ids", "response_ids"]).with_format("numpy")
+        ]
+        found = []
+        for index in range(len(self)):
+            row, half = locate(index, self.conditioned)
+            prompts, responses = lengths[row]
+            room = self.max_length - max(prompts)
+            chosen, rejected = (min(responses[which], room) for which in (half, 1 - half))
+            found.append(PairSize(prompts[half], chosen, rejected))
+        return found
 
     def __getitem__(self, plan: BatchPlan) -> tuple[BatchPlan, list[Example]]:
         """The examples of a whole batch: the sampler plans batches, not rows."""

@@ -13,7 +13,7 @@ from rap_lightning.batches.sampler import StepSampler
 from rap_lightning.batches.types import Batch
 
 
-class PairLoader(DataLoader[Batch]):
+class PairLoader(DataLoader[tuple[Batch, ...]]):
     """Batches of an :class:`EncodedPairs` as a :class:`StepSampler` plans them.
 
     Args:
@@ -31,7 +31,7 @@ class PairLoader(DataLoader[Batch]):
         super().__init__(pairs, batch_size=None, sampler=sampler, collate_fn=collate, **options)  # type: ignore[arg-type]
         self.plan, self.skip = sampler, skip
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[Batch, ...]]:  # type: ignore[override]
         self.plan.start = self.skip()
         yield from super().__iter__()
 
