@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rap_lightning.datamodule import PreferenceDataModule
     from rap_lightning.losses import DPO, Hinge, PreferenceLoss, SimPO
     from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference
+    from rap_lightning.models.stored import Stored
     from rap_lightning.module import PreferenceModule
     from rap_lightning.preferences.goals import GoalTemplate, OverallGoal, RewardScale
     from rap_lightning.preferences.relabel import RelabelledView, relabel
@@ -26,6 +27,7 @@ _HOMES = {
     "AdaptersOff": "models.reference",
     "Frozen": "models.reference",
     "NoReference": "models.reference",
+    "Stored": "models.stored",
     "GoalTemplate": "preferences.goals",
     "OverallGoal": "preferences.goals",
     "RewardScale": "preferences.goals",
@@ -47,6 +49,7 @@ __all__ = [
     "RelabelledView",
     "RewardScale",
     "SimPO",
+    "Stored",
     "relabel",
 ]
 

@@ -59,9 +59,9 @@ class PreferenceDataModule(pl.LightningDataModule):
         max_length: tokens of prompt and response together; longer ones are cut, and counted.
         max_prompt_length: a prompt is cut only where it and its longer response exceed max_length, and never below
             this many tokens; by default half of max_length. The goal is never cut.
-        layout: how a batch is laid out for the model. padded: a row per response. packed: one row of all responses, each
-            after its prompt. tree: one row in which responses share what they begin with. auto: tree. Where a model
-            can't do that (checked at the start), its sequences go through it one at a time.
+        layout: how a batch is laid out for the model. padded: a row per response. packed: one row of all responses,
+            each after its prompt. tree: one row in which responses share what they begin with. auto: tree. Where a
+            model can't do that (checked at the start), its sequences go through it one at a time.
         batch_size: pairs per device and batch. Pairs per optimizer step are batch_size times
             trainer.accumulate_grad_batches times the number of devices.
         token_budget: tokens, padding included, in one forward pass: a batch with more is taken in several passes, which

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -69,7 +71,7 @@ class PreferenceModule(pl.LightningModule):
         self.last_logged: tuple[int, dict[str, float]] = (0, {})
         self._clock = self._pause = 0.0
         self._grad_norm = float("nan")
-        self._checked = False
+        self._checked = self._restored = False
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -304,11 +306,30 @@ class PreferenceModule(pl.LightningModule):
         if self.trainer.log_every_n_steps < 1:  # type: ignore[attr-defined]
             raise ConfigError("--trainer.log_every_n_steps must be at least 1")
         self.reference.to(self.device)
+        self._prepare_reference("train_dataloader", "val_dataloader")
+
+    def _prepare_reference(self, *loaders: str) -> None:
+        """Show the reference the batches that it will be asked about, where it wants to see them first."""
+        if not self.reference.wants_batches:
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            name = type(self.reference).__name__
+            raise ConfigError(f"reference {name} looks at all data before the first step: attach a data module.")
+        assert self.policy is not None, "configure_model comes first"
+        splits = [loader.whole() for name in loaders if (loader := getattr(data, name)())]
+        with self.trainer.precision_plugin.train_step_context():
+            self.reference.prepare(
+                self.policy, itertools.chain(*splits), total=sum(map(len, splits)),
+                fresh=not self._restored, precision=str(self.trainer.precision),
+            )  # fmt: skip
 
     def on_validation_start(self) -> None:
         """Bring the reference to the policy's device (a no-op within fit)."""
         self._pause = time.perf_counter()
         self.reference.to(self.device)
+        if self.trainer.state.fn != TrainerFn.FITTING:  # fit has prepared it for validation too
+            self._prepare_reference("val_dataloader")
 
     on_test_start = on_validation_start
 
@@ -338,6 +359,7 @@ class PreferenceModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fill in the base model's weights, so that loading stays strict about everything else."""
+        self._restored = True
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = {**self._frozen(), **checkpoint["state_dict"]}
 

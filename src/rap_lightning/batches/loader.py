@@ -35,6 +35,11 @@ class PairLoader(DataLoader[tuple[Batch, ...]]):
         self.plan.start = self.skip()
         yield from super().__iter__()
 
+    def whole(self) -> PairLoader:
+        """This loader, from the epoch's beginning whatever a resumed run has behind it."""
+        self.skip = lambda: 0
+        return self
+
     # Lightning takes a loader with these two for resumable. The position itself is the trainer's to keep: it alone
     # knows which batches have become whole optimizer steps (rap_lightning.progress).
 

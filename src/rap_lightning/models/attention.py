@@ -108,7 +108,7 @@ class _RunByRun(torch.autograd.Function):
         query, key, value = _grouped(query, key, value)
         heads, group, tokens, size = query.shape
         # [T, H, D] in memory: what the output projection reads
-        out = query.new_empty(tokens, heads * group, size).unflatten(1, (heads, group)).permute(1, 2, 0, 3)
+        out: Tensor = query.new_empty(tokens, heads * group, size).unflatten(1, (heads, group)).permute(1, 2, 0, 3)
         wide = torch.promote_types(query.dtype, torch.float32)
         log_z = torch.empty(tokens, heads, group, dtype=wide, device=query.device).permute(1, 2, 0)
         for rows, keys, causal in _parts(runs):

@@ -7,6 +7,7 @@ a run goes on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import Policy, PolicyConfig, check_head, evaluating
+from rap_lightning.models.logps import sum_by_segment
+from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing, evaluating
 from rap_lightning.models.sharding import shard
 
 
@@ -38,9 +40,31 @@ class Reference(ABC):
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Move to the policy's device."""
 
+    def prepare(  # noqa: B027
+        self, policy: Policy, batches: Iterable[tuple[Batch, ...]], *, total: int, fresh: bool, precision: str
+    ) -> None:
+        """Called before the first batch of a run with all of them.
+
+        Args:
+            policy: already on its device.
+            batches: of this rank; the ranks have equally many, of as many forward passes.
+            total: how many.
+            fresh: whether the policy is still the initial one.
+            precision: the trainer's.
+        """
+
+    @property
+    def wants_batches(self) -> bool:
+        """Whether ``prepare`` looks at the batches, so that they are worth collating."""
+        return type(self).prepare is not Reference.prepare
+
     @abstractmethod
+    def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
+        """[M] float32 nats, without gradient."""
+
     def logps(self, policy: Policy, batch: Batch) -> Tensor:
         """[2B] float32 nats, without gradient."""
+        return sum_by_segment(self.token_logps(policy, batch), batch.segment, len(batch.lengths))
 
 
 class Frozen(Reference):
@@ -75,6 +99,7 @@ class Frozen(Reference):
             )
         self._model = Policy(source.load_model(dtype)).requires_grad_(False).eval()
         check_head(self._model)
+        check_sharing(self._model)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the model."""
@@ -91,9 +116,9 @@ class Frozen(Reference):
         return self._model
 
     @torch.no_grad()
-    def logps(self, policy: Policy, batch: Batch) -> Tensor:
+    def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
         """One forward pass of the frozen model."""
-        return self.model.logps(batch)
+        return self.model(batch)  # type: ignore[no-any-return]
 
 
 class AdaptersOff(Reference):
@@ -107,15 +132,15 @@ class AdaptersOff(Reference):
             )
 
     @torch.no_grad()
-    def logps(self, policy: Policy, batch: Batch) -> Tensor:
+    def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
         """One forward pass with the adapter disabled."""
         with evaluating(policy), policy.model.disable_adapter():
-            return policy.logps(batch)
+            return policy(batch)  # type: ignore[no-any-return]
 
 
 class NoReference(Reference):
     """For losses that need none."""
 
-    def logps(self, policy: Policy, batch: Batch) -> Tensor:
+    def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
         """Never called: a loss that needs a reference refuses this one when the run is configured."""
         raise AssertionError("NoReference has no log-probabilities")
