@@ -284,7 +284,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_written(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "fsync", full)
     store.add(b"b" * 16, np.array([-2.0], np.float32))
-    with pytest.raises(ConfigError, match="No space left on device.*--model.reference.folder"):
+    with pytest.raises(ConfigError, match=r"No space left on device.*--model.reference.folder"):
         store.flush()
     monkeypatch.undo()
     assert not list(tmp_path.rglob("*.partial"))
@@ -297,7 +297,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_computed(
     tiny: Path, pairs_folder: Path, tmp_path: Path, added: list[bytes]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match="can't be written to .*file"):
+    with pytest.raises(ConfigError, match=r"can't be written to .*file"):
         fit(tmp_path / "run", tiny, pairs_folder, tmp_path / "file")
     assert not added
 

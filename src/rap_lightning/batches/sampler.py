@@ -146,7 +146,7 @@ class StepSampler(DistributedSampler[BatchPlan]):
         most = max(map(len, packed))
         mine = packed[self.rank]
         while len(mine) < most:  # as many passes on every rank: sharding strategies meet in each
-            fullest = max(mine, key=len)
+            fullest = max(mine, key=len, default=[])
             if len(fullest) > 1:
                 mine.append([fullest.pop()])
             else:
