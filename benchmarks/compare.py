@@ -45,7 +45,9 @@ def run(command: list[str], a: argparse.Namespace) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(methods: dict[str, list[str]], common: list[str], pairs: int, a: argparse.Namespace) -> dict[str, list[Any]]:
+def measure(
+    methods: dict[str, list[str]], common: list[str], pairs: int, a: argparse.Namespace
+) -> dict[str, list[Any]]:
     """What each method gave in each round, in turn."""
     found: dict[str, list[Any]] = {name: [] for name in methods}
     for number in range(a.rounds):
@@ -78,12 +80,20 @@ def largest_difference(peer: list[Any], ours: list[Any]) -> str:
 def report(title: str, found: dict[str, list[Any]], base: str, peers: list[str]) -> list[str]:
     """The table of one setting, every peer against ``base``."""
     ours = found[base]
-    lines = [f"### {title}", "", "| | CPU s per step | wall s per step | tokens laid out | peak GB |", "|---|---|---|---|---|"]
+    lines = [
+        f"### {title}",
+        "",
+        "| | CPU s per step | wall s per step | tokens laid out | peak GB |",
+        "|---|---|---|---|---|",
+    ]
     for name, results in found.items():
         cpu, wall = (statistics.median(flat(results, key)) for key in ("cpu", "wall"))
         laid, peak = sum(flat(results, "tokens_laid")), max(r["peak_gb"] for r in results)
         lines.append(f"| {name} | {cpu:.1f} | {wall:.1f} | {laid:,} | {peak:.1f} |")
-    lines += ["", f"| times ours ({base}) | CPU | wall | peak | whole run, reference included, CPU | step 0: loss / logps |"]
+    lines += [
+        "",
+        f"| times ours ({base}) | CPU | wall | peak | whole run, reference included, CPU | step 0: loss / logps |",
+    ]
     lines.append("|---|---|---|---|---|---|")
     for name in peers:
         peer = found[name]
@@ -97,7 +107,9 @@ def report(title: str, found: dict[str, list[Any]], base: str, peers: list[str])
 
 
 def machine() -> str:
-    model = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    model = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
     import torch
     import transformers
     import trl
@@ -118,7 +130,9 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--only", nargs="*", help="methods whose name holds one of these words")
-    parser.add_argument("--run-with", default="", help="a command to put before each measurement (taskset, nice, flock)")
+    parser.add_argument(
+        "--run-with", default="", help="a command to put before each measurement (taskset, nice, flock)"
+    )
     parser.add_argument("--out", default=str(HERE / "results" / "trl.md"))
     a = parser.parse_args()
     ours, peers = (LORA["ours"], LORA["peers"]) if a.lora_rank else (OURS, PEERS)

@@ -12,7 +12,9 @@ from measure import Clock, forget_peak, options, peak_gb, read_rows
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--precompute", action="store_true", help="precompute_ref_log_probs")
-    parser.add_argument("--compact-head", action="store_true", help="score response positions only, as TRL does on CUDA")
+    parser.add_argument(
+        "--compact-head", action="store_true", help="score response positions only, as TRL does on CUDA"
+    )
     a = parser.parse_args()
 
     import torch

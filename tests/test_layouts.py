@@ -18,6 +18,7 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
 from rap_lightning.models.policy import Lora, Policy, PolicyConfig, check_head, check_sharing, silence_dropout
+from test_logps import examples
 
 VOCABULARY = 97
 
@@ -302,7 +303,14 @@ def test_a_batch_moves_with_its_forest() -> None:
     assert batch.forest.end.device.type == "meta"
 
 
-def test_layouts_of_a_saved_model_are_checked_when_it_is_built(tmp_path: Path) -> None:
+def test_a_saved_model_passes_both_checks(tmp_path: Path) -> None:
     policy = PolicyConfig(str(make_model(tmp_path / "model"))).build(torch.float32)
     assert check_head(policy) < 1e-4
     assert check_sharing(policy) is None
+
+
+def test_sizes_are_those_of_the_examples(tiny: Path) -> None:
+    for max_length in (160, 95):
+        pairs = examples(tiny, rows=12, max_length=max_length)
+        expected = [pairs.example(i) for i in range(len(pairs))]
+        assert pairs.sizes() == [PairSize(len(e.prompt_ids), len(e.chosen_ids), len(e.rejected_ids)) for e in expected]

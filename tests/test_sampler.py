@@ -135,7 +135,8 @@ def test_ranks_are_balanced_by_tokens_and_batches_hold_pairs_of_like_length() ->
 
     by_length = [max(map(tokens, at_once)) / (sum(map(tokens, at_once)) / 4) for at_once in zip(*dealt, strict=True)]
     in_order = [
-        max(map(tokens, at_once)) / (sum(map(tokens, at_once)) / 4) for at_once in zip(*plans(256, 4, 8, 2), strict=True)
+        max(map(tokens, at_once)) / (sum(map(tokens, at_once)) / 4)
+        for at_once in zip(*plans(256, 4, 8, 2), strict=True)
     ]
     assert max(by_length) < 1.03
     assert max(in_order) > 1.1, "or the test shows nothing"

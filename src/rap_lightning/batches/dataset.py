@@ -64,10 +64,9 @@ class EncodedPairs(Dataset[Any]):
 
     def sizes(self) -> list[PairSize]:
         """Tokens of every training pair, as :meth:`example` gives it, read from the columns' offsets alone."""
-        lengths = [
-            (list(map(len, row["prompt_ids"])), list(map(len, row["response_ids"])))
-            for row in self.table.select_columns(["prompt_ids", "response_ids"]).with_format("numpy")
-        ]
+        lengths = []
+        for rows in self.table.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(1000):
+            lengths += list(zip(*(_lengths(rows[name]) for name in ("prompt_ids", "response_ids")), strict=True))
         found = []
         for index in range(len(self)):
             row, half = locate(index, self.conditioned)
@@ -145,6 +144,14 @@ def encode_pairs(
     pairs = EncodedPairs(table.select(keep), goal is not None, encoder.max_length)
     report.pairs, report.relabelled = len(keep), len(pairs)
     return pairs, report
+
+
+def _lengths(column: Any) -> list[list[int]]:
+    """The lengths of the inner lists of an Arrow column of lists of lists."""
+    from pyarrow import compute
+
+    inner = iter(compute.list_value_length(compute.list_flatten(column)).to_pylist())
+    return [[next(inner) for _ in range(count)] for count in compute.list_value_length(column).to_pylist()]
 
 
 def _encode_rows(batch: dict[str, list[Any]], indices: list[int], encoder: Encoder) -> dict[str, list[Any]]:
