@@ -117,8 +117,8 @@ def main() -> None:
             print(found[-1], flush=True)
     lines = [
         f"The shape of {Path(a.model).name} with {a.layers} layers, float32, one forward and backward pass, "
-        f"the fastest of {a.repeats}. Where an axis is not varied: one pair, 1,024 tokens of prompt and chosen response "
-        "(512 along the pairs), 30% of them prompt; rejected is 0.6 times as long as chosen.", "",
+        f"the fastest of {a.repeats}. Where an axis is not varied: one pair, 1,024 tokens of prompt and chosen "
+        "response (512 along the pairs), 30% of them prompt; rejected is 0.6 times as long as chosen.", "",
         "| axis | | " + " | ".join(f"{x}: tokens, CPU s, GB" for x in LAYOUTS) + " |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for axis, label in dict.fromkeys((p["axis"], p["label"]) for p in found):

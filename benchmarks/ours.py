@@ -16,13 +16,14 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--layout", default="auto")
     parser.add_argument("--reference", choices=["stored", "frozen"], default="stored")
-    parser.add_argument("--token-budget", type=int)
+    parser.add_argument("--token-budget", type=int, help="0: that of the longest pair")
     a = parser.parse_args()
 
     import lightning.pytorch as pl
     import torch
 
     from rap_lightning import DPO, PreferenceDataModule, PreferenceModule, Stored
+    from rap_lightning.batches.layouts import LAYOUTS
     from rap_lightning.models.policy import Lora, PolicyConfig
     from rap_lightning.models.reference import Frozen
     from rap_lightning.schedules import ConstantWithWarmup
@@ -37,6 +38,9 @@ def main() -> None:
 
     class InOrder(PreferenceDataModule):  # the rows come shuffled: keep their order
         def train_dataloader(self) -> Any:
+            if self.token_budget is None and a.token_budget == 0:
+                tokens = LAYOUTS[self.layout].tokens
+                self.token_budget = max(tokens([size]) for size in self._pairs[self.train_split].sizes())
             return self._loader(self.train_split, shuffle=False)
 
     clock, logs, counts = Clock(), [], []
@@ -69,7 +73,7 @@ def main() -> None:
     )  # fmt: skip
     data = InOrder(
         str(folder), goal=None, max_length=a.max_length, batch_size=a.pairs_per_step, layout=a.layout,
-        token_budget=a.token_budget,
+        token_budget=a.token_budget or None,
     )  # fmt: skip
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=a.steps, precision="bf16-mixed" if a.bf16 else "32-true", log_every_n_steps=1,

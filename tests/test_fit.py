@@ -144,6 +144,21 @@ def test_layouts_and_forward_passes_within_a_token_budget_train_the_same(
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
+def test_a_model_that_shares_nothing_says_so_once_and_trains_the_same(
+    tiny: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rap_lightning.models import attention
+
+    said: list[str] = []
+    monkeypatch.setattr("rap_lightning.module.rank_zero_info", lambda text: said.append(text))
+    together = fit(tmp_path / "together", tiny, pairs_folder, trainer={"max_steps": 3})
+    assert not any("one at a time" in text for text in said)
+    monkeypatch.setattr(attention, "_parts", lambda runs: [(slice(0, runs[-1][1]), slice(0, runs[-1][1]), True)])
+    apart = fit(tmp_path / "apart", tiny, pairs_folder, trainer={"max_steps": 3})
+    assert sum("one at a time" in text for text in said) == 1
+    assert_same(weights(together), weights(apart), 5e-5)
+
+
 def test_frozen_and_adapters_off_train_the_same(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
     runs = [
         fit(tmp_path / type(r).__name__, tiny, pairs_folder, lora=True, reference=r) for r in (Frozen(), AdaptersOff())

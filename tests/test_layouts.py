@@ -17,6 +17,7 @@ from rap_lightning.batches.forest import plant
 from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
+from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy import Lora, Policy, PolicyConfig, check_head, check_sharing, silence_dropout
 from test_logps import examples
 
@@ -314,3 +315,9 @@ def test_sizes_are_those_of_the_examples(tiny: Path) -> None:
         pairs = examples(tiny, rows=12, max_length=max_length)
         expected = [pairs.example(i) for i in range(len(pairs))]
         assert pairs.sizes() == [PairSize(len(e.prompt_ids), len(e.chosen_ids), len(e.rejected_ids)) for e in expected]
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "nothing_like_it"])
+def test_an_attention_that_the_machine_lacks_is_named(attention: str, tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"attn_implementation {attention}: this model or this machine has no such"):
+        PolicyConfig(str(tiny), attn_implementation=attention).load_model(torch.float32)

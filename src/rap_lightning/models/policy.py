@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -101,7 +102,15 @@ class PolicyConfig:
         options = source | {"config": config, "dtype": dtype, "use_safetensors": True}
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
-        model = _load("model", self.path, AutoModelForCausalLM, options)
+        try:
+            model = _load("model", self.path, AutoModelForCausalLM, options)
+        except ConfigError as error:
+            if self.attn_implementation and re.search("attn|attention", str(error), re.IGNORECASE):
+                raise ConfigError(
+                    f"--model.policy.attn_implementation {self.attn_implementation}: this model or this machine has no "
+                    f"such attention: {str(error.__cause__).splitlines()[0]} Leave it out for transformers' own choice."
+                ) from error
+            raise
         if not self.dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
