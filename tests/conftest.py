@@ -241,10 +241,10 @@ def build(model: Path, data: Path, *, lora: bool = False, **options: Any) -> tup
     from rap_lightning.module import PreferenceModule
 
     seed_everything(0, verbose=False)
+    policy = options.pop("policy", None) or PolicyConfig(str(model), lora=Lora(r=4) if lora else None)
     module_names = {"loss", "reference", "optimizer", "schedule", "generation"}
     module_options = {k: v for k, v in options.items() if k in module_names}
     data_options = {k: v for k, v in options.items() if k not in module_names}
-    policy = PolicyConfig(str(model), lora=Lora(r=4) if lora else None)
     module = PreferenceModule(policy, **module_options)
     return module, PreferenceDataModule(str(data), **({"max_length": 160, "batch_size": 4} | data_options))
 

@@ -346,8 +346,12 @@ def test_two_processes_equal_one_with_rows_that_do_not_divide(
     common = ["fit", "--config", str(config), *sgd]
     runs = {
         "one": ["--data.batch_size", "16"],
-        "two": ["--data.batch_size", "8", "--trainer.devices", "2", *options[strategy]],
-    }
+        # in forward passes of their own number, and with the reference's log-probabilities computed by both
+        "two": [
+            "--data.batch_size", "8", "--trainer.devices", "2", *options[strategy], "--data.token_budget", "500",
+            "--model.reference", "Stored", "--model.reference.folder", str(tmp_path / "store"),
+        ],
+    }  # fmt: skip
     for name, extra in runs.items():
         process = start(*common, *extra, "--trainer.default_root_dir", str(tmp_path / name))
         try:
@@ -355,6 +359,7 @@ def test_two_processes_equal_one_with_rows_that_do_not_divide(
         finally:
             process.kill()
         assert process.returncode == 0, output[-3000:]
+    assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 2, "a file of each process"
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(one) == len(two) > 3
     for a, b in zip(one, two, strict=True):

@@ -118,6 +118,47 @@ def test_accumulation_equals_one_batch_also_in_the_epochs_uneven_last_step(
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "tree"])
+def test_layouts_and_forward_passes_within_a_token_budget_train_the_same(
+    layout: str, tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    whole = fit(tmp_path / "a", tiny, pairs_folder, batch_size=12, layout="padded")
+    passes: list[int] = []
+
+    class Counted(PreferenceModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            passes.append(len(batch))
+            return super().training_step(batch, batch_idx)
+
+    module, data = build(
+        tiny, pairs_folder, batch_size=6, token_budget=400, layout=layout, optimizer=sgd, schedule=CONSTANT,
+        loss=DPO(0.5),
+    )  # fmt: skip
+    parts = Counted(module.policy_config, DPO(0.5), optimizer=sgd, schedule=CONSTANT)
+    make_trainer(tmp_path / "b", accumulate_grad_batches=2).fit(parts, data)
+    assert max(passes) > 1, "or the test shows nothing"
+    assert_same(weights(whole), weights(parts), 5e-5)
+    a, b = ([row for row in logged(tmp_path / run) if "loss" in row] for run in "ab")
+    for one, other in zip(a, b, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_a_model_that_shares_nothing_says_so_once_and_trains_the_same(
+    tiny: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rap_lightning.models import attention
+
+    said: list[str] = []
+    monkeypatch.setattr("rap_lightning.module.rank_zero_info", lambda text: said.append(text))
+    together = fit(tmp_path / "together", tiny, pairs_folder, trainer={"max_steps": 3})
+    assert not any("one at a time" in text for text in said)
+    monkeypatch.setattr(attention, "_parts", lambda runs: [(slice(0, runs[-1][1]), slice(0, runs[-1][1]), True)])
+    apart = fit(tmp_path / "apart", tiny, pairs_folder, trainer={"max_steps": 3})
+    assert sum("one at a time" in text for text in said) == 1
+    assert_same(weights(together), weights(apart), 5e-5)
+
+
 def test_frozen_and_adapters_off_train_the_same(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
     runs = [
         fit(tmp_path / type(r).__name__, tiny, pairs_folder, lora=True, reference=r) for r in (Frozen(), AdaptersOff())

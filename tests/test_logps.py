@@ -3,20 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 
-from conftest import make_model, scored_rows
-from rap_lightning.batches.dataset import EncodedPairs, encode_pairs
-from rap_lightning.batches.encode import Encoder
-from rap_lightning.batches.layouts import padded
+from conftest import encode, make_model, scored_rows
+from rap_lightning.batches.dataset import EncodedPairs
+from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
+from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models import logps
 from rap_lightning.models.logps import Head
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head
-from rap_lightning.preferences.goals import OverallGoal
 
 
 def naive(
@@ -67,8 +65,13 @@ def test_log_probabilities_are_float32_under_bf16() -> None:
 
 
 def examples(model: Path, rows: int = 6, max_length: int = 160) -> EncodedPairs:
-    encoder = Encoder(PolicyConfig(str(model)).load_tokenizer(), OverallGoal(), max_length)
-    return encode_pairs(datasets.Dataset.from_list(scored_rows(rows)), encoder, source="rows", split="train")[0]
+    tokenizer = PolicyConfig(str(model)).load_tokenizer()
+    return encode(tokenizer, scored_rows(rows), max_length=max_length)[0]
+
+
+def laid(layout: str, pairs: EncodedPairs, indices: tuple[int, ...]) -> Batch:
+    plan = BatchPlan(indices, (1.0,) * len(indices), len(indices), (tuple(range(len(indices))),))
+    return lay_out(LAYOUTS[layout], [pairs.example(i) for i in indices], plan, pad_id=0)
 
 
 def tiny_of(architecture: str, folder: Path) -> Path:
@@ -104,7 +107,7 @@ def test_padded_batches_equal_one_sequence_at_a_time(architecture: str, tmp_path
     assert check_head(policy) < 1e-6
     pairs = examples(path)
     chosen = [pairs.example(i) for i in (0, 3, 5)]
-    batch = padded(chosen, BatchPlan((0, 3, 5), (1.0,) * 3, 3), pad_id=0)
+    batch = laid("padded", pairs, (0, 3, 5))
     ours = policy.logps(batch)
     expected = []
     for example in chosen:
@@ -126,7 +129,7 @@ def test_padded_batches_equal_one_sequence_at_a_time(architecture: str, tmp_path
 
 def test_gradient_checkpointing_changes_no_gradient(tiny: Path) -> None:
     pairs = examples(tiny)
-    batch = padded([pairs.example(0)], BatchPlan((0,), (1.0,), 1), pad_id=0)
+    batch = laid("padded", pairs, (0,))
     results = []
     for checkpointing in (False, True):
         policy = PolicyConfig(str(tiny), gradient_checkpointing=checkpointing).build(torch.float64)
@@ -153,7 +156,7 @@ def test_a_head_that_does_more_than_is_known_is_refused(tiny: Path) -> None:
 def test_dropout_is_off_unless_asked_for(tmp_path: Path) -> None:
     path = tiny_of("GPT2", tmp_path)
     pairs = examples(path)
-    batch = padded([pairs.example(0)], BatchPlan((0,), (1.0,), 1), pad_id=0)
+    batch = laid("padded", pairs, (0,))
     silent, noisy = (PolicyConfig(str(path), dropout=d).build(torch.float32) for d in (False, True))
     assert torch.equal(silent.logps(batch), silent.logps(batch))
     assert not torch.equal(noisy.logps(batch), noisy.logps(batch))
@@ -163,7 +166,7 @@ def test_policy_is_a_module_whose_head_runs_inside_forward(tiny: Path) -> None:
     """Sharding strategies gather weights around ``Policy.forward``: nothing may be used outside it."""
     policy = PolicyConfig(str(tiny)).build(torch.float32)
     pairs = examples(tiny)
-    batch = padded([pairs.example(0)], BatchPlan((0,), (1.0,), 1), pad_id=0)
+    batch = laid("padded", pairs, (0,))
     inside: list[bool] = []
     original = Head.token_logps
     state = {"inside": False}

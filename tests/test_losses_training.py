@@ -11,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from conftest import build, make_trainer, scored_rows, sgd, write_jsonl
+from conftest import build, encode, make_trainer, scored_rows, sgd, write_jsonl
 from loss_cases import LOSSES, make, random_logps, taken
-from rap_lightning.batches.encode import Encoder
+from rap_lightning.batches.layouts import LAYOUTS, lay_out
+from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import AOT, BCO, DPO, KTO, LDDPO, SFT, WPO, MarginDPO, Mixture
@@ -107,22 +108,23 @@ def test_tokens_and_their_collisions_reach_the_loss(tiny: Path, pairs_folder: Pa
     assert module.loss.needs_tokens
 
 
-def test_unrelated_responses_are_those_of_the_pair_before(tiny: Path, pairs_folder: Path) -> None:
-    module, data = build(tiny, pairs_folder, batch_size=3)
-    data._encoder = Encoder(module.tokenizer, data.goal, 160)
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
+@pytest.mark.parametrize("layout", ["padded", "packed", "tree"])
+def test_unrelated_responses_are_those_of_the_pair_before(layout: str, tiny: Path) -> None:
+    policy = PolicyConfig(str(tiny)).build(torch.float32)
+    pairs, _, _ = encode(PolicyConfig(str(tiny)).load_tokenizer(), scored_rows(6), max_length=160)
+    examples = [pairs.example(i) for i in (0, 3, 8)]
+    plan = BatchPlan((0, 1, 2), (1.0,) * 3, 3, ((0, 1, 2),))
+    batch = lay_out(LAYOUTS[layout], examples, plan, pad_id=0)
     other = unrelated(batch)
     assert other.lengths.tolist() == batch.lengths.roll(2).tolist()
-    policy = PolicyConfig(str(tiny)).build(torch.float32)
     with torch.no_grad():
         found = policy.logps(other)
-        for s in range(6):
-            prompt = batch.input_ids[s, : int(batch.predict_from[batch.segment == s][0]) % batch.input_ids.shape[1] + 1]
-            response = batch.target[batch.segment == (s - 2) % 6]
-            ids = torch.cat((prompt, response))[None]
-            logps = policy.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-            assert float(found[s]) == pytest.approx(float(logps[len(prompt) - 1 :].sum()), rel=1e-4)
+        for i, example in enumerate(examples):
+            for side, response in enumerate((examples[i - 1].chosen_ids, examples[i - 1].rejected_ids)):
+                ids = torch.tensor([*example.prompt_ids, *response])[None]
+                logps = policy.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+                expected = float(logps[len(example.prompt_ids) - 1 :].sum())
+                assert float(found[2 * i + side]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_prompts_are_found_in_rows_where_responses_share_them() -> None:
@@ -148,8 +150,10 @@ def test_prompts_are_found_in_rows_where_responses_share_them() -> None:
             ids += response
     t = torch.tensor
     batch = Batch(
-        t([ids]), t([positions]), torch.ones(1, len(ids)), t(predict_from), t(target), t(segment), t([2, 1, 1, 3]),
-        torch.zeros(2, 2), t([0, 0]), torch.ones(2), 2, ("a", "b"), (None, None),
+        input_ids=t([ids]), position_ids=t([positions]), attention_mask=torch.ones(1, len(ids)), forest=None,
+        predict_from=t(predict_from), target=t(target), segment=t(segment), lengths=t([2, 1, 1, 3]),
+        rewards=torch.zeros(2, 2), origin=t([0, 0]), weights=torch.ones(2), step_pairs=2, digests=(),
+        pair_ids=("a", "b"), goals=(None, None),
     )  # fmt: skip
     other = unrelated(batch)
     found = [row[: int(mask.sum())].tolist() for row, mask in zip(other.input_ids, other.attention_mask, strict=True)]
@@ -343,12 +347,37 @@ def test_data_without_rewards_are_refused_before_the_model_loads(streaming: bool
 def test_a_pair_without_rewards_never_trains_a_loss_that_needs_them(
     tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
-
     module, data = build(tiny, pairs_folder, loss=Mixture([SFT(), MarginDPO()]))
     step = module.training_step
-    module.training_step = lambda batch, batch_idx: step(replace(batch, rewards=batch.rewards * torch.nan), batch_idx)
+    module.training_step = lambda parts, batch_idx: step(
+        tuple(replace(part, rewards=part.rewards * torch.nan) for part in parts), batch_idx
+    )
     with pytest.raises(DataError, match="Mixture needs the judge's rewards"):
         make_trainer(tmp_path, max_steps=1).fit(module, data)
+
+
+def test_a_loss_of_whole_batches_is_refused_where_batches_are_taken_apart(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    module, data = build(tiny, pairs_folder, loss=AOT(), token_budget=500)
+    with pytest.raises(ConfigError, match="token_budget takes a batch apart"):
+        make_trainer(tmp_path).fit(module, data)
+    assert module.policy is None
+
+
+def test_stored_log_probabilities_are_refused_where_they_cannot_be_known(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    from rap_lightning.models.stored import Stored
+
+    with pytest.raises(ConfigError, match="looks at more than the sums"):
+        build(tiny, pairs_folder, loss=KTO(), reference=Stored(folder=str(tmp_path / "store")))
+    module, data = build(tiny, pairs_folder, reference=Stored(folder=str(tmp_path / "store")), streaming=True)
+    with pytest.raises(ConfigError, match="a stream is read while training"):
+        make_trainer(tmp_path, max_steps=2).fit(module, data)
+    module, data = build(tiny, pairs_folder, loss=LDDPO(), reference=Stored(folder=str(tmp_path / "store")))
+    make_trainer(tmp_path, max_steps=1).fit(module, data)
+    assert module.last_logged[1]["rewards/margins"] == pytest.approx(0, abs=1e-5), "tokens are kept, not sums alone"
 
 
 def test_a_following_reference_refuses_what_it_cannot_do(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def examples(tiny: Path) -> list[Example]:
     made = []
     for number, row in enumerate(scored_rows(PAIRS)):
         history, chosen, rejected = row["chosen"][:-1], row["chosen"][-1]["content"], row["rejected"][-1]["content"]
-        prompt = encoder.prompt(history, row["score_chosen"], Notes())
+        prompt = encoder.prompt(history, OverallGoal().text(row["score_chosen"]), Notes())
         ids = [encoder.response(prompt, text, Notes()) for text in (chosen, rejected)]
         rewards = (row["score_chosen"], row["score_rejected"])
         made.append(Example(str(number), 0, None, rewards, prompt.ids, *ids))
@@ -90,8 +90,9 @@ def models(tiny: Path) -> tuple[Any, Any]:
 
 
 def batch_of(examples: list[Example]) -> Batch:
-    plan = BatchPlan(tuple(range(len(examples))), (1.0,) * len(examples), len(examples))
-    return Collate("padded", 0)((plan, examples))
+    places = tuple(range(len(examples)))
+    (batch,) = Collate("padded", 0)((BatchPlan(places, (1.0,) * len(examples), len(examples), (places,)), examples))
+    return batch
 
 
 def grads(model: Any, loss: Tensor) -> dict[str, Tensor]:

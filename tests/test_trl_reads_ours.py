@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import encode, make_model, make_tokenizer, scored_rows, write_jsonl
-from rap_lightning.batches.layouts import padded
+from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.commands.relabel import relabel
 
@@ -46,8 +46,8 @@ def test_step_zero_has_the_same_ids_and_masks(family: str, tmp_path: Path) -> No
     )  # fmt: skip
     theirs = next(iter(trainer.get_train_dataloader()))
     ours, _, _ = encode(tokenizer, rows)
-    plan = BatchPlan(tuple(range(100)), (1.0,) * 100, 100)
-    batch = padded([ours.example(i) for i in range(100)], plan, tokenizer.pad_token_id)
+    plan = BatchPlan(tuple(range(100)), (1.0,) * 100, 100, (tuple(range(100)),))
+    batch = lay_out(LAYOUTS["padded"], [ours.example(i) for i in range(100)], plan, tokenizer.pad_token_id)
     mask = torch.zeros(batch.input_ids.numel(), dtype=torch.int64)
     mask[batch.predict_from + 1] = 1  # the token that a state predicts stands right behind it
     own = sequences(batch.input_ids, batch.attention_mask, mask.view_as(batch.input_ids))

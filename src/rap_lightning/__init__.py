@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rap_lightning.datamodule import PreferenceDataModule
     from rap_lightning.losses import DPO, Hinge, PreferenceLoss, SimPO
     from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference
+    from rap_lightning.models.stored import Stored
     from rap_lightning.models.synchronised import Synchronised
     from rap_lightning.module import PreferenceModule
     from rap_lightning.preferences.filters import Filters
@@ -33,6 +34,7 @@ _HOMES = {
     "NoReference": "models.reference",
     "AttributeGoal": "preferences.goals",
     "Synchronised": "models.synchronised",
+    "Stored": "models.stored",
     "GoalTemplate": "preferences.goals",
     "OverallGoal": "preferences.goals",
     "LinearScale": "preferences.scales",
@@ -73,6 +75,7 @@ __all__ = [
     "Selection",
     "SimPO",
     "Source",
+    "Stored",
     "Synchronised",
     "relabel",
 ]

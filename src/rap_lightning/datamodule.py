@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.batches.layouts import LAYOUTS, Collate
 from rap_lightning.batches.loader import PairLoader
 from rap_lightning.batches.pair_encoder import PairEncoder
-from rap_lightning.batches.sampler import StepSampler
+from rap_lightning.batches.sampler import Packing, StepSampler
 from rap_lightning.batches.stream import StepShape, StreamedPairs, StreamLoader
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError, DataError
@@ -88,9 +89,13 @@ class PreferenceDataModule(pl.LightningDataModule):
         max_length: tokens of prompt and response together; longer ones are cut, and counted.
         max_prompt_length: a prompt is cut only where it and its longer response exceed max_length, and never below
             this many tokens; by default half of max_length. The goal is never cut.
-        layout: how a batch is laid out for the model. padded: a row per response. auto: the best there is.
-        batch_size: pairs per device in one forward pass. Pairs per optimizer step are batch_size times
+        layout: how a batch is laid out for the model. padded: a row per response. packed: one row of all responses,
+            each after its prompt. tree: one row in which responses share what they begin with. auto: tree. Where a
+            model can't do that (checked at the start), its sequences go through it one at a time.
+        batch_size: pairs per device and batch. Pairs per optimizer step are batch_size times
             trainer.accumulate_grad_batches times the number of devices.
+        token_budget: tokens, padding included, in one forward pass: a batch with more is taken in several passes, which
+            changes memory and speed and nothing else. By default a batch goes through the model at once.
         num_workers: processes that prepare batches; 0 does it in the main process.
         num_proc: processes that read and tokenise; by default one.
         seed: of the order in which pairs are seen, of the half that relabel half takes, and of what weights draw.
@@ -116,17 +121,19 @@ class PreferenceDataModule(pl.LightningDataModule):
         shuffle_buffer: int | None = None,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
-        layout: Literal["auto", "padded"] = "auto",
+        layout: Literal["auto", "padded", "packed", "tree"] = "auto",
         batch_size: int = 4,
+        token_budget: int | None = None,
         num_workers: int = 0,
         num_proc: int | None = None,
         seed: int = 42,
         predict: Prompts = Prompts(),  # noqa: B008
     ) -> None:
         super().__init__()
-        least = {
-            "batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "num_proc": (num_proc, 1),
-            "predict.limit": (predict.limit, 1), "shuffle_buffer": (shuffle_buffer, 1),
+        least: dict[str, tuple[int | None, int]] = {
+            "max_length": (max_length, 1), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0),
+            "token_budget": (token_budget, 1), "num_proc": (num_proc, 1), "predict.limit": (predict.limit, 1),
+            "shuffle_buffer": (shuffle_buffer, 1),
         }  # fmt: skip
         for name, (value, lowest) in least.items():
             if value is not None and value < lowest:
@@ -137,6 +144,11 @@ class PreferenceDataModule(pl.LightningDataModule):
             raise ConfigError(
                 f"--data.goal.scale: {type(goal.scale).__name__} is fitted on the training split, which a stream shows "
                 "only once. Give its numbers (rap-lightning inspect prints those of a sample)."
+            )
+        if streaming and token_budget is not None:
+            raise ConfigError(
+                "--data.token_budget needs to know the length of every pair, which a stream doesn't tell: set a "
+                "smaller --data.batch_size and more --trainer.accumulate_grad_batches instead."
             )
         if streaming and filters.repeats == "drop":
             raise ConfigError("--data.filters.repeats drop has no effect on a stream, whose rows are read one by one.")
@@ -154,7 +166,8 @@ class PreferenceDataModule(pl.LightningDataModule):
         self.train_split, self.val_split = train_split, val_split
         self.streaming, self.shuffle_buffer = streaming, 10_000 if shuffle_buffer is None else shuffle_buffer
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
-        self.layout = "padded" if layout == "auto" else layout
+        self.layout = "tree" if layout == "auto" else layout
+        self.token_budget = token_budget
         assert self.layout in LAYOUTS
         self.batch_size, self.num_workers, self.num_proc, self.seed = batch_size, num_workers, num_proc, seed
         self.predict = predict
@@ -328,6 +341,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             rank=trainer.global_rank if trainer is not None else 0,
             shuffle=shuffle,
             seed=self.seed,
+            packing=Packing(pairs.sizes(), LAYOUTS[self.layout].tokens, self.token_budget or sys.maxsize),
         )
         resumes = trainer is not None and shuffle
 

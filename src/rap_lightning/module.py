@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from functools import cached_property
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from rap_lightning.losses import DPO, PreferenceLoss
 from rap_lightning.metrics import PairMetrics
 from rap_lightning.models.generate import Generation, generate
 from rap_lightning.models.logps import sum_by_segment
-from rap_lightning.models.policy import Policy, PolicyConfig, check_head
+from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
 from rap_lightning.models.sharding import shard
 from rap_lightning.preferences.relabel import UNCONDITIONED
@@ -74,7 +76,7 @@ class PreferenceModule(pl.LightningModule):
         self.last_logged: tuple[int, dict[str, float]] = (0, {})
         self._clock = self._pause = 0.0
         self._grad_norm = float("nan")
-        self._checked = False
+        self._checked = self._restored = False
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -91,6 +93,11 @@ class PreferenceModule(pl.LightningModule):
         dtype = self.policy_config.resolve_dtype()
         self.policy = self.policy_config.build(dtype)
         difference = check_head(self.policy)
+        if reason := check_sharing(self.policy):
+            rank_zero_info(
+                f"{self.policy_config.path} shares no prefixes and packs nothing: {reason}. With the layouts "
+                "packed and tree, sequences go through it one at a time."
+            )
         total = sum(p.numel() for p in self.policy.parameters())
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         rank_zero_info(
@@ -124,6 +131,11 @@ class PreferenceModule(pl.LightningModule):
             raise ConfigError(
                 f"{name} needs at least {self.loss.least_pairs} pairs in a batch: {self.loss.batch_level}. "
                 f"Found --data.batch_size {size}."
+            )
+        if self.loss.batch_level and getattr(data, "token_budget", None) is not None:
+            raise ConfigError(
+                f"{name} looks at all pairs of a batch together ({self.loss.batch_level}), and --data.token_budget "
+                "takes a batch apart. Remove it, or set a smaller --data.batch_size."
             )
         if self.loss.needs_rewards and not getattr(data, "has_rewards", True):
             raise ConfigError(
@@ -196,12 +208,22 @@ class PreferenceModule(pl.LightningModule):
         tokens = TokenLogps.of(token_logps, batch.segment, collisions) if self.loss.needs_tokens else None
         return PairLogps.from_segments(sums, batch.lengths, weights=batch.weights, tokens=tokens, unrelated=other)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean over the pairs of the whole optimizer step, over all ranks and accumulated batches."""
-        losses = self._step(batch, self._metrics("fit"))
-        # Lightning divides by the accumulated batches and the strategy by the ranks: undo both
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_pairs
-        return (losses * batch.weights).sum() * scale
+    def training_step(self, batch: tuple[Batch, ...], batch_idx: int) -> Tensor:
+        """The mean over the pairs of the whole optimizer step, over all ranks and accumulated batches.
+
+        A batch comes as its forward passes; all but the last leave their gradients behind at once, and with them the
+        memory they took.
+        """
+        trainer = self.trainer
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            trainer.optimizers[0].zero_grad()
+        *first, last = batch
+        for part in first:
+            loss = self._share_of_step(part)
+            with torch.autocast(self.device.type, enabled=False):
+                trainer.strategy.backward(loss, None)
+        # Lightning divides what is returned by the accumulated batches
+        return self._share_of_step(last) * trainer.accumulate_grad_batches
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the loss and the reference follow, before a checkpoint can be written."""
@@ -210,13 +232,23 @@ class PreferenceModule(pl.LightningModule):
         self.loss.after_step()
         self.reference.follow(self.policy, self.global_step + 1)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds to the epoch's metrics."""
-        self._step(batch, self._metrics("val"))
+    def _share_of_step(self, part: Batch) -> Tensor:
+        losses = self._step(part, self._metrics("fit"))
+        # the strategy divides gradients by the ranks: undo that
+        return (losses * part.weights).sum() * (self.trainer.world_size / part.step_pairs)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Done in ``training_step``: here the gradients of its first forward passes are already there."""
+
+    def validation_step(self, batch: tuple[Batch, ...], batch_idx: int) -> None:
         """Adds to the epoch's metrics."""
-        self._step(batch, self._metrics("test"))
+        for part in batch:
+            self._step(part, self._metrics("val"))
+
+    def test_step(self, batch: tuple[Batch, ...], batch_idx: int) -> None:
+        """Adds to the epoch's metrics."""
+        for part in batch:
+            self._step(part, self._metrics("test"))
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A response for each prompt, beside the prompt's record."""
@@ -245,7 +277,7 @@ class PreferenceModule(pl.LightningModule):
             norm = torch.nn.utils.get_total_norm(grads)
             self._grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: tuple[Batch, ...], batch_idx: int) -> None:
         """Log the means since the last log, over all ranks."""
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if stepped and self._logs_at(self.global_step):
@@ -340,11 +372,35 @@ class PreferenceModule(pl.LightningModule):
         if self.trainer.log_every_n_steps < 1:  # type: ignore[attr-defined]
             raise ConfigError("--trainer.log_every_n_steps must be at least 1")
         self.reference.to(self.device)
+        self._prepare_reference("train_dataloader", "val_dataloader")
+
+    def _prepare_reference(self, *loaders: str) -> None:
+        """Show the reference the batches that it will be asked about, where it wants to see them first."""
+        if not self.reference.wants_batches:
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "streaming", False) and "train_dataloader" in loaders:
+            raise ConfigError(
+                f"reference {type(self.reference).__name__} looks at all data before the first step, and a stream is "
+                "read while training on it: use Frozen, or AdaptersOff."
+            )
+        if data is None:
+            name = type(self.reference).__name__
+            raise ConfigError(f"reference {name} looks at all data before the first step: attach a data module.")
+        assert self.policy is not None, "configure_model comes first"
+        splits = [loader.whole() for name in loaders if (loader := getattr(data, name)())]
+        with self.trainer.precision_plugin.train_step_context():
+            self.reference.prepare(
+                self.policy, itertools.chain(*splits), total=sum(map(len, splits)),
+                fresh=not self._restored, precision=str(self.trainer.precision),
+            )  # fmt: skip
 
     def on_validation_start(self) -> None:
         """Bring the reference to the policy's device (a no-op within fit)."""
         self._pause = time.perf_counter()
         self.reference.to(self.device)
+        if self.trainer.state.fn != TrainerFn.FITTING:  # fit has prepared it for validation too
+            self._prepare_reference("val_dataloader")
 
     on_test_start = on_validation_start
 
@@ -387,6 +443,7 @@ class PreferenceModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fill in the base model's weights, so that loading stays strict about everything else."""
+        self._restored = True
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = {**self._frozen(), **checkpoint["state_dict"]}
         self.reference.load_state_dict(checkpoint.get("rap_lightning", {}).get("reference", {}))
@@ -411,10 +468,11 @@ def _resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy
         raise ConfigError(f"{name} needs a reference: use Frozen or AdaptersOff, or leave --model.reference out.")
     if reference is None:
         reference = AdaptersOff() if policy.lora is not None else Frozen()
-    if (loss.needs_tokens or loss.needs_unrelated) and not reference.gives_tokens:
+    tokens = loss.needs_tokens and not reference.gives_tokens
+    if tokens or (loss.needs_unrelated and not (reference.gives_tokens and reference.gives_any_response)):
         raise ConfigError(
             f"{name} looks at more than the sums of the data's responses, which is all that "
-            f"{type(reference).__name__} has: use Frozen or AdaptersOff."
+            f"{type(reference).__name__} has for it: use Frozen or AdaptersOff."
         )
     reference.check(policy)
     return reference

@@ -22,11 +22,13 @@ from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.checkpoints import refuse_unreadable
 from rap_lightning.models.reference import Reference
-from rap_lightning.models.synchronised import Synchronised  # noqa: F401 (known by its name from here on)
+from rap_lightning.models.stored import Stored
+from rap_lightning.models.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.schedules import Schedule
 
+SHORT_NAMES = (Stored, Synchronised)  # jsonargparse knows a class by its short name once it has been imported
 OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule)
 
 TRAINER_DEFAULTS: dict[str, Any] = {

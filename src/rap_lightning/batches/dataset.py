@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.batches.pair_encoder import FORMAT, PairEncoder, features, note_encoding
-from rap_lightning.batches.sampler import BatchPlan
+from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.relabel import REJECTED_GOAL, UNCONDITIONED, Relabelling, TrainingIndex
 from rap_lightning.preferences.report import DataReport
@@ -57,6 +57,21 @@ class EncodedPairs(Dataset[Any]):
         """Training pair ``index``."""
         row, origin = self.index[index]
         return example_of(self.table[row], origin, self.relabelling, self.max_length)
+
+    def sizes(self) -> list[PairSize]:
+        """Tokens of every training pair, as :meth:`example` gives it, read from the columns' offsets alone."""
+        lengths = []
+        for rows in self.table.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(1000):
+            lengths += list(zip(*(_lengths(rows[name]) for name in ("prompt_ids", "response_ids")), strict=True))
+        found = []
+        for index in range(len(self)):
+            row, origin = self.index[index]
+            prompts, responses = lengths[row]
+            half = 1 if origin == REJECTED_GOAL else 0
+            room = self.max_length - max(prompts)
+            chosen, rejected = (min(responses[which], room) for which in (half, 1 - half))
+            found.append(PairSize(prompts[self.relabelling.origins.index(origin)], chosen, rejected))
+        return found
 
     def __getitem__(self, plan: BatchPlan) -> tuple[BatchPlan, list[Example]]:
         """The examples of a whole batch: the sampler plans batches, not rows."""
@@ -138,3 +153,11 @@ def _encode_rows(batch: dict[str, list[Any]], encode: PairEncoder) -> dict[str, 
     pairs = [as_pair(dict(zip(names, values, strict=True))) for values in zip(*batch.values(), strict=True)]
     rows = encode(pairs)
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _lengths(column: Any) -> list[list[int]]:
+    """The lengths of the inner lists of an Arrow column of lists of lists."""
+    from pyarrow import compute
+
+    inner = iter(compute.list_value_length(compute.list_flatten(column)).to_pylist())
+    return [[next(inner) for _ in range(count)] for count in compute.list_value_length(column).to_pylist()]

@@ -13,7 +13,7 @@ from rap_lightning.batches.sampler import StepSampler
 from rap_lightning.batches.types import Batch
 
 
-class PairLoader(DataLoader[Batch]):
+class PairLoader(DataLoader[tuple[Batch, ...]]):
     """Batches of an :class:`EncodedPairs` as a :class:`StepSampler` plans them.
 
     Args:
@@ -31,9 +31,14 @@ class PairLoader(DataLoader[Batch]):
         super().__init__(pairs, batch_size=None, sampler=sampler, collate_fn=collate, **options)  # type: ignore[arg-type]
         self.plan, self.skip = sampler, skip
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[Batch, ...]]:  # type: ignore[override]
         self.plan.start = self.skip()
         yield from super().__iter__()
+
+    def whole(self) -> PairLoader:
+        """This loader, from the epoch's beginning whatever a resumed run has behind it."""
+        self.skip = lambda: 0
+        return self
 
     # Lightning takes a loader with these two for resumable. The position itself is the trainer's to keep: it alone
     # knows which batches have become whole optimizer steps (rap_lightning.progress).

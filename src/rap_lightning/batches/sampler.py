@@ -2,25 +2,94 @@
 
 Batches are planned per optimizer step, so that an epoch is complete, deterministic, and the mean over a step is a mean
 over its pairs, however they are spread over ranks and accumulated batches, and however many the last step has.
+
+Which pairs a step has is random and depends on nothing but the seed and the epoch; within a step, pairs are free to
+change places. So there they are sorted by length, dealt to the ranks by turns, and packed into forward passes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DistributedSampler
 
+from rap_lightning.errors import ConfigError
+
+
+class PairSize(NamedTuple):
+    """Tokens of a training pair's prompt and responses."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One batch of one rank: its pairs, their weights (0 for a filler), and the pairs in the whole optimizer step."""
+    """One batch of one rank.
+
+    Attributes:
+        indices: its pairs.
+        weights: theirs, 0 for a filler.
+        step_pairs: pairs in the whole optimizer step.
+        parts: places in ``indices`` that go through the model together: one forward and backward pass each.
+    """
 
     indices: tuple[int, ...]
     weights: tuple[float, ...]
     step_pairs: int
+    parts: tuple[tuple[int, ...], ...]
+
+    def part(self, places: tuple[int, ...]) -> BatchPlan:
+        """The plan of one of the parts."""
+        indices, weights = (tuple(values[i] for i in places) for values in (self.indices, self.weights))
+        return BatchPlan(indices, weights, self.step_pairs, (tuple(range(len(places))),))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How pairs share forward passes.
+
+    Args:
+        sizes: of every training pair.
+        tokens: how many tokens a forward pass over these pairs has, at most.
+        budget: tokens in a forward pass.
+
+    Raises:
+        ConfigError: a pair alone is over the budget.
+    """
+
+    sizes: Sequence[PairSize]
+    tokens: Callable[[Sequence[PairSize]], int]
+    budget: int
+
+    def __post_init__(self) -> None:
+        longest = max(range(len(self.sizes)), key=lambda i: self.alone(i))
+        if self.alone(longest) > self.budget:
+            raise ConfigError(
+                f"--data.token_budget {self.budget:,} is too small: the longest pair alone takes "
+                f"{self.alone(longest):,} tokens. Set at least that, or a shorter --data.max_length."
+            )
+
+    def alone(self, index: int) -> int:
+        """Tokens of a forward pass over one pair."""
+        return self.tokens([self.sizes[index]])
+
+    def parts(self, indices: Sequence[int]) -> list[list[int]]:
+        """Pairs, the longest first, into forward passes within the budget: each goes to the first with room (FFD)."""
+        parts: list[list[int]] = []
+        for index in indices:
+            for part in parts:
+                if self.tokens([self.sizes[i] for i in (*part, index)]) <= self.budget:
+                    part.append(index)
+                    break
+            else:
+                parts.append([index])
+        return parts
 
 
 class StepSampler(DistributedSampler[BatchPlan]):
@@ -33,16 +102,18 @@ class StepSampler(DistributedSampler[BatchPlan]):
         num_replicas, rank: of this process.
         shuffle: another order each epoch, from ``seed`` and the epoch alone.
         seed: of the order.
+        packing: how the pairs of a batch share forward passes; by default all go through the model together.
 
-    A rank that has no pair left in the last step gets one filler of weight 0: every rank runs as many batches.
+    A rank that has no pair left in the last step gets one filler of weight 0: every rank runs as many batches, and as
+    many forward passes in each.
     """
 
     def __init__(
         self, size: int, batch_size: int, *, accumulate: int = 1, num_replicas: int = 1, rank: int = 0,
-        shuffle: bool = False, seed: int = 0,
+        shuffle: bool = False, seed: int = 0, packing: Packing | None = None,
     ) -> None:  # fmt: skip
         super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self.size, self.batch_size, self.accumulate = size, batch_size, accumulate
+        self.size, self.batch_size, self.accumulate, self.packing = size, batch_size, accumulate, packing
         self.start = 0
 
     @property
@@ -60,15 +131,45 @@ class StepSampler(DistributedSampler[BatchPlan]):
         number = 0
         for begin in range(0, self.size, self.pairs_per_step):
             step = order[begin : begin + self.pairs_per_step]
+            if self.packing is not None:
+                step.sort(key=self.packing.alone, reverse=True)  # stable: pairs of one length stay in random order
             width = self.batch_size * self.num_replicas
             for first in range(0, len(step), width):
                 if number >= start:
-                    mine = step[first + self.rank * self.batch_size :][: self.batch_size]
-                    if mine:
-                        yield BatchPlan(tuple(mine), (1.0,) * len(mine), len(step))
-                    else:
-                        yield BatchPlan((step[0],), (0.0,), len(step))
+                    yield self._plan(step[first : first + width], len(step))
                 number += 1
+
+    def _plan(self, pairs: list[int], step_pairs: int) -> BatchPlan:
+        """This rank's share of the pairs that all ranks take at once."""
+        shares = self._shares(pairs)
+        packed = [[share] if self.packing is None else self.packing.parts(share) for share in shares]
+        most = max(map(len, packed))
+        mine = packed[self.rank]
+        while len(mine) < most:  # as many passes on every rank: sharding strategies meet in each
+            fullest = max(mine, key=len, default=[])
+            if len(fullest) > 1:
+                mine.append([fullest.pop()])
+            else:
+                mine.append([])
+        fillers = [part or [pairs[0]] for part in mine]
+        weights = [1.0 if part else 0.0 for part in mine for _ in (part or [0])]
+        places = iter(range(len(weights)))
+        return BatchPlan(
+            tuple(index for part in fillers for index in part),
+            tuple(weights),
+            step_pairs,
+            tuple(tuple(next(places) for _ in part) for part in fillers),
+        )
+
+    def _shares(self, pairs: list[int]) -> list[list[int]]:
+        if self.packing is None:
+            return [pairs[r * self.batch_size :][: self.batch_size] for r in range(self.num_replicas)]
+        # by turns, there and back: neighbours in length go to different ranks, and no rank is always first
+        turns = [*range(self.num_replicas), *reversed(range(self.num_replicas))]
+        shares: list[list[int]] = [[] for _ in range(self.num_replicas)]
+        for place, index in enumerate(pairs):
+            shares[turns[place % len(turns)]].append(index)
+        return shares
 
     def _order(self) -> list[int]:
         if not self.shuffle:

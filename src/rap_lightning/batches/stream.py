@@ -125,7 +125,8 @@ class StreamedPairs(IterableDataset[Any]):
             spare = next(self._stand_in())
             examples, kept = [spare], [0.0]
         # the others can't know that a pair was dropped here, so the step's mean is over the pairs that were planned
-        return BatchPlan((0,) * len(examples), tuple(kept), step_pairs), examples
+        places = tuple(range(len(examples)))
+        return BatchPlan(places, tuple(kept), step_pairs, (places,)), examples
 
     def _stand_in(self) -> Iterator[Example]:
         for item in self._shuffled(DataReport("", "")):
@@ -134,7 +135,7 @@ class StreamedPairs(IterableDataset[Any]):
                 yield example_of(row, item[1], self.rules.relabelling, self.max_length)
 
 
-class StreamLoader(DataLoader[Batch]):
+class StreamLoader(DataLoader[tuple[Batch, ...]]):
     """Batches of a :class:`StreamedPairs`.
 
     Args:
@@ -150,7 +151,7 @@ class StreamLoader(DataLoader[Batch]):
         super().__init__(pairs, batch_size=None, collate_fn=collate, **options)  # type: ignore[arg-type]
         self.stream, self.position = pairs, position
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[Batch, ...]]:  # type: ignore[override]
         self.stream.epoch, self.stream.start = self.position()
         yield from super().__iter__()
 

@@ -29,8 +29,46 @@ class _Movable:
 
     def _map(self, function: Any) -> Self:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        moved = {name: function(value) if isinstance(value, Tensor) else value for name, value in values.items()}
-        return type(self)(**moved)
+        return type(self)(**{name: _moved(value, function) for name, value in values.items()})
+
+
+def _moved(value: Any, function: Any) -> Any:
+    if isinstance(value, _Movable):
+        return value._map(function)
+    return function(value) if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True)
+class Forest(_Movable):
+    """Sequences that share prefixes, laid out depth first in one row of T tokens.
+
+    Query q may see key k exactly when ``k <= q < end[k]``: that one rule is causality, packing (separate roots) and
+    prefix sharing (siblings), for trees of any depth. Positions count along the path from the root.
+
+    Attributes:
+        end: [T] int64, the index just past the subtree of the node that the token belongs to.
+        runs: (start, stop, end) of each run of tokens with the same ``end``, in order, as plain numbers: kernels on a
+            CPU are called run by run.
+        paths: for each root-to-leaf path, the (start, stop) spans of the tokens on it, in order.
+    """
+
+    end: Tensor
+    runs: tuple[tuple[int, int, int], ...]
+    paths: tuple[tuple[tuple[int, int], ...], ...]
+
+    @property
+    def roots(self) -> list[tuple[int, int]]:
+        """(start, stop) of each tree."""
+        found: list[tuple[int, int]] = []
+        for start, _, end in self.runs:
+            if not found or start >= found[-1][1]:
+                found.append((start, end))
+        return found
+
+    @property
+    def longest(self) -> int:
+        """Tokens on the longest path."""
+        return max(sum(stop - start for start, stop in path) for path in self.paths)
 
 
 @dataclass(frozen=True)
@@ -41,6 +79,7 @@ class Batch(_Movable):
         input_ids: [R, T] int64.
         position_ids: [R, T] int64, counted along each sequence.
         attention_mask: [R, T] int64, 1 for tokens and 0 for padding, which stands on the right.
+        forest: what sees what in a single row of many sequences; ``None`` where each row is a sequence of its own.
         predict_from: [M] int64, index into the flattened [R * T] hidden states: the one that predicts the token.
         target: [M] int64, the token's id.
         segment: [M] int64, which of the 2B responses the token belongs to.
@@ -49,6 +88,8 @@ class Batch(_Movable):
         origin: [B] int64, index into :data:`rap_lightning.preferences.relabel.ORIGINS`.
         weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch.
         step_pairs: pairs of weight 1 in the whole optimizer step, over all ranks and accumulated batches.
+        digests: of each of the 2B responses with its prompt, over their token ids; what stored log-probabilities are
+            found by.
         pair_ids: the pairs' ids, for messages.
         goals: the printed goals, for messages.
     """
@@ -56,6 +97,7 @@ class Batch(_Movable):
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor
+    forest: Forest | None
     predict_from: Tensor
     target: Tensor
     segment: Tensor
@@ -64,6 +106,7 @@ class Batch(_Movable):
     origin: Tensor
     weights: Tensor
     step_pairs: int
+    digests: tuple[bytes, ...]
     pair_ids: tuple[str, ...]
     goals: tuple[str | None, ...]
 

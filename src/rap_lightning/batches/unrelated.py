@@ -33,6 +33,8 @@ def unrelated(batch: Batch) -> Batch:
     lengths = torch.tensor([len(r) for r in responses], device=mask.device)
     return dataclasses.replace(
         batch,
+        forest=None,
+        digests=(),
         input_ids=input_ids,
         position_ids=torch.arange(width, device=mask.device).expand(count, width).contiguous(),
         attention_mask=mask,

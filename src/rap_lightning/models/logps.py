@@ -1,7 +1,8 @@
 """Response log-probabilities from hidden states: chunked over tokens, float32, blind to layouts and losses.
 
 Shape legend: N response tokens (M in a Batch), D hidden size, V vocabulary, C tokens in a chunk. No [B, T, V] and no
-[N, V] tensor ever exists: logits live for one chunk at a time and are computed again for the backward pass.
+[N, V] tensor ever exists: logits live for one chunk at a time. Those of the first chunks, up to KEPT_BYTES, are kept
+for the backward pass; the others are computed again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from rap_lightning.errors import ConfigError
 
-CHUNK_BYTES = 256 * 2**20  # float32 logits held at a time
+CHUNK_BYTES = 256 * 2**20  # float32 logits computed at a time
+KEPT_BYTES = 512 * 2**20  # float32 logits that one forward pass may keep for its backward pass
 
 
 class Head:
@@ -52,7 +54,10 @@ class Head:
             compute = torch.get_autocast_dtype(hidden.device.type)
         else:
             compute = self.weight.dtype
-        logps: Tensor = _TokenLogps.apply(hidden, self.weight, self.bias, target, self.scale, self.softcap, compute)
+        keep = torch.is_grad_enabled()
+        logps: Tensor = _TokenLogps.apply(
+            hidden, self.weight, self.bias, target, self.scale, self.softcap, compute, keep
+        )
         return logps
 
     @torch.no_grad()
@@ -74,24 +79,32 @@ class Head:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Gathered log-softmax of a linear layer's output, recomputed chunk by chunk in the backward pass."""
+    """Gathered log-softmax of a linear layer's output.
+
+    The backward pass uses the logits that the forward pass kept, and computes those of other chunks again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-        scale: float, softcap: float | None, compute: torch.dtype,
+        scale: float, softcap: float | None, compute: torch.dtype, keep: bool,
     ) -> Tensor:  # fmt: skip
         wide = torch.float64 if compute == torch.float64 else torch.float32
         cast = weight.to(compute)
         logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         log_z = torch.empty_like(logps)
-        for part in _chunks(len(hidden), weight.shape[0], wide):
+        kept: dict[int, Tensor] = {}
+        room = KEPT_BYTES if keep else 0
+        for number, part in enumerate(_chunks(len(hidden), weight.shape[0], wide)):
             logits = _logits(hidden[part], cast, bias, scale, softcap, compute, wide)
             log_z[part] = torch.logsumexp(logits, -1)
             # the gathered logit minus logsumexp: CPU log_softmax carries ten times its rounding error
             logps[part] = logits.gather(-1, target[part, None])[:, 0] - log_z[part]
+            room -= logits.nbytes
+            if room >= 0:
+                kept[number] = logits
         ctx.save_for_backward(hidden, weight, bias, target, log_z)
-        ctx.scale, ctx.softcap, ctx.compute = scale, softcap, compute
+        ctx.scale, ctx.softcap, ctx.compute, ctx.kept = scale, softcap, compute, kept
         return logps
 
     @staticmethod
@@ -99,31 +112,61 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, target, log_z = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = log_z.dtype
-        cast = weight.to(ctx.compute)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
-        grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if need_bias else None
-        for part in _chunks(len(hidden), weight.shape[0], wide):
-            logits = _logits(hidden[part], cast, bias, ctx.scale, ctx.softcap, ctx.compute, wide)
-            # d logp / d logits = onehot - softmax
-            d_logits = (logits - log_z[part, None]).exp_().mul_(-grad[part, None])
-            d_logits.scatter_add_(-1, target[part, None], grad[part, None])
-            if ctx.softcap is not None:  # d softcap(z) / dz = 1 - (softcap(z) / c)^2
-                d_logits *= 1 - (logits / ctx.softcap) ** 2
-            d_logits *= ctx.scale
-            if grad_bias is not None:
-                grad_bias += d_logits.sum(0)
-            d_logits = d_logits.to(ctx.compute)
-            if grad_hidden is not None:
-                grad_hidden[part] = (d_logits @ cast).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight.addmm_(d_logits.T.to(wide), hidden[part].to(ctx.compute).to(wide))
+        # an autocast region may be open around the backward pass; what is computed in which dtype is decided here
+        with torch.autocast(hidden.device.type, enabled=False):
+            cast = weight.to(ctx.compute)
+            grad_hidden = torch.empty_like(hidden) if need_hidden else None
+            grad_weight = torch.empty(weight.shape, dtype=wide, device=weight.device) if need_weight else None
+            grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if need_bias else None
+            parts = _chunks(len(hidden), weight.shape[0], wide)
+            if grad_weight is not None and not parts:
+                grad_weight.zero_()
+            for number, part in enumerate(parts):
+                logits = ctx.kept.pop(number, None)
+                if logits is None:
+                    logits = _logits(hidden[part], cast, bias, ctx.scale, ctx.softcap, ctx.compute, wide)
+                d_logits = _d_logits(logits, log_z[part], target[part], grad[part], ctx.scale, ctx.softcap)
+                if grad_bias is not None:
+                    grad_bias += d_logits.sum(0)
+                d_logits = d_logits.to(ctx.compute)
+                if grad_hidden is not None:
+                    grad_hidden[part] = (d_logits @ cast).to(hidden.dtype)
+                if grad_weight is not None:
+                    _add_product(grad_weight, d_logits.T, hidden[part].to(ctx.compute), first=number == 0)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
+
+
+def _d_logits(
+    logits: Tensor, log_z: Tensor, target: Tensor, grad: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """The gradient with respect to the bare logits h W^T + b; ``logits`` is overwritten."""
+    slope = None if softcap is None else 1 - (logits / softcap) ** 2  # d softcap(z) / dz = 1 - (softcap(z) / c)^2
+    # d logp / d logits = onehot - softmax, in as few passes over memory as there are operations
+    d_logits = logits.sub_(log_z[:, None]).exp_().mul_(-grad[:, None])
+    d_logits.scatter_add_(-1, target[:, None], grad[:, None])
+    if slope is not None:
+        d_logits *= slope
+    if scale != 1.0:
+        d_logits *= scale
+    return d_logits
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b (total = a @ b at ``first``), written into place where the dtypes are one.
+
+    Products in bfloat16 are added up in the total's float32.
+    """
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
 
 
 def _chunks(count: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:

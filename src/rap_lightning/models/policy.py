@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rap_lightning.batches.types import Batch
+from rap_lightning.batches.dataset import Example
+from rap_lightning.batches.layouts import LAYOUTS, lay_out
+from rap_lightning.batches.sampler import BatchPlan
+from rap_lightning.batches.types import Batch, Forest
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.attention import attention_as_now, declared_windows, forest_attention
 from rap_lightning.models.logps import Head, sum_by_segment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,7 +102,15 @@ class PolicyConfig:
         options = source | {"config": config, "dtype": dtype, "use_safetensors": True}
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
-        model = _load("model", self.path, AutoModelForCausalLM, options)
+        try:
+            model = _load("model", self.path, AutoModelForCausalLM, options)
+        except ConfigError as error:
+            if self.attn_implementation and re.search("attn|attention", str(error), re.IGNORECASE):
+                raise ConfigError(
+                    f"--model.policy.attn_implementation {self.attn_implementation}: this model or this machine has no "
+                    f"such attention: {str(error.__cause__).splitlines()[0]} Leave it out for transformers' own choice."
+                ) from error
+            raise
         if not self.dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -110,7 +123,10 @@ class PolicyConfig:
         size = sum(p.numel() for p in model.parameters())
         checkpoint = size >= CHECKPOINTING_FROM if self.gradient_checkpointing is None else self.gradient_checkpointing
         if checkpoint:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            config = model.config.get_text_config()
+            # layers computed again in the backward pass must find the attention that their forward pass had
+            contexts = lambda: (nullcontext(), attention_as_now(config))  # noqa: E731
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         if self.lora is not None:
             model = _with_adapter(model, self.lora)
         policy = Policy(model)
@@ -134,6 +150,7 @@ class Policy(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.shares = True  # until check_sharing finds otherwise
 
     @property
     def causal_lm(self) -> Any:
@@ -150,14 +167,38 @@ class Policy(nn.Module):
 
         The second row has no gradient, and costs the head's forward pass once more.
         """
-        lm = self.causal_lm
-        # no attention mask: padding stands on the right, where causality hides it, and without a mask attention takes
-        # its fastest path
-        output = lm.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1)[batch.predict_from]
-        head = Head.of(lm)
+        if batch.forest is None:
+            # no attention mask: padding stands on the right, where causality hides it, and without a mask attention
+            # takes its fastest path
+            hidden = self._hidden(batch.input_ids, batch.position_ids)
+        elif self.shares:
+            with forest_attention(self.causal_lm.config.get_text_config()):
+                hidden = self._hidden(batch.input_ids, batch.position_ids, forest=batch.forest)
+        else:
+            hidden = self._path_by_path(batch, batch.forest)
+        hidden, head = hidden.flatten(0, 1)[batch.predict_from], Head.of(self.causal_lm)
         token_logps = head.token_logps(hidden, batch.target)
         return torch.stack((token_logps, head.log_collisions(hidden.detach()))) if collisions else token_logps
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Tensor:
+        """[R, T, D]."""
+        body = self.causal_lm.base_model
+        output: Tensor = body(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **options
+        ).last_hidden_state
+        return output
+
+    def _path_by_path(self, batch: Batch, forest: Forest) -> Tensor:
+        """[1, T, D]: each path through the model on its own; what paths share is computed for each of them."""
+        hidden: Tensor | None = None
+        for path in forest.paths:
+            places = torch.cat([torch.arange(*span, device=batch.input_ids.device) for span in path])
+            one = self._hidden(batch.input_ids[:, places], batch.position_ids[:, places])
+            if hidden is None:
+                hidden = one.new_zeros(1, batch.input_ids.shape[1], one.shape[-1])
+            hidden = hidden.index_copy(1, places, one)
+        assert hidden is not None, "a batch has at least one response"
+        return hidden
 
     def logps(self, batch: Batch) -> Tensor:
         """Log-probability of each response, [2B] float32 nats."""
@@ -188,8 +229,8 @@ def check_head(policy: Policy) -> float:
     places = torch.arange(7, device=device)
     batch = Batch(
         input_ids=ids, position_ids=torch.arange(8, device=device)[None], attention_mask=torch.ones_like(ids),
-        predict_from=places, target=ids[0, 1:], segment=places * 0, lengths=places[:1], rewards=places[:0],
-        origin=places[:0], weights=places[:0], step_pairs=0, pair_ids=(), goals=(),
+        forest=None, predict_from=places, target=ids[0, 1:], segment=places * 0, lengths=places[:1],
+        rewards=places[:0], origin=places[:0], weights=places[:0], step_pairs=0, digests=(), pair_ids=(), goals=(),
     )  # fmt: skip
     with torch.no_grad(), evaluating(policy):
         ours = policy(batch)
@@ -204,6 +245,46 @@ def check_head(policy: Policy) -> float:
             "Please report the model."
         )
     return difference
+
+
+def check_sharing(policy: Policy) -> str | None:
+    """Whether the model gives short sequences the same log-probabilities laid out as a forest as one at a time.
+
+    Sets ``policy.shares``. Returns why not, or ``None`` where it does.
+    """
+    config = policy.causal_lm.config.get_text_config()
+    device = next(policy.parameters()).device
+    declared = declared_windows(config)
+    long = max([w for w in declared if w <= 512], default=0)  # past a window, if that takes no time
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (4, long + 40), generator=generator).tolist()
+    examples = [
+        Example("", 0, None, (0.0, 0.0), ids[0][: long + 24], ids[1][:9], ids[2][:7]),
+        Example("", 0, None, (0.0, 0.0), ids[0][: long + 20] + ids[1][:6], ids[2][:5], ids[3][:11]),
+        Example("", 0, None, (0.0, 0.0), ids[3][:20], ids[0][:5], ids[1][:8]),
+    ]
+    plan = BatchPlan((0, 1, 2), (1.0,) * 3, 3, ((0, 1, 2),))
+    batch = lay_out(LAYOUTS["tree"], examples, plan, pad_id=0).to(device)
+    assert batch.forest is not None, "a tree"
+    windows: set[int] = set()
+    with torch.no_grad(), evaluating(policy):
+        head = Head.of(policy.causal_lm)
+        apart = policy._path_by_path(batch, batch.forest)
+        try:
+            with forest_attention(config, windows):
+                together = policy._hidden(batch.input_ids, batch.position_ids, forest=batch.forest)
+        except Exception as error:  # whatever the model's own code makes of an attention it doesn't know
+            policy.shares = False
+            return f"its attention can't be replaced ({type(error).__name__})"
+        a, b = (head.token_logps(h.flatten(0, 1)[batch.predict_from], batch.target) for h in (together, apart))
+    difference = float((a - b).abs().max())
+    bound = 1e-3 if together.dtype == torch.float32 else 0.25  # bf16 rounds logits to 2^-8 of their size
+    policy.shares = difference <= bound and declared <= windows
+    if policy.shares:
+        return None
+    if difference <= bound:
+        return f"it attends within {max(declared - windows):,} tokens in a way of its own"
+    return f"sequences side by side change each other's log-probabilities, by up to {difference:.2g} nats"
 
 
 def silence_dropout(config: Any) -> None:

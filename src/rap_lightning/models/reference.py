@@ -7,6 +7,7 @@ during a run gives the checkpoint what it needs to go on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -15,18 +16,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.logps import sum_by_segment
-from rap_lightning.models.policy import Policy, PolicyConfig, check_head, evaluating
+from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing, evaluating
 from rap_lightning.models.sharding import shard
 
 
 class Reference(ABC):
     """Gives the log-probabilities of a frozen LM.
 
-    ``gives_tokens`` says whether ``token_logps`` is there, for losses that look at single tokens or other responses
-    than those of the data.
+    ``gives_tokens`` says whether ``token_logps`` is there, for losses that look at tokens; ``gives_any_response``
+    whether it knows other responses than those of the data, for losses that look at such.
     """
 
     gives_tokens: bool = True
+    gives_any_response: bool = True
 
     @property
     def is_initial_policy(self) -> bool:
@@ -54,6 +56,24 @@ class Reference(ABC):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027
         """Take up what ``state_dict`` gave."""
+
+    def prepare(  # noqa: B027
+        self, policy: Policy, batches: Iterable[tuple[Batch, ...]], *, total: int, fresh: bool, precision: str
+    ) -> None:
+        """Called before the first batch of a run with all of them.
+
+        Args:
+            policy: already on its device.
+            batches: of this rank; the ranks have equally many, of as many forward passes.
+            total: how many.
+            fresh: whether the policy is still the initial one.
+            precision: the trainer's.
+        """
+
+    @property
+    def wants_batches(self) -> bool:
+        """Whether ``prepare`` looks at the batches, so that they are worth collating."""
+        return type(self).prepare is not Reference.prepare
 
     @abstractmethod
     def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
@@ -96,6 +116,7 @@ class Frozen(Reference):
             )
         self._model = Policy(source.load_model(dtype)).requires_grad_(False).eval()
         check_head(self._model)
+        check_sharing(self._model)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the model."""
