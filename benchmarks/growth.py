@@ -90,6 +90,22 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def write(found: list[dict[str, Any]], a: argparse.Namespace) -> None:
+    """The table and the picture of what has been measured so far."""
+    lines = [
+        f"The shape of {Path(a.model).name} with {a.layers} layers, float32, one forward and backward pass, "
+        f"the fastest of {a.repeats}. Where an axis is not varied: one pair, 1,024 tokens of prompt and chosen "
+        "response (512 along the pairs), 30% of them prompt; rejected is 0.6 times as long as chosen.", "",
+        "| axis | | " + " | ".join(f"{x}: tokens, CPU s, GB" for x in LAYOUTS) + " |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for axis, label in dict.fromkeys((p["axis"], p["label"]) for p in found):
+        mine = {p["layout"]: p for p in found if (p["axis"], p["label"]) == (axis, label)}
+        cells = [f"{p['tokens']:,}, {p['cpu']:.1f}, {p['gb']:.1f}" for x in LAYOUTS if (p := mine.get(x))]
+        lines.append(f"| {axis} | {label} | " + " | ".join(cells) + " |")
+    Path(f"{a.out}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(found, Path(f"{a.out}.png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -115,18 +131,7 @@ def main() -> None:
             measured = json.loads(done.stdout.splitlines()[-1])
             found.append({"axis": axis, "label": label, "layout": layout, **measured})
             print(found[-1], flush=True)
-    lines = [
-        f"The shape of {Path(a.model).name} with {a.layers} layers, float32, one forward and backward pass, "
-        f"the fastest of {a.repeats}. Where an axis is not varied: one pair, 1,024 tokens of prompt and chosen "
-        "response (512 along the pairs), 30% of them prompt; rejected is 0.6 times as long as chosen.", "",
-        "| axis | | " + " | ".join(f"{x}: tokens, CPU s, GB" for x in LAYOUTS) + " |", "|---|---|---|---|---|",
-    ]  # fmt: skip
-    for axis, label in dict.fromkeys((p["axis"], p["label"]) for p in found):
-        mine = {p["layout"]: p for p in found if (p["axis"], p["label"]) == (axis, label)}
-        cells = [f"{mine[x]['tokens']:,}, {mine[x]['cpu']:.1f}, {mine[x]['gb']:.1f}" for x in LAYOUTS]
-        lines.append(f"| {axis} | {label} | " + " | ".join(cells) + " |")
-    Path(f"{a.out}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    draw(found, Path(f"{a.out}.png"))
+            write(found, a)
 
 
 if __name__ == "__main__":
