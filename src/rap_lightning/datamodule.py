@@ -386,7 +386,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         encoder = self.encoder
         text = None
         if self.goal is not None and goal is not None:
-            text = self.goal.text(goal, self.goal.best_attributes)
+            text = self.goal.write(goal, self.goal.best_attributes)
         room = encoder.max_length - encoder.max_prompt_length
         prompts = [encoder.fit(encoder.prompt(history, text, Notes()), history, room) for history in histories]
         if cut := sum(prompt.cut > 0 for prompt in prompts):

@@ -57,7 +57,7 @@ class PairEncoder:
                 texts.append(None)
             else:
                 half = 1 if origin == REJECTED_GOAL else 0
-                texts.append(goal.text(*goal.goal_of(pair.rewards[half], pair.attributes[half])))
+                texts.append(goal.write(*goal.goal_of(pair.rewards[half], pair.attributes[half])))
         return tuple(texts)
 
     def _assembled(self, pair: Pair, found: Assembled) -> dict[str, Any] | None:

@@ -241,7 +241,7 @@ def _prompt_agrees(batch: Any, contents: Any, first_user: Any, last_user: Any) -
 def _ties(rewards: NDArray[np.float64], goal: GoalTemplate) -> NDArray[np.bool_]:
     values, inverse = np.unique(rewards, return_inverse=True)
     texts: dict[str, int] = {}
-    codes = np.array([texts.setdefault(goal.text(*goal.goal_of(value)), len(texts)) for value in values.tolist()])
+    codes = np.array([texts.setdefault(goal.write(*goal.goal_of(value)), len(texts)) for value in values.tolist()])
     first, second = codes[inverse.reshape(rewards.shape)].T
     return np.asarray(first == second)
 

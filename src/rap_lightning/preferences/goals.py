@@ -30,7 +30,14 @@ class GoalTemplate(ABC):
 
     @abstractmethod
     def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """The text that asks for ``goal``, a number on the scale that goals state, and for attributes likewise."""
+        """The text that asks for ``goal``, a number on the scale that goals state.
+
+        ``attributes`` are passed where the class names some; others write ``def text(self, goal)``.
+        """
+
+    def write(self, goal: float, attributes: Sequence[float] = ()) -> str:
+        """:meth:`text`, given what the class asks for."""
+        return self.text(goal, attributes) if self.attributes else self.text(goal)
 
     def goal_of(self, reward: float, attributes: Sequence[float] = ()) -> tuple[float, tuple[float, ...]]:
         """The goal under which a response with these rewards is the right answer."""
@@ -54,7 +61,7 @@ class GoalTemplate(ABC):
         """The template's code and arguments, and what it writes over its whole scale, for cache keys."""
         step = (self.scale.high - self.scale.low) / 200
         goals = [self.scale.low + step * i for i in range(201)]
-        texts = [self.text(goal, [goal] * len(self.attributes)) for goal in goals]
+        texts = [self.write(goal, [goal] * len(self.attributes)) for goal in goals]
         return f"{codekeys.describe(self)} {codekeys.code_of(type(self.scale))} {texts}"
 
     def record(self) -> dict[str, Any]:
@@ -64,7 +71,7 @@ class GoalTemplate(ABC):
             "scale": {"class": type(self.scale).__name__, **self.scale.numbers()},
             "placement": self.placement,
             "attributes": list(self.attributes),
-            "best": self.text(self.best, self.best_attributes),
+            "best": self.write(self.best, self.best_attributes),
         }
 
 

@@ -579,7 +579,7 @@ def _in_scale(judged: Judged, rules: Rules, place: str, out: Ingested) -> list[R
 def _same_goal(a: Response, b: Response, goal: GoalTemplate | None) -> bool:
     if goal is None or a.reward == b.reward:
         return a.reward == b.reward
-    return goal.text(*goal.goal_of(a.reward, a.attributes)) == goal.text(*goal.goal_of(b.reward, b.attributes))
+    return goal.write(*goal.goal_of(a.reward, a.attributes)) == goal.write(*goal.goal_of(b.reward, b.attributes))
 
 
 def _problem(out: Ingested, problem: BadRow, place: str, rules: Rules, kind: str) -> None:

@@ -106,7 +106,7 @@ def is_tie(pair: Pair, goal: GoalTemplate) -> bool:
     if pair.rewards[0] == pair.rewards[1]:
         return True
     first, second = (
-        goal.text(*goal.goal_of(r, a)) for r, a in zip(pair.rewards, pair.attributes, strict=True)
+        goal.write(*goal.goal_of(r, a)) for r, a in zip(pair.rewards, pair.attributes, strict=True)
     )  # fmt: skip
     return first == second
 
@@ -141,7 +141,7 @@ def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPai
     printed = text = None
     if goal is not None and origin != UNCONDITIONED:
         asked = goal.goal_of(pair.rewards[half], pair.attributes[half])
-        printed, text = goal.printed(*asked), goal.text(*asked)
+        printed, text = goal.printed(*asked), goal.write(*asked)
     return RelabelledPair(
         pair_id=pair.id,
         origin=ORIGINS[origin],

@@ -165,7 +165,7 @@ def _goals(block: PairColumns, rules: Rules) -> tuple[Any, Any, Any]:
     values, inverse = np.unique(block.rewards, return_inverse=True)
     goals = [rules.goal.goal_of(value) for value in values.tolist()] if rules.goal is not None else []
     assert rules.goal is not None, "columns are only made with a goal"
-    texts = pa.array([rules.goal.text(*goal) for goal in goals], pa.string())
+    texts = pa.array([rules.goal.write(*goal) for goal in goals], pa.string())
     printed = pa.array([rules.goal.printed(*goal) for goal in goals], pa.string())
     return texts, printed, inverse.reshape(block.rewards.shape)
 
