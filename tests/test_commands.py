@@ -215,3 +215,22 @@ def test_ctrl_c_ends_relabel_at_once_and_it_goes_on_later(tmp_path: Path) -> Non
     assert run.returncode == 130
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["inspect", "--source", "x", "--selection", "BestVsWorsst"], "Did you mean BestVsWorst?"),
+        (["inspect", "--source", "x", "--goal=OverallGaol"], "Did you mean OverallGoal?"),
+        (["fit", "--model.loss", "DPOO"], "Did you mean DPO?"),
+        (["fit", "--model.reference", "Frosen"], "Did you mean Frozen?"),
+        (["fit", "--data.goal.scale", "Quantile"], "Did you mean QuantileScale?"),
+    ],
+)
+def test_a_misspelt_class_is_answered_with_those_that_exist(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(*args) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "or give the import path of one of your own" in error

@@ -16,6 +16,7 @@ FLOORS = [
     {"datamodule", "module"},
     {"callbacks"},
     {"world"},
+    {"class_names"},
     {"commands", "trainer_cli"},
     {"cli"},
 ]

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from rap_lightning import losses
 from rap_lightning.callbacks import Checkpoints, ConsoleLines, ExportHF, RunRecord, WholeSteps, WritePredictions
+from rap_lightning.class_names import check_class_names
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.checkpoints import refuse_unreadable
@@ -26,10 +27,21 @@ from rap_lightning.models.stored import Stored
 from rap_lightning.models.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.scales import RewardScale
+from rap_lightning.preferences.select import Selection
 from rap_lightning.schedules import Schedule
 
 SHORT_NAMES = (Stored, Synchronised)  # jsonargparse knows a class by its short name once it has been imported
 OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule)
+
+CLASS_OPTIONS = {
+    "--model.loss": PreferenceLoss,
+    "--model.reference": Reference,
+    "--model.schedule": Schedule,
+    "--data.goal": GoalTemplate,
+    "--data.goal.scale": RewardScale,
+    "--data.selection": Selection,
+}
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
@@ -80,6 +92,7 @@ def run(args: list[str]) -> None:
     """Run one of LightningCLI's subcommands."""
     _fresh_defaults_for_new_classes()
     _quieten()
+    check_class_names(args, CLASS_OPTIONS)
     sections = _sections_with_class(args)
     try:
         PreferenceCLI(

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from inspect import cleandoc
 from typing import Any, Literal
 
+from rap_lightning.class_names import check_class_names
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.ingest import Rules, rewards_of
 from rap_lightning.preferences.relabel import Mode, Relabelling
+from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, having
+
+CLASS_OPTIONS = {"--goal": GoalTemplate, "--goal.scale": RewardScale, "--selection": Selection}
 
 
 def make_rules(
@@ -73,6 +77,7 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Keeps the paragraphs of the description, with its example on a line of its own."""
 
+    check_class_names(args, CLASS_OPTIONS)
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
     prog = f"rap-lightning {name}"
     parser = ArgumentParser(prog=prog, description=summary, allow_abbrev=False, formatter_class=Formatter)
