@@ -470,3 +470,19 @@ def test_work_that_is_no_longer_wanted_ends(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "ended\n"
+
+
+def test_a_hub_data_set_is_asked_for_by_its_revision_and_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub is at hand: the datasets library is asked with what the source says, and its answer read."""
+    asked: list[Any] = []
+    table = datasets.Dataset.from_list(scored_rows(9))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *a, **k: asked.append((a, k)) or ["train_prefs"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or table)
+    source = Source("org/pairs", split="train_prefs", revision="v1", config="clean")
+    report = DataReport("org/pairs", "train")
+    assert len(list(read_pairs(source, "train", Rules(), report, progress=False))) == 9
+    assert ((("org/pairs", "clean"), {"revision": "v1"})) in asked
+    expected = {"split": "train_prefs", "streaming": False, "revision": "v1", "name": "clean"}
+    assert (("org/pairs",), expected) in asked
+    with pytest.raises(ConfigError, match="config has no effect on local files"):
+        Source(".", config="clean")

@@ -24,6 +24,7 @@ class Source:
         split: the split that stands for the one asked for; by default it has the same name.
         format: as for the data module; by default the data module's.
         revision: of a Hub data set: a branch, tag or commit.
+        config: of a Hub data set that has several.
     """
 
     path: str
@@ -31,12 +32,15 @@ class Source:
     split: str | None = None
     format: str | None = None
     revision: str | None = None
+    config: str | None = None
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ConfigError(f"source {self.path}: weight must be above 0, found {self.weight}")
-        if self.revision is not None and Path(self.path).expanduser().exists():
-            raise ConfigError(f"source {self.path}: revision has no effect on local files; leave it out.")
+        if Path(self.path).expanduser().exists():
+            for name in ("revision", "config"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"source {self.path}: {name} has no effect on local files; leave it out.")
 
 
 def as_sources(source: str | Sequence[Source]) -> list[Source]:
@@ -172,7 +176,7 @@ def _builder_splits(source: Source) -> dict[str, list[str]]:
     path = _local(source)
     try:
         if path is None:
-            names = datasets.get_dataset_split_names(source.path, revision=source.revision)
+            names = datasets.get_dataset_split_names(source.path, source.config, revision=source.revision)
             return {str(name): [] for name in names}
         files = datasets.load_dataset_builder(str(path)).config.data_files
     except Exception as error:
@@ -191,7 +195,7 @@ def _load(source: Source, split: str, *, streaming: bool) -> Any:
         if path is not None and _saved_to_disk(path) is not None:
             table = datasets.load_from_disk(str(path))
             return table[split] if isinstance(table, datasets.DatasetDict) else table
-        options = {"revision": source.revision} if path is None else {}
+        options = {"revision": source.revision, "name": source.config} if path is None else {}
         return datasets.load_dataset(str(path or source.path), split=split, streaming=streaming, **options)
     except Exception as error:
         raise _unreadable(source, error) from error
