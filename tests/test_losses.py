@@ -275,6 +275,8 @@ def test_beta_must_be_positive(kind: Any) -> None:
     for beta in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match=f"{kind.__name__}: beta must be above 0, found"):
             kind(beta=beta)
+    with pytest.raises(ConfigError, match=f"{kind.__name__}: beta must be finite"):
+        kind(beta=float("inf"))
 
 
 @pytest.mark.parametrize(

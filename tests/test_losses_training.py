@@ -157,7 +157,7 @@ def test_prompts_are_found_in_rows_where_responses_share_them() -> None:
     )  # fmt: skip
     other = unrelated(batch)
     found = [row[: int(mask.sum())].tolist() for row, mask in zip(other.input_ids, other.attention_mask, strict=True)]
-    assert found == [[1, 2, 3, 9], [1, 2, 3, 10, 11, 12], [7, 8, 4, 5], [7, 8, 6]]
+    assert found == [[1, 2, 3, 9], [1, 2, 3, 10, 11], [7, 8, 4, 5], [7, 8, 6]], "one is cut at 5, the longest's length"
     assert other.input_ids.flatten()[other.predict_from + 1].tolist() == other.target.tolist()
 
 
@@ -378,6 +378,41 @@ def test_stored_log_probabilities_are_refused_where_they_cannot_be_known(
     module, data = build(tiny, pairs_folder, loss=LDDPO(), reference=Stored(folder=str(tmp_path / "store")))
     make_trainer(tmp_path, max_steps=1).fit(module, data)
     assert module.last_logged[1]["rewards/margins"] == pytest.approx(0, abs=1e-5), "tokens are kept, not sums alone"
+
+
+def test_unrelated_responses_come_from_another_scored_pair_and_fit_the_model(tiny: Path) -> None:
+    pairs, _, _ = encode(PolicyConfig(str(tiny)).load_tokenizer(), scored_rows(6), max_length=160)
+    examples = [pairs.example(i) for i in (0, 1, 4, 5)]  # both halves of two scored pairs, side by side
+    examples[0] = replace(examples[0], prompt_ids=list(examples[0].prompt_ids) + [5] * 40)
+    plan = BatchPlan((0, 1, 2, 3), (1.0,) * 4, 4, ((0, 1, 2, 3),))
+    batch = lay_out(LAYOUTS["tree"], examples, plan, pad_id=0)
+    other = unrelated(batch)
+    longest = max(len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in examples)
+    assert other.input_ids.shape[1] <= longest, "the model may know no more positions"
+    for pair, donor in enumerate((3, 3, 1, 1)):
+        given = other.target[other.segment == 2 * pair].tolist()
+        assert given == list(examples[donor].chosen_ids)[: len(given)]
+        assert given
+
+
+def test_another_number_of_accumulated_batches_than_planned_is_refused(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    module, data = build(tiny, pairs_folder, optimizer=sgd)
+    trainer = make_trainer(tmp_path, callbacks=[GradientAccumulationScheduler({0: 4})])
+    with pytest.raises(ConfigError, match="gradients would be multiplied"):
+        trainer.fit(module, data)
+
+
+def test_a_run_with_a_following_reference_does_not_go_on_with_another(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    run = fit(tmp_path / "a", tiny, pairs_folder, reference=Synchronised(), trainer={"max_steps": 1})
+    run.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ConfigError, match="Go on with the reference that the run began with"):
+        fit(tmp_path / "b", tiny, pairs_folder, reference=Frozen(), ckpt=tmp_path / "a.ckpt")
 
 
 def test_a_following_reference_refuses_what_it_cannot_do(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:

@@ -309,3 +309,34 @@ def test_a_revision_without_a_path_is_refused() -> None:
 
 def test_the_sample_is_small() -> None:
     assert stored_module.SAMPLE <= 4, "every start computes it"
+
+
+def test_a_policy_trained_in_this_process_is_never_taken_for_the_reference(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    """fit, then test on other data in the same process: what is missing must come from the initial weights."""
+    other = tmp_path / "other"
+    other.mkdir()
+    write_jsonl(other / "train.jsonl", scored_rows(9, seed=7))
+    write_jsonl(other / "test.jsonl", scored_rows(7, seed=8))
+
+    def module_for(data: Path) -> tuple[Any, Any]:
+        return build(tiny, data, optimizer=sgd, reference=Stored(folder=str(tmp_path / "store")))
+
+    module, data = module_for(pairs_folder)
+    trainer = make_trainer(tmp_path / "a", max_steps=4)
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)  # the store is right, and must not be called wrong
+    _, more = module_for(other)
+    make_trainer(tmp_path / "b").test(module, more, verbose=False)
+    fresh, again = module_for(other)
+    fresh_trainer = make_trainer(tmp_path / "c", max_steps=1)
+    fresh_trainer.fit(fresh, again)
+    live, same = build(tiny, other, optimizer=sgd, reference=Frozen())
+    live_trainer = make_trainer(tmp_path / "d", max_steps=1)
+    live_trainer.fit(live, same)
+    found = []
+    for one, tested, source in ((fresh_trainer, fresh, again), (live_trainer, live, same)):
+        one.test(tested, source, verbose=False)
+        found.append(float(one.callback_metrics["test/loss"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

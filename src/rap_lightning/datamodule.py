@@ -333,6 +333,11 @@ class PreferenceDataModule(pl.LightningDataModule):
         pairs, trainer = self._pairs[split], self.trainer
         if trainer is not None and trainer.overfit_batches:  # type: ignore[attr-defined]
             raise ConfigError("--trainer.overfit_batches isn't supported; use --trainer.limit_train_batches.")
+        # a loss that compares the pairs of a batch must not get batches of one length
+        loss = getattr(getattr(trainer, "lightning_module", None), "loss", None)
+        packing = None
+        if not getattr(loss, "batch_level", ""):
+            packing = Packing(pairs.sizes(), LAYOUTS[self.layout].tokens, self.token_budget or sys.maxsize)
         sampler = StepSampler(
             len(pairs),
             self.batch_size,
@@ -341,7 +346,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             rank=trainer.global_rank if trainer is not None else 0,
             shuffle=shuffle,
             seed=self.seed,
-            packing=Packing(pairs.sizes(), LAYOUTS[self.layout].tokens, self.token_budget or sys.maxsize),
+            packing=packing,
         )
         resumes = trainer is not None and shuffle
 

@@ -76,7 +76,7 @@ class PreferenceModule(pl.LightningModule):
         self.last_logged: tuple[int, dict[str, float]] = (0, {})
         self._clock = self._pause = 0.0
         self._grad_norm = float("nan")
-        self._checked = self._restored = False
+        self._checked = self._restored = self._trained = False
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -228,6 +228,7 @@ class PreferenceModule(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the loss and the reference follow, before a checkpoint can be written."""
         assert self.policy is not None, "configure_model comes first"
+        self._trained = True  # a new trainer counts from 0, so its step says nothing
         super().optimizer_step(*args, **kwargs)
         self.loss.after_step()
         self.reference.follow(self.policy, self.global_step + 1)
@@ -269,6 +270,17 @@ class PreferenceModule(pl.LightningModule):
                 f"step of {accumulate}. Use a multiple of accumulate_grad_batches."
             )
         self._clock = time.perf_counter()
+
+    def on_train_epoch_start(self) -> None:
+        """Refuse another number of accumulated batches than the steps were planned with."""
+        plan = getattr(self.trainer.train_dataloader, "plan", None)  # of the user's own loader there is none
+        planned = getattr(plan, "accumulate", None)
+        if planned is not None and planned != self.trainer.accumulate_grad_batches:
+            raise ConfigError(
+                f"the data were laid out for --trainer.accumulate_grad_batches {planned}, and something (a "
+                f"GradientAccumulationScheduler?) has set {self.trainer.accumulate_grad_batches}: gradients would be "
+                "multiplied. Use accumulate_grad_batches alone."
+            )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the gradient's norm before clipping, where it will be logged."""
@@ -392,7 +404,7 @@ class PreferenceModule(pl.LightningModule):
         with self.trainer.precision_plugin.train_step_context():
             self.reference.prepare(
                 self.policy, itertools.chain(*splits), total=sum(map(len, splits)),
-                fresh=not self._restored, precision=str(self.trainer.precision),
+                fresh=not (self._restored or self._trained), precision=str(self.trainer.precision),
             )  # fmt: skip
 
     def on_validation_start(self) -> None:
@@ -446,7 +458,14 @@ class PreferenceModule(pl.LightningModule):
         self._restored = True
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = {**self._frozen(), **checkpoint["state_dict"]}
-        self.reference.load_state_dict(checkpoint.get("rap_lightning", {}).get("reference", {}))
+        state = checkpoint.get("rap_lightning", {}).get("reference", {})
+        keeps_none = type(self.reference).load_state_dict is Reference.load_state_dict
+        if state and keeps_none and self.trainer.state.fn == TrainerFn.FITTING:
+            raise ConfigError(
+                f"the checkpoint's run had a reference that changes with the policy; {type(self.reference).__name__} "
+                "doesn't. Go on with the reference that the run began with."
+            )
+        self.reference.load_state_dict(state)
 
     def _frozen(self) -> dict[str, Tensor]:
         """An adapter's base model, as named in the state dict; nothing where a strategy writes sharded checkpoints."""

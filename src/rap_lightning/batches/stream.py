@@ -149,7 +149,7 @@ class StreamLoader(DataLoader[tuple[Batch, ...]]):
         self, pairs: StreamedPairs, collate: Collate, position: Callable[[], tuple[int, int]], **options: Any
     ) -> None:
         super().__init__(pairs, batch_size=None, collate_fn=collate, **options)  # type: ignore[arg-type]
-        self.stream, self.position = pairs, position
+        self.stream, self.position, self.plan = pairs, position, pairs.shape
 
     def __iter__(self) -> Iterator[tuple[Batch, ...]]:  # type: ignore[override]
         self.stream.epoch, self.stream.start = self.position()

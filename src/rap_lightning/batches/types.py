@@ -154,7 +154,8 @@ class PairLogps:
         weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch; None: all 1.
         tokens: for losses with ``needs_tokens``.
         unrelated: [2B] float32, for losses with ``needs_unrelated``: summed log-probability of the response of the
-            pair before this one (of the last, for the first) to this pair's prompt, chosen at 2i and rejected at 2i+1.
+            nearest pair before this one (the last comes before the first) that was made of another scored pair, to this
+            pair's prompt, chosen at 2i and rejected at 2i+1.
     """
 
     chosen: Tensor

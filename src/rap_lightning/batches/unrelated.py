@@ -11,7 +11,12 @@ from rap_lightning.batches.types import Batch
 
 
 def unrelated(batch: Batch) -> Batch:
-    """A padded batch in which pair i's prompt is answered by pair i - 1's responses, the first one's by the last's.
+    """A padded batch in which each pair's prompt is answered by another pair's responses.
+
+    The other one is the nearest before it (the last comes before the first) that was made of another scored pair; where
+    the batch has none, the pair before.
+
+    Responses are cut so that no sequence is longer than the batch's longest: the model may know no more positions.
 
     It reads any layout: before a token, the ancestor at position p is the last token with that position, because
     positions count along the path and siblings follow each other.
@@ -20,7 +25,10 @@ def unrelated(batch: Batch) -> Batch:
     begins = [int((batch.segment == s).nonzero()[0]) for s in range(count)]
     prompts = [_path(batch, int(batch.predict_from[begin])) for begin in begins]
     responses = [batch.target[batch.segment == s] for s in range(count)]
-    responses = responses[-2:] + responses[:-2]
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    donors = [_donor(batch.pair_ids, pair) for pair in range(count // 2)]
+    responses = [responses[2 * donor + side] for donor in donors for side in (0, 1)]
+    responses = [r[: max(1, longest - len(p))] for p, r in zip(prompts, responses, strict=True)]
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     input_ids = batch.input_ids.new_zeros(count, width)
     mask = torch.zeros_like(input_ids)
@@ -43,6 +51,12 @@ def unrelated(batch: Batch) -> Batch:
         segment=torch.repeat_interleave(torch.arange(count, device=mask.device), lengths),
         lengths=lengths,
     )
+
+
+def _donor(pair_ids: tuple[str, ...], pair: int) -> int:
+    count = len(pair_ids)
+    others = ((pair - back) % count for back in range(1, count))
+    return next((other for other in others if pair_ids[other] != pair_ids[pair]), (pair - 1) % count)
 
 
 def _path(batch: Batch, end: int) -> Tensor:

@@ -92,10 +92,12 @@ def above_zero(loss: object, name: str, value: float) -> float:
     """``value``.
 
     Raises:
-        ConfigError: it is not above 0.
+        ConfigError: it is not above 0, or not finite.
     """
     if not value > 0:
         raise ConfigError(f"{type(loss).__name__}: {name} must be above 0, found {value}")
+    if value == float("inf"):
+        raise ConfigError(f"{type(loss).__name__}: {name} must be finite, found {value}")
     return value
 
 

@@ -139,7 +139,9 @@ class DiscoPOP(PreferenceLoss):
     Source: Lu et al. 2024, https://arxiv.org/abs/2406.08414, equation 5; β as in B.1, τ as in E.
     """
 
-    at_zero_margin = "the loss the paper found is not convex: at h = 0 its slope is (1 - ln 2) / (4τ) - 3/4, above 0"
+    at_zero_margin = (
+        "the loss the paper found is not convex: at h = 0 its slope is (1 - ln 2) / (4τ) - 3/4, above 0 at its τ"
+    )
 
     def __init__(self, beta: float = 0.05, tau: float = 0.05) -> None:
         super().__init__(beta)

@@ -90,9 +90,10 @@ class Stored(Reference):
         checked, flushed = 0, time.monotonic()
         with ExitStack() as stack:
             bar = stack.enter_context(tqdm(batches, "reference log-probabilities", total, unit="batch", disable=silent))
-            for part in (part for batch in bar for part in batch):
+            for number, part in ((number, part) for number, batch in enumerate(bar) for part in batch):
                 missing = [digest not in store for digest in part.digests]
-                sampled = checked < SAMPLE and not any(missing)
+                # spread over all data, so that no part of them is never looked at
+                sampled = checked < SAMPLE and checked * total <= number * SAMPLE and not any(missing)
                 # where the model is sharded, its ranks must go through it together
                 if not _any_rank(any(missing) or sampled, device):
                     continue
