@@ -234,3 +234,18 @@ def test_a_misspelt_class_is_answered_with_those_that_exist(
     error = capsys.readouterr().err
     assert said in error
     assert "or give the import path of one of your own" in error
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--max_length", "512"], "--max_length has no effect without --tokenizer"),
+        (["--examples", "1", "--json"], "--examples has no effect with --json"),
+        (["--selection", "BestVsWorst", "--selection.max_pairs", "2"], "max_pairs"),
+    ],
+)
+def test_options_of_inspect_without_effect_are_refused(
+    args: list[str], said: str, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("inspect", "--source", str(rows_file), *args) == 2
+    assert said in capsys.readouterr().err

@@ -359,10 +359,25 @@ def test_a_stream_leaves_out_what_it_cannot_encode_and_says_so(
     found = flat(streamed(path, TOKENIZERS["chatml"], Relabelling()))
     assert sum(found.values()) == 2 * 17
     assert "noncharacter" in caplog.text
+    assert "dropped 1: tie" in caplog.text, "what reading leaves out is said as well"
     data[5]["score_chosen"] = "high"
     write_jsonl(path, data)
     with pytest.raises(DataError, match="line 6"):
         streamed(path, TOKENIZERS["chatml"], Relabelling())
+
+
+def test_a_stream_counts_what_it_cuts_even_if_it_is_left_early(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = many_rows(20)
+    data[0]["rejected"][-1]["content"] = "plum " * 600
+    path = write_jsonl(tmp_path / "rows.jsonl", data)
+    rules, encoder = Rules(tool_turns=True), PairEncoder(Encoder(TOKENIZERS["chatml"], GOAL, 512), Relabelling())
+    stream = StreamedPairs([Source(str(path))], "train", rules, encoder, StepShape(2), buffer=1, seed=0, max_length=512)
+    batches = iter(stream)
+    next(batches)
+    batches.close()
+    assert "truncated 2: end of the rejected response cut" in caplog.text, "under both of its goals"
 
 
 def test_weights_draw_by_content_and_seed() -> None:

@@ -17,7 +17,7 @@ from rap_lightning.batches.dataset import EncodedPairs, encode_pairs
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.batches.layouts import LAYOUTS, Collate
 from rap_lightning.batches.loader import PairLoader
-from rap_lightning.batches.pair_encoder import PairEncoder
+from rap_lightning.batches.pair_encoder import PairEncoder, note_encoding
 from rap_lightning.batches.sampler import Packing, StepSampler
 from rap_lightning.batches.stream import StepShape, StreamedPairs, StreamLoader
 from rap_lightning.batches.types import PromptBatch
@@ -25,7 +25,7 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.generate import left_pad
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.ingest import Rules, rewards_of
+from rap_lightning.preferences.ingest import Rules, fit_scale
 from rap_lightning.preferences.mix import copies, stream_mixed
 from rap_lightning.preferences.pairs import BadRow
 from rap_lightning.preferences.relabel import Mode, Relabelling
@@ -158,8 +158,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             scale = f"the scale from {goal.scale.low:g} to {goal.scale.high:g}"
             raise ConfigError(f"--data.predict.goal must lie on {scale}, found {predict.goal:g}")
         self.sources, self.goal = as_sources(source), goal
-        mode: Mode = relabel if relabel is not None else "both" if goal is not None else "none"
-        self.relabelling = Relabelling(mode, keep_original, seed)
+        self.relabelling = Relabelling.of(relabel, goal, keep_original, seed)
         self.rules = Rules(
             goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns=True
         )
@@ -244,11 +243,8 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     def _fit_scale(self) -> None:
         """Take a scale's open numbers from the training split."""
-        if self.goal is None or not self.goal.scale.needs_fit:
-            return
-        parts = [rewards_of(s, self.train_split, self.rules, num_proc=self.num_proc) for s in self.sources]
-        self.goal.scale.fit([reward for part in parts for reward in part])
-        rank_zero_info(f"scale fitted on the training split: {self.goal.scale}")
+        if self.goal is not None and fit_scale(self.rules, self.sources, self.train_split, num_proc=self.num_proc):
+            rank_zero_info(f"scale fitted on the training split: {self.goal.scale}")
 
     def _encode(self, split: str) -> tuple[EncodedPairs, list[DataReport]]:
         """The encoded pairs of all sources that have the split, each as often as its weight says."""
@@ -288,10 +284,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         pairs = list(islice(stream, FIRST_LOOK))
         self._unscored = any(math.isnan(pair.rewards[0]) for pair in pairs)
         rows = PairEncoder(self.encoder, self.relabelling)(pairs)
-        for row in rows:
-            if row["dropped"]:
-                report.note("dropped", row["dropped"], row["place"], row["column"])
-        if all(row["dropped"] for row in rows):
+        if not any(note_encoding(rows, report)):
             raise DataError(
                 "\n".join([f"{self._named()}: no pair of the first {FIRST_LOOK:,} is left.", *report.lines()])
             )

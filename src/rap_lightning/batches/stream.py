@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from rap_lightning.batches.dataset import Example, example_of
 from rap_lightning.batches.layouts import Collate
-from rap_lightning.batches.pair_encoder import PairEncoder
+from rap_lightning.batches.pair_encoder import PairEncoder, note_encoding
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
 from rap_lightning.preferences.ingest import Rules
@@ -74,12 +74,17 @@ class StreamedPairs(IterableDataset[Any]):
     def __iter__(self) -> Iterator[tuple[BatchPlan, list[Example]]]:
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        report = DataReport(", ".join(source.path for source in self.sources), self.split)
-        for number, (items, weights, step_pairs) in enumerate(self._batches(report)):
-            if number >= self.start and (number - self.start) % workers == own:
-                yield self._encoded(items, weights, step_pairs)
-        if own == 0 and self.shape.rank == 0:
-            log.info("\n".join(report.lines()))
+        names = ", ".join(source.path for source in self.sources)
+        read = DataReport(names, self.split)  # of every row: each process reads them all
+        encoded = DataReport(names, f"{self.split} (training pairs encoded by worker {own} of rank {self.shape.rank})")
+        try:
+            for number, (items, weights, step_pairs) in enumerate(self._batches(read)):
+                if number >= self.start and (number - self.start) % workers == own:
+                    yield self._encoded(items, weights, step_pairs, encoded)
+        finally:  # most streams are left before their end
+            reports = [read, encoded] if own == 0 and self.shape.rank == 0 else [encoded]
+            if lines := [line for report in reports for line in report.lines() if line.startswith(" ")]:
+                log.warning("stream %s:\n%s", names, "\n".join(lines))
 
     def _batches(self, report: DataReport) -> Iterator[tuple[list[tuple[Pair, int]], list[float], int]]:
         shape, step = self.shape, []
@@ -110,20 +115,16 @@ class StreamedPairs(IterableDataset[Any]):
         yield from held
 
     def _encoded(
-        self, items: list[tuple[Pair, int]], weights: list[float], step_pairs: int
+        self, items: list[tuple[Pair, int]], weights: list[float], step_pairs: int, report: DataReport
     ) -> tuple[BatchPlan, list[Example]]:
         examples, kept = [], []
-        spare: Example | None = None
-        for (pair, origin), row, weight in zip(items, self.encode([p for p, _ in items]), weights, strict=True):
-            if row["dropped"]:
-                log.warning("dropped: %s (%s, column %s)", row["dropped"], pair.place, row["column"])
-                continue
-            spare = example_of(row, origin, self.rules.relabelling, self.max_length)
-            examples.append(spare)
-            kept.append(weight)
+        rows = self.encode([pair for pair, _ in items])
+        for (_, origin), row, weight, good in zip(items, rows, weights, note_encoding(rows, report), strict=True):
+            if good:
+                examples.append(example_of(row, origin, self.rules.relabelling, self.max_length))
+                kept.append(weight)
         if not examples:  # every rank must run every batch: a pair of weight 0 stands in
-            spare = next(self._stand_in())
-            examples, kept = [spare], [0.0]
+            examples, kept = [next(self._stand_in())], [0.0]
         # the others can't know that a pair was dropped here, so the step's mean is over the pairs that were planned
         places = tuple(range(len(examples)))
         return BatchPlan(places, tuple(kept), step_pairs, (places,)), examples

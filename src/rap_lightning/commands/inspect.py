@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rap_lightning.commands.options import fit_scale, load_tokenizer, make_rules
+from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.census import Census
 from rap_lightning.preferences.chat import with_goal
@@ -33,7 +33,7 @@ def inspect(
     source: str | list[Source],
     split: str | None = None,
     tokenizer: str | None = None,
-    max_length: int = 1024,
+    max_length: int | None = None,
     goal: GoalTemplate | None = OverallGoal(),  # noqa: B008
     relabel: Mode | None = None,
     keep_original: bool = False,
@@ -44,7 +44,7 @@ def inspect(
     bad_rows: Literal["drop", "error"] = "drop",
     format: str = "auto",
     columns: dict[str, str] | None = None,
-    examples: int = 2,
+    examples: int | None = None,
     num_proc: int | None = None,
     seed: int = 42,
     json: bool = False,
@@ -63,7 +63,8 @@ def inspect(
         split: by default each one.
         tokenizer: folder or Hub id of the model to train; with it, lengths are measured in tokens, and pairs rendered
             by its chat template.
-        max_length: tokens of prompt and response together; the share of longer pairs is shown.
+        max_length: tokens of prompt and response together; with a tokenizer the share of longer pairs is shown. By
+            default 1024.
         goal: how the goal reads in the prompt; null for plain pairs, which need no scores.
         relabel: as in the data module: both, chosen, rejected, none or half.
         keep_original: also each pair without a goal.
@@ -74,11 +75,17 @@ def inspect(
         bad_rows: rows that can't be used: drop or error.
         format: of the rows: auto, a known format, or the import path of a function.
         columns: new names for columns, {theirs: ours}.
-        examples: scored pairs that are shown as relabelled.
+        examples: scored pairs that are shown as relabelled; by default 2.
         num_proc: processes that share the reading.
         seed: of the half that relabel half takes.
         json: print one JSON document for machines instead of tables.
     """
+    if max_length is not None and tokenizer is None:
+        raise ConfigError("--max_length has no effect without --tokenizer, which says what a token is.")
+    if examples is not None and json:
+        raise ConfigError("--examples has no effect with --json, which prints figures alone; remove one of the two.")
+    max_length = 1024 if max_length is None else max_length
+    examples = (0 if json else 2) if examples is None else examples
     if max_length < 2:
         raise ConfigError(f"--max_length must be at least 2, found {max_length}")
     if examples < 0:
@@ -90,7 +97,7 @@ def inspect(
     )  # fmt: skip
     encode = _encoder(tokenizer, rules, max_length) if tokenizer is not None else None
     splits = [split] if split is not None else splits_among(sources)
-    fitted = fit_scale(rules, sources, splits, num_proc)
+    fitted = fit_on_training_split(rules, sources, splits, num_proc)
     documents, failed = [], False
     for name in splits:
         for one in having(sources, name):

@@ -11,7 +11,7 @@ from rap_lightning.class_names import check_class_names
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.ingest import Rules, rewards_of
+from rap_lightning.preferences.ingest import Rules, fit_scale
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
@@ -35,21 +35,18 @@ def make_rules(
     tool_turns: bool,
 ) -> Rules:
     """Rules as the data module makes them of the same options."""
-    mode: Mode = relabel if relabel is not None else "both" if goal is not None else "none"
-    relabelling = Relabelling(mode, keep_original, seed)
+    relabelling = Relabelling.of(relabel, goal, keep_original, seed)
     return Rules(
         goal, relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns=tool_turns
     )
 
 
-def fit_scale(rules: Rules, sources: list[Source], splits: list[str], num_proc: int | None) -> bool:
+def fit_on_training_split(rules: Rules, sources: list[Source], splits: list[str], num_proc: int | None) -> bool:
     """Take a scale's open numbers from the training split (or the only one); whether there were any."""
     if rules.goal is None or not rules.goal.scale.needs_fit:
-        return False
+        return False  # a source without a training split is then no fault
     split = "train" if "train" in splits or len(splits) > 1 else splits[0]
-    rewards = [r for source in having(sources, split) for r in rewards_of(source, split, rules, num_proc=num_proc)]
-    rules.goal.scale.fit(rewards)
-    return True
+    return fit_scale(rules, having(sources, split), split, num_proc=num_proc)
 
 
 def load_tokenizer(path: str) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from rap_lightning import __version__
-from rap_lightning.commands.options import fit_scale, load_tokenizer, make_rules
+from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.chat import resolve_placement, shows_system
 from rap_lightning.preferences.columns import PairColumns
@@ -87,7 +88,7 @@ def relabel(
     )  # fmt: skip
     placement, system_shown = _placement(rules, tokenizer)
     splits = [split] if split is not None else splits_among(sources)
-    fit_scale(rules, sources, splits, num_proc)
+    fit_on_training_split(rules, sources, splits, num_proc)
     parts = [(name, one) for name in splits for one in having(sources, name)]
     prints = [fingerprint(one, name) for name, one in parts]
     folder = ShardedFolder(
@@ -97,20 +98,19 @@ def relabel(
     if there := folder.open():
         print(f"going on: {there} shards of an earlier run are there")
     reports = []
-    for name in splits:
-        number = 0
-        for one in having(sources, name):
-            report = DataReport(_public(one.path), name)
-            blocks: Iterator[Block] = read_blocks(one, name, rules, report, num_proc=num_proc)
-            if one.weight != 1.0 and name in ("train", split):
-                blocks = _weighted(blocks, one.weight, seed)
-            for shard in shards_of(blocks):
-                label = f"{name}-{number:05d}.parquet"
-                if not folder.has(label):
-                    folder.write(label, relabelled(shard, rules, placement, system_shown))
-                number += 1
-            reports.append(report)
-            print("\n".join(report.lines()))
+    shards = Counter[str]()
+    for name, one in parts:
+        report = DataReport(_public(one.path), name)
+        blocks: Iterator[Block] = read_blocks(one, name, rules, report, num_proc=num_proc)
+        if one.weight != 1.0 and name in ("train", split):
+            blocks = _weighted(blocks, one.weight, seed)
+        for shard in shards_of(blocks):
+            label = f"{name}-{shards[name]:05d}.parquet"
+            if not folder.has(label):
+                folder.write(label, relabelled(shard, rules, placement, system_shown))
+            shards[name] += 1
+        reports.append(report)
+        print("\n".join(report.lines()))
     folder.close(_card(rules, reports, placement))
     print(f"wrote {output}")
 

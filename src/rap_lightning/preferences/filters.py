@@ -78,25 +78,15 @@ class Filters:
         words: list[set[str]] = []
         for response in responses:
             if self.min_reward is not None and response.reward < self.min_reward:
-                bad.append(
-                    BadRow(response.column, f"a reward below filters.min_reward {self.min_reward:g}", by_choice=True)
-                )
+                bad.append(_left_out(response, f"a reward below filters.min_reward {self.min_reward:g}"))
                 continue
             if self.max_reward is not None and response.reward > self.max_reward:
-                bad.append(
-                    BadRow(response.column, f"a reward above filters.max_reward {self.max_reward:g}", by_choice=True)
-                )
+                bad.append(_left_out(response, f"a reward above filters.max_reward {self.max_reward:g}"))
                 continue
             if self.near_duplicates is not None:
                 own = set(normal(response.text).split())
                 if any(_jaccard(own, other) >= self.near_duplicates for other in words):
-                    bad.append(
-                        BadRow(
-                            response.column,
-                            "nearly the same text as an earlier response to this prompt",
-                            by_choice=True,
-                        )
-                    )
+                    bad.append(_left_out(response, "nearly the same text as an earlier response to this prompt"))
                     continue
                 words.append(own)
             good.append(response)
@@ -109,9 +99,7 @@ class Filters:
         if self.max_length_ratio is not None:
             short, long = sorted((len(better.text), len(worse.text)))
             if long > short * self.max_length_ratio:
-                raise BadRow(
-                    worse.column, f"lengths beyond filters.max_length_ratio {self.max_length_ratio:g}", by_choice=True
-                )
+                raise _left_out(worse, f"lengths beyond filters.max_length_ratio {self.max_length_ratio:g}")
 
 
 def _left_out(response: Response, reason: str) -> BadRow:

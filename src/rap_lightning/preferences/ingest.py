@@ -659,6 +659,14 @@ def _import(path: str) -> Callable[[Row], Row | None]:
     return function
 
 
+def fit_scale(rules: Rules, sources: Sequence[Source], split: str, *, num_proc: int | None = None) -> bool:
+    """Take the open numbers of the goal's scale from a split of the sources; whether there were any."""
+    if rules.goal is None or not rules.goal.scale.needs_fit:
+        return False
+    rules.goal.scale.fit([r for source in sources for r in rewards_of(source, split, rules, num_proc=num_proc)])
+    return True
+
+
 def rewards_of(source: Source, split: str, rules: Rules, *, num_proc: int | None = None) -> list[float]:
     """The rewards of all responses that can be used, to fit a scale on; in the judge's units."""
     open_scale = replace(rules, goal=None, relabelling=Relabelling("none"), ties="drop", outside_scale="error")

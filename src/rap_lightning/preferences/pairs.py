@@ -67,7 +67,6 @@ class Judged:
         paired: the row is a pair already, ``responses[0]`` being the one it calls chosen.
         tools: the tools the conversation may call, as JSON, where it has any.
         prompt: the text of the row's first user turn, and ``prompt_id`` what the row calls it.
-        noted: (reason, column) of oddities that change nothing.
     """
 
     history: tuple[Message, ...]
@@ -76,7 +75,6 @@ class Judged:
     paired: bool = False
     tools: str | None = None
     prompt_id: Any = None
-    noted: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def prompt(self) -> str:

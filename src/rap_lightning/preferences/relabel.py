@@ -47,6 +47,11 @@ class Relabelling:
         if self.mode == "none" and self.keep_original:
             raise ConfigError("keep_original has no effect with relabel none, which keeps the originals alone.")
 
+    @classmethod
+    def of(cls, mode: Mode | None, goal: GoalTemplate | None, keep_original: bool, seed: int) -> Relabelling:
+        """With ``mode`` left open both halves where there is a goal, and none where there isn't."""
+        return cls(mode or ("none" if goal is None else "both"), keep_original, seed)
+
     @property
     def origins(self) -> tuple[int, ...]:
         """What each scored pair becomes, as indices into :data:`ORIGINS`."""
@@ -170,7 +175,7 @@ class RelabelledView(Sequence[RelabelledPair]):
         self, pairs: Sequence[Pair], goal: GoalTemplate | None, relabelling: Relabelling | None = None
     ) -> None:
         self.pairs, self.goal = pairs, goal
-        relabelling = relabelling or Relabelling("both" if goal is not None else "none")
+        relabelling = relabelling or Relabelling.of(None, goal, keep_original=False, seed=0)
         ties = sum(pair.tie for pair in pairs)
         self._places = TrainingIndex(len(pairs) - ties, ties, relabelling)
 

@@ -15,17 +15,10 @@ SameGoal = Callable[[Response, Response], bool]
 
 
 class Selection(ABC):
-    """Which pairs are made of a prompt's responses. Named by import path: ``--data.selection my_pkg.MySelection``.
+    """Which pairs are made of a prompt's responses. Named by import path: ``--data.selection my_pkg.MySelection``."""
 
-    Args:
-        max_pairs: at most this many pairs per prompt, drawn at random; null keeps all.
-        seed: of what is drawn.
-    """
-
-    def __init__(self, max_pairs: int | None = None, seed: int = 0) -> None:
-        if max_pairs is not None and max_pairs < 1:
-            raise ConfigError(f"selection: max_pairs must be at least 1, found {max_pairs}")
-        self.max_pairs, self.seed = max_pairs, seed
+    max_pairs: int | None = None
+    seed: int = 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
@@ -53,7 +46,14 @@ class Selection(ABC):
 
 
 class BestVsRandom(Selection):
-    """The best response against a random one of the others, as in the paper."""
+    """The best response against a random one of the others, as in the paper.
+
+    Args:
+        seed: of what is drawn.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
 
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
@@ -73,7 +73,21 @@ class BestVsWorst(Selection):
         return [] if same_goal(ordered[0], ordered[-1]) else [(ordered[0], ordered[-1])]
 
 
-class AllPairs(Selection):
+class SeveralPairs(Selection):
+    """More than one pair of a prompt.
+
+    Args:
+        max_pairs: at most this many pairs per prompt, drawn at random; null keeps all.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, max_pairs: int | None = None, seed: int = 0) -> None:
+        if max_pairs is not None and max_pairs < 1:
+            raise ConfigError(f"selection: max_pairs must be at least 1, found {max_pairs}")
+        self.max_pairs, self.seed = max_pairs, seed
+
+
+class AllPairs(SeveralPairs):
     """Every two responses."""
 
     def choose(
@@ -86,7 +100,7 @@ class AllPairs(Selection):
                     yield better, worse
 
 
-class AdjacentPairs(Selection):
+class AdjacentPairs(SeveralPairs):
     """Every response against the next worse one."""
 
     def choose(
