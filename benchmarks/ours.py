@@ -69,7 +69,7 @@ def main() -> None:
     reference = Stored(folder=str(folder / "store")) if a.reference == "stored" else Frozen()
     module = Logged(
         policy, DPO(a.beta), reference, schedule=ConstantWithWarmup(),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=a.lr, weight_decay=0.0),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=a.lr, weight_decay=0.0, fused=True),
     )  # fmt: skip
     data = InOrder(
         str(folder), goal=None, max_length=a.max_length, batch_size=a.pairs_per_step, layout=a.layout,

@@ -18,7 +18,16 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import Lora, Policy, PolicyConfig, check_head, check_sharing, silence_dropout
+from rap_lightning.models import attention, flex
+from rap_lightning.models.policy import (
+    Lora,
+    Policy,
+    PolicyConfig,
+    check_head,
+    check_sharing,
+    compile_layers,
+    silence_dropout,
+)
 from test_logps import examples
 
 VOCABULARY = 97
@@ -321,3 +330,60 @@ def test_sizes_are_those_of_the_examples(tiny: Path) -> None:
 def test_an_attention_that_the_machine_lacks_is_named(attention: str, tiny: Path) -> None:
     with pytest.raises(ConfigError, match=rf"attn_implementation {attention}: this model or this machine has no such"):
         PolicyConfig(str(tiny), attn_implementation=attention).load_model(torch.float32)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flex_attention_gives_what_the_mask_gives(window: int | None, softcap: float | None) -> None:
+    """Forward only: FlexAttention has no backward pass on a CPU. On a GPU ``works`` compares gradients at the start."""
+    found = batch_of("tree", conversations(goals_of_one=False)).forest
+    assert found is not None
+    tokens, generator = len(found.end), torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, tokens, 16, generator=generator) for heads in (4, 2, 2))
+    positions = attention._positions(found)
+    flexible = flex.attend(query, key, value, flex.block_mask(found, positions, window), 0.25, softcap)
+    by_mask = [
+        attention._masked(
+            *(x[:, :, start:stop] for x in (query, key, value)), attention._mask(found, start, stop, window), 0.25,
+            0.0, softcap, None,
+        )
+        for start, stop in found.roots
+    ]  # fmt: skip
+    torch.testing.assert_close(flexible, torch.cat(by_mask, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_flex_attention_that_cannot_train_here_is_not_used_and_said() -> None:
+    flex.works.cache_clear()
+    with pytest.warns(UserWarning, match="FlexAttention is not used on cpu: .* A mask is used"):
+        assert not flex.works(torch.device("cpu"), torch.float32, 4, 2, 16, attention._by_mask)
+
+
+@pytest.mark.parametrize(
+    ("lora", "checkpointing"),
+    [
+        (False, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, True), (True, False), (True, True)]),
+    ],
+)
+def test_compiled_layers_give_the_same_gradients_and_are_compiled_once_for_all_lengths(
+    lora: bool, checkpointing: bool
+) -> None:
+    plain = policy_of("Llama", torch.float32, lora=lora, checkpointing=checkpointing)
+    compiled = policy_of("Llama", torch.float32, lora=lora, checkpointing=checkpointing)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(compiled)
+    examples = conversations(goals_of_one=False)
+    for some in (examples, examples[:2], examples[1:], examples[3:]):
+        for layout in ("tree", "padded"):
+            batch = batch_of(layout, some)
+            loss, gradients = loss_and_gradients(plain, plain.logps(batch))
+            ours, grads = loss_and_gradients(compiled, compiled.logps(batch))
+            assert abs(float(ours - loss)) <= 1e-5 * abs(float(loss)), layout
+            assert_same_gradients(grads, gradients, 5e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+
+
+def test_offloading_is_refused_without_a_gpu(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="activation_offloading has no effect without a GPU"):
+        PolicyConfig(str(tiny), activation_offloading=True)

@@ -38,7 +38,7 @@ AGREEMENT = 1e-3
 
 def adamw(params: Any) -> torch.optim.Optimizer:
     """The paper's optimizer: AdamW at 5e-7, no weight decay."""
-    return torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0)
+    return torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0, fused=True)
 
 
 class PreferenceModule(pl.LightningModule):
@@ -146,6 +146,10 @@ class PreferenceModule(pl.LightningModule):
         """The injected optimizer over the trainable parameters, the schedule stepping with it."""
         assert self.policy is not None, "configure_model comes first"
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            # Lightning won't clip the gradients of an optimizer that could unscale them itself, as fused ones say they
+            # can; without a scaler (all precisions but 16-mixed) nothing is scaled
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps) or steps < 0:  # Lightning says -1 of a stream
             raise ConfigError(

@@ -5,8 +5,11 @@ road a call takes depends on what the layer asks for:
 
 - on a CPU, plain attention: a kernel call per run of tokens for what the run sees of itself, and one for what all its
   descendants see of it, merged by their log-sum-exp. Nothing is computed twice and nothing is masked away.
-- anything else (sliding windows shorter than a sequence, logit soft-capping, attention sinks, dropout, other devices):
-  a mask per tree. Right everywhere; its speed was never measured on a GPU.
+- on a GPU, FlexAttention, sliding windows and soft-capping included, once it has proved itself there (``flex``).
+- anything else (on a CPU, sliding windows shorter than a sequence and logit soft-capping; attention sinks and dropout
+  anywhere): a mask per tree. Right everywhere.
+
+No GPU has been at hand: on one, neither road's speed was ever measured.
 
 Shape legend: H query heads, G key-value heads, T tokens, D head size.
 """
@@ -16,16 +19,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rap_lightning.batches.types import Forest
+from rap_lightning.models import flex
 
 NAME = "rap_forest"
 WINDOWS = ("sliding_window", "attention_chunk_size")
+
+Made: TypeAlias = dict[int | None, tuple[Forest, Any]]
+"""Block masks by window, with the forest they are of."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -39,7 +46,8 @@ def forest_attention(config: Any, windows: set[int] | None = None) -> AbstractCo
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, partial(_forward, windows=windows))
+    # kernels are called run by run, which a compiler of layers must not unroll for every forest anew
+    AttentionInterface.register(NAME, torch.compiler.disable(partial(_forward, windows=windows, made={})))
     return _implementation(config, NAME)
 
 
@@ -71,7 +79,8 @@ def _implementation(config: Any, name: str) -> Iterator[None]:
 def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     forest: Forest, scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, windows: set[int] | None = None, **_: Any,
+    softcap: float | None = None, s_aux: Tensor | None = None, windows: set[int] | None = None,
+    made: Made | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What transformers calls: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
     if windows is not None and sliding_window is not None:
@@ -84,6 +93,9 @@ def _forward(
         q, k, v = (x[0].to(value.dtype) for x in (query, key, value))
         out = _RunByRun.apply(q, k, v, forest.runs, scale)
         return out.transpose(0, 1)[None], None
+    if query.is_cuda and not dropout and s_aux is None and _flex_works(query, key, value):
+        out = flex.attend(query, key, value, _blocks(forest, window, made), scale, softcap)
+        return out.transpose(1, 2), None
     outs = []
     for start, stop in forest.roots:
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
@@ -130,16 +142,19 @@ class _RunByRun(torch.autograd.Function):
         query, key, value, out, log_z = ctx.saved_tensors
         heads, group = query.shape[:2]
         grad = grad.unflatten(0, (heads, group))
-        grads = [torch.zeros_like(query), *(torch.zeros_like(key[:, 0]) for _ in range(2))]
+        grad_query, (grad_key, grad_value) = torch.empty_like(query), (torch.empty_like(key[:, 0]) for _ in range(2))
         for rows, keys, causal in _parts(ctx.runs):
             q, k, v = query[:, :, rows], key[:, :, keys], value[:, :, keys]
             g_q, g_k, g_v = _flash_backward(
                 grad[:, :, rows], q, k, v, out[:, :, rows], log_z[:, :, rows], 0.0, causal, scale=ctx.scale
             )
-            grads[0][:, :, rows] += g_q
-            grads[1][:, keys] += g_k.sum(1)
-            grads[2][:, keys] += g_v.sum(1)
-        return grads[0].flatten(0, 1), grads[1], grads[2], None, None
+            if causal:  # each token's first part: runs cover all tokens
+                grad_query[:, :, rows], grad_key[:, keys], grad_value[:, keys] = g_q, g_k.sum(1), g_v.sum(1)
+            else:
+                grad_query[:, :, rows] += g_q
+                grad_key[:, keys] += g_k.sum(1)
+                grad_value[:, keys] += g_v.sum(1)
+        return grad_query.flatten(0, 1), grad_key, grad_value, None, None
 
 
 def _parts(runs: tuple[tuple[int, int, int], ...]) -> Iterator[tuple[slice, slice, bool]]:
@@ -155,6 +170,32 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     heads = key.shape[0]
     query = query.unflatten(0, (heads, -1))
     return query, *(x[:, None].expand(-1, query.shape[1], -1, -1) for x in (key, value))  # type: ignore[return-value]
+
+
+def _flex_works(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    same = query.shape[-1] == value.shape[-1] and query.dtype == key.dtype == value.dtype
+    return same and flex.works(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], _by_mask)
+
+
+def _by_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    return _masked(query, key, value, mask, scale, 0.0, softcap, None)
+
+
+def _blocks(forest: Forest, window: int | None, made: Made | None) -> Any:
+    """The block mask of a forest, made once for all layers of a forward pass."""
+    made = {} if made is None else made
+    if window not in made or made[window][0] is not forest:  # a checkpointed layer may come back to an earlier forest
+        made[window] = (forest, flex.block_mask(forest, _positions(forest), window))
+    return made[window][1]
+
+
+def _positions(forest: Forest) -> Tensor:
+    """[T] int64: how many tokens stand before each on its path."""
+    positions = torch.empty_like(forest.end)
+    for path in forest.paths:
+        places = torch.cat([torch.arange(*span, device=positions.device) for span in path])
+        positions[places] = torch.arange(len(places), device=positions.device)
+    return positions
 
 
 def _mask(forest: Forest, start: int, stop: int, window: int | None) -> Tensor:

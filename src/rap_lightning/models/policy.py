@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 from rap_lightning.batches.dataset import Example
 from rap_lightning.batches.layouts import LAYOUTS, lay_out
@@ -62,6 +63,10 @@ class PolicyConfig:
         attn_implementation: "sdpa", "eager", "flash_attention_2", ...; transformers' own choice by default.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them; by default for
             models of a billion parameters and more.
+        activation_offloading: keep activations in pinned host memory between forward and backward pass; for GPUs that
+            are short of memory, slower unless the bus is fast. Needs a GPU.
+        compile: compile the decoder layers with torch.compile, once for all lengths. Pays after some steps: the first
+            ones wait for the compiler.
         dropout: keep the dropout that the model's config asks for. Off by default: it makes policy and reference
             disagree.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
@@ -73,9 +78,18 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     attn_implementation: str | None = None
     gradient_checkpointing: bool | None = None
+    activation_offloading: bool = False
+    compile: bool = False
     dropout: bool = False
     trust_remote_code: bool = False
     lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        if self.activation_offloading and not torch.cuda.is_available():
+            raise ConfigError(
+                "--model.policy.activation_offloading has no effect without a GPU, whose memory it would spare. "
+                "Leave it out, or use --model.policy.gradient_checkpointing true."
+            )
 
     def load_tokenizer(self) -> Any:
         """The tokenizer of ``path``.
@@ -129,7 +143,9 @@ class PolicyConfig:
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         if self.lora is not None:
             model = _with_adapter(model, self.lora)
-        policy = Policy(model)
+        policy = Policy(model, offload=self.activation_offloading)
+        if self.compile:
+            compile_layers(policy)
         policy.train()
         return policy
 
@@ -147,9 +163,9 @@ class Policy(nn.Module):
     The head runs inside ``forward``, so that sharding strategies gather its weight as they do for any module.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, offload: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.offload = model, offload
         self.shares = True  # until check_sharing finds otherwise
 
     @property
@@ -167,18 +183,22 @@ class Policy(nn.Module):
 
         The second row has no gradient, and costs the head's forward pass once more.
         """
-        if batch.forest is None:
-            # no attention mask: padding stands on the right, where causality hides it, and without a mask attention
-            # takes its fastest path
-            hidden = self._hidden(batch.input_ids, batch.position_ids)
-        elif self.shares:
-            with forest_attention(self.causal_lm.config.get_text_config()):
-                hidden = self._hidden(batch.input_ids, batch.position_ids, forest=batch.forest)
-        else:
-            hidden = self._path_by_path(batch, batch.forest)
+        with save_on_cpu(pin_memory=True) if self.offload and torch.is_grad_enabled() else nullcontext():
+            hidden = self._all_hidden(batch)
         hidden, head = hidden.flatten(0, 1)[batch.predict_from], Head.of(self.causal_lm)
         token_logps = head.token_logps(hidden, batch.target)
         return torch.stack((token_logps, head.log_collisions(hidden.detach()))) if collisions else token_logps
+
+    def _all_hidden(self, batch: Batch) -> Tensor:
+        """[R, T, D], by whichever road the batch's layout and the model allow."""
+        if batch.forest is None:
+            # no attention mask: padding stands on the right, where causality hides it, and without a mask attention
+            # takes its fastest path
+            return self._hidden(batch.input_ids, batch.position_ids)
+        if self.shares:
+            with forest_attention(self.causal_lm.config.get_text_config()):
+                return self._hidden(batch.input_ids, batch.position_ids, forest=batch.forest)
+        return self._path_by_path(batch, batch.forest)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Tensor:
         """[R, T, D]."""
@@ -203,6 +223,34 @@ class Policy(nn.Module):
     def logps(self, batch: Batch) -> Tensor:
         """Log-probability of each response, [2B] float32 nats."""
         return sum_by_segment(self(batch), batch.segment, len(batch.lengths))
+
+
+def decoder_layers(policy: Policy) -> list[nn.Module]:
+    """The blocks that the model repeats, as its own code names them for sharding."""
+    names = set(policy.causal_lm._no_split_modules or [])
+    return [module for module in policy.modules() if type(module).__name__ in names]
+
+
+def compile_layers(policy: Policy) -> None:
+    """Compile every decoder layer; they run the same code, so the compiler works once.
+
+    Lengths are symbols in what is compiled, so that no batch compiles anew. Attention over a forest stays outside. Of a
+    layer that is computed again in the backward pass its parts are compiled, each on its own: the compiler does not
+    take the context in which that happens.
+
+    Raises:
+        ConfigError: the model names no layers.
+    """
+    layers = decoder_layers(policy)
+    if not layers:
+        raise ConfigError(
+            f"--model.policy.compile: {type(policy.causal_lm).__name__} doesn't say which of its modules are layers. "
+            "Leave it out."
+        )
+    for layer in layers:
+        again = getattr(layer, "gradient_checkpointing", False)
+        for part in layer.children() if again else [layer]:
+            part.compile(dynamic=True)
 
 
 @contextmanager

@@ -5,13 +5,11 @@ from __future__ import annotations
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy import Policy, decoder_layers
 
 
 def shard(policy: Policy, mesh: DeviceMesh) -> None:
     """Shard every decoder layer on its own, and the rest (embeddings, last norm, head) together at the root."""
-    names = set(policy.causal_lm._no_split_modules or [])
-    for module in policy.modules():
-        if type(module).__name__ in names:
-            fully_shard(module, mesh=mesh)
+    for layer in decoder_layers(policy):
+        fully_shard(layer, mesh=mesh)
     fully_shard(policy, mesh=mesh)
