@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+WARM_UP = 1
+"""Steps at the beginning of each process that are not counted: they make Adam's state, and touch memory first."""
 HERE = Path(__file__).resolve().parent
 OURS = {
     "tree": ["ours.py"],
@@ -60,7 +62,8 @@ def measure(
 
 
 def flat(results: list[dict[str, Any]], name: str) -> list[Any]:
-    return [value for result in results for value in result[name]]
+    """The steps of all rounds, without those that warm a process up."""
+    return [value for result in results for value in result[name][WARM_UP:]]
 
 
 def ratio(peer: list[Any], ours: list[Any], name: str) -> str:
@@ -124,7 +127,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=ROWS.jsonl")
     parser.add_argument("--pairs", nargs="+", type=int, default=[2, 4], help="pairs per optimizer step")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="batches per round")
+    parser.add_argument("--steps", type=int, default=3, help="batches per round; the first of them warms up")
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--only", nargs="*", help="methods whose name holds one of these words")

@@ -101,6 +101,19 @@ def test_training_raises_chosen_over_rejected_under_both_goals(tiny: Path, tmp_p
     assert last["rewards/margins/rejected-goal"] > 0.3
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_of_a_fused_optimizer_are_clipped(
+    precision: str, tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    """Lightning refuses to, in mixed precision, where an optimizer could unscale gradients itself."""
+    fused = lambda params: torch.optim.SGD(params, lr=1.0, fused=True)  # noqa: E731
+    options = {"precision": precision, "gradient_clip_val": 1e-3, "max_steps": 1}
+    after = weights(fit(tmp_path, tiny, pairs_folder, optimizer=fused, trainer=options))
+    before = dict(PolicyConfig(str(tiny)).build(torch.float32).named_parameters())
+    moved = [(after[name] - before[name].detach()).norm() for name in before]
+    assert float(torch.stack(moved).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_accumulation_equals_one_batch_also_in_the_epochs_uneven_last_step(
     batch_size: int, tiny: Path, pairs_folder: Path, tmp_path: Path
