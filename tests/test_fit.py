@@ -335,14 +335,15 @@ def test_the_exported_folder_loads_with_plain_transformers(tiny: Path, pairs_fol
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rap_lightning.callbacks import ExportHF
+    from rap_lightning.preferences.baked import unbaked
 
     module = fit(tmp_path, tiny, pairs_folder, trainer={"max_steps": 2, "callbacks": [ExportHF()]})
     (folder,) = tmp_path.rglob("hf")
-    assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".md"}
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(first_logits(model), first_logits(module.policy.model))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.chat_template == module.tokenizer.chat_template
+    assert unbaked(tokenizer.chat_template) == module.tokenizer.chat_template
     text = tokenizer.apply_chat_template([{"role": "user", "content": "red"}], return_tensors="pt", return_dict=True)
     assert model.generate(**text, max_new_tokens=3).shape[1] > text["input_ids"].shape[1]
 

@@ -7,7 +7,7 @@ from conftest import ROOT
 
 SOURCE = ROOT / "src" / "rap_lightning"
 FLOORS = [
-    {"errors"},
+    {"errors", "provenance"},
     {"preferences"},
     {"batches"},
     {"losses"},

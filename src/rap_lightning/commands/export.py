@@ -2,53 +2,187 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from rap_lightning.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rap_lightning.models.policy import Policy, PolicyConfig
+    from rap_lightning.models.saved import SavedPolicy
 
-def export(checkpoint: str, output: str, merge: bool = False, trust_remote_code: bool = False) -> None:
-    """Write a checkpoint of fit as a Hugging Face folder: safetensors, tokenizer, chat template.
 
-    Example: rap-lightning export --checkpoint runs/version_0/checkpoints/last.ckpt --output my-model
+def export(
+    checkpoint: str,
+    output: str,
+    merge: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_size: str | None = None,
+    goal_in_template: bool = True,
+    base_model: str | None = None,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a checkpoint of fit as a Hugging Face folder that any serving stack loads.
+
+    The folder holds safetensors, the tokenizer, a generation config and a model card (README.md). Its chat template
+    asks for the best goal by itself: someone who sends a plain chat gets the policy at its best.
+
+    Checkpoints of one device and DDP are files, those of FSDP2 and DeepSpeed are folders; all are read as they are.
+    DeepSpeed's need deepspeed installed. Nothing is overwritten: the output appears whole, or not at all.
+
+    Example: rap-lightning export --checkpoint runs/version_0/checkpoints/last.ckpt --output my-model --merge true
+             transformers serve my-model
 
     Args:
-        checkpoint: a .ckpt file that fit wrote.
+        checkpoint: a .ckpt that fit wrote, file or folder.
         output: a folder that doesn't exist yet, or is empty.
-        merge: add a LoRA adapter to its base model's weights, in float32, instead of writing the adapter alone.
+        merge: add a LoRA adapter to its base model's weights, instead of writing the adapter alone. It is done in
+            float32; the logits of the written model must equal those of the adapter on its base to 1e-4.
+        dtype: of the written weights; by default those of the checkpoint, and float32 for merged ones.
+        max_shard_size: of one safetensors file, as in 2GB; by default 5GB. An adapter is one file.
+        goal_in_template: write the best goal into the chat template; chat_template_kwargs then ask for another
+            (goal=7.5) or none (goal=false). false leaves the model's own template, and goals are yours to write.
+        base_model: the base model's Hub id, for card and adapter, where it was loaded from a folder.
+        license: for the card's metadata, as in apache-2.0.
+        push_to_hub: also upload the folder, to ORG/NAME. The token is HF_TOKEN in the environment.
+        private: whether a repository made by the upload is private, which it is by default.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
-    import tempfile
+    from rap_lightning.models.folder import refuse_non_empty
+    from rap_lightning.models.hub import check_push
+
+    if private is not None and push_to_hub is None:
+        raise ConfigError("--private has no effect without --push_to_hub; remove it.")
+    if max_shard_size is not None:
+        _check_size(max_shard_size)
+    refuse_non_empty(Path(output))
+    token = check_push(push_to_hub) if push_to_hub is not None else ""
 
     import torch
 
     from rap_lightning.models import export as files
-    from rap_lightning.models.checkpoints import read_checkpoint
-    from rap_lightning.models.policy import Lora, PolicyConfig
+    from rap_lightning.models import hub
+    from rap_lightning.models.card import model_card
+    from rap_lightning.models.saved import open_saved
 
-    files.refuse_non_empty(Path(output))
-    saved = read_checkpoint(Path(checkpoint))
-    options, goal = saved["rap_lightning"]["policy"], saved["rap_lightning"].get("goal")
-    lora = options.pop("lora")
-    options["trust_remote_code"] = trust_remote_code  # never what a file says
-    config = PolicyConfig(**options, lora=Lora(**lora) if lora else None)
-    if merge and config.lora is None:
+    _say(f"reading {checkpoint}")
+    saved = open_saved(Path(checkpoint))
+    config = _config(saved, trust_remote_code)
+    adapter = bool(saved.record["policy"].get("lora") or saved.record["policy"].get("adapter"))
+    if merge and not adapter:
         raise ConfigError("--merge has no effect: the checkpoint is of a fully trained model, without an adapter.")
-    policy = config.build(torch.float32)
-    state = {n.removeprefix("policy."): v for n, v in saved["state_dict"].items() if n.startswith("policy.")}
-    result = policy.load_state_dict(state, strict=False)
-    missing = [n for n in result.missing_keys if config.lora is None or ".lora_" in n]
-    if missing or result.unexpected_keys:
+    if adapter and not merge and max_shard_size is not None:
         raise ConfigError(
-            f"{checkpoint} doesn't fit the model at {config.path}: "
-            f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}."
+            "--max_shard_size has no effect on an adapter, which is one file; remove it, or --merge true."
         )
+    local = Path(config.path).is_dir()
+    if push_to_hub is not None and adapter and not merge and local and base_model is None:
+        raise ConfigError(
+            f"the adapter names its base model by a folder of this machine, {config.path}, where others can't find it. "
+            "Say what it is called on the Hub: --base_model ORG/NAME, or write a whole model: --merge true"
+        )
+    facts, goal = _facts(saved), saved.record.get("goal")
+    name = push_to_hub or Path(output).name
+    card = model_card(
+        facts, adapter=adapter and not merge, goal_in_template=goal_in_template, name=name, base_model=base_model,
+        license=license,
+    )  # fmt: skip
+    leaving = files.Leaving(
+        getattr(torch, dtype) if dtype else None,
+        max_shard_size or files.SHARD,
+        goal,
+        goal_in_template,
+        base_model,
+        card,
+    )
     tokenizer = config.load_tokenizer()
     if merge:
-        with tempfile.TemporaryDirectory() as folder:
-            adapter = Path(folder) / "adapter"
-            files.export(policy, policy.state_dict(), tokenizer, adapter, config)
-            files.merge(adapter, Path(output), config, tokenizer, goal)
+        _say("merging: the base model is loaded, and loaded again to compare what was written")
+        checked = files.merge(
+            lambda: _restored(saved, config, torch.float32, adapter).model, tokenizer, Path(output), config, leaving
+        )
+        _say(checked)
     else:
-        files.export(policy, policy.state_dict(), tokenizer, Path(output), config, goal)
+        policy = _restored(saved, config, torch.bfloat16 if adapter else saved.dtype, adapter)
+        files.export(policy, policy.state_dict(), tokenizer, Path(output), config, leaving)
     print(f"wrote {output}")
+    if push_to_hub is not None:
+        _say(f"uploading to {push_to_hub}")
+        print(
+            f"pushed {hub.push(Path(output), push_to_hub, token, private=private is not False, step=facts.get('step'))}"
+        )
+
+
+def _config(saved: SavedPolicy, trust_remote_code: bool) -> PolicyConfig:
+    """The policy's config as it was recorded, but never what a file says about running code."""
+    from rap_lightning.models.policy import Lora, PolicyConfig
+
+    options: dict[str, Any] = dict(saved.record["policy"])
+    lora = options.pop("lora")
+    if "quantize" in options:
+        options["quantize"] = None  # an adapter leaves for a base in its own precision
+    try:
+        return PolicyConfig(**options | {"trust_remote_code": trust_remote_code}, lora=Lora(**lora) if lora else None)
+    except TypeError as error:
+        raise ConfigError(f"{saved.path} was written by another version of rap-lightning: {error}") from error
+
+
+def _restored(saved: SavedPolicy, config: PolicyConfig, dtype: Any, adapter: bool) -> Policy:
+    """The policy with the checkpoint's weights in it; of an adapter's run the base model's are those of its files."""
+    policy = config.build(dtype)
+    state = policy.state_dict()
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    present = {state[name].data_ptr() for name in saved.names if name in state}
+    wanted = trained if adapter else {n for n, v in state.items() if n in saved.names or v.data_ptr() not in present}
+    missing, unexpected = sorted(wanted - set(saved.names)), sorted(set(saved.names) - state.keys())
+    if missing or unexpected:
+        raise ConfigError(
+            f"{saved.path} doesn't fit the model at {config.path}: missing {missing[:3]}, unexpected {unexpected[:3]}."
+        )
+    del state
+    try:
+        policy.load_state_dict(saved.read(wanted), strict=False, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ConfigError(f"{saved.path} doesn't fit the model at {config.path}: {reason}") from error
+    policy.causal_lm.tie_weights()
+    return policy
+
+
+def _facts(saved: SavedPolicy) -> dict[str, Any]:
+    """What the checkpoint says of its run; a checkpoint that says nothing has a run folder around it, maybe."""
+    from rap_lightning.models.saved import FACTS
+
+    facts: dict[str, Any] = dict(saved.meta.get(FACTS) or {})
+    beside = saved.path.parent.parent / "run.json"
+    if not facts and beside.is_file():
+        try:
+            facts = dict(json.loads(beside.read_text(encoding="utf-8"))["facts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            _say(f"{beside} can't be read; the model card does without it")
+    policy = saved.record["policy"]
+    local = Path(policy["path"]).is_absolute()
+    facts.setdefault("base_model", {"name": Path(policy["path"]).name if local else policy["path"], "local": local})
+    facts.setdefault("adapter", policy.get("lora"))
+    facts["goal"] = saved.record.get("goal")
+    return facts
+
+
+def _check_size(size: str) -> None:
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    try:
+        valid = parse_size_to_int(size) > 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"--max_shard_size must be a size such as 2GB or 500MB, found {size}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

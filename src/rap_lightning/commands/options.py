@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rap_lightning.class_names import check_class_names
 from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.baked import restore_own_template
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.ingest import Rules, fit_scale
@@ -59,7 +60,7 @@ def load_tokenizer(path: str) -> Any:
 
     try:
         with contextlib.redirect_stderr(None):
-            return AutoTokenizer.from_pretrained(path)
+            return restore_own_template(AutoTokenizer.from_pretrained(path))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--tokenizer {path}: no tokenizer can be loaded from it: {reason}") from error

@@ -25,19 +25,14 @@ def refuse_unreadable(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint that fit wrote, on the CPU.
+    """A checkpoint file that fit wrote; its tensors stay on disk until they are looked at.
 
     Raises:
         ConfigError: it isn't there, can't be read, or isn't one of ours.
     """
     refuse_unreadable(path)
-    if path.is_dir():
-        raise ConfigError(
-            f"{path} is a sharded checkpoint. Make one file of it first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-        )
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a foreign or broken file fails in whatever way its bytes happen to
         raise ConfigError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from error
     if not isinstance(saved, dict) or "rap_lightning" not in saved:

@@ -20,6 +20,7 @@ from rap_lightning.batches.types import Batch, Forest
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.attention import attention_as_now, declared_windows, forest_attention
 from rap_lightning.models.logps import Head, sum_by_segment
+from rap_lightning.preferences.baked import restore_own_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKPOINTING_FROM = 1_000_000_000  # parameters
@@ -99,7 +100,7 @@ class PolicyConfig:
         """
         from transformers import AutoTokenizer
 
-        return _load("tokenizer", self.path, AutoTokenizer, self._source())
+        return restore_own_template(_load("tokenizer", self.path, AutoTokenizer, self._source()))
 
     def load_model(self, dtype: torch.dtype) -> Any:
         """The bare causal LM in ``dtype``, dropout off unless asked for.

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences import codekeys
+from rap_lightning.preferences.asked import Number, Wording
 from rap_lightning.preferences.scales import RewardScale
 
 Placement = Literal["auto", "system", "user"]
@@ -64,14 +65,37 @@ class GoalTemplate(ABC):
         texts = [self.write(goal, [goal] * len(self.attributes)) for goal in goals]
         return f"{codekeys.describe(self)} {codekeys.code_of(type(self.scale))} {texts}"
 
+    def wording(self) -> Wording | None:
+        """The text as words around numbers; None, the default, where it can't be written like that.
+
+        Exported chat templates write goals from it; without it they know the best goal's text only.
+        """
+        return None
+
+    def checked_wording(self) -> Wording | None:
+        """:meth:`wording`, if it writes what :meth:`text` does, over the whole scale."""
+        wording = self.wording()
+        if wording is None:
+            return None
+        for values in wording.grid():
+            pairs = zip(self.attributes, self.best_attributes, strict=True)
+            attributes = [values.get(name, best) for name, best in pairs]
+            goal = values.get(wording.alone or "", self.best)
+            if wording.text(values) != self.write(goal, attributes):
+                return None  # a subclass writes otherwise
+        best = wording.text({}) == self.write(self.best, self.best_attributes)
+        return wording if best else None
+
     def record(self) -> dict[str, Any]:
         """What must be known to ask a trained policy for its best: saved with the run and with exported models."""
+        wording = self.checked_wording()
         return {
             "template": f"{type(self).__module__}.{type(self).__qualname__}",
             "scale": {"class": type(self.scale).__name__, **self.scale.numbers()},
             "placement": self.placement,
             "attributes": list(self.attributes),
             "best": self.write(self.best, self.best_attributes),
+            "wording": None if wording is None else wording.record(),
         }
 
 
@@ -87,6 +111,10 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
     def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
         """The paper's sentence with the scale's ends and the printed goal."""
         return f"{_lead(self.scale)}\nOverall score: {self.scale.printed(goal)}."
+
+    def wording(self) -> Wording:
+        """One number."""
+        return Wording((f"{_lead(self.scale)}\nOverall score: ", "."), (_number(OVERALL, self.scale),), OVERALL)
 
 
 class AttributeGoal(GoalTemplate):
@@ -145,6 +173,17 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
             lines.append(f"Overall score: {self.scale.printed(goal)}.")
         return "\n".join([_lead(scale), *lines])
 
+    def wording(self) -> Wording | None:
+        """The attributes' numbers, then the overall one."""
+        names = [*self.attributes, *([OVERALL] if self.overall else [])]
+        if len(set(names)) != len(names):
+            return None  # an attribute has the overall score's name
+        labels = [name.replace("_", " ").capitalize() for name in self.attributes]
+        labels += ["Overall score"] if self.overall else []
+        parts = [f"{_lead(self.attribute_scale)}\n{labels[0]}: ", *(f".\n{label}: " for label in labels[1:]), "."]
+        numbers = [_number(n, self.scale if n == OVERALL else self.attribute_scale) for n in names]
+        return Wording(tuple(parts), tuple(numbers), OVERALL if self.overall else None)
+
     @property
     def best_attributes(self) -> tuple[float, ...]:
         """The highest of their scale."""
@@ -154,6 +193,14 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
         """All numbers, attributes first."""
         numbers = [self.attribute_scale.printed(value) for value in attributes]
         return " ".join([*numbers, self.scale.printed(goal)] if self.overall else numbers)
+
+
+OVERALL = "overall"
+"""What a mapping of numbers calls the overall score."""
+
+
+def _number(name: str, scale: RewardScale) -> Number:
+    return Number(name, scale.low, scale.high, scale.decimals, scale.best)
 
 
 def _lead(scale: RewardScale) -> str:

@@ -9,6 +9,13 @@ from typing import Any
 from rap_lightning.errors import ConfigError
 
 
+def printed(number: float, decimals: int) -> str:
+    """A number with at most ``decimals`` decimals, without trailing zeros."""
+    text = f"{number:.{decimals}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
 class RewardScale:
     """A declared scale: goals state the judge's own numbers.
 
@@ -71,9 +78,7 @@ class RewardScale:
         >>> RewardScale().printed(8.0), RewardScale().printed(7.46)
         ('8', '7.5')
         """
-        text = f"{goal:.{self.decimals}f}"
-        text = text.rstrip("0").rstrip(".") if "." in text else text
-        return "0" if text == "-0" else text
+        return printed(goal, self.decimals)
 
 
 class LinearScale(RewardScale):

@@ -1,0 +1,68 @@
+"""An exported folder on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rap_lightning.errors import ConfigError
+
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def check_push(repository: str) -> str:
+    """The token for a push, looked for before anything is written.
+
+    Raises:
+        ConfigError: the name can't be one, or the environment holds no token.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(f"--push_to_hub {repository}: not a name on the Hub: {error}") from error
+    if "/" not in repository:
+        raise ConfigError(f"--push_to_hub {repository}: name the organisation or user too, as in ORG/NAME.")
+    token = next((os.environ[name] for name in TOKENS if os.environ.get(name)), None)
+    if token is None:
+        raise ConfigError(
+            f"--push_to_hub {repository}: no token. Set HF_TOKEN in the environment to one that may write there."
+        )
+    return token
+
+
+def push(folder: Path, repository: str, token: str, *, private: bool, step: int | None = None) -> str:
+    """Upload a folder as one commit, and say where it is. Files of earlier commits stay in the repository's history.
+
+    Raises:
+        ConfigError: the Hub refused, or can't be reached, or the repository is public where a private one was asked
+            for. The folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
+        info: Any = api.repo_info(repository, repo_type="model")
+        if private and not info.private:
+            raise ConfigError(
+                f"{repository} exists and is public. To publish the model there, say --private false; the folder "
+                f"{folder} is written."
+            )
+        at = f", step {step:,}" if step is not None else ""
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, repo_type="model", delete_patterns="*",
+            commit_message=f"rap-lightning export{at}",
+        )  # fmt: skip
+    except ConfigError:
+        raise
+    except Exception as error:  # the client raises errors of several libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(token, "***")
+        raise ConfigError(
+            f"{repository}: the Hub didn't take the folder: {reason}. {folder} is written; to try again: "
+            f"hf upload {repository} {folder}"
+        ) from None  # the cause may hold the token
+    return f"https://huggingface.co/{repository}"

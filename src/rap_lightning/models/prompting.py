@@ -1,0 +1,89 @@
+"""A tokenizer whose chat template writes goals by itself, proved to write what training wrote."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from rap_lightning.batches.encode import Encoder, Notes
+from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.asked import Wording
+from rap_lightning.preferences.baked import bake, restore_own_template
+from rap_lightning.preferences.chat import resolve_placement
+from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.pairs import Message
+
+LEAVE = "Leave the chat template as it is: --goal_in_template false"
+
+CONVERSATIONS: list[list[Message]] = [
+    [{"role": "user", "content": "Name a colour."}],
+    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Name a colour.\n"}],
+    [
+        {"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": "Another?"},
+    ],
+    [
+        {"role": "system", "content": "  Be kind.\n\nBe brief."}, {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+    ],
+]  # fmt: skip
+
+
+class _Placed(GoalTemplate):
+    """Tells an encoder where a recorded goal stands."""
+
+    def __init__(self, placement: Any) -> None:
+        super().__init__(placement=placement)
+
+    def text(self, goal: float, attributes: Any = ()) -> str:
+        raise AssertionError("recorded goals bring their text")
+
+
+def write_goals_by_itself(tokenizer: Any, goal: dict[str, Any]) -> Any:
+    """A copy of the tokenizer whose chat template asks for the best goal.
+
+    Conversations with and without a system message, of one turn and of several, are rendered at several goals, and
+    their ids compared with those that training makes of them.
+
+    Args:
+        tokenizer: of the trained policy.
+        goal: the record of its goal template.
+
+    Raises:
+        ConfigError: the template can't be made to write what training wrote.
+    """
+    own = restore_own_template(copy.copy(tokenizer))
+    encoder = Encoder(own, _Placed(goal["placement"]), max_length=1_000_000)
+    wording = Wording.of(goal["wording"]) if goal.get("wording") else None
+    words = [goal["best"], *(wording.parts if wording else ())]
+    if any(encoder.imitates(text) for text in words):
+        raise ConfigError(
+            "the goal's text reads like a control token of this tokenizer. Training took it for text, which a chat "
+            f"template can't. {LEAVE}"
+        )
+    baked = copy.copy(own)
+    placement = resolve_placement(own, goal["placement"])
+    templates = own.chat_template if isinstance(own.chat_template, dict) else {"": own.chat_template}
+    written = {name: bake(text, goal, placement, system_shown=encoder.system_shown) for name, text in templates.items()}
+    baked.chat_template = written if isinstance(own.chat_template, dict) else written[""]
+    _compare(encoder, baked, goal["best"], wording)
+    return baked
+
+
+def _compare(encoder: Encoder, baked: Any, best: str, wording: Wording | None) -> None:
+    asked: list[tuple[str | None, dict[str, Any]]] = [(best, {}), (None, {"goal": False})]
+    if wording is not None:
+        for values in [*wording.grid(4), {wording.numbers[0].name: wording.numbers[0].low}]:
+            asked.append((wording.text(values), {"goal": values}))
+        if wording.alone is not None:
+            low = next(number.low for number in wording.numbers if number.name == wording.alone)
+            asked.append((wording.text({wording.alone: low}), {"goal": low}))
+    for history in CONVERSATIONS:
+        for text, options in asked:
+            expected = encoder.prompt(history, text, Notes()).ids
+            found = baked.apply_chat_template(history, add_generation_prompt=True, return_dict=True, **options)
+            if list(found["input_ids"]) != expected:
+                raise ConfigError(
+                    "this model's chat template writes something else than training did once the goal is written into "
+                    f"it ({options or 'the best goal'}): {baked.decode(found['input_ids'])!r}. {LEAVE}"
+                )

@@ -1,0 +1,64 @@
+"""Where a run comes from: package versions, the state of git, the command, without what must stay secret."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+CHIEF = ("rap-lightning", "torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "deepspeed")
+"""Packages that a model card names."""
+
+_SECRET = re.compile(r"(token|secret|passw|api_?key|credential)", re.IGNORECASE)
+
+
+def packages() -> dict[str, str]:
+    """Name and version of every installed package."""
+    found = {str(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def versions() -> dict[str, str]:
+    """Python's version, and those of the packages that matter most."""
+    installed = packages()
+    return {"python": platform.python_version(), **{n: installed[n] for n in CHIEF if n in installed}}
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit that ``folder`` stands at, and what was changed since; None where it is in no repository."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=normal")
+    lines = changed.splitlines() if changed is not None else []
+    return {
+        "commit": commit,
+        "branch": _git(folder, "rev-parse", "--abbrev-ref", "HEAD"),
+        "dirty": None if changed is None else bool(lines),
+        "changed_files": [line[3:] for line in lines][:50],
+    }
+
+
+def _git(folder: Path, *args: str) -> str | None:
+    command = ["git", "--no-optional-locks", "-C", str(folder), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, no repository, no commit yet, or a file system too slow to ask
+    return done.stdout.rstrip("\n")
+
+
+def command_line(args: Sequence[str]) -> str:
+    """The command as it was given, for a shell; values of options that name a secret are left out."""
+    shown, hide = [], False
+    for arg in args:
+        name, equals, _ = arg.partition("=")
+        secret = name.startswith("-") and _SECRET.search(name) is not None
+        shown.append("***" if hide else f"{name}=***" if secret and equals else arg)
+        hide = secret and not equals and not hide
+    return shlex.join(shown)
