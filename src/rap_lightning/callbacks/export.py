@@ -30,7 +30,7 @@ class ExportHF(pl.Callback):
         """Refuse what would have no effect."""
         if self.merge and not self.enabled:
             raise ConfigError("--export.merge has no effect with --export.enabled false; remove one of the two.")
-        if self.merge and isinstance(pl_module, PreferenceModule) and pl_module.policy_config.lora is None:
+        if self.merge and isinstance(pl_module, PreferenceModule) and not pl_module.policy_config.adapts:
             raise ConfigError("--export.merge has no effect without an adapter: set --model.policy.lora.r")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

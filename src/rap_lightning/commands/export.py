@@ -32,12 +32,12 @@ def export(checkpoint: str, output: str, merge: bool = False, trust_remote_code:
     lora = options.pop("lora")
     options["trust_remote_code"] = trust_remote_code  # never what a file says
     config = PolicyConfig(**options, lora=Lora(**lora) if lora else None)
-    if merge and config.lora is None:
+    if merge and not config.adapts:
         raise ConfigError("--merge has no effect: the checkpoint is of a fully trained model, without an adapter.")
     policy = config.build(torch.float32)
     state = {n.removeprefix("policy."): v for n, v in saved["state_dict"].items() if n.startswith("policy.")}
     result = policy.load_state_dict(state, strict=False)
-    missing = [n for n in result.missing_keys if config.lora is None or ".lora_" in n]
+    missing = [n for n in result.missing_keys if not config.adapts or ".lora_" in n]
     if missing or result.unexpected_keys:
         raise ConfigError(
             f"{checkpoint} doesn't fit the model at {config.path}: "
