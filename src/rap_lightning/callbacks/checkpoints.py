@@ -204,10 +204,12 @@ def _size(path: Path) -> int:
 
 
 def _expected_bytes(trainer: pl.Trainer) -> int:
-    """What the first checkpoint should take: what is trained, and the optimizer's two numbers for each."""
-    trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
-    frozen = [p for p in trainer.lightning_module.parameters() if not p.requires_grad]
-    adapts = isinstance(trainer.lightning_module, PreferenceModule) and trainer.lightning_module.policy_config.adapts
-    return sum(3 * p.numel() * p.element_size() for p in trained) + (
-        0 if adapts else sum(p.numel() * p.element_size() for p in frozen)
-    )
+    """What the first checkpoint should take: weights (without an adapter's base), optimizer and reference."""
+    module = trainer.lightning_module
+    adapts = isinstance(module, PreferenceModule) and module.policy_config.adapts
+    tensors = [p for p in module.parameters() if p.requires_grad or not adapts]
+    for optimizer in trainer.optimizers:
+        tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    if isinstance(module, PreferenceModule):
+        tensors += module.reference.state_dict().values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

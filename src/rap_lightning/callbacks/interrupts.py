@@ -76,7 +76,7 @@ class WholeSteps(pl.Callback):
         """Whatever it was, a checkpoint may be saved now; a signal must not cut that short."""
         self._held, self._saving = False, True
 
-    def teardown(self, *_: Any) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         """Give the signals back."""
         previous, self._previous = self._previous, {}
         for signum, handler in previous.items():

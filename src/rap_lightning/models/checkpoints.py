@@ -23,10 +23,17 @@ def refuse_unreadable(path: Path) -> None:
     if not path.is_file():
         gone = f"it points to {path.readlink()}, which is gone" if path.is_symlink() else "no such file"
         raise ConfigError(f"{path}: {gone}. Expected a .ckpt file that fit wrote.{_another(path)}")
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         raise ConfigError(
             f"{path} can't be read as a checkpoint: it is cut off, or of another kind (a pickle, say).{_another(path)}"
         )
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # whose end says something impossible
+        return False
 
 
 def refuse_damaged(path: Path) -> None:
@@ -72,7 +79,7 @@ def _another(path: Path) -> str:
     """A sentence that names the newest whole checkpoint beside one that can't be used, or ""."""
     for other in _checkpoints(path.parent):
         try:
-            if other.resolve() != path.resolve() and (other.is_dir() or zipfile.is_zipfile(other)) and verify(other):
+            if other.resolve() != path.resolve() and (other.is_dir() or _is_archive(other)) and verify(other):
                 return f" The newest whole one there is {other}: give that as --ckpt_path."
         except ConfigError:
             continue
