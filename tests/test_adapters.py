@@ -344,17 +344,18 @@ def test_four_bits_need_bitsandbytes_and_an_adapter(tiny: Path, monkeypatch: pyt
         PreferenceModule(PolicyConfig(str(tiny), quantize="nf4"))
 
 
-def test_qlora_trains_the_adapter_alone_and_resumes(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+def test_qlora_trains_the_adapter_alone_and_resumes(pairs_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
-    config = PolicyConfig(str(tiny), quantize="nf4", lora=Lora(r=4))
-    whole = fit_adam(tmp_path / "whole", tiny, pairs_folder, policy=config)
+    wide = make_model(tmp_path / "wide", hidden_size=128, intermediate_size=256)  # bitsandbytes works in blocks of 64
+    config = PolicyConfig(str(wide), quantize="nf4", lora=Lora(r=4))
+    whole = fit_adam(tmp_path / "whole", wide, pairs_folder, policy=config)
     linear = whole.policy.causal_lm.model.layers[0].mlp.up_proj.base_layer
     assert type(linear).__name__ == "Linear4bit"
     assert linear.weight.dtype == torch.uint8
     assert abs(logged(tmp_path / "whole")[0]["loss"] - math.log(2)) < 1e-6
-    ckpt = stopped(tmp_path / "part", tiny, pairs_folder, "on_train_batch_start", 14, policy=config)
+    ckpt = stopped(tmp_path / "part", wide, pairs_folder, "on_train_batch_start", 14, policy=config)
     assert all(".lora_" in name for name in torch.load(ckpt, weights_only=True)["state_dict"])
-    rest = fit_adam(tmp_path / "rest", tiny, pairs_folder, policy=config, ckpt=ckpt)
+    rest = fit_adam(tmp_path / "rest", wide, pairs_folder, policy=config, ckpt=ckpt)
     trained = [{n: p for n, p in m.policy.named_parameters() if p.requires_grad} for m in (whole, rest)]
     assert all(".lora_" in name for name in trained[0])
     assert_same(trained[0], trained[1])

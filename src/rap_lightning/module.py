@@ -589,7 +589,11 @@ class PreferenceModule(pl.LightningModule):
             checkpoint["rap_lightning"]["run"] = whole | {"random": ranks, "window": window}
         if "state_dict" in checkpoint:
             frozen = self._frozen()
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+            # 4-bit weights have scales and tables below their own name
+            checkpoint["state_dict"] = {
+                k: v for k, v in checkpoint["state_dict"].items()
+                if k not in frozen and k.partition(".weight.")[0] + ".weight" not in frozen
+            }  # fmt: skip
 
     def _validation_due(self) -> bool:
         """Whether a validation belongs after the batch at hand, and has not been finished."""
@@ -648,9 +652,8 @@ class PreferenceModule(pl.LightningModule):
         """An adapter's base model, as named in the state dict; nothing where a strategy writes sharded checkpoints."""
         if self.policy is None or not self.policy.has_adapter or self.device_mesh is not None:
             return {}
-        # a tied head has two names, and 4-bit weights have more to them than parameters
-        trained = {name for name, p in self.policy.named_parameters(remove_duplicate=False) if p.requires_grad}
-        return {f"policy.{name}": value for name, value in self.policy.state_dict().items() if name not in trained}
+        named = self.policy.named_parameters(remove_duplicate=False)  # a tied head has two names
+        return {f"policy.{name}": p.detach() for name, p in named if not p.requires_grad}
 
 
 def _detached(logps: PairLogps) -> PairLogps:

@@ -94,7 +94,7 @@ class PreferenceCLI(LightningCLI):
             options["weights_only"] = True  # Lightning would run what a local file has pickled
         self._run_key = run_key_of(options)
         path, root = options.get("ckpt_path"), Path(options["trainer"].get("default_root_dir") or ".")
-        if path is None and SLURMEnvironment.detect() and self.subcommand == "fit":
+        if path is None and SLURMEnvironment.detect() and self.config["subcommand"] == "fit":
             path = "last" if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else None
             if path is None and (left := sorted(root.glob("hpc_ckpt_*.ckpt"))):
                 raise ConfigError(
@@ -103,7 +103,7 @@ class PreferenceCLI(LightningCLI):
                 )
         if path == "last":
             found = newest_whole(root, lambda other: run_key(other) == self._run_key, _notice)
-            if found is None and self.subcommand != "fit":
+            if found is None and self.config["subcommand"] != "fit":
                 raise ConfigError(f"--ckpt_path last: no checkpoint below {root} is of a run with these options.")
             _notice(f"--ckpt_path last: {found or f'no checkpoint below {root} yet, so this run begins at step 0'}")
             options["ckpt_path"] = None if found is None else str(found)
