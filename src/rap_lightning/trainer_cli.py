@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import _typehints
+from jsonargparse import Namespace, _typehints
+from jsonargparse._util import import_object
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -35,7 +36,7 @@ from rap_lightning.callbacks import (
 from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
 from rap_lightning.class_names import check_class_names
 from rap_lightning.datamodule import PreferenceDataModule
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, UserError
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.checkpoints import newest_whole, refuse_damaged, run_key
 from rap_lightning.models.held import AdapterAsLoaded
@@ -43,6 +44,7 @@ from rap_lightning.models.reference import Reference
 from rap_lightning.models.stored import Stored
 from rap_lightning.models.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
+from rap_lightning.nulls import refuse_nulls
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
@@ -92,6 +94,8 @@ class PreferenceCLI(LightningCLI):
         options = self.config[self.config["subcommand"]]
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning would run what a local file has pickled
+        for section, kind in (("model", PreferenceModule), ("data", PreferenceDataModule)):
+            _refuse_nulls(section, kind, options.get(section))
         self._run_key = run_key_of(options)
         path, root = options.get("ckpt_path"), Path(options["trainer"].get("default_root_dir") or ".")
         if path is None and SLURMEnvironment.detect() and self.config["subcommand"] == "fit":
@@ -112,7 +116,10 @@ class PreferenceCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Also tell the module by which key its checkpoints are found again."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            raise _told(error) from error
         if isinstance(self.model, PreferenceModule):
             self.model.run_key = self._run_key
 
@@ -146,6 +153,37 @@ def run_key_of(options: Any) -> str:
     sections.get("model", {}).pop("generation", None)
     content = json.dumps([sections, options.get("seed_everything")], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _refuse_nulls(section: str, kind: type, options: Any) -> None:
+    if isinstance(options, Namespace):
+        named = options.get("class_path")
+        owner = import_object(named) if isinstance(named, str) else kind
+        refuse_nulls(owner, options.get("init_args") or options, f"--{section}")
+
+
+def _told(error: Exception) -> Exception:
+    """The error of ours that is beneath what jsonargparse makes of it; else, of a library's refusal, its text."""
+    chain: list[BaseException] = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
+        chain.append(below)
+    if ours := [one for one in chain if isinstance(one, UserError)]:
+        return ours[-1]
+    last = chain[-1].__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    place = str(last.tb_frame.f_globals.get("__name__", "")) if last is not None else ""
+    if place.partition(".")[0] not in (
+        "rap_lightning",
+        "lightning",
+        "jsonargparse",
+        "torch",
+        "transformers",
+        "inspect",
+    ):
+        return error  # of the user's own class: its stack is what they need
+    text = (str(chain[-1]).strip().splitlines() or [""])[0]
+    return ConfigError(f"the options can't be used: {type(chain[-1]).__name__}: {text}")
 
 
 def _notice(text: str) -> None:

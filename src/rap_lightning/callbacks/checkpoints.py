@@ -207,7 +207,7 @@ def _expected_bytes(trainer: pl.Trainer) -> int:
     """What the first checkpoint should take: weights (without an adapter's base), optimizer and reference."""
     module = trainer.lightning_module
     adapts = isinstance(module, PreferenceModule) and module.policy_config.adapts
-    tensors = [p for p in module.parameters() if p.requires_grad or not adapts]
+    tensors: list[torch.Tensor] = [p for p in module.parameters() if p.requires_grad or not adapts]
     for optimizer in trainer.optimizers:
         tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     if isinstance(module, PreferenceModule):

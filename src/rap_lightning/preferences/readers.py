@@ -226,15 +226,22 @@ def _arrow(path: str, label: str) -> Iterator[Chunk]:
 
     failures = (pa.ArrowException, OSError)
     try:
-        with pa.memory_map(path) as source:
+        with pa.OSFile(path) as source:  # mapped into memory, a file that is cut off would end the process
             try:
                 reader = pa.ipc.open_stream(source)
             except pa.ArrowInvalid:
                 table = pa.ipc.open_file(source)
                 reader = (table.get_batch(i) for i in range(table.num_record_batches))
-            yield from numbered(reader, label)
+            yield from numbered(_valid(reader), label)
     except failures as error:
         raise DataError(f"{path} can't be read as Arrow: {shown(str(error), 200)}. Is the file whole?") from error
+
+
+def _valid(batches: Iterable[Any]) -> Iterator[Any]:
+    """Record batches whose offsets and texts have been checked: Arrow would otherwise follow wrong ones anywhere."""
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
 
 
 def numbered(batches: Iterable[Any], label: str) -> Iterator[Chunk]:
