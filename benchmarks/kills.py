@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,17 @@ def command(arguments: list[str], log: str) -> None:
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as where the command line is started
     from rap_lightning.cli import main
 
+    code = 0
     try:
         sys.argv = ["rap-lightning", *arguments]
         main()
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-        sys.stdout.flush()
-        os._exit(code or 0)
+        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)  # what multiprocessing does at the end belongs to the fork server, not to the command line
 
 
 def make(work: Path) -> Path:

@@ -103,17 +103,31 @@ def test_a_real_disk_that_is_full_costs_the_run_nothing(tiny: Path, pairs_folder
         pytest.skip("no tmpfs can be mounted here")
     try:
         saver = Checkpoints(disk / "saved", every_n_train_steps=2, save_top_k=1, save_last="link")
-        with (
-            pytest.warns(UserWarning, match=r"was not written: it takes about .* Training goes on") as said,
-            pytest.raises(NotSaved, match="Make room"),  # the last one must be written
-        ):
-            fit(tmp_path / "run", tiny, pairs_folder, saver)
+        with pytest.warns(UserWarning, match=r"was not written: it takes about .* Training goes on") as said:
+            module = fit(tmp_path / "run", tiny, pairs_folder, saver, default_root_dir=tmp_path / "root")
         assert sum("Training goes on" in str(one.message) for one in said) == 2
         assert names(disk / "saved") == {"epoch=0-step=2.ckpt", "last.ckpt"}
         assert verify(disk / "saved" / "last.ckpt")
         assert [row["step"] for row in logged(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
+        (rescued,) = (tmp_path / "root").rglob("*.ckpt")
+        assert any(f"stands at {rescued} instead" in str(one.message) for one in said)
+        state = torch.load(rescued, weights_only=True)["state_dict"]
+        assert_same({n: state[f"policy.{n}"] for n in weights(module)}, weights(module))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_where_no_disk_has_room_for_the_last_checkpoint_the_run_fails(
+    tiny: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    saver = Checkpoints(tmp_path / "saved", every_n_train_steps=2)
+    with (
+        pytest.warns(UserWarning, match=r"has 0 MB left .*Training goes on\. The newest checkpoint is none yet"),
+        pytest.raises(NotSaved, match="Make room"),
+    ):
+        fit(tmp_path / "run", tiny, pairs_folder, saver)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_and_has_room_again_later(

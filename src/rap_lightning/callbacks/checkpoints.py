@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -32,8 +33,9 @@ class Checkpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint, for days on rented machines.
 
     A checkpoint that can't be written (a full disk) costs the run nothing: it says so and trains on, the checkpoints
-    before stay, and the next one is tried. Only where the last of a run fails, the run does. Weights that are not
-    finite are not written. When a run is interrupted it prints, after saving, what to go on from.
+    before stay, and the next one is tried. The last of a run is written to another disk then, and only where none has
+    room does the run fail. Weights that are not finite are not written. When a run is interrupted it prints, after
+    saving, what to go on from.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,8 +54,13 @@ class Checkpoints(ModelCheckpoint):
         else:
             try:
                 super().on_exception(trainer, pl_module, exception)
-            except (NotSaved, NotFinite) as problem:
+            except NotFinite as problem:
                 rank_zero_warn(str(problem))
+            except NotSaved as problem:
+                try:
+                    self._rescue(trainer, problem)
+                except NotSaved:
+                    rank_zero_warn(str(problem))
         self._print_newest()
 
     def _not_worth_saving(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> str:
@@ -78,8 +85,30 @@ class Checkpoints(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if self._unsaved:
             candidates = self._monitor_candidates(trainer)
-            ModelCheckpoint._save_none_monitor_checkpoint(self, trainer, candidates)
-            super()._save_last_checkpoint(trainer, candidates)
+            try:
+                ModelCheckpoint._save_none_monitor_checkpoint(self, trainer, candidates)
+                super()._save_last_checkpoint(trainer, candidates)
+            except NotSaved as problem:
+                self._rescue(trainer, problem)
+
+    def _rescue(self, trainer: pl.Trainer, problem: NotSaved) -> None:
+        """Write the last checkpoint of a run to another disk, where there is one with room.
+
+        Raises:
+            NotSaved: there is none.
+        """
+        name = Path(self.format_checkpoint_name(self._monitor_candidates(trainer))).name
+        places = [Path(place) for place in (trainer.default_root_dir, Path.cwd(), tempfile.gettempdir())]
+        wanted = [str(place / "rap-lightning-rescued" / f"{os.getpid()}-{name}") for place in places]
+        room = [path for path in wanted if trainer.is_global_zero and not self._shortage(trainer, path)]
+        for path in trainer.strategy.broadcast(room):
+            try:
+                self._save_checkpoint(trainer, path)
+            except NotSaved:
+                continue
+            rank_zero_warn(f"{problem} The last checkpoint stands at {path} instead: give that as --ckpt_path.")
+            return
+        raise problem
 
     # -- writing --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +143,7 @@ def _json(path: str, label: str) -> Iterator[Chunk]:
                 yield from _array(stream, label, path)
             else:
                 yield from _lines(stream, label, path)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} can't be read: {type(error).__name__}: {error}. Is the file whole?") from error
