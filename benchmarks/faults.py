@@ -71,7 +71,10 @@ class Bench:
     def whole(self, arguments: list[str]) -> str:
         code, said = self.call(arguments)
         assert code == 0, said
-        return kills.outcome(Path(arguments[arguments.index("--trainer.default_root_dir") + 1]), STEPS)
+        last = max(n for n, one in enumerate(arguments) if one == "--trainer.default_root_dir")
+        found = kills.outcome(Path(arguments[last + 1]), STEPS)
+        assert found, said
+        return found
 
     def verdict(self, code: int, found: str, expected: str | None = None) -> str:
         same = found and found == (expected or self.expected)

@@ -27,7 +27,7 @@ from rap_lightning.losses.base import over_ranks
 from rap_lightning.metrics import PairMetrics
 from rap_lightning.models import memory
 from rap_lightning.models.adapters import adapter_digest
-from rap_lightning.models.digests import base_digest
+from rap_lightning.models.digests import base_digest, same_base
 from rap_lightning.models.generate import Generation, generate
 from rap_lightning.models.held import AdapterAsLoaded
 from rap_lightning.models.logps import sum_by_segment
@@ -627,11 +627,11 @@ class PreferenceModule(pl.LightningModule):
         ours = checkpoint.get("rap_lightning", {})
         for name, what in (("base", "over another base model than"), ("adapter", "from another adapter than")):
             then, now = ours.get("digests", {}).get(name), self._digests.get(name)
-            if then is not None and now is not None and then != now:
+            if then is not None and now is not None and not (same_base(then, now) if name == "base" else then == now):
                 config = self.policy_config
                 raise ConfigError(
                     f"the checkpoint's adapter was trained {what} {config.path if name == 'base' else config.adapter}, "
-                    "or that has changed since (in its dtype, perhaps). Go on with what the run began with: "
+                    "or that has changed since. Go on with what the run began with: "
                     f"{ours['policy']['path']}, adapter {ours['policy'].get('adapter')}."
                 )
         if self.trainer.state.fn == TrainerFn.FITTING:

@@ -90,7 +90,10 @@ class PreferenceCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look at the checkpoint to go on from before anything is loaded."""
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except Exception as error:
+            raise _told(error) from error
         options = self.config[self.config["subcommand"]]
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning would run what a local file has pickled
@@ -160,6 +163,9 @@ def _refuse_nulls(section: str, kind: type, options: Any) -> None:
         named = options.get("class_path")
         owner = import_object(named) if isinstance(named, str) else kind
         refuse_nulls(owner, options.get("init_args") or options, f"--{section}")
+
+
+LIBRARIES = ("rap_lightning", "lightning", "jsonargparse", "argparse", "yaml", "torch", "transformers", "inspect")
 
 
 def _told(error: Exception) -> Exception:

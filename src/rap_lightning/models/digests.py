@@ -16,16 +16,28 @@ SAMPLE = 64
 def base_digest(policy: Policy) -> str:
     """Digest of names, shapes and a spread sample of the weights that are not trained; cheap for any size of model.
 
-    Other weights of the same shape give another digest, as does the same model in another dtype.
+    Three parts: the dtypes, the exact numbers, and the numbers as bfloat16 has them, by which the same model in another
+    dtype is known. Compare with :func:`same_base`.
     """
-    digest = hashlib.sha256()
+    dtypes, exact, rounded = set(), hashlib.sha256(), hashlib.sha256()
     for name, p in policy.named_parameters():
         if not p.requires_grad:
             values = p.detach().flatten()
             sample = values[:: max(1, len(values) // SAMPLE)][:SAMPLE].cpu().contiguous()
-            digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            dtypes.add(str(p.dtype))
+            for digest, numbers in (
+                (exact, sample),
+                (rounded, sample.to(torch.bfloat16) if sample.is_floating_point() else sample),
+            ):
+                digest.update(f"{name}{tuple(p.shape)}".encode())
+                digest.update(numbers.view(torch.uint8).numpy().tobytes())
+    return ":".join((",".join(sorted(dtypes)), exact.hexdigest(), rounded.hexdigest()))
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two digests are of the same weights, as far as their dtypes let it be known."""
+    (dtypes, *first), (other_dtypes, *second) = one.split(":"), other.split(":")
+    return first == second if dtypes == other_dtypes else first[1:] == second[1:]
 
 
 @torch.no_grad()
