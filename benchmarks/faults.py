@@ -186,11 +186,11 @@ def weight(bench: Bench) -> tuple[str, str]:
 
 def sigterm(bench: Bench) -> tuple[str, str]:
     arguments = bench.arguments("sigterm")
-    process, log = bench.start([*arguments, "--checkpoint.every_n_train_steps", "1000"])
+    rare = ["--checkpoint.every_n_train_steps", "1000", "--trainer.log_every_n_steps", "1"]
+    process, log = bench.start([*arguments, *rare])
     end = time.monotonic() + 60
-    while "first batch" not in (log.read_text() if log.exists() else "") and time.monotonic() < end:
+    while "step 2/" not in (log.read_text() if log.exists() else "") and time.monotonic() < end:
         time.sleep(0.002)
-    time.sleep(0.08)
     os.kill(process.pid, signal.SIGTERM)
     process.join(100)
     said = log.read_text()

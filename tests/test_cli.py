@@ -266,7 +266,6 @@ WRONG: list[tuple[list[str], str]] = [
     (["--data.goal.scale.high", "5"], r"expected scores from 1 to 5.*found \d+ outside among"),
     (["--model.generation.temperature", "0", "--model.generation.top_p", "0.5"], r"top_p has no effect"),
     (["--export.merge", "true"], r"merge has no effect without an adapter"),
-    (["--data.layout", "null"], r"--data\.layout can't be null.*'auto'"),
     (["--model.loss.beta", "null"], r"--model\.loss\.beta can't be null"),
     (["--model.policy.freeze", "['lm_haed']"], r"'lm_haed' is found in no parameter"),
     (["--model.policy.adapter", "/nowhere/adapter"], r"adapter /nowhere/adapter: no such folder"),
@@ -299,6 +298,36 @@ def test_wrong_input_ends_in_one_clear_message_and_leaves_nothing_behind(
     assert "Traceback" not in captured.err + captured.out
     written = [p for p in tmp_path.rglob("*") if p.suffix in (".ckpt", ".safetensors")]
     assert not written
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("data", {"layout": None}, r"--data\.layout can't be null\. Leave it out for its default.*'auto'"),
+        ("model", {"policy": {"path": "x", "freeze": None}}, r"--model\.policy\.freeze can't be null"),
+        ("model", {"schedule": {"class_path": "CosineWithWarmup", "init_args": {"warmup_ratio": None}}}, "warmup"),
+    ],
+)  # fmt: skip
+def test_null_where_it_means_nothing_is_named(
+    section: str, change: dict[str, Any], message: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    content = yaml.safe_load(config.read_text())
+    kinds = {"data": "rap_lightning.PreferenceDataModule", "model": "rap_lightning.PreferenceModule"}
+    content[section] = {"class_path": kinds[section], "init_args": content[section] | change}
+    config.write_text(yaml.safe_dump(content))
+    assert call(monkeypatch, "fit", "--config", str(config)) == 2
+    said = capfd.readouterr().err
+    assert re.search(message, said), said[-1500:]
+    assert "Traceback" not in said
+
+
+def test_a_key_that_jsonargparse_stumbles_over_ends_in_a_message(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text() + "config: 0.5\n")
+    assert call(monkeypatch, "fit", "--config", str(config)) == 2
+    assert "error: the options can't be used: AttributeError" in capfd.readouterr().err
 
 
 def test_predict_and_export_from_a_checkpoint(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,8 @@ def test_a_step_that_one_rank_finds_broken_is_skipped_by_both_as_by_one(
     assert last(tmp_path / "stop")["global_step"] == int(steps[0][0]) - 1
 
 
-@pytest.mark.parametrize("kind", ["adapter", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "full"])
 def test_sigterm_to_one_rank_stops_both_at_one_step_and_they_go_on_exactly(
     kind: str,
     start: Any,

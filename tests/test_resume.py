@@ -58,15 +58,15 @@ def stopped(run: Path, model: Path, data: Path, hook: str, calls: int, **options
 @pytest.mark.parametrize(
     ("hook", "calls"),
     [
-        ("on_train_batch_start", 9),
+        pytest.param("on_train_batch_start", 9, marks=pytest.mark.slow),
         ("on_before_optimizer_step", 4),
-        ("on_before_zero_grad", 5),
+        pytest.param("on_before_zero_grad", 5, marks=pytest.mark.slow),
         ("on_train_batch_end", 9),  # before a validation that is due
         ("on_train_batch_end", 23),  # the epoch's last batch
-        ("on_validation_start", 1),
+        pytest.param("on_validation_start", 1, marks=pytest.mark.slow),
         ("on_validation_batch_end", 3),  # in the middle of one
-        ("on_validation_end", 2),
-        ("on_train_epoch_end", 1),
+        pytest.param("on_validation_end", 2, marks=pytest.mark.slow),
+        pytest.param("on_train_epoch_end", 1, marks=pytest.mark.slow),
         ("on_train_epoch_start", 2),
     ],
 )
@@ -88,7 +88,7 @@ def test_a_run_goes_on_exactly_from_any_hook_it_stopped_in(
                     assert value == expected[key][name], (hook, key, name)
 
 
-@pytest.mark.parametrize("interval", [1.0, 23])
+@pytest.mark.parametrize("interval", [1.0, pytest.param(23, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("hook", "calls"), [("on_train_batch_end", 23), ("on_validation_batch_end", 2)])
 def test_a_validation_at_the_end_of_an_epoch_is_run_when_the_run_goes_on(
     interval: float, hook: str, calls: int, tiny: Path, pairs_folder: Path, tmp_path: Path

@@ -188,33 +188,35 @@ def test_last_passes_over_damaged_checkpoints_with_a_word(runs: Any, world: Path
     assert re.search(r"\d checkpoints below \S+ are of runs with other options, and passed over", other.said)
 
 
-def test_a_shard_that_goes_away_during_a_run_is_named_and_costs_nothing(runs: Any, world: Path, tmp_path: Path) -> None:
-    for workers in ("0", "2"):
-        folder = tmp_path / f"data{workers}"
-        folder.mkdir()
-        rows = scored_rows(160)
-        for number in range(2):
-            write_jsonl(folder / f"train-{number}.jsonl", rows[80 * number :][:80])
-        gone = folder / "train-1.jsonl"
-        arguments = [
-            *kills.arguments(world, tmp_path / f"runs{workers}", ("tree", "stream", 0, "full"), steps=30),
-            "--data.source", str(folder), "--data.num_workers", workers, "--data.max_length", "512",
-            "--data.shuffle_buffer", "1", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "0",
-            "--checkpoint.every_n_train_steps", "1000",
-        ]  # fmt: skip
-        run = runs(arguments)
-        run.wait_for("step 2/")
-        moved = gone.rename(tmp_path / "elsewhere.jsonl")
-        assert run.end() == 2, run.said[-3000:]
-        assert re.search(r"error: \S*train-1\.jsonl can't be read: FileNotFoundError", run.said), run.said[-2000:]
-        assert "Traceback" not in run.said
-        moved.rename(gone)
-        again = runs(arguments)
-        assert again.end() == 0
-        whole = runs([*arguments, "--trainer.default_root_dir", str(tmp_path / f"whole{workers}")])
-        assert whole.end() == 0
-        ends = [kills.outcome(tmp_path / f"{name}{workers}", steps=30) for name in ("runs", "whole")]
-        assert ends[0] == ends[1] != ""
+@pytest.mark.parametrize("workers", ["2", pytest.param("0", marks=pytest.mark.slow)])
+def test_a_shard_that_goes_away_during_a_run_is_named_and_costs_nothing(
+    workers: str, runs: Any, world: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / f"data{workers}"
+    folder.mkdir()
+    rows = scored_rows(160)
+    for number in range(2):
+        write_jsonl(folder / f"train-{number}.jsonl", rows[80 * number :][:80])
+    gone = folder / "train-1.jsonl"
+    arguments = [
+        *kills.arguments(world, tmp_path / f"runs{workers}", ("tree", "stream", 0, "full"), steps=30),
+        "--data.source", str(folder), "--data.num_workers", workers, "--data.max_length", "512",
+        "--data.shuffle_buffer", "1", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "0",
+        "--checkpoint.every_n_train_steps", "1000",
+    ]  # fmt: skip
+    run = runs(arguments)
+    run.wait_for("step 2/")
+    moved = gone.rename(tmp_path / "elsewhere.jsonl")
+    assert run.end() == 2, run.said[-3000:]
+    assert re.search(r"error: \S*train-1\.jsonl can't be read: FileNotFoundError", run.said), run.said[-2000:]
+    assert "Traceback" not in run.said
+    moved.rename(gone)
+    again = runs(arguments)
+    assert again.end() == 0
+    whole = runs([*arguments, "--trainer.default_root_dir", str(tmp_path / f"whole{workers}")])
+    assert whole.end() == 0
+    ends = [kills.outcome(tmp_path / f"{name}{workers}", steps=30) for name in ("runs", "whole")]
+    assert ends[0] == ends[1] != ""
 
 
 def test_a_pickle_with_code_in_it_is_refused_before_anything_loads(
@@ -232,7 +234,7 @@ def test_a_pickle_with_code_in_it_is_refused_before_anything_loads(
     assert "can't be read as a checkpoint: it is cut off, or of another kind (a pickle, say)" in capfd.readouterr().err
 
 
-CASES = 24
+CASES = 16
 
 
 def fuzzed(work: str, kind: str, numbers: list[int], log: str) -> None:
