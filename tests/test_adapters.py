@@ -159,6 +159,31 @@ def test_a_continued_adapter_resumes_bit_for_bit_and_only_over_what_it_began_wit
         fit_adam(tmp_path / "b", tiny, pairs_folder, policy=replace(config, adapter=str(changed)), ckpt=ckpt)
 
 
+def test_a_continued_adapter_leaves_as_one_adapter(
+    tiny: Path, adapter: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By fit and from its checkpoint, whose paths hold from any folder; the reference's copy stays behind."""
+    from safetensors.torch import load_file
+
+    from rap_lightning.callbacks import Checkpoints, ExportHF
+    from rap_lightning.commands.export import export
+
+    monkeypatch.chdir(adapter.parent)
+    saver = Checkpoints(tmp_path / "saved")
+    config = PolicyConfig(str(tiny), adapter=adapter.name)
+    module = fit(
+        tmp_path / "run", pairs_folder, config, callbacks=[ExportHF(), saver], enable_checkpointing=True, max_epochs=1
+    )
+    (folder,) = (tmp_path / "run").rglob("hf")
+    expected = torch.cat([module.policy.logps(batch).detach() for batch in module.batches])
+    torch.testing.assert_close(by_plain_peft(tiny, folder, module.batches), expected, atol=2e-4, rtol=0)
+    monkeypatch.chdir(tmp_path)
+    (ckpt,) = (tmp_path / "saved").glob("*.ckpt")
+    export(str(ckpt), str(tmp_path / "out"))
+    written = [load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "out")]
+    assert_same(*written)
+
+
 def test_a_checkpoint_of_a_new_adapter_goes_on_only_over_its_base(
     tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:

@@ -569,8 +569,9 @@ class PreferenceModule(pl.LightningModule):
             validates=self._validation_due(),
         )  # fmt: skip
         config = dataclasses.asdict(self.policy_config)
-        if Path(config["path"]).is_dir():  # must be found from anywhere
-            config["path"] = str(Path(config["path"]).resolve())
+        for name in ("path", "adapter"):
+            if config[name] is not None and Path(config[name]).is_dir():  # must be found from anywhere
+                config[name] = str(Path(config[name]).resolve())
         checkpoint["rap_lightning"] = {
             "policy": config,
             "goal": self.goal_record(),

@@ -23,8 +23,9 @@ class Guard(pl.Callback):
 
     Args:
         non_finite: what to do where one is infinite or no number. stop: end the run, naming the pairs, with a
-            checkpoint of the step before. skip: leave that step out (weights, optimizer and log stay as they were),
-            count it as ``guard/skipped_steps``, and go on; weights that are not finite themselves always stop.
+            checkpoint of the step before. skip: leave that step out (weights, optimizer and log stay as they were, the
+            schedule goes on), count it as ``guard/skipped_steps``, and go on; weights that are not finite themselves
+            always stop.
         limit: steps in a row that may be skipped; more of them end the run.
     """
 
