@@ -273,6 +273,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--model.policy.rope", "{rope_type: linear, factor: 0}"], r"factor must be a number of at least 1"),
     (["--model.policy.resize_embeddings", "true"], r"resize_embeddings has no effect"),
     (["--model.reference", "AdapterAsLoaded"], r"needs an adapter to continue"),
+    (["--model.optimizer.lr", "-1"], r"--model\.optimizer: Invalid learning rate: -1"),
     (["--guard.limit", "3"], r"--guard\.limit has no effect"),
     (["--guard.non_finite", "ignore"], r"guard\.non_finite"),
     (["--watchdog.margin", "0"], r"must be above 0"),

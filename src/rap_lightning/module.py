@@ -179,7 +179,10 @@ class PreferenceModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The injected optimizer over the trainable parameters, the schedule stepping with it."""
         assert self.policy is not None, "configure_model comes first"
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        try:
+            optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        except ValueError as error:  # torch checks its options only here
+            raise ConfigError(f"--model.optimizer: {error}") from error
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps) or steps < 0:  # Lightning says -1 of a stream
             raise ConfigError(

@@ -26,7 +26,7 @@ class Guard(pl.Callback):
             checkpoint of the step before. skip: leave that step out (weights, optimizer and log stay as they were, the
             schedule goes on), count it as ``guard/skipped_steps``, and go on; weights that are not finite themselves
             always stop.
-        limit: steps in a row that may be skipped; more of them end the run.
+        limit: steps in a row that may be skipped (by default 10); more of them end the run.
     """
 
     def __init__(self, non_finite: Literal["stop", "skip"] = "stop", limit: int | None = None) -> None:

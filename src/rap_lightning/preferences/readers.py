@@ -218,7 +218,7 @@ def _parquet(path: str, label: str) -> Iterator[Chunk]:
             names = file.schema_arrow.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise DataError(f"{path} has more than one column named {', '.join(twice)}.")
-            yield from numbered(file.iter_batches(ARROW_ROWS), label)
+            yield from numbered(_valid(file.iter_batches(ARROW_ROWS)), label)
     except failures as error:
         raise DataError(f"{path} can't be read as Parquet: {shown(str(error), 200)}. Is the file whole?") from error
 
