@@ -13,7 +13,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
@@ -62,7 +61,7 @@ class Checkpoints(ModelCheckpoint):
                     self._rescue(trainer, problem)
                 except NotSaved:
                     rank_zero_warn(str(problem))
-        self._print_newest(trainer)
+        self._print_newest(trainer, exception)
 
     def _not_worth_saving(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> str:
         if not getattr(exception, "saves", True):
@@ -74,13 +73,13 @@ class Checkpoints(ModelCheckpoint):
         return ""
 
     @rank_zero_only
-    def _print_newest(self, trainer: pl.Trainer) -> None:
+    def _print_newest(self, trainer: pl.Trainer, exception: BaseException) -> None:
         folder = Path(self.dirpath) if self.dirpath else None
         saved = [path for path in folder.glob("*.ckpt") if not path.is_symlink()] if folder else []
         if saved:
             newest = max(saved, key=lambda path: path.stat().st_mtime)
             print(f"to go on, run the same command with: --ckpt_path {newest}", flush=True)
-        elif trainer.state.fn == TrainerFn.FITTING and not trainer.global_step:
+        elif isinstance(exception, KeyboardInterrupt | SystemExit) and not trainer.global_step:
             print("there is no checkpoint to go on from: not one optimizer step was finished", flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
