@@ -164,6 +164,20 @@ def test_help_lists_every_loss_with_a_line_of_its_docstring(
     assert "RewardAwareLoss " not in text, "what can't be named in a config is no choice"
 
 
+def test_help_teaches_the_options_of_a_run_that_can_be_trusted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "fit", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for taught in (
+        "go on training this LoRA adapter, a peft folder or Hub id (safetensors only)",
+        "hold the base model's weights in 4", "a trained parameter whose name one of them is found in stays as it is",
+        "scale rotary positions for longer texts",
+        "--guard.non_finite", "skip: leave that step out", "--watchdog.chosen_drop", "Only on request",
+    ):  # fmt: skip
+        assert taught in text, taught
+
+
 def test_a_mixture_and_a_following_reference_train_from_overlays(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +266,17 @@ WRONG: list[tuple[list[str], str]] = [
     (["--data.goal.scale.high", "5"], r"expected scores from 1 to 5.*found \d+ outside among"),
     (["--model.generation.temperature", "0", "--model.generation.top_p", "0.5"], r"top_p has no effect"),
     (["--export.merge", "true"], r"merge has no effect without an adapter"),
+    (["--model.loss.beta", "null"], r"--model\.loss\.beta can't be null"),
+    (["--model.policy.freeze", "['lm_haed']"], r"'lm_haed' is found in no parameter"),
+    (["--model.policy.adapter", "/nowhere/adapter"], r"adapter /nowhere/adapter: no such folder"),
+    (["--model.policy.adapter", "x", "--model.policy.lora.r", "4"], r"lora has no effect beside"),
+    (["--model.policy.rope", "{rope_type: linear, factor: 0}"], r"factor must be a number of at least 1"),
+    (["--model.policy.resize_embeddings", "true"], r"resize_embeddings has no effect"),
+    (["--model.reference", "AdapterAsLoaded"], r"needs an adapter to continue"),
+    (["--model.optimizer.lr", "-1"], r"--model\.optimizer: Invalid learning rate: -1"),
+    (["--guard.limit", "3"], r"--guard\.limit has no effect"),
+    (["--guard.non_finite", "ignore"], r"guard\.non_finite"),
+    (["--watchdog.margin", "0"], r"must be above 0"),
     (["--data.num_proc", "0"], r"num_proc must be at least 1"),
     (["--data.num_workers", "-1"], r"num_workers must be at least 0"),
     (["--trainer.log_every_n_steps", "0"], r"log_every_n_steps"),
@@ -274,6 +299,36 @@ def test_wrong_input_ends_in_one_clear_message_and_leaves_nothing_behind(
     assert "Traceback" not in captured.err + captured.out
     written = [p for p in tmp_path.rglob("*") if p.suffix in (".ckpt", ".safetensors")]
     assert not written
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("data", {"layout": None}, r"--data\.layout can't be null\. Leave it out for its default.*'auto'"),
+        ("model", {"policy": {"path": "x", "freeze": None}}, r"--model\.policy\.freeze can't be null"),
+        ("model", {"schedule": {"class_path": "CosineWithWarmup", "init_args": {"warmup_ratio": None}}}, "warmup"),
+    ],
+)  # fmt: skip
+def test_null_where_it_means_nothing_is_named(
+    section: str, change: dict[str, Any], message: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    content = yaml.safe_load(config.read_text())
+    kinds = {"data": "rap_lightning.PreferenceDataModule", "model": "rap_lightning.PreferenceModule"}
+    content[section] = {"class_path": kinds[section], "init_args": content[section] | change}
+    config.write_text(yaml.safe_dump(content))
+    assert call(monkeypatch, "fit", "--config", str(config)) == 2
+    said = capfd.readouterr().err
+    assert re.search(message, said), said[-1500:]
+    assert "Traceback" not in said
+
+
+def test_a_key_that_jsonargparse_stumbles_over_ends_in_a_message(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text() + "config: 0.5\n")
+    assert call(monkeypatch, "fit", "--config", str(config)) == 2
+    assert "error: the options can't be used: AttributeError" in capfd.readouterr().err
 
 
 def test_predict_and_export_from_a_checkpoint(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

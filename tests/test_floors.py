@@ -16,7 +16,7 @@ FLOORS = [
     {"datamodule", "module"},
     {"callbacks"},
     {"world"},
-    {"class_names"},
+    {"class_names", "nulls"},
     {"commands", "trainer_cli"},
     {"cli"},
 ]

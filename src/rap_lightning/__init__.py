@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from rap_lightning.datamodule import PreferenceDataModule
     from rap_lightning.losses import DPO, Hinge, PreferenceLoss, SimPO
+    from rap_lightning.models.held import AdapterAsLoaded
     from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference
     from rap_lightning.models.stored import Stored
     from rap_lightning.models.synchronised import Synchronised
@@ -29,6 +30,7 @@ _HOMES = {
     "DPO": "losses",
     "Hinge": "losses",
     "SimPO": "losses",
+    "AdapterAsLoaded": "models.held",
     "AdaptersOff": "models.reference",
     "Frozen": "models.reference",
     "NoReference": "models.reference",
@@ -53,6 +55,7 @@ _HOMES = {
 
 __all__ = [
     "DPO",
+    "AdapterAsLoaded",
     "AdaptersOff",
     "AdjacentPairs",
     "AllPairs",

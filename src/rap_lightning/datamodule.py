@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -347,7 +348,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             return batches_done(trainer) if resumes else 0
 
         collate = Collate(self.layout, self.pad_id)
-        return PairLoader(pairs, sampler, collate, skip, num_workers=self.num_workers)
+        return PairLoader(pairs, sampler, collate, skip, num_workers=self.num_workers, generator=self._generator())
 
     def _stream_loader(self) -> StreamLoader:
         trainer = self.trainer
@@ -365,7 +366,14 @@ class PreferenceDataModule(pl.LightningDataModule):
         def position() -> tuple[int, int]:
             return (trainer.current_epoch, batches_done(trainer)) if trainer is not None else (0, 0)
 
-        return StreamLoader(stream, Collate(self.layout, self.pad_id), position, num_workers=self.num_workers)
+        return StreamLoader(
+            stream, Collate(self.layout, self.pad_id), position, num_workers=self.num_workers,
+            generator=self._generator(),
+        )  # fmt: skip
+
+    def _generator(self) -> torch.Generator:
+        """Seeds of workers must not be drawn from the run's own random numbers, which a resumed run goes on with."""
+        return torch.Generator().manual_seed(self.seed)
 
     @property
     def pad_id(self) -> int:

@@ -2,7 +2,14 @@
 
 
 class UserError(ValueError):
-    """Something the user can mend. The text says what was expected, what was found, and what to do."""
+    """Something the user can mend. The text says what was expected, what was found, and what to do.
+
+    ``saves`` says whether a run that it ends is worth a checkpoint (not where the weights themselves are broken), and
+    ``on_all_ranks`` whether all processes raise it, so that they can save one together.
+    """
+
+    saves: bool = True
+    on_all_ranks: bool = False
 
 
 class ConfigError(UserError):
@@ -11,3 +18,15 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """The data can't be used as they are."""
+
+
+class NotFinite(UserError):
+    """A loss, a gradient or a weight is infinite or no number."""
+
+
+class OutOfMemory(UserError):
+    """The device, or the machine, has no memory left."""
+
+
+class NotSaved(UserError):
+    """A checkpoint could not be written."""

@@ -88,6 +88,23 @@ class PairMetrics(Metric):
         result["tokens"] = float(self.token_count)
         return result
 
+    def sums_so_far(self) -> dict[str, Tensor]:
+        """What this rank has added up since the last reset, as copies."""
+        return {name: getattr(self, name).clone() for name in ("sums", "counts", "token_count")}
+
+    def go_on_from(self, state: dict[str, Tensor]) -> None:
+        """Replace what has been added up by what ``sums_so_far`` gave.
+
+        Raises:
+            ValueError: it is of another loss, with other terms.
+        """
+        if state["sums"].shape != self.sums.shape:
+            raise ValueError(f"expected sums of shape {tuple(self.sums.shape)}, found {tuple(state['sums'].shape)}")
+        self.reset()
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
+        self._update_count = 1  # torchmetrics warns of a compute before any update
+
     def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
         # Lightning's half-precision plugins convert modules; sums must stay float64
         self.sums, self.counts = self.sums.float(), self.counts.float()

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,19 @@ from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBat
 from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, PreferenceLoss
+from rap_lightning.losses.base import over_ranks
 from rap_lightning.metrics import PairMetrics
+from rap_lightning.models import memory
+from rap_lightning.models.adapters import adapter_digest
+from rap_lightning.models.digests import base_digest, same_base
 from rap_lightning.models.generate import Generation, generate
+from rap_lightning.models.held import AdapterAsLoaded
 from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
 from rap_lightning.models.sharding import shard
 from rap_lightning.preferences.relabel import UNCONDITIONED
-from rap_lightning.progress import close_epoch, rewind_to_whole_step
+from rap_lightning.progress import random_state, set_random_state, settle
 from rap_lightning.schedules import CosineWithWarmup, Schedule
 
 AGREEMENT = 1e-3
@@ -41,6 +47,22 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0, fused=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What a forward pass gave, for callbacks that look at pairs; a step's stand in ``PreferenceModule.passes``.
+
+    Attributes:
+        batch: what went in.
+        losses: [B], without gradient.
+        policy, reference: log-probabilities, without gradient.
+    """
+
+    batch: Batch
+    losses: Tensor
+    policy: PairLogps
+    reference: PairLogps | None
+
+
 class PreferenceModule(pl.LightningModule):
     """Direct alignment of a policy on pairs of responses.
 
@@ -50,8 +72,8 @@ class PreferenceModule(pl.LightningModule):
     Args:
         policy: which model is trained, and how it is loaded.
         loss: a PreferenceLoss.
-        reference: where reference log-probabilities come from. By default AdaptersOff with LoRA, Frozen without, and
-            none where the loss needs none.
+        reference: where reference log-probabilities come from. By default AdaptersOff with a new LoRA adapter,
+            AdapterAsLoaded with one that is continued, Frozen without, and none where the loss needs none.
         optimizer: makes the optimizer from the trainable parameters.
         schedule: makes the learning-rate schedule.
         generation: how ``predict`` and sampling callbacks generate.
@@ -67,6 +89,7 @@ class PreferenceModule(pl.LightningModule):
         generation: Generation = Generation(),  # noqa: B008
     ) -> None:
         super().__init__()
+        policy.check_trainable()
         self.policy_config, self.loss = policy, loss
         self.optimizer, self.schedule, self.generation = optimizer, schedule, generation
         self.reference = _resolve_reference(reference, loss, policy)
@@ -74,9 +97,16 @@ class PreferenceModule(pl.LightningModule):
         terms = tuple(loss.term_names())
         self.metrics = torch.nn.ModuleDict({name: PairMetrics(terms) for name in ("fit", "val", "test")})
         self.last_logged: tuple[int, dict[str, float]] = (0, {})
+        self.run_key: str | None = None  # the command line sets it, and finds a run's checkpoints by it
+        self.passes: list[Pass] = []
         self._clock = self._pause = 0.0
         self._grad_norm = float("nan")
-        self._checked = self._restored = self._trained = False
+        self._norm: Tensor | None = None
+        self._checked = self._restored = self._trained = self._updating = False
+        self._digests: dict[str, str] = {}
+        self._whole_step: dict[str, Any] = {}  # of the last one: sums for the log, random numbers
+        self._resumed: dict[str, Any] | None = None
+        self._validated = -1  # the step of the last validation
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -92,6 +122,10 @@ class PreferenceModule(pl.LightningModule):
         self._check_data()
         dtype = self.policy_config.resolve_dtype()
         self.policy = self.policy_config.build(dtype)
+        if self.policy.has_adapter:
+            self._digests["base"] = base_digest(self.policy)
+        if (adapter := self.policy_config.adapter) is not None:
+            self._digests["adapter"] = adapter_digest(adapter, self.policy_config.adapter_revision)
         difference = check_head(self.policy)
         if reason := check_sharing(self.policy):
             rank_zero_info(
@@ -145,7 +179,10 @@ class PreferenceModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The injected optimizer over the trainable parameters, the schedule stepping with it."""
         assert self.policy is not None, "configure_model comes first"
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        try:
+            optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        except ValueError as error:  # torch checks its options only here
+            raise ConfigError(f"--model.optimizer: {error}") from error
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             # Lightning won't clip the gradients of an optimizer that could unscale them itself, as fused ones say they
             # can; without a scaler (all precisions but 16-mixed) nothing is scaled
@@ -181,6 +218,8 @@ class PreferenceModule(pl.LightningModule):
                 f"{type(self.loss).__name__} needs the judge's rewards; a pair of {batch.pair_ids} has none."
             )
         losses, implicit = self.pair_losses(policy, reference, rewards)
+        if metrics is self.metrics["fit"]:
+            self.passes.append(Pass(batch, losses.detach(), _detached(policy), reference))
         metrics.update(losses, implicit, policy, batch.origin, batch.weights, batch.tokens, self.loss.terms())
         if reference is not None and metrics is self.metrics["fit"]:
             self._check_agreement(policy, reference, losses, batch)
@@ -221,21 +260,93 @@ class PreferenceModule(pl.LightningModule):
         trainer = self.trainer
         if batch_idx % trainer.accumulate_grad_batches == 0:
             trainer.optimizers[0].zero_grad()
+            self.passes, self._norm = [], None
+        self._batch = batch
         *first, last = batch
         for part in first:
-            loss = self._share_of_step(part)
+            with memory.explained(self._where("forward pass")):
+                loss = self._share_of_step(part)
             with torch.autocast(self.device.type, enabled=False):
                 trainer.strategy.backward(loss, None)
         # Lightning divides what is returned by the accumulated batches
-        return self._share_of_step(last) * trainer.accumulate_grad_batches
+        with memory.explained(self._where("forward pass")):
+            return self._share_of_step(last) * trainer.accumulate_grad_batches
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's, but out of memory is explained."""
+        with memory.explained(self._where("backward pass")):
+            super().backward(loss, *args, **kwargs)
+
+    def _where(self, what: str) -> Callable[[], str]:
+        """Says what ran out of memory, and what would take less."""
+
+        def text() -> str:
+            config, data = self.policy_config, getattr(self.trainer, "datamodule", None)
+            help_ = []
+            if (
+                getattr(data, "token_budget", 0) is None
+                and not getattr(data, "streaming", False)
+                and not self.loss.batch_level
+            ):
+                help_.append("--data.token_budget N, at least the longest pair (the same gradients in smaller passes)")
+            elif getattr(data, "batch_size", 1) > 1:
+                help_.append("a smaller --data.batch_size with more --trainer.accumulate_grad_batches")
+            if not config.gradient_checkpointing and self.policy is not None and not self.policy.checkpoints:
+                help_.append("--model.policy.gradient_checkpointing true")
+            if isinstance(self.reference, Frozen):
+                help_.append("--model.reference Stored (no second model beside the policy)")
+            if not config.adapts:
+                help_.append("--model.policy.lora.r 16 (optimizer state for an adapter only)")
+            help_.append("a smaller --data.max_length")
+            return (
+                f"in the {what} of step {self.global_step + 1}: {memory.described(self._batch)}. "
+                f"What takes less memory: {'; '.join(help_)}"
+            )
+
+        return text
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the loss and the reference follow, before a checkpoint can be written."""
         assert self.policy is not None, "configure_model comes first"
         self._trained = True  # a new trainer counts from 0, so its step says nothing
-        super().optimizer_step(*args, **kwargs)
+        with memory.explained(self._where("optimizer's update")):
+            super().optimizer_step(*args, **kwargs)
         self.loss.after_step()
         self.reference.follow(self.policy, self.global_step + 1)
+        self._updating = False
+        self._keep_whole_step()
+
+    def skip_step(self) -> None:
+        """Leave weights, optimizer, loss and log as if this step's batches had not been; to be called on all ranks.
+
+        For callbacks, in ``on_before_optimizer_step``.
+        """
+        for p in self.parameters():
+            p.grad = None  # optimizers leave such parameters alone, their moments and counts too
+        self._norm = None
+        self.loss.forget_step()
+        self._metrics("fit").go_on_from(self._whole_step["window"])
+
+    @property
+    def updating(self) -> bool:
+        """Whether the optimizer is changing weights: what is saved now would be half a step."""
+        return self._updating
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient before clipping, [] float32, computed once a step; all ranks must call it."""
+        if self._norm is None:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            norm: Any = torch.nn.utils.get_total_norm(grads)
+            self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return self._norm
+
+    def _keep_whole_step(self) -> None:
+        self._whole_step = {
+            "window": self._metrics("fit").sums_so_far(),
+            "seconds": time.perf_counter() - self._clock,
+            "grad_norm": self._grad_norm,
+            "random": random_state(self.device),
+        }
 
     def _share_of_step(self, part: Batch) -> Tensor:
         losses = self._step(part, self._metrics("fit"))
@@ -274,6 +385,33 @@ class PreferenceModule(pl.LightningModule):
                 f"step of {accumulate}. Use a multiple of accumulate_grad_batches."
             )
         self._clock = time.perf_counter()
+        if self._resumed is not None:
+            self._go_on(self._resumed)
+            self._resumed = None
+        self._keep_whole_step()
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        """Take up the random numbers and the sums for the log of the run that this one goes on from."""
+        ranks, rank = saved["random"], self.global_rank
+        if len(ranks) == self.trainer.world_size:
+            set_random_state(ranks[rank], self.device)
+        else:
+            rank_zero_warn(
+                f"the checkpoint is of a run on {len(ranks)} devices, and this one has {self.trainer.world_size}: "
+                "random numbers (of dropout) begin anew."
+            )
+        window = saved["window"] if rank == 0 else {n: torch.zeros_like(v) for n, v in saved["window"].items()}
+        try:
+            self._metrics("fit").go_on_from(window)
+        except ValueError as error:
+            raise ConfigError(
+                f"the checkpoint is of a run with another loss than {type(self.loss).__name__}: {error}. Go on with "
+                "the loss that the run began with."
+            ) from error
+        self._clock -= saved["seconds"]
+        self._grad_norm = saved["grad_norm"]
+        if self._logs_at(self.global_step) and float(saved["window"]["counts"].sum()):
+            self._log_window(bar_too=False, norm_too=True)  # saved before the step could be logged
 
     def on_train_epoch_start(self) -> None:
         """Refuse another number of accumulated batches than the steps were planned with."""
@@ -289,9 +427,8 @@ class PreferenceModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the gradient's norm before clipping, where it will be logged."""
         if self._logs_at(self.global_step + 1):
-            grads = [p.grad for p in self.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-            self._grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            self._grad_norm = float(self.gradient_norm())
+        self._updating = True
 
     def on_train_batch_end(self, outputs: Any, batch: tuple[Batch, ...], batch_idx: int) -> None:
         """Log the means since the last log, over all ranks."""
@@ -302,9 +439,10 @@ class PreferenceModule(pl.LightningModule):
     def on_train_end(self) -> None:
         """Log the steps since the last log."""
         if self.global_step > self.last_logged[0]:
-            self._log_window(bar_too=False)  # Lightning takes nothing for the bar any more
+            # Lightning takes nothing for the bar any more, and the norm kept is an earlier step's
+            self._log_window(bar_too=False, norm_too=False)
 
-    def _log_window(self, *, bar_too: bool = True) -> None:
+    def _log_window(self, *, bar_too: bool = True, norm_too: bool = True) -> None:
         metrics = self._metrics("fit")
         values = metrics.compute()
         metrics.reset()
@@ -314,14 +452,18 @@ class PreferenceModule(pl.LightningModule):
         pairs, tokens = values.pop("pairs"), values.pop("tokens")
         values |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        if bar_too:  # at the end of training the norm kept is an earlier step's
+        if norm_too:
             values["grad_norm"] = self._grad_norm
         self.last_logged = (self.global_step, values)
         self._log(values, prefix="", bar_too=bar_too)
+        if self._whole_step:
+            self._whole_step |= {"window": metrics.sums_so_far(), "seconds": 0.0}
 
     def on_validation_end(self) -> None:
         """Time spent on validation is no training time."""
         self._clock += time.perf_counter() - self._pause
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._validated = self.global_step
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's means as ``val/...``."""
@@ -427,22 +569,52 @@ class PreferenceModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count whole steps; record the policy's config; of an adapter's base, which never changes, keep nothing."""
-        if not math.isfinite(self.trainer.num_training_batches) and self.trainer.is_last_batch:
-            close_epoch(checkpoint)  # a stream's length is known at its end only
-        else:
-            accumulate = self.trainer.accumulate_grad_batches
-            rewind_to_whole_step(checkpoint, accumulate, self.trainer.num_training_batches)
+        batches = self.trainer.num_training_batches
+        settle(
+            checkpoint, self.trainer.accumulate_grad_batches, batches,
+            stream_over=not math.isfinite(batches) and self.trainer.is_last_batch,
+            validates=self._validation_due(),
+        )  # fmt: skip
         config = dataclasses.asdict(self.policy_config)
-        if Path(config["path"]).is_dir():  # must be found from anywhere
-            config["path"] = str(Path(config["path"]).resolve())
+        for name in ("path", "adapter"):
+            if config[name] is not None and Path(config[name]).is_dir():  # must be found from anywhere
+                config[name] = str(Path(config[name]).resolve())
         checkpoint["rap_lightning"] = {
             "policy": config,
             "goal": self.goal_record(),
             "reference": self.reference.state_dict(),
+            "digests": dict(self._digests),
+            "validated": self._validated,
+            "run_key": self.run_key,
         }
+        if self._whole_step:
+            whole = self._whole_step
+            ranks: list[Any] = [whole["random"]]
+            if self.trainer.world_size > 1:
+                ranks *= self.trainer.world_size
+                torch.distributed.all_gather_object(ranks, whole["random"])
+            window = {name: over_ranks(value) for name, value in whole["window"].items()}
+            checkpoint["rap_lightning"]["run"] = whole | {"random": ranks, "window": window}
         if "state_dict" in checkpoint:
             frozen = self._frozen()
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+            # 4-bit weights have scales and tables below their own name
+            checkpoint["state_dict"] = {
+                k: v for k, v in checkpoint["state_dict"].items()
+                if k not in frozen and k.partition(".weight.")[0] + ".weight" not in frozen
+            }  # fmt: skip
+
+    def _validation_due(self) -> bool:
+        """Whether a validation belongs after the batch at hand, and has not been finished."""
+        trainer = self.trainer
+        if self._validated == self.global_step or not trainer.enable_validation:
+            return False
+        every, interval = trainer.check_val_every_n_epoch, trainer.val_check_batch
+        if interval is None or not math.isfinite(interval):
+            return bool(trainer.is_last_batch)
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        if every is None:
+            return bool(progress.total.processed % int(interval) == 0)
+        return bool((trainer.current_epoch + 1) % every == 0 and progress.current.processed % int(interval) == 0)
 
     def goal_record(self) -> dict[str, Any] | None:
         """The data's goal template, with the numbers its scale was fitted to; None where there is none."""
@@ -460,6 +632,19 @@ class PreferenceModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fill in the base model's weights, so that loading stays strict about everything else."""
         self._restored = True
+        ours = checkpoint.get("rap_lightning", {})
+        for name, what in (("base", "over another base model than"), ("adapter", "from another adapter than")):
+            then, now = ours.get("digests", {}).get(name), self._digests.get(name)
+            if then is not None and now is not None and not (same_base(then, now) if name == "base" else then == now):
+                config = self.policy_config
+                raise ConfigError(
+                    f"the checkpoint's adapter was trained {what} {config.path if name == 'base' else config.adapter}, "
+                    "or that has changed since. Go on with what the run began with: "
+                    f"{ours['policy']['path']}, adapter {ours['policy'].get('adapter')}."
+                )
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = ours.get("run")
+            self._validated = ours.get("validated", -1)
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = {**self._frozen(), **checkpoint["state_dict"]}
         state = checkpoint.get("rap_lightning", {}).get("reference", {})
@@ -479,6 +664,12 @@ class PreferenceModule(pl.LightningModule):
         return {f"policy.{name}": p.detach() for name, p in named if not p.requires_grad}
 
 
+def _detached(logps: PairLogps) -> PairLogps:
+    return dataclasses.replace(
+        logps, chosen=logps.chosen.detach(), rejected=logps.rejected.detach(), tokens=None, unrelated=None
+    )
+
+
 def _resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy: PolicyConfig) -> Reference:
     name = type(loss).__name__
     if not loss.needs_reference:
@@ -490,7 +681,7 @@ def _resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy
     if isinstance(reference, NoReference):
         raise ConfigError(f"{name} needs a reference: use Frozen or AdaptersOff, or leave --model.reference out.")
     if reference is None:
-        reference = AdaptersOff() if policy.lora is not None else Frozen()
+        reference = AdapterAsLoaded() if policy.adapter else AdaptersOff() if policy.lora is not None else Frozen()
     tokens = loss.needs_tokens and not reference.gives_tokens
     if tokens or (loss.needs_unrelated and not (reference.gives_tokens and reference.gives_any_response)):
         raise ConfigError(

@@ -1,45 +1,72 @@
 """Where a run stands, in whole optimizer steps.
 
 Lightning counts batches. A run that ends between two optimizer steps has gradients of some batches in memory, which no
-checkpoint holds; so a checkpoint says that the unfinished step never began, and its batches are run again.
+checkpoint holds; so a checkpoint says that the unfinished step never began, and its batches are run again. What else a
+run carries from step to step (random numbers, sums for the log) is kept as of the last whole step too.
 """
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
+import torch
 
-def rewind_to_whole_step(checkpoint: dict[str, Any], accumulate: int, batches: float) -> None:
-    """Set the batch counters of a checkpoint back to the last finished optimizer step, in place.
+COUNTERS = ("ready", "started", "processed", "completed")
+
+
+def settle(
+    checkpoint: dict[str, Any], accumulate: int, batches: float, *, stream_over: bool, validates: bool
+) -> None:  # fmt: skip
+    """Bring the counters of a checkpoint to the last finished optimizer step, in place, whenever it was made.
 
     Args:
         checkpoint: as Lightning made it.
         accumulate: batches per optimizer step.
         batches: batches of this rank in the epoch; the last step of an epoch may have fewer than ``accumulate``.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    current, total = progress["current"], progress["total"]
-    done = current["processed"]
-    whole = done if done >= batches else done - done % accumulate
-    if whole == done == current["ready"]:
-        return  # between two steps: Lightning's own counters are right
-    for name in ("ready", "started", "processed", "completed"):
-        total[name] -= current[name] - whole
-        current[name] = whole
-
-
-def close_epoch(checkpoint: dict[str, Any]) -> None:
-    """Say of a checkpoint made at the last batch of a stream that its epoch is over, in place.
-
-    Lightning would resume at the end of that epoch, and go on counting its batches in the next one.
-
-    Args:
-        checkpoint: as Lightning made it.
+        stream_over: whether this is the last batch of a stream, whose length is not known before.
+        validates: whether a validation is due at this step and has not been finished; a resumed run begins it anew.
     """
     loops = checkpoint["loops"]["fit_loop"]
+    progress, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+    if stream_over:
+        _close_epoch(loops)
+        return
+    if epochs["total"]["started"] < epochs["total"]["ready"]:  # between two epochs: the next has not begun
+        for counts in (epochs["total"], epochs["current"]):
+            counts["ready"] = counts["started"]
+        _close_epoch(loops)
+        return
+    done = progress["current"]["processed"]
+    whole = done if done >= batches else done - done % accumulate
+    epoch_over = epochs["total"]["processed"] == epochs["total"]["ready"]
+    if whole >= batches and (epoch_over or not validates):
+        _close_epoch(loops)
+        return
+    if epoch_over:  # Lightning ends an epoch where max_steps ends the run; with more steps it goes on
+        for counts in (epochs["total"], epochs["current"]):
+            counts["processed"] = counts["completed"] = counts["ready"] - 1
+    current, total = progress["current"], progress["total"]
+    if epoch_over or not whole == done == current["ready"]:
+        for name in COUNTERS:
+            total[name] -= current[name] - whole
+            current[name] = whole
+    if validates:  # Lightning starts a validation from its beginning where one batch of it is under way
+        validation = loops["epoch_loop.val_loop.batch_progress"]
+        for counts in (validation["total"], validation["current"]):
+            counts |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        validation["is_last_batch"] = False
+
+
+def _close_epoch(loops: dict[str, Any]) -> None:
+    """Say that the epoch is over.
+
+    Lightning would resume at the end of it, and of a stream go on counting its batches in the next one.
+    """
     batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
     batches["is_last_batch"] = False
-    for name in ("ready", "started", "processed", "completed"):
+    for name in COUNTERS:
         batches["total"][name] = batches["total"]["ready"]
         batches["current"][name] = 0
         for counts in (epochs["total"], epochs["current"]):
@@ -51,3 +78,27 @@ def batches_done(trainer: Any) -> int:
     if not trainer.training:
         return 0
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Where this process's random numbers stand, as plain values and tensors."""
+    kind, keys, place, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), place, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go on with the random numbers that ``random_state`` gave."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

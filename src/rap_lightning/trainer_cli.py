@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
+import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import _typehints
+from jsonargparse import Namespace, _typehints
+from jsonargparse._util import import_object
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from rap_lightning import losses
-from rap_lightning.callbacks import Checkpoints, ConsoleLines, ExportHF, RunRecord, WholeSteps, WritePredictions
+from rap_lightning.callbacks import (
+    Checkpoints,
+    ConsoleLines,
+    ExportHF,
+    Guard,
+    RunRecord,
+    Watchdog,
+    WholeSteps,
+    WritePredictions,
+)
+from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
 from rap_lightning.class_names import check_class_names
 from rap_lightning.datamodule import PreferenceDataModule
+from rap_lightning.errors import ConfigError, UserError
 from rap_lightning.losses import PreferenceLoss
-from rap_lightning.models.checkpoints import refuse_unreadable
+from rap_lightning.models.checkpoints import newest_whole, refuse_damaged, run_key
+from rap_lightning.models.held import AdapterAsLoaded
 from rap_lightning.models.reference import Reference
 from rap_lightning.models.stored import Stored
 from rap_lightning.models.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
+from rap_lightning.nulls import refuse_nulls
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.schedules import Schedule
 
-SHORT_NAMES = (Stored, Synchronised)  # jsonargparse knows a class by its short name once it has been imported
+SHORT_NAMES = (
+    AdapterAsLoaded,
+    Stored,
+    Synchronised,
+)  # jsonargparse knows a class by its short name once it has been imported
 OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule)
 
 CLASS_OPTIONS = {
@@ -56,22 +79,52 @@ class PreferenceCLI(LightningCLI):
     """LightningCLI whose checkpoints, export and console output work without being asked for."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Two callbacks that are always there, configurable at the top level."""
+        """Callbacks that are always there, configurable at the top level."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {"checkpoint.save_last": "link", "checkpoint.save_on_exception": True, "checkpoint.save_top_k": 1}
         )
         parser.add_lightning_class_args(ExportHF, "export")
+        parser.add_lightning_class_args(Guard, "guard")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look at the checkpoint to go on from before anything is loaded."""
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except Exception as error:
+            raise _told(error) from error
         options = self.config[self.config["subcommand"]]
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning would run what a local file has pickled
-        path = options.get("ckpt_path")
-        if path not in (None, "best", "last", "hpc", "registry"):
-            refuse_unreadable(Path(path))
+        for section, kind in (("model", PreferenceModule), ("data", PreferenceDataModule)):
+            _refuse_nulls(section, kind, options.get(section))
+        self._run_key = run_key_of(options)
+        path, root = options.get("ckpt_path"), Path(options["trainer"].get("default_root_dir") or ".")
+        if path is None and SLURMEnvironment.detect() and self.config["subcommand"] == "fit":
+            path = "last" if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else None
+            if path is None and (left := sorted(root.glob("hpc_ckpt_*.ckpt"))):
+                raise ConfigError(
+                    f"{left[-1]} was left by another SLURM job, and Lightning would go on from it. Set a "
+                    "--trainer.default_root_dir of this job's own, give --ckpt_path, or remove the file."
+                )
+        if path == "last":
+            found = newest_whole(root, lambda other: run_key(other) == self._run_key, _notice)
+            if found is None and self.config["subcommand"] != "fit":
+                raise ConfigError(f"--ckpt_path last: no checkpoint below {root} is of a run with these options.")
+            _notice(f"--ckpt_path last: {found or f'no checkpoint below {root} yet, so this run begins at step 0'}")
+            options["ckpt_path"] = None if found is None else str(found)
+        elif path not in (None, "best", "hpc", "registry"):
+            refuse_damaged(Path(path))
+
+    def instantiate_classes(self) -> None:
+        """Also tell the module by which key its checkpoints are found again."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            raise _told(error) from error
+        if isinstance(self.model, PreferenceModule):
+            self.model.run_key = self._run_key
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add the console, the run record and the logger where the config names no other."""
@@ -83,9 +136,65 @@ class PreferenceCLI(LightningCLI):
             if not _terminal():
                 kwargs["enable_progress_bar"] = False
         kwargs["callbacks"] = [*callbacks, RunRecord(), WholeSteps(), WritePredictions()]
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, SealedCheckpoints()]
         if config.get("logger") is None:
             kwargs["logger"] = CSVLogger(config.get("default_root_dir") or "runs", name="")
         return super().instantiate_trainer(**kwargs)
+
+
+def run_key_of(options: Any) -> str:
+    """Digest of the options that say what is trained on what: runs with the same go on from each other's checkpoints.
+
+    What may differ between a run and the one that goes on from it (workers, sampling, the number of steps) is left out.
+    """
+    sections = {name: options[name].as_dict() for name in ("model", "data") if hasattr(options.get(name), "as_dict")}
+    for name in ("num_workers", "num_proc", "predict"):
+        sections.get("data", {}).pop(name, None)
+    sections.get("model", {}).pop("generation", None)
+    content = json.dumps([sections, options.get("seed_everything")], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _refuse_nulls(section: str, kind: type, options: Any) -> None:
+    if isinstance(options, Namespace):
+        named = options.get("class_path")
+        owner = import_object(named) if isinstance(named, str) else kind
+        refuse_nulls(owner, options.get("init_args") or options, f"--{section}")
+
+
+LIBRARIES = ("rap_lightning", "lightning", "jsonargparse", "argparse", "yaml", "torch", "transformers", "inspect")
+
+
+def _told(error: Exception) -> Exception:
+    """The error of ours that is beneath what jsonargparse makes of it; else, of a library's refusal, its text."""
+    chain: list[BaseException] = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
+        chain.append(below)
+    if ours := [one for one in chain if isinstance(one, UserError)]:
+        return ours[-1]
+    last = chain[-1].__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    place = str(last.tb_frame.f_globals.get("__name__", "")) if last is not None else ""
+    if place.partition(".")[0] not in (
+        "rap_lightning",
+        "lightning",
+        "jsonargparse",
+        "torch",
+        "transformers",
+        "inspect",
+    ):
+        return error  # of the user's own class: its stack is what they need
+    text = (str(chain[-1]).strip().splitlines() or [""])[0]
+    return ConfigError(f"the options can't be used: {type(chain[-1]).__name__}: {text}")
+
+
+def _notice(text: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # each process of a run parses the command line
+        print(text, file=sys.stderr, flush=True)
 
 
 def run(args: list[str]) -> None:

@@ -127,11 +127,11 @@ class Collate:
     """What the DataLoader calls with what :class:`EncodedPairs` gives: a batch becomes its forward passes."""
 
     def __init__(self, layout: str, pad_id: int) -> None:
-        self.layout, self.pad_id = LAYOUTS[layout], pad_id
+        assert layout in LAYOUTS
+        self.name, self.pad_id = layout, pad_id  # by name, so that it can be sent to workers that are not forked
 
     def __call__(self, planned: tuple[BatchPlan, list[Example]]) -> tuple[Batch, ...]:
         """Lay out one planned batch."""
         plan, examples = planned
-        return tuple(
-            lay_out(self.layout, [examples[i] for i in part], plan.part(part), self.pad_id) for part in plan.parts
-        )
+        layout = LAYOUTS[self.name]
+        return tuple(lay_out(layout, [examples[i] for i in part], plan.part(part), self.pad_id) for part in plan.parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -11,6 +11,18 @@ from rap_lightning.batches.dataset import EncodedPairs
 from rap_lightning.batches.layouts import Collate
 from rap_lightning.batches.sampler import StepSampler
 from rap_lightning.batches.types import Batch
+from rap_lightning.errors import UserError
+
+
+def plainly(batches: Iterable[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
+    """Batches; an error of ours in a worker is raised with its own text, without the worker's stack around it."""
+    try:
+        yield from batches
+    except UserError as error:
+        before, found, text = str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")
+        if not found or "in DataLoader worker" not in before:
+            raise
+        raise type(error)(text.strip()) from None
 
 
 class PairLoader(DataLoader[tuple[Batch, ...]]):
@@ -33,7 +45,7 @@ class PairLoader(DataLoader[tuple[Batch, ...]]):
 
     def __iter__(self) -> Iterator[tuple[Batch, ...]]:  # type: ignore[override]
         self.plan.start = self.skip()
-        yield from super().__iter__()
+        yield from plainly(super().__iter__())
 
     def whole(self) -> PairLoader:
         """This loader, from the epoch's beginning whatever a resumed run has behind it."""

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from rap_lightning.batches.dataset import Example, example_of
 from rap_lightning.batches.layouts import Collate
+from rap_lightning.batches.loader import plainly
 from rap_lightning.batches.pair_encoder import PairEncoder, note_encoding
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
@@ -154,7 +155,7 @@ class StreamLoader(DataLoader[tuple[Batch, ...]]):
 
     def __iter__(self) -> Iterator[tuple[Batch, ...]]:  # type: ignore[override]
         self.stream.epoch, self.stream.start = self.position()
-        yield from super().__iter__()
+        yield from plainly(super().__iter__())
 
     def state_dict(self) -> dict[str, int]:
         """Nothing beyond what the trainer's own progress says."""

@@ -1,11 +1,25 @@
 """Lightning callbacks."""
 
+from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
 from rap_lightning.callbacks.checkpoints import Checkpoints
 from rap_lightning.callbacks.console import ConsoleLines
 from rap_lightning.callbacks.export import ExportHF
+from rap_lightning.callbacks.guard import Guard
 from rap_lightning.callbacks.interrupts import WholeSteps
 from rap_lightning.callbacks.predictions import WritePredictions
 from rap_lightning.callbacks.records import RunRecord
 from rap_lightning.callbacks.steering import SteeringTable
+from rap_lightning.callbacks.watchdog import Watchdog
 
-__all__ = ["Checkpoints", "ConsoleLines", "ExportHF", "RunRecord", "SteeringTable", "WholeSteps", "WritePredictions"]
+__all__ = [
+    "Checkpoints",
+    "ConsoleLines",
+    "ExportHF",
+    "Guard",
+    "RunRecord",
+    "SealedCheckpoints",
+    "SteeringTable",
+    "Watchdog",
+    "WholeSteps",
+    "WritePredictions",
+]

@@ -37,7 +37,7 @@ class ExportHF(pl.Callback):
         for name, off in (("merge", not self.merge), ("goal_in_template", self.goal_in_template)):
             if not off and not self.enabled:
                 raise ConfigError(f"--export.{name} has no effect with --export.enabled false; remove one of the two.")
-        if self.merge and isinstance(pl_module, PreferenceModule) and pl_module.policy_config.lora is None:
+        if self.merge and isinstance(pl_module, PreferenceModule) and not pl_module.policy_config.adapts:
             raise ConfigError("--export.merge has no effect without an adapter: set --model.policy.lora.r")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

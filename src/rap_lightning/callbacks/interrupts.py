@@ -1,45 +1,118 @@
-"""Ctrl-C never falls into an optimizer step."""
+"""Ctrl-C, SIGTERM and SLURM's warning never fall into an optimizer step, and stop all ranks at the same batch."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class Stopped(SystemExit):
+    """A signal has ended the run; the exit code is 128 plus its number, as a shell expects."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
 
 
 class WholeSteps(pl.Callback):
-    """Holds SIGINT back while weights are being updated, so that the checkpoint it leads to is of a whole step.
+    """Holds signals back while weights are being updated, so that the checkpoint they lead to is of a whole step.
 
-    Everything else (forward and backward passes, data, validation) is interrupted at once.
+    With one process everything else (forward and backward passes, data, validation) is interrupted at once. Several
+    processes agree at the end of each batch, and stop there together; a second Ctrl-C or SIGTERM stops one alone.
+    SIGTERM saves, says how to go on, and exits with 143. Under SLURM the signal that asks for it (SIGUSR1, or as
+    Lightning's SLURMEnvironment is told) saves and requeues the job, at the end of a batch: Lightning's own handler
+    does that, wherever it happens to be called.
     """
 
     def __init__(self) -> None:
-        self._previous: Any = None
-        self._held = False
-        self._pressed = False
+        self._previous: dict[int, Any] = {}
+        self._pending: list[int] = []
+        self._held = self._many = self._saving = False
+        self._requeue: int | None = None
+        self._owner = 0
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """From here on signals come here."""
+        self._install(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """From here on signals come here."""
+        self._install(trainer)
+
+    def _install(self, trainer: pl.Trainer) -> None:
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            return
+        self._pending, self._held, self._saving = [], False, False
+        self._many, self._owner = trainer.world_size > 1, os.getpid()
+        environment = trainer._accelerator_connector.cluster_environment
+        self._requeue = None
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue = int(environment.requeue_signal or signal.SIGUSR1)
+        for signum in (signal.SIGINT, signal.SIGTERM, *([self._requeue] if self._requeue else [])):
+            self._previous[signum] = signal.signal(signum, self._on_signal)
 
     def on_before_optimizer_step(self, *_: Any) -> None:
-        """From here on, remember Ctrl-C instead of obeying it."""
-        if not self._held and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._remember)
-            self._held = True
+        """From here on, remember signals instead of obeying them."""
+        self._held = True
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """The step is done and counted: obey."""
-        if self._held:
-            signal.signal(signal.SIGINT, self._previous)
-            self._held = False
-            if self._pressed:
-                self._pressed = False
-                raise KeyboardInterrupt
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The step, if it was one, is done and counted: obey."""
+        self._held = False
+        self._obey_together(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Obey."""
+        if not trainer.sanity_checking:
+            self._obey_together(trainer)
 
     def on_exception(self, *_: Any) -> None:
-        """The step failed: Ctrl-C must work while the checkpoint is saved."""
-        if self._held:
-            signal.signal(signal.SIGINT, self._previous)
-            self._held = self._pressed = False
+        """Whatever it was, a checkpoint may be saved now; a signal must not cut that short."""
+        self._held, self._saving = False, True
 
-    def _remember(self, *_: Any) -> None:
-        self._pressed = True
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Give the signals back."""
+        previous, self._previous = self._previous, {}
+        for signum, handler in previous.items():
+            if signal.getsignal(signum) == self._on_signal:
+                signal.signal(signum, handler)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a data worker, born with this handler
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        again = signum in self._pending
+        self._pending.append(signum)
+        if self._saving or self._held or signum == self._requeue or (self._many and not again):
+            return
+        self._obey()
+
+    def _obey_together(self, trainer: pl.Trainer) -> None:
+        if self._many:
+            for signum in self._previous:
+                if trainer.strategy.reduce_boolean_decision(signum in self._pending, all=False):
+                    if signum not in self._pending:
+                        self._pending.append(signum)
+                else:
+                    self._pending = [other for other in self._pending if other != signum]
+        if self._requeue is not None and self._requeue in self._pending:
+            self._pending = [signum for signum in self._pending if signum != self._requeue]
+            handler: Callable[[int, FrameType | None], Any] = self._previous[self._requeue]
+            handler(self._requeue, None)
+        if self._pending:
+            self._obey(on_all_ranks=True)
+
+    def _obey(self, *, on_all_ranks: bool = False) -> None:
+        signum, self._pending = self._pending[0], []
+        stop = KeyboardInterrupt() if signum == signal.SIGINT else Stopped(signum)
+        stop.on_all_ranks = on_all_ranks  # type: ignore[union-attr]
+        if signum != signal.SIGINT:
+            rank_zero_info(f"{signal.Signals(signum).name}: saving a checkpoint and stopping")
+        raise stop

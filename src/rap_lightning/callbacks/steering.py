@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rap_lightning.callbacks.watchdog import Watchdog
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.generate import generate, left_pad
@@ -62,6 +63,7 @@ class SteeringTable(pl.Callback):
         tokenizer = module.tokenizer
         prompts = [history[-1]["content"] for history in histories]
         results = {}
+        lengths: list[int] = []
         with isolate_rng():
             torch.manual_seed(self.seed)
             for goal in self.goals:
@@ -72,6 +74,10 @@ class SteeringTable(pl.Callback):
                     batch = left_pad(part, data.pad_id, [{}] * len(part)).to(module.device)
                     texts += generate(module.policy, tokenizer, batch, module.generation)
                 results[goal] = [(p, t, self.judge(p, t)) for p, t in zip(prompts, texts, strict=True)]
+                lengths += [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Watchdog):
+                callback.saw_samples(lengths, trainer.global_step)
         return results
 
     def _print(self, trainer: pl.Trainer, module: Any, samples: dict[float, list[Any]]) -> None:

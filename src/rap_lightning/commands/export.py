@@ -124,8 +124,8 @@ def _config(saved: SavedPolicy, trust_remote_code: bool) -> PolicyConfig:
 
     options: dict[str, Any] = dict(saved.record["policy"])
     lora = options.pop("lora")
-    if "quantize" in options:
-        options["quantize"] = None  # an adapter leaves for a base in its own precision
+    options["quantize"] = None  # an adapter leaves for a base in its own precision
+    options |= {"activation_offloading": False, "compile": False, "gradient_checkpointing": False}  # nothing is trained
     try:
         return PolicyConfig(**options | {"trust_remote_code": trust_remote_code}, lora=Lora(**lora) if lora else None)
     except TypeError as error:

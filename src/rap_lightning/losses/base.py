@@ -80,6 +80,9 @@ class PreferenceLoss(nn.Module, ABC):
     def after_step(self) -> None:
         """Called on every rank after each optimizer step: the place to change buffers, so that resuming is exact."""
 
+    def forget_step(self) -> None:
+        """Called where a step is skipped, before ``after_step``: drop what its forward passes have left behind."""
+
     def extra_repr(self) -> str:
         """The options, as shown at the start of a run."""
         own = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}

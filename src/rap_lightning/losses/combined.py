@@ -47,6 +47,11 @@ class _Combined(PreferenceLoss):
         for loss in self.parts:
             loss.after_step()
 
+    def forget_step(self) -> None:
+        """Pass it on."""
+        for loss in self.parts:
+            loss.forget_step()
+
 
 class Mixture(_Combined):
     r"""A weighted sum of losses, Σ_k w_k L_k, each logged as loss/NAME before its weight.

@@ -53,6 +53,10 @@ class BCO(PreferenceLoss):
         self.totals += over_ranks(pending)
         self._pending = None
 
+    def forget_step(self) -> None:
+        """Drop the step's rewards."""
+        self._pending = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         result: Any = super()._apply(fn, recurse)
         if self.totals.device.type != "mps":  # which has no float64

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.sealed import verify
 
 
 def refuse_unreadable(path: Path) -> None:
@@ -19,9 +21,79 @@ def refuse_unreadable(path: Path) -> None:
     if path.is_dir():
         return
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file. Expected a .ckpt file that fit wrote.")
-    if not zipfile.is_zipfile(path):
-        raise ConfigError(f"{path} can't be read as a checkpoint: it is cut off, or of another kind.")
+        gone = f"it points to {path.readlink()}, which is gone" if path.is_symlink() else "no such file"
+        raise ConfigError(f"{path}: {gone}. Expected a .ckpt file that fit wrote.{_another(path)}")
+    if not _is_archive(path):
+        raise ConfigError(
+            f"{path} can't be read as a checkpoint: it is cut off, or of another kind (a pickle, say).{_another(path)}"
+        )
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # whose end says something impossible
+        return False
+
+
+def refuse_damaged(path: Path) -> None:
+    """``refuse_unreadable``, and raise ConfigError where the content is not what was written, naming another."""
+    refuse_unreadable(path)
+    try:
+        verify(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_another(path)}") from error
+
+
+def newest_whole(root: Path, fits: Callable[[Path], bool], say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint below a folder that is whole, or None; each one passed over is said.
+
+    Args:
+        root: a folder of runs.
+        fits: whether a checkpoint is of the run that is to go on; asked of whole ones only.
+        say: is told which newer ones were passed over, and why.
+    """
+    others = 0
+    for path in _checkpoints(root):
+        try:
+            refuse_unreadable(path)
+            verify(path)
+            if fits(path):
+                if others:
+                    say(f"{others} newer checkpoints below {root} are of runs with other options, and passed over.")
+                return path
+            others += 1
+        except ConfigError as error:
+            say(f"passed over: {error}")
+    if others:
+        say(f"{others} checkpoints below {root} are of runs with other options, and passed over.")
+    return None
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    found = [path for path in root.rglob("*.ckpt") if not path.is_symlink()] if root.is_dir() else []
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _another(path: Path) -> str:
+    """A sentence that names the newest whole checkpoint beside one that can't be used, or ""."""
+    for other in _checkpoints(path.parent):
+        try:
+            if other.resolve() != path.resolve() and (other.is_dir() or _is_archive(other)) and verify(other):
+                return f" The newest whole one there is {other}: give that as --ckpt_path."
+        except ConfigError:
+            continue
+    return ""
+
+
+def run_key(path: Path) -> str | None:
+    """What ``PreferenceModule.run_key`` was when a checkpoint was written; None where it doesn't say."""
+    file = path / "meta.pt" if path.is_dir() else path
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return saved.get("rap_lightning", {}).get("run_key")  # type: ignore[no-any-return]
+    except Exception:  # a foreign file fails in whatever way its bytes happen to
+        return None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -30,7 +102,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it isn't there, can't be read, or isn't one of ours.
     """
-    refuse_unreadable(path)
+    refuse_damaged(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a foreign or broken file fails in whatever way its bytes happen to

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch, Forest
 from rap_lightning.errors import ConfigError
+from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now, declared_windows, forest_attention
 from rap_lightning.models.logps import Head, sum_by_segment
 from rap_lightning.preferences.baked import restore_own_template
@@ -72,6 +73,18 @@ class PolicyConfig:
             disagree.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
         lora: train a low-rank adapter instead of all weights, e.g. ``{r: 16}``.
+        adapter: go on training this LoRA adapter, a peft folder or Hub id (safetensors only), made for ``path``. Its
+            rank and modules are its own, so there is no ``lora`` beside it. The reference is by default the adapter
+            as it was loaded.
+        adapter_revision: branch, tag or commit of ``adapter`` on the Hub.
+        quantize: hold the base model's weights in 4 bits (QLoRA, with bitsandbytes), of the type nf4 or fp4; needs an
+            adapter to train. They are multiplied in ``dtype``: set that to bfloat16 on a GPU.
+        freeze: regular expressions; a trained parameter whose name one of them is found in stays as it is, e.g.
+            ``['embed_tokens', 'layers\\.[0-5]\\.']``.
+        rope: scale rotary positions for longer texts than the model was trained on, e.g. ``{rope_type: yarn, factor:
+            4.0}``; the keys are those of rope_parameters in transformers. Reference and policy are scaled alike.
+        resize_embeddings: add rows for tokens that the tokenizer has and the model hasn't, each the mean of the
+            others. Only on request: without it such a tokenizer is refused.
     """
 
     path: str
@@ -84,12 +97,50 @@ class PolicyConfig:
     dropout: bool = False
     trust_remote_code: bool = False
     lora: Lora | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+    quantize: Literal["nf4", "fp4"] | None = None
+    freeze: list[str] = field(default_factory=list)
+    rope: dict[str, Any] | None = None
+    resize_embeddings: bool = False
 
     def __post_init__(self) -> None:
         if self.activation_offloading and not torch.cuda.is_available():
             raise ConfigError(
                 "--model.policy.activation_offloading has no effect without a GPU, whose memory it would spare. "
                 "Leave it out, or use --model.policy.gradient_checkpointing true."
+            )
+        alterations.check_patterns(self.freeze)
+        if self.rope is not None:
+            alterations.check_rope(self.rope)
+        if self.quantize is not None:
+            alterations.check_four_bit()
+        if self.lora is not None and self.adapter is not None:
+            raise ConfigError(
+                f"--model.policy.lora has no effect beside --model.policy.adapter {self.adapter}: rank, alpha and "
+                "modules are those of the adapter. Remove one of the two."
+            )
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ConfigError(
+                "--model.policy.adapter_revision has no effect without --model.policy.adapter; remove it."
+            )
+        if self.resize_embeddings and (self.adapts or self.quantize):
+            raise ConfigError(
+                "--model.policy.resize_embeddings needs all weights to be trained: with an adapter the new rows would "
+                "stay as they are. Train without lora, adapter and quantize, or leave it out."
+            )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, new or continued, instead of the model's own weights."""
+        return self.lora is not None or self.adapter is not None
+
+    def check_trainable(self) -> None:
+        """Raise ConfigError where nothing could be trained."""
+        if self.quantize is not None and not self.adapts:
+            raise ConfigError(
+                f"--model.policy.quantize {self.quantize}: 4-bit weights can't be trained. Set --model.policy.lora.r "
+                "(QLoRA), or leave quantize out."
             )
 
     def load_tokenizer(self) -> Any:
@@ -110,13 +161,22 @@ class PolicyConfig:
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        if adapters.is_adapter(self.path):
+            raise ConfigError(
+                f"--model.policy.path {self.path} is an adapter. Give the model it was made for as "
+                f"--model.policy.path, and --model.policy.adapter {self.path}."
+            )
         source = self._source()
         config = _load("model config", self.path, AutoConfig, source)
+        if self.rope is not None:
+            alterations.scale_rope(config, self.rope, self.path)
         if not self.dropout:
             silence_dropout(config)
         options = source | {"config": config, "dtype": dtype, "use_safetensors": True}
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
+        if self.quantize is not None:
+            options["quantization_config"] = alterations.four_bit(self.quantize, dtype)
         try:
             model = _load("model", self.path, AutoModelForCausalLM, options)
         except ConfigError as error:
@@ -130,21 +190,41 @@ class PolicyConfig:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
+        tokens = len(self.load_tokenizer())
+        if self.resize_embeddings:
+            alterations.resize_embeddings(model, tokens, self.path)
+        else:
+            alterations.refuse_too_few_embeddings(model, tokens, self.path)
         return model
+
+    def load_initial(self, dtype: torch.dtype) -> Any:
+        """The causal LM that training starts from: with the adapter that it continues, if any.
+
+        Raises:
+            ConfigError: it can't be loaded.
+        """
+        model = self.load_model(dtype)
+        if self.adapter is None:
+            return model
+        return adapters.attach(model, self.adapter, self.adapter_revision, self.path, dropout=self.dropout)
 
     def build(self, dtype: torch.dtype) -> Policy:
         """The policy to train: adapters attached, checkpointing set, in training mode."""
-        model = self.load_model(dtype)
-        size = sum(p.numel() for p in model.parameters())
+        model = self.load_initial(dtype)
+        size = model.num_parameters()
         checkpoint = size >= CHECKPOINTING_FROM if self.gradient_checkpointing is None else self.gradient_checkpointing
         if checkpoint:
-            config = model.config.get_text_config()
+            causal_lm = model.get_base_model() if self.adapter is not None else model
+            config = causal_lm.config.get_text_config()
             # layers computed again in the backward pass must find the attention that their forward pass had
             contexts = lambda: (nullcontext(), attention_as_now(config))  # noqa: E731
-            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+            causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         if self.lora is not None:
             model = _with_adapter(model, self.lora)
+        if self.freeze:
+            alterations.freeze(model, self.freeze)
         policy = Policy(model, offload=self.activation_offloading)
+        policy.checkpoints = checkpoint
         if self.compile:
             compile_layers(policy)
         policy.train()
@@ -168,6 +248,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.offload = model, offload
         self.shares = True  # until check_sharing finds otherwise
+        self.checkpoints = False  # whether activations are computed again in the backward pass
 
     @property
     def causal_lm(self) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -90,31 +91,41 @@ class Frozen(Reference):
     Args:
         path: a Hugging Face folder or Hub id; by default the policy's own.
         revision: of ``path`` on the Hub.
+        adapter: a LoRA adapter to put on it, a peft folder or Hub id; by default that which the policy continues, if
+            any, and none on another ``path``.
     """
 
-    def __init__(self, path: str | None = None, revision: str | None = None) -> None:
+    def __init__(self, path: str | None = None, revision: str | None = None, adapter: str | None = None) -> None:
         if revision is not None and path is None:
             raise ConfigError("reference Frozen: revision has no effect without path; give both, or neither.")
-        self.path, self.revision = path, revision
+        self.path, self.revision, self.adapter = path, revision, adapter
         self._model: Policy | None = None
 
     @property
     def is_initial_policy(self) -> bool:
-        """True unless another model was named."""
-        return self.path is None
+        """True unless another model or adapter was named."""
+        return self.path is None and self.adapter is None
+
+    def source(self, policy: PolicyConfig) -> PolicyConfig:
+        """What is loaded: the initial policy, unless another model or adapter was named."""
+        if self.path is not None:
+            return PolicyConfig(
+                path=self.path, revision=self.revision, attn_implementation=policy.attn_implementation,
+                trust_remote_code=policy.trust_remote_code, adapter=self.adapter,
+            )  # fmt: skip
+        if self.adapter is not None:
+            return replace(policy, lora=None, adapter=self.adapter, adapter_revision=None)
+        return policy
 
     def load(self, policy: PolicyConfig, dtype: torch.dtype) -> None:
         """Load the model, without gradients."""
-        source = policy if self.path is None else PolicyConfig(
-            path=self.path, revision=self.revision, attn_implementation=policy.attn_implementation,
-            trust_remote_code=policy.trust_remote_code,
-        )  # fmt: skip
-        if source is not policy and source.load_tokenizer().get_vocab() != policy.load_tokenizer().get_vocab():
+        source = self.source(policy)
+        if self.path is not None and source.load_tokenizer().get_vocab() != policy.load_tokenizer().get_vocab():
             raise ConfigError(
                 f"reference Frozen: {self.path} has another tokenizer than the policy {policy.path}, so their "
                 "log-probabilities are of different tokens. Use a reference of the same family."
             )
-        self._model = Policy(source.load_model(dtype)).requires_grad_(False).eval()
+        self._model = Policy(source.load_initial(dtype)).requires_grad_(False).eval()
         check_head(self._model)
         check_sharing(self._model)
 
@@ -139,11 +150,24 @@ class Frozen(Reference):
 
 
 class AdaptersOff(Reference):
-    """The policy's own weights without its adapter: no second model in memory. Needs ``--model.policy.lora``."""
+    """The policy's own weights without its adapter: no second model in memory. Needs an adapter.
+
+    With an adapter that is continued (``--model.policy.adapter``) this is the bare base model, which is not where the
+    policy begins; AdapterAsLoaded, the default there, is.
+    """
+
+    def __init__(self) -> None:
+        self._continued = False
+
+    @property
+    def is_initial_policy(self) -> bool:
+        """True for a new adapter, which begins as no change at all."""
+        return not self._continued
 
     def check(self, policy: PolicyConfig) -> None:
         """Refuse a policy without an adapter: policy and reference would be one and the same."""
-        if policy.lora is None:
+        self._continued = policy.adapter is not None
+        if not policy.adapts:
             raise ConfigError(
                 "reference AdaptersOff needs an adapter to switch off. Set --model.policy.lora.r, or use Frozen."
             )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.checkpoints import read_checkpoint
+from rap_lightning.models.checkpoints import read_checkpoint, refuse_damaged
 
 PREFIX = "policy."
 META = "meta.pt"
@@ -71,6 +71,7 @@ def open_saved(path: Path) -> SavedPolicy:
     """
     if not path.is_dir():
         return _OneFile(path)
+    refuse_damaged(path)
     if (path / ".metadata").is_file():
         return _Shards(path)
     if (path / "latest").is_file():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.models.adapters import adapter_digest
 from rap_lightning.models.policy import Policy, PolicyConfig, evaluating
 from rap_lightning.models.reference import AdaptersOff, Frozen, Reference
 from rap_lightning.models.store import LogpStore, default_root, to_tensor, weights_digest
@@ -43,16 +46,21 @@ class Stored(Reference):
     Args:
         path: a Hugging Face folder or Hub id; by default the policy's own.
         revision: of ``path`` on the Hub.
+        adapter: a LoRA adapter on it, as for Frozen; by default that which the policy continues, if any, and none on
+            another ``path``.
         folder: where they are kept; by default in ``~/.cache/rap-lightning`` (or ``XDG_CACHE_HOME``). Nodes of a
             cluster must share it.
     """
 
     gives_any_response = False
 
-    def __init__(self, path: str | None = None, revision: str | None = None, folder: str | None = None) -> None:
+    def __init__(
+        self, path: str | None = None, revision: str | None = None, folder: str | None = None,
+        adapter: str | None = None,
+    ) -> None:  # fmt: skip
         if revision is not None and path is None:
             raise ConfigError("reference Stored: revision has no effect without path; give both, or neither.")
-        self.path, self.revision = path, revision
+        self.frozen = Frozen(path, revision, adapter)
         self.root = Path(folder) if folder is not None else default_root()
         self._store: LogpStore | None = None
         self._config: PolicyConfig | None = None
@@ -62,8 +70,8 @@ class Stored(Reference):
 
     @property
     def is_initial_policy(self) -> bool:
-        """True unless another model was named."""
-        return self.path is None
+        """True unless another model or adapter was named."""
+        return self.frozen.is_initial_policy
 
     def load(self, policy: PolicyConfig, dtype: torch.dtype) -> None:
         """Nothing is loaded until it is known that something is missing."""
@@ -136,14 +144,19 @@ class Stored(Reference):
 
     def _opened(self, policy: Policy, precision: str) -> LogpStore:
         assert self._config is not None, "load comes first"
-        path, revision = (self.path, self.revision) if self.path else (self._config.path, self._config.revision)
+        source = self.frozen.source(self._config)
         key = {
-            "weights": weights_digest(path, revision),
+            "weights": weights_digest(source.path, source.revision),
             "dtype": str(self._dtype),
             "precision": precision,
             "attention": policy.causal_lm.config.get_text_config()._attn_implementation,
             "device": next(policy.parameters()).device.type,
         }
+        if source.adapter is not None:
+            key["adapter"] = adapter_digest(source.adapter, source.adapter_revision)
+        for name in ("rope", "quantize"):
+            if (value := getattr(source, name)) is not None:
+                key[name] = json.dumps(value, sort_keys=True)
         return LogpStore(self.root, key)
 
     def _compare(self, stored: Tensor, live: Tensor, batch: Batch) -> None:
@@ -160,13 +173,13 @@ class Stored(Reference):
     def _live(self, policy: Policy, *, fresh: bool) -> Iterator[Live]:
         """The reference itself: the policy where it still is that, else a model that is loaded and freed again."""
         assert self._config is not None, "load comes first"
-        if self.path is None and policy.has_adapter:
+        if self.is_initial_policy and self._config.lora is not None:
             yield lambda batch: AdaptersOff().token_logps(policy, batch)
-        elif self.path is None and fresh:
+        elif self.is_initial_policy and fresh:
             with evaluating(policy):
                 yield policy
         else:
-            frozen = Frozen(self.path, self.revision)
+            frozen = copy(self.frozen)
             frozen.load(self._config, self._dtype)
             if self._mesh is not None:
                 frozen.shard(self._mesh)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.func import functional_call
 
-from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import Policy, PolicyConfig, evaluating
-from rap_lightning.models.reference import Reference
+from rap_lightning.models.held import HeldWeights
+from rap_lightning.models.policy import Policy, PolicyConfig
 
 
-class Synchronised(Reference):
+class Synchronised(HeldWeights):
     """TR-DPO's reference: every ``every`` optimizer steps it becomes alpha · policy + (1 - alpha) · reference.
 
     It starts as the policy does. Only the trainable weights are held a second time, and only they go into the
@@ -29,41 +26,29 @@ class Synchronised(Reference):
     """
 
     def __init__(self, every: int = 512, alpha: float = 0.6) -> None:
+        super().__init__()
         if every < 1:
             raise ConfigError(f"reference Synchronised: every must be at least 1 step, found {every}")
         if not 0 < alpha <= 1:
             raise ConfigError(f"reference Synchronised: alpha must be above 0 and at most 1, found {alpha}")
         self.every, self.alpha = every, alpha
-        self._weights: dict[str, Tensor] = {}
 
     def check(self, policy: PolicyConfig) -> None:
         """Refuse to mix adapters."""
-        if policy.lora is not None and self.alpha != 1:
+        if policy.adapts and self.alpha != 1:
             raise ConfigError(
                 f"reference Synchronised: with an adapter alpha must be 1, found {self.alpha:g}: mixing the factors of "
                 "two low-rank updates does not mix the updates. Set --model.reference.alpha 1, or train all weights."
             )
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Refuse: the copy would have to be sharded as the policy is, and so would the checkpoint."""
-        raise ConfigError(
-            "reference Synchronised doesn't go with a sharded policy yet. Use DDP, or the references Frozen or "
-            "AdaptersOff."
-        )
-
-    def to(self, device: torch.device) -> None:
-        """Move the copy."""
-        self._weights = {name: weight.to(device) for name, weight in self._weights.items()}
-
     @torch.no_grad()
     def follow(self, policy: Policy, step: int) -> None:
         """Copy at step 0; mix every ``every`` steps."""
-        trained = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
-        if step == 0:
-            self._weights = {name: weight.clone() for name, weight in trained.items()}
-        elif step % self.every == 0:
-            for name, weight in trained.items():
-                self._weights[name].lerp_(weight, self.alpha)
+        super().follow(policy, step)
+        if step > 0 and step % self.every == 0:
+            for name, p in policy.named_parameters():
+                if name in self._weights:
+                    self._weights[name].lerp_(p.detach(), self.alpha)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The copy."""
@@ -81,9 +66,3 @@ class Synchronised(Reference):
                 "that the run began with."
             )
         self._weights = {name: state[name].to(weight) for name, weight in self._weights.items()}
-
-    @torch.no_grad()
-    def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
-        """One forward pass of the policy with the copy in the place of its own weights."""
-        with evaluating(policy):
-            return functional_call(policy, self._weights, (batch,))  # type: ignore[no-any-return]

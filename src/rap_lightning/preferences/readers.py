@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +143,7 @@ def _json(path: str, label: str) -> Iterator[Chunk]:
                 yield from _array(stream, label, path)
             else:
                 yield from _lines(stream, label, path)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} can't be read: {type(error).__name__}: {error}. Is the file whole?") from error
@@ -216,7 +218,7 @@ def _parquet(path: str, label: str) -> Iterator[Chunk]:
             names = file.schema_arrow.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise DataError(f"{path} has more than one column named {', '.join(twice)}.")
-            yield from numbered(file.iter_batches(ARROW_ROWS), label)
+            yield from numbered(_valid(file.iter_batches(ARROW_ROWS)), label)
     except failures as error:
         raise DataError(f"{path} can't be read as Parquet: {shown(str(error), 200)}. Is the file whole?") from error
 
@@ -226,15 +228,22 @@ def _arrow(path: str, label: str) -> Iterator[Chunk]:
 
     failures = (pa.ArrowException, OSError)
     try:
-        with pa.memory_map(path) as source:
+        with pa.OSFile(path) as source:  # mapped into memory, a file that is cut off would end the process
             try:
                 reader = pa.ipc.open_stream(source)
             except pa.ArrowInvalid:
                 table = pa.ipc.open_file(source)
                 reader = (table.get_batch(i) for i in range(table.num_record_batches))
-            yield from numbered(reader, label)
+            yield from numbered(_valid(reader), label)
     except failures as error:
         raise DataError(f"{path} can't be read as Arrow: {shown(str(error), 200)}. Is the file whole?") from error
+
+
+def _valid(batches: Iterable[Any]) -> Iterator[Any]:
+    """Record batches whose offsets and texts have been checked: Arrow would otherwise follow wrong ones anywhere."""
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
 
 
 def numbered(batches: Iterable[Any], label: str) -> Iterator[Chunk]:

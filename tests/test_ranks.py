@@ -1,0 +1,139 @@
+# ruff: noqa: F811 (fixtures of test_stops)
+"""Two processes: they decide alike, stop together, save together, and go on exactly."""
+
+import json
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from test_stops import Run, context, kills, world  # noqa: F401
+
+pytestmark = pytest.mark.timeout(300)
+DDP = ["--trainer.strategy", "DDPStrategy", "--trainer.strategy.process_group_backend", "gloo"]
+FSDP2 = [
+    "--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "2",
+    "--trainer.strategy.tensor_parallel_size", "1", "--trainer.strategy.process_group_backend", "gloo",
+]  # fmt: skip
+
+
+class Pair:
+    """Two ranks of one run, started as a cluster starts them."""
+
+    def __init__(self, start: Any, arguments: list[str], strategy: list[str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        cluster = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+        both = [*arguments, "--trainer.devices", "2", *strategy]
+        self.ranks = [start(both, **cluster, LOCAL_RANK=str(rank)) for rank in range(2)]
+
+    def end(self) -> list[int]:
+        return [rank.end() for rank in self.ranks]
+
+    @property
+    def said(self) -> str:
+        return "\n".join(rank.said for rank in self.ranks)
+
+
+@pytest.fixture
+def start(context: Any, tmp_path: Path) -> Iterator[Any]:
+    started: list[Run] = []
+
+    def begin(arguments: list[str], **environment: str) -> Run:
+        started.append(Run(context, arguments, tmp_path / f"{len(started)}.log", **environment))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        one.process.kill()
+
+
+def arguments(world: Path, root: Path, *more: str, steps: int = 6, kind: str = "full") -> list[str]:
+    common = kills.arguments(world, root, ("tree", "table", 0, kind), steps=steps)
+    return [*common, "--trainer.log_every_n_steps", "1", *more]
+
+
+def last(root: Path) -> Any:
+    return torch.load(kills.checkpoints(root)[-1], weights_only=True)
+
+
+def test_a_step_that_one_rank_finds_broken_is_skipped_by_both_as_by_one(
+    start: Any,
+    world: Path,
+    tmp_path: Path,
+) -> None:
+    sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--model.loss", "poison.ByLength"]
+    # one response of the world has that length
+    skip = [*sgd, "--model.loss.length", "3", "--guard.non_finite", "skip"]
+    one = start([*arguments(world, tmp_path / "one", *skip), "--data.batch_size", "8"])
+    two = Pair(start, arguments(world, tmp_path / "two", *skip), DDP)
+    assert one.end() == 0, one.said[-2000:]
+    assert two.end() == [0, 0], two.said[-2000:]
+    steps = [
+        re.findall(r"skipped \(\d+ so far\): step (\d+): the loss is not finite for pair", said.said)
+        for said in (one, two)
+    ]
+    assert steps[0] == steps[1]
+    assert 0 < len(steps[0]) < 6
+    for name, weight in last(tmp_path / "one")["state_dict"].items():
+        torch.testing.assert_close(weight, last(tmp_path / "two")["state_dict"][name], rtol=1e-5, atol=1e-6)
+    stop = Pair(start, arguments(world, tmp_path / "stop", *sgd, "--model.loss.length", "3"), DDP)
+    assert stop.end() == [2, 2]
+    messages = [re.findall(r"error: (step \d+: the loss is not finite.*)", rank.said) for rank in stop.ranks]
+    assert messages[0] == messages[1] != []
+    assert last(tmp_path / "stop")["global_step"] == int(steps[0][0]) - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_sigterm_to_one_rank_stops_both_at_one_step_and_they_go_on_exactly(
+    kind: str,
+    start: Any,
+    world: Path,
+    tmp_path: Path,
+) -> None:
+    """With dropout, whose random numbers each rank has of its own."""
+    rare = ["--checkpoint.every_n_train_steps", "100000"]
+    long = {"kind": kind, "steps": 40}
+    run = Pair(start, arguments(world, tmp_path / "run", *rare, "--trainer.max_epochs", "99", **long), DDP)
+    run.ranks[0].wait_for("step 3/")
+    os.kill(run.ranks[0].process.pid, signal.SIGTERM)
+    assert run.end() == [143, 143], run.said[-3000:]
+    assert 3 <= last(tmp_path / "run")["global_step"] < 40
+    again = Pair(start, arguments(world, tmp_path / "run", *rare, "--trainer.max_epochs", "99", **long), DDP)
+    assert again.end() == [0, 0], again.said[-2000:]
+    whole = Pair(start, arguments(world, tmp_path / "whole", *rare, "--trainer.max_epochs", "99", **long), DDP)
+    assert whole.end() == [0, 0]
+    assert kills.outcome(tmp_path / "run", 40) == kills.outcome(tmp_path / "whole", 40) != ""
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_sealed_verified_and_gone_on_from(start: Any, world: Path, tmp_path: Path) -> None:
+    whole = Pair(start, arguments(world, tmp_path / "whole", "--export.enabled", "true"), FSDP2)
+    assert whole.end() == [0, 0], whole.said[-2000:]
+    keep = ["--checkpoint.save_top_k", "-1", "--checkpoint.save_last", "false"]
+    run = Pair(start, arguments(world, tmp_path / "run", *keep), FSDP2)
+    assert run.end() == [0, 0], run.said[-2000:]
+    folders = sorted((tmp_path / "run").rglob("*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]))
+    assert len(folders) == 6
+    for folder in folders:
+        digests = json.loads((folder / "digests.json").read_text())
+        assert len([name for name in digests if name.endswith(".distcp")]) == 2
+    for folder in folders[3:]:
+        shard = next(folder.glob("__0_*.distcp"))
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    again = Pair(start, arguments(world, tmp_path / "run", "--export.enabled", "true"), FSDP2)
+    assert again.end() == [0, 0], again.said[-2000:]
+    assert again.said.count("distcp is not what was written") == 3
+    assert f"--ckpt_path last: {folders[2]}" in again.said
+    files = [next((tmp_path / name).rglob("hf/model.safetensors")).read_bytes() for name in ("whole", "run")]
+    assert files[0] == files[1]

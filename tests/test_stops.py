@@ -1,0 +1,263 @@
+"""Processes that are killed, told to stop, or requeued, and go on: forked from a server that has imported all."""
+
+import os
+import re
+import shutil
+import signal
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import ROOT, scored_rows, write_jsonl
+from rap_lightning import cli
+from rap_lightning.models.sealed import verify
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import fuzz
+import kills
+
+FAST = [("tree", "table", 0, "full"), ("packed", "stream", 2, "adapter")]
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    before = dict(os.environ)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    server = kills.server()
+    yield server
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return kills.make(tmp_path_factory.mktemp("world"))
+
+
+def combinations() -> list[Any]:
+    return [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in kills.COMBINATIONS]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("combination", combinations(), ids=lambda c: "-".join(map(str, c)))
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
+    combination: Any, context: Any, world: Path, tmp_path: Path
+) -> None:
+    import random
+
+    seconds = kills.run(context, world, tmp_path / "whole", combination)
+    expected = kills.outcome(tmp_path / "whole")
+    rng, aimed = random.Random(str(combination)), kills.COMBINATIONS.index(combination) % 2 == 0
+    state: dict[str, Any] = {}
+    while not state:  # it may be over before it is killed
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        state = kills.killed(context, world, tmp_path / "killed", combination, rng, seconds, aimed=aimed)
+    kills.run(context, world, tmp_path / "killed", combination)
+    assert expected
+    assert kills.outcome(tmp_path / "killed") == expected, state
+
+
+def command(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    kills.command(arguments, log)
+
+
+class Run:
+    """A process of the command line, and what it says."""
+
+    def __init__(self, context: Any, arguments: list[str], log: Path, **environment: str) -> None:
+        self.log = log
+        self.process = context.Process(target=command, args=(arguments, str(log), environment))
+        self.process.start()
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait_for(self, pattern: str) -> None:
+        end = time.monotonic() + 120
+        while not re.search(pattern, self.said):
+            assert self.process.is_alive(), self.said[-2000:]
+            assert time.monotonic() < end, self.said[-2000:]
+            time.sleep(0.02)
+
+    def end(self) -> int:
+        self.process.join(120)
+        assert self.process.exitcode is not None, "it hangs"
+        return int(self.process.exitcode)
+
+
+@pytest.fixture
+def runs(context: Any, tmp_path: Path) -> Iterator[Any]:
+    started: list[Run] = []
+
+    def start(arguments: list[str], **environment: str) -> Run:
+        started.append(Run(context, arguments, tmp_path / f"{len(started)}.log", **environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+
+
+def steps_of(root: Path) -> list[int]:
+    return [torch.load(path, weights_only=True)["global_step"] for path in kills.checkpoints(root)]
+
+
+LONG = ["--trainer.max_epochs", "1000", "--trainer.log_every_n_steps", "1"]
+
+
+def test_sigterm_saves_says_how_to_go_on_and_ends_with_143(runs: Any, world: Path, tmp_path: Path) -> None:
+    arguments = kills.arguments(world, tmp_path / "runs", FAST[0], steps=100_000)
+    rare = [*LONG, "--checkpoint.every_n_train_steps", "1000000"]
+    run = runs([*arguments, *rare])
+    run.wait_for("step 5/")
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.end() == 143
+    assert "SIGTERM: saving a checkpoint and stopping" in run.said
+    assert "Traceback" not in run.said
+    hint = re.search(r"to go on, run the same command with: --ckpt_path (\S+)", run.said)
+    assert hint
+    assert verify(Path(hint[1]))
+    (step,) = steps_of(tmp_path / "runs")
+    assert step >= 5
+    again = runs([*arguments, *rare, "--trainer.max_steps", str(step + 2)])
+    assert again.end() == 0
+    assert f"--ckpt_path last: {hint[1]}" in again.said
+    assert f"step {step + 1}/{step + 2}" in again.said
+    assert "step 5/" not in again.said
+
+
+def test_slurm_saves_requeues_and_the_restarted_job_goes_on_by_itself(runs: Any, world: Path, tmp_path: Path) -> None:
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    (bin_ / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {tmp_path / 'scontrol.log'}\n")
+    (bin_ / "scontrol").chmod(0o755 | stat.S_IXUSR)
+    slurm = {
+        "SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "PATH": f"{bin_}:{os.environ['PATH']}",
+    }  # fmt: skip
+    arguments = kills.arguments(world, tmp_path / "runs", FAST[0], steps=100_000)
+    arguments = arguments[: arguments.index("--ckpt_path")]  # a job script names no checkpoint
+    arguments += [*LONG, "--checkpoint.every_n_train_steps", "1000000"]
+    run = runs(arguments, **slurm)
+    run.wait_for("step 4/")
+    os.kill(run.process.pid, signal.SIGUSR1)
+    run.wait_for("Handling auto-requeue signal")
+    run.wait_for("Requeued SLURM job|requeing job")
+    os.kill(run.process.pid, signal.SIGTERM)  # SLURM ends what it requeues
+    assert run.end() == 143
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+    requeued = tmp_path / "runs" / "hpc_ckpt_1.ckpt"
+    assert verify(requeued)
+    step = max(steps_of(tmp_path / "runs"))
+    fresh = runs(arguments, **slurm | {"SLURM_JOB_ID": "78"})
+    assert fresh.end() == 2, "another job must not go on from this one's checkpoint without a word"
+    assert "was left by another SLURM job" in fresh.said
+    again = runs([*arguments, "--trainer.max_steps", str(step + 2)], **slurm | {"SLURM_RESTART_COUNT": "1"})
+    assert again.end() == 0, again.said[-2000:]
+    assert "--ckpt_path last: " in again.said
+    assert f"step {step + 1}/{step + 2}" in again.said
+
+
+def test_last_passes_over_damaged_checkpoints_with_a_word(runs: Any, world: Path, tmp_path: Path) -> None:
+    arguments = kills.arguments(world, tmp_path / "runs", FAST[0], steps=4)
+    arguments += ["--checkpoint.save_top_k", "3", "--checkpoint.monitor", "step", "--checkpoint.mode", "max"]
+    first = runs(arguments)
+    assert first.end() == 0
+    assert "no checkpoint below" in first.said
+    assert "begins at step 0" in first.said
+    saved = kills.checkpoints(tmp_path / "runs")
+    assert steps_of(tmp_path / "runs") == [2, 3, 4]
+    damaged = bytearray(saved[-1].read_bytes())
+    damaged[len(damaged) // 3] ^= 1
+    saved[-1].write_bytes(damaged)
+    again = runs([*arguments, "--trainer.max_steps", "5"])
+    assert again.end() == 0
+    assert f"passed over: {saved[-1]} is refused: its content is not what was written" in again.said
+    assert f"--ckpt_path last: {saved[-2]}" in again.said
+    other = runs([*arguments, "--model.loss.beta", "0.7"])
+    assert other.end() == 0
+    assert re.search(r"\d checkpoints below \S+ are of runs with other options, and passed over", other.said)
+
+
+@pytest.mark.parametrize("workers", ["2", pytest.param("0", marks=pytest.mark.slow)])
+def test_a_shard_that_goes_away_during_a_run_is_named_and_costs_nothing(
+    workers: str, runs: Any, world: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / f"data{workers}"
+    folder.mkdir()
+    rows = scored_rows(160)
+    for number in range(2):
+        write_jsonl(folder / f"train-{number}.jsonl", rows[80 * number :][:80])
+    gone = folder / "train-1.jsonl"
+    arguments = [
+        *kills.arguments(world, tmp_path / f"runs{workers}", ("tree", "stream", 0, "full"), steps=30),
+        "--data.source", str(folder), "--data.num_workers", workers, "--data.max_length", "512",
+        "--data.shuffle_buffer", "1", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "0",
+        "--checkpoint.every_n_train_steps", "1000",
+    ]  # fmt: skip
+    run = runs(arguments)
+    run.wait_for("step 2/")
+    moved = gone.rename(tmp_path / "elsewhere.jsonl")
+    assert run.end() == 2, run.said[-3000:]
+    assert re.search(r"error: \S*train-1\.jsonl can't be read: FileNotFoundError", run.said), run.said[-2000:]
+    assert "Traceback" not in run.said
+    moved.rename(gone)
+    again = runs(arguments)
+    assert again.end() == 0
+    whole = runs([*arguments, "--trainer.default_root_dir", str(tmp_path / f"whole{workers}")])
+    assert whole.end() == 0
+    ends = [kills.outcome(tmp_path / f"{name}{workers}", steps=30) for name in ("runs", "whole")]
+    assert ends[0] == ends[1] != ""
+
+
+def test_a_pickle_with_code_in_it_is_refused_before_anything_loads(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import pickle
+
+    (tmp_path / "old.ckpt").write_bytes(pickle.dumps({"state_dict": {}}))
+    arguments = kills.arguments(world, tmp_path / "runs", FAST[0])
+    arguments[arguments.index("--ckpt_path") + 1] = str(tmp_path / "old.ckpt")
+    monkeypatch.setattr(sys, "argv", ["rap-lightning", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "can't be read as a checkpoint: it is cut off, or of another kind (a pickle, say)" in capfd.readouterr().err
+
+
+CASES = 16
+
+
+def fuzzed(work: str, kind: str, numbers: list[int], log: str) -> None:
+    """Run cases in a process that may fork."""
+    fuzz.preload()
+    made = fuzz.prepared(Path(work))
+    with Path(log).open("a") as file:
+        for number in numbers:
+            state = fuzz.one(kind, number, Path(work), made)
+            file.write(f"{kind} {number} {state['verdict']} {state['last']}\n")
+
+
+@pytest.mark.timeout(300)
+def test_mutated_configs_and_files_end_in_a_message_or_a_run(context: Any, tmp_path: Path) -> None:
+    """A sample; benchmarks/fuzz.py has 2,000 of each."""
+    for kind in ("config", "file"):
+        process = context.Process(
+            target=fuzzed, args=(str(tmp_path), kind, list(range(CASES // 2)), str(tmp_path / "log"))
+        )
+        process.start()
+        process.join(200)
+        assert process.exitcode == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == CASES
+    assert not [line for line in lines if "wrong" in line]
+    assert {line.split()[2] for line in lines} == {"run", "message"}
