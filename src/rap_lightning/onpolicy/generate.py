@@ -49,8 +49,12 @@ class Outcome:
     def lines(self, path: Path) -> list[str]:
         """For people."""
         fresh = self.finished - self.before
-        speed = f", {self.tokens:,} tokens, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""
-        lines = [f"{path}: {self.finished:,} of {self.total:,} responses ({self.before:,} from before, {fresh:,} new{speed})"]
+        speed = (
+            f", {self.tokens:,} tokens, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""
+        )
+        lines = [
+            f"{path}: {self.finished:,} of {self.total:,} responses ({self.before:,} from before, {fresh:,} new{speed})"
+        ]
         return lines + [f"  {count:,}: {what}" for what, count in self.counts.most_common()]
 
 
@@ -72,7 +76,9 @@ class Generator:
         rank: int = 0, quiet: bool = False,
     ) -> None:  # fmt: skip
         if max_prompt_length is not None and not engine.reads_ids:
-            raise ConfigError(f"--max_prompt_length has no effect with {type(engine).__name__}: the server writes the prompts.")
+            raise ConfigError(
+                f"--max_prompt_length has no effect with {type(engine).__name__}: the server writes the prompts."
+            )
         self.model, self.engine, self.max_prompt_length = model, engine, max_prompt_length
         self.shard, self.shards, self.rank, self.quiet = shard, shards, rank, quiet
         self._open = False
@@ -207,7 +213,11 @@ class Generator:
                         prompt = encoder.prompt(history, goal.text, notes)
                         prompt = encoder.fit(prompt, history, room)
                     except BadRow as problem:
-                        lost = {"messages": list(history), "goal": goal.printed, "error": f"{problem.column}: {problem.reason}"}
+                        lost = {
+                            "messages": list(history),
+                            "goal": goal.printed,
+                            "error": f"{problem.column}: {problem.reason}",
+                        }
                         failed += [{"id": "", **lost, "sample": sample} for sample in range(samples)]
                         continue
                     messages, ids, cut = prompt.messages, tuple(prompt.ids), prompt.cut

@@ -127,7 +127,7 @@ def resolve(option: GoalOption | None, record: Record | None, template: GoalTemp
         assert record is not None, "one of the two is there"
         return Asked(record["best"], _printed_best(record), record["placement"])
     template = template or template_of(record or {})
-    goal = template.best if option in (None, "best") else float(option)  # type: ignore[arg-type]
+    goal = template.best if option in (None, "best") else float(option)
     low, high = template.scale.low, template.scale.high
     if not low <= goal <= high:
         raise ConfigError(f"--goal must lie on the scale of {low:g} to {high:g}, found {goal:g}")

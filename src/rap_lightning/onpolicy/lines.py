@@ -30,6 +30,12 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
+def file_digest(path: Path) -> str:
+    """24 hex digits of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:24]
+
+
 def shard_path(path: Path, shard: int, shards: int) -> Path:
     """The file of one of several processes; of a single one, ``path`` itself."""
     return path if shards == 1 else path.with_name(f"{path.stem}-{shard:05d}-of-{shards:05d}{path.suffix}")
@@ -63,7 +69,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{record} is not JSON: {error}. It holds the settings that {path.name} was made with.") from error
+        raise DataError(
+            f"{record} is not JSON: {error}. It holds the settings that {path.name} was made with."
+        ) from error
     return found
 
 
@@ -158,7 +166,9 @@ class Ledger:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise ConfigError(f"{self.path} is being written by another process. Wait for it, or name another.") from error
+            raise ConfigError(
+                f"{self.path} is being written by another process. Wait for it, or name another."
+            ) from error
         try:
             for part in parts_of(self.base):
                 self._same_settings(part)

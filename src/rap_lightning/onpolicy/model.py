@@ -53,9 +53,17 @@ class Model:
             self._tokenizer = goals.bare(self._config().load_tokenizer(), self.record())
         return self._tokenizer
 
+    def fit_tokenizer(self) -> Any:
+        """A fresh one as fit loads it."""
+        return self._config().load_tokenizer()
+
     def tokenizer_as_it_is(self) -> Any:
         """A fresh one, whatever its chat template writes."""
-        return self._config().load_tokenizer()
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
 
     def context(self) -> int:
         """The longest sequence that the model takes, in tokens, as far as it says."""
@@ -130,7 +138,9 @@ class Model:
         from rap_lightning.models.policy import PolicyConfig
 
         if not (self.place / "adapter_model.safetensors").is_file():
-            raise ConfigError(f"{self.path} has no adapter_model.safetensors; other formats can hold code, and aren't read.")
+            raise ConfigError(
+                f"{self.path} has no adapter_model.safetensors; other formats can hold code, and aren't read."
+            )
         base = PolicyConfig(self._base(), trust_remote_code=self.trust_remote_code).load_model(dtype)
         return PeftModel.from_pretrained(base, str(self.place))
 

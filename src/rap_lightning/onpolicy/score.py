@@ -13,7 +13,17 @@ from rap_lightning import __version__
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.judges.base import Item
-from rap_lightning.onpolicy.lines import Ledger, digest_of, meta_path, parts_of, read_meta, read_rows, write_json, write_lines
+from rap_lightning.onpolicy.lines import (
+    Ledger,
+    digest_of,
+    file_digest,
+    meta_path,
+    parts_of,
+    read_meta,
+    read_rows,
+    write_json,
+    write_lines,
+)
 from rap_lightning.onpolicy.progress import Progress
 from rap_lightning.onpolicy.requests import prompt_id_of
 from rap_lightning.preferences.formats.completions import TEXT_NAMES
@@ -55,7 +65,9 @@ class Scored:
 
     def lines(self, path: Path) -> list[str]:
         """For people."""
-        lines = [f"{path}: {self.responses:,} responses to {self.prompts:,} prompts, {self.judged_before:,} judged before"]
+        lines = [
+            f"{path}: {self.responses:,} responses to {self.prompts:,} prompts, {self.judged_before:,} judged before"
+        ]
         if self.rewards:
             low, high = min(self.rewards), max(self.rewards)
             lines.append(f"  rewards from {low:.4g} to {high:.4g}, mean {fmean(self.rewards):.4g}")
@@ -153,6 +165,10 @@ def score_file(source: str, output: Path, judge: Judge, split: str | None = None
             f"{output} is there already, and {'is scored by another judge or scale' if own else 'no record says by whom'}: one "
             "file never mixes them. Name another output, or remove it."
         )
+    if output.is_file() and own.get("digest") != file_digest(output):
+        raise ConfigError(
+            f"{output} was changed since it was written, and scoring again would write over that. Name another output."
+        )
     items = {c.item.id: c.item for group in groups for c in group.candidates}
     ledger_path = output.with_name(output.name + ".verdicts.jsonl")
     failed: list[dict[str, Any]] = []
@@ -169,7 +185,9 @@ def score_file(source: str, output: Path, judge: Judge, split: str | None = None
                 ]  # fmt: skip
                 if rows:
                     ledger.append(rows)
-                failed += [{"id": v.id, "response": items[v.id].response, "error": v.error} for v in verdicts if v.error]
+                failed += [
+                    {"id": v.id, "response": items[v.id].response, "error": v.error} for v in verdicts if v.error
+                ]
                 progress.add([0] * len(good))
     lost = output.with_name(output.name + ".failed.jsonl")
     if failed:
@@ -198,7 +216,9 @@ def _write(
                 counts["an empty response; training leaves it out"] += 1
             scores = {"scores": found["scores"]} if found is not None and found["scores"] else {}
             reward = found["overall_score"] if found is not None else None
-            completions.append({**candidate.facts, "response": candidate.item.response, "overall_score": reward, **scores})
+            completions.append(
+                {**candidate.facts, "response": candidate.item.response, "overall_score": reward, **scores}
+            )
         single = len(group.history) == 1
         prompt: Any = group.history[0]["content"] if single else group.history
         rows.append({"prompt": prompt, "prompt_id": group.prompt_id, "completions": completions})
@@ -214,8 +234,8 @@ def _write(
         },
         "counts": dict(counts), "package": __version__,
     }  # fmt: skip
-    write_json(meta_path(output), record)
     write_lines(output, rows)
+    write_json(meta_path(output), record | {"digest": file_digest(output)})
     scored = Scored(len(groups), sum(len(g.candidates) for g in groups), before, len(failed), rewards, counts)
     if not quiet:
         print("\n".join(scored.lines(output)), flush=True)

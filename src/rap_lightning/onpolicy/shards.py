@@ -26,7 +26,9 @@ def own_part(shard: str | None) -> tuple[int, int, int]:
     if shard is not None:
         match = re.fullmatch(r"(\d+)/(\d+)", shard)
         if match is None or not int(match[1]) < int(match[2]):
-            raise ConfigError(f"--shard: expected this process's number of how many, from 0/4 to 3/4 say; found {shard}")
+            raise ConfigError(
+                f"--shard: expected this process's number of how many, from 0/4 to 3/4 say; found {shard}"
+            )
         return int(match[1]), int(match[2]), int(os.environ.get("LOCAL_RANK", match[1]))
     for rank, world, local in LAUNCHERS:
         if rank in os.environ and world in os.environ:

@@ -64,7 +64,9 @@ class Endpoint(Engine):
         own = model.tokenizer_as_it_is()
         if goals.writes(own, record["best"]) and "chat_template_kwargs" not in self.connection.extra_body:
             self.connection.extra_body["chat_template_kwargs"] = {"goal": False}
-            print("the served chat template writes the best goal by itself: told not to, the goal stands in the messages")
+            print(
+                "the served chat template writes the best goal by itself: told not to, the goal stands in the messages"
+            )
 
     def open(self, model: Model, rank: int) -> None:
         """Only the name is needed."""

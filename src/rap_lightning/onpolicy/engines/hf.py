@@ -162,7 +162,9 @@ class Transformers(Engine):
             config.update(do_sample=True, temperature=generation.temperature, top_p=generation.top_p, top_k=0)
         size = self.batch_size
         # the first seed depends on what is left, so that a resumed run doesn't draw what it drew before
-        cache = ContinuousBatchingConfig(use_cuda_graph=False, max_requests_per_batch=size, seed=requests[0].seed % 2**31)
+        cache = ContinuousBatchingConfig(
+            use_cuda_graph=False, max_requests_per_batch=size, seed=requests[0].seed % 2**31
+        )
         model = _causal_lm(self._model)
         longest = max(len(request.ids) for request in requests)
         if not hasattr(model, "continuous_batching_context_manager"):
@@ -173,7 +175,9 @@ class Transformers(Engine):
             cache.page_size, cache.num_blocks = page, rows * size
             cache.max_batch_tokens = max(512, size)
         by_id = {request.id: request for request in requests}
-        with model.continuous_batching_context_manager(generation_config=config, continuous_batching_config=cache) as manager:
+        with model.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=cache
+        ) as manager:
             for request in requests:
                 manager.add_request(list(request.ids), request_id=request.id, max_new_tokens=generation.max_new_tokens)
             left = len(requests)

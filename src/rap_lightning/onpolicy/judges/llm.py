@@ -56,7 +56,9 @@ class LLMJudge(Judge):
         if votes < 1 or readings < 1:
             raise ConfigError(f"--judge.votes and --judge.readings must be at least 1, found {votes} and {readings}")
         if votes > 1 and temperature == 0:
-            raise ConfigError("--judge.votes above 1 would all be the same at temperature 0; set --judge.temperature 0.7 say.")
+            raise ConfigError(
+                "--judge.votes above 1 would all be the same at temperature 0; set --judge.temperature 0.7 say."
+            )
         self.votes, self.temperature, self.max_tokens, self.readings = votes, temperature, max_tokens, readings
         self.connection = Connection(
             url, model, api_key_env, concurrency, timeout, attempts, requests_per_minute, extra_body

@@ -108,7 +108,9 @@ class RewardModel(Judge):
         dtype = getattr(torch, self.dtype) if self.dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
-            model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, **options
+            )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             code = "" if self.source.trust_remote_code or "trust_remote_code" not in str(error) else (
@@ -135,7 +137,9 @@ class RewardModel(Judge):
         named = not all(label == f"LABEL_{i}" for i, label in enumerate(labels))
         names = self.heads or (labels if named else [])
         if not names and (self.attributes or (self.overall not in (None, "mean"))):
-            raise ConfigError(f"the reward model doesn't name its {count} heads: name them in order with --judge.heads.")
+            raise ConfigError(
+                f"the reward model doesn't name its {count} heads: name them in order with --judge.heads."
+            )
         wanted = [*self.attributes.values(), *([self.overall] if self.overall not in (None, "mean") else [])]
         if unknown := [name for name in wanted if name not in names]:
             raise ConfigError(f"the reward model has no head {unknown[0]!r}; there are {', '.join(names)}.")
@@ -173,7 +177,9 @@ class RewardModel(Judge):
         logits = output.logits.float()
         rewards = getattr(output, "rewards", None)
         own: list[float | None] = [None] * len(rows)
-        if rewards is not None and rewards.ndim == 2:  # ArmoRM: heads in `rewards`, what a gate makes of them in `score`
+        if (
+            rewards is not None and rewards.ndim == 2
+        ):  # ArmoRM: heads in `rewards`, what a gate makes of them in `score`
             own = getattr(output, "score", logits).float().flatten().tolist()
             return rewards.float(), own
         if logits.shape[-1] == 1:
