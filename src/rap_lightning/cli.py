@@ -28,7 +28,8 @@ look at data (fast, no training):
 
 on-policy data and benchmarks:
   generate   sample responses:  rap-lightning generate --prompts my-pairs/ --model MODEL --output samples.jsonl
-  score      judge them:        rap-lightning score --source samples.jsonl --judge RewardModel --judge.model RM --output scored.jsonl
+  score      judge them:        rap-lightning score --source samples.jsonl --output scored.jsonl --judge RewardModel
+                              --judge.model RM
   rounds     generate, score, select, relabel, fit, again:  rap-lightning rounds --config configs/rounds/world.yaml
   evaluate   answers for AlpacaEval 2, MT-Bench, Arena-Hard; lm-evaluation-harness:
                               rap-lightning evaluate --suite AlpacaEval --model MODEL --output answers/

@@ -135,14 +135,15 @@ def rounds(
         raise ConfigError("--model: rounds begin with a whole model; rap-lightning export --merge true makes one.")
     plan = Plan(
         Path(output), found.histories, measured, source, rounds, engine, judge,
-        Generation(max_new_tokens, temperature, top_p), samples, first_goals, sample_goals, goal, scale, policy, reference,
+        Generation(max_new_tokens, temperature, top_p), samples, first_goals, sample_goals, goal, scale, policy,
+        reference,
         Relabelling.of(relabel, goal, keep_original, seed), ties, selection, filters, fit, parts, held_out_samples,
         max_failed, max_prompt_length, seed, parse_goal,
     )  # fmt: skip
     rows = run_rounds(plan)
     for row in rows:
-        line = f"round {row['round']}: {row['responses']:,} responses, mean reward {row['mean_reward']:.4g}, {row['pairs']:,} pairs"
-        print(line)
+        facts = f"{row['responses']:,} responses, mean reward {row['mean_reward']:.4g}, {row['pairs']:,} pairs"
+        print(f"round {row['round']}: {facts}")
         for one in row.get("held_out", []):
             print(f"  {one['model']}, best goal, held out: {one['mean']:.4g} ± {one['error']:.2g} ({one['count']})")
     return 0

@@ -35,7 +35,8 @@ def fit_config(
     ):
         if taken := [name for name in names if name in options]:
             raise ConfigError(
-                f"fit.{section}.{taken[0]} has no effect: every round sets it ({TAKEN.get(taken[0], 'from the options of rounds')})."
+                f"fit.{section}.{taken[0]} has no effect: every round sets it "
+                f"({TAKEN.get(taken[0], 'from the options of rounds')})."
                 " Remove it."
             )
     model["policy"]["path"] = policy
@@ -105,7 +106,8 @@ def run_fit(config: Path, run: Path) -> Path:
     found = _trained(run)
     if code or found is None:
         raise ConfigError(
-            f"fit ended with {code} (its message stands above). What is finished is kept: mend it, and start the same rounds again."
+            f"fit ended with {code} (its message stands above). What is finished is kept: mend it, and start "
+            "the same rounds again."
         )
     return found
 

@@ -120,7 +120,8 @@ class Generator:
         mine = list(histories)[self.shard :: self.shards]
         requests, failed = self._requests(mine, asked, samples, seed, key, encoder, counts)
         notes = {
-            "asked": [goal.text for goal in asked], "samples": samples, "responses": len(histories) * len(asked) * samples,
+            "asked": [goal.text for goal in asked], "samples": samples,
+            "responses": len(histories) * len(asked) * samples,
             "package": __version__,
         }  # fmt: skip
         with Ledger(path, settings, notes, self.shard, self.shards) as ledger:
@@ -170,7 +171,8 @@ class Generator:
         longest = room if self.max_prompt_length is None else self.max_prompt_length
         if not 1 <= longest <= room:
             raise ConfigError(
-                f"the model takes {context:,} tokens: with --max_new_tokens {generation.max_new_tokens}, --max_prompt_length "
+                f"the model takes {context:,} tokens: with --max_new_tokens {generation.max_new_tokens}, "
+                "--max_prompt_length "
                 f"can be up to {room:,}, found {longest:,}."
             )
         # what is beyond the longest prompt and response is not needed: max_length only says where prompts are cut
@@ -246,7 +248,8 @@ class Generator:
     def _row(self, request: Request, answer: Answer) -> dict[str, Any]:
         row: dict[str, Any] = {
             "id": request.id, "prompt_id": request.prompt_id, "sample": request.sample, "goal": request.goal,
-            "messages": list(request.history), "response": answer.text, "finish": answer.finish, "tokens": answer.tokens,
+            "messages": list(request.history), "response": answer.text, "finish": answer.finish,
+            "tokens": answer.tokens,
             "seed": request.seed, "model": self.model.place.name if self.model.place.exists() else self.model.path,
         }  # fmt: skip
         return row | ({"prompt_cut": request.cut} if request.cut else {})

@@ -160,7 +160,8 @@ def bare(tokenizer: Any, record: Record | None) -> Any:
         if not writes(tokenizer, record["best"]):
             return tokenizer
     raise ConfigError(
-        "the model's chat template writes the best goal into every prompt, and can't be told not to. Use the template of "
+        "the model's chat template writes the best goal into every prompt, and can't be told not to. Use the "
+        "template of "
         "the model that was trained."
     )
 

@@ -120,7 +120,8 @@ class Connection:
                     yield item, problem
                     if self._in_a_row >= max(4, self.concurrency):
                         raise EndpointDown(
-                            f"{self.url} has not answered {self._in_a_row} requests in a row, each tried {self.attempts} times "
+                            f"{self.url} has not answered {self._in_a_row} requests in a row, each tried "
+                            f"{self.attempts} times "
                             f"({problem}). What is finished is kept; start the same command again to go on."
                         )
         finally:

@@ -209,7 +209,8 @@ class Ledger:
         found = read_meta(part).get("settings")
         if found is None:
             raise ConfigError(
-                f"{part} is there already, and no record beside it says how it was made. Name another output, or remove it."
+                f"{part} is there already, and no record beside it says how it was made. Name another output, "
+                "or remove it."
             )
         if found != self.settings:
             keys = sorted({*found, *self.settings})
@@ -218,7 +219,8 @@ class Ledger:
                 for key in keys if found.get(key) != self.settings.get(key)
             ]  # fmt: skip
             raise ConfigError(
-                f"{part} was made with other settings, and one file never mixes them. {'; '.join(changed)}. Name another "
+                f"{part} was made with other settings, and one file never mixes them. {'; '.join(changed)}. "
+                "Name another "
                 "output, or remove the old one."
             )
 

@@ -152,6 +152,7 @@ def _restored(config: Any, saved: dict[str, Any], dtype: Any, path: str) -> Any:
     missing = [n for n in result.missing_keys if config.lora is None or ".lora_" in n]
     if missing or result.unexpected_keys:
         raise ConfigError(
-            f"{path} doesn't fit the model at {config.path}: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}."
+            f"{path} doesn't fit the model at {config.path}: missing {missing[:3]}, unexpected "
+            f"{result.unexpected_keys[:3]}."
         )
     return policy.model

@@ -130,7 +130,8 @@ class Round:
             row["held_out"] = [vars(one) for one in [*before, self._measure("after", self.trained)]]
             for one in row["held_out"]:
                 print(
-                    f"  {one['model']}: {one['mean']:.3f} ± {one['error']:.3f} at the best goal, {one['count']} responses"
+                    f"  {one['model']}: {one['mean']:.3f} ± {one['error']:.3f} at the best goal, {one['count']} "
+                    "responses"
                 )
         return row
 
@@ -142,7 +143,8 @@ class Round:
         asked = self._asked(plan.first_goals if self.number == 1 else plan.sample_goals)
         inputs = digest_of(
             self.sampled.identity(), type(plan.engine).__name__, plan.engine.settings(), vars(plan.generation),
-            plan.samples, [one.text for one in asked], plan.seed, plan.max_prompt_length, digest_of(list(map(list, histories))),
+            plan.samples, [one.text for one in asked], plan.seed, plan.max_prompt_length,
+            digest_of(list(map(list, histories))),
         )  # fmt: skip
 
         def make() -> None:
@@ -167,7 +169,8 @@ class Round:
         if outcome.failed > plan.max_failed * outcome.total:
             raise DataError(
                 f"{outcome.failed:,} of {outcome.total:,} responses could not be generated, more than --max_failed "
-                f"{plan.max_failed:g} lets pass; they are listed in {self.folder / name}.failed.jsonl. Start the same rounds again "
+                f"{plan.max_failed:g} lets pass; they are listed in {self.folder / name}.failed.jsonl. Start "
+                "the same rounds again "
                 "to ask for them once more."
             )
 
@@ -194,7 +197,8 @@ class Round:
             (self.folder / scored).unlink()
             raise DataError(
                 f"{outcome.failed:,} of {outcome.responses:,} responses could not be judged, more than --max_failed "
-                f"{self.plan.max_failed:g} lets pass. Verdicts are kept; start the same rounds again to ask for the others."
+                f"{self.plan.max_failed:g} lets pass. Verdicts are kept; start the same rounds again to ask for "
+                "the others."
             )
 
     def _rules(self) -> Rules:
@@ -222,13 +226,15 @@ class Round:
         known = self.stages.state.get("view", {})
         if view.exists() and "made" in known and digest_of_paths([view]) != known["made"]:
             raise ConfigError(
-                f"{view} was changed by hand, but it only shows what {PAIRS} and {GOAL} make: edit those, and remove {VIEW}."
+                f"{view} was changed by hand, but it only shows what {PAIRS} and {GOAL} make: edit those, and "
+                f"remove {VIEW}."
             )
 
         def make() -> None:
             relabelling = Relabelling(options.get("relabel", "both"), options.get("keep_original", False))
             as_edited = replace(
-                rules, goal=self.plan.parse_goal(options["goal"]), relabelling=relabelling, selection=None, filters=Filters(),
+                rules, goal=self.plan.parse_goal(options["goal"]), relabelling=relabelling, selection=None,
+                filters=Filters(),
                 ties=options.get("ties", "drop"),
             )  # fmt: skip
             select.write_view(self.folder / PAIRS, as_edited, self.policy, view)
@@ -246,7 +252,8 @@ class Round:
             record = self.policy.record()
             if record is not None and writes(self.policy.fit_tokenizer(), record["best"]):
                 raise ConfigError(
-                    f"{self.policy.path}: its chat template writes a goal by itself, and training would write a second one. Use "
+                    f"{self.policy.path}: its chat template writes a goal by itself, and training would write a "
+                    "second one. Use "
                     "the template that the model was trained with."
                 )
             fitting.write_config(self.folder / CONFIG, config)
@@ -282,7 +289,8 @@ class Round:
         template = plan.parse_goal(select.read_goal(self.folder / GOAL)["goal"])
         asked = [resolve("best", None, template)]
         inputs = digest_of(
-            model.identity(), plan.engine.settings(), vars(plan.generation), asked[0].text, plan.held_out_samples, plan.seed,
+            model.identity(), plan.engine.settings(), vars(plan.generation), asked[0].text, plan.held_out_samples,
+            plan.seed,
             plan.judge.settings(), digest_of(list(map(list, plan.held_out))),
         )  # fmt: skip
 

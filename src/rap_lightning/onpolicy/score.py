@@ -135,7 +135,8 @@ def _entries(row: dict[str, Any]) -> tuple[list[Message], list[tuple[str, dict[s
             entries.append((text, {name: one[name] for name in KEPT if one.get(name) is not None}))
         return as_turns(prompt), entries
     raise BadRow(
-        ", ".join(row), "expected messages and response (as generate writes them), or prompt and completions [{response}]",
+        ", ".join(row), "expected messages and response (as generate writes them), or prompt and completions "
+        "[{response}]",
         stops=True,
     )  # fmt: skip
 
@@ -162,7 +163,8 @@ def score_file(source: str, output: Path, judge: Judge, split: str | None = None
     own = read_meta(output)
     if output.is_file() and (not own or own.get("judge") != _plain(judge.settings())):
         raise ConfigError(
-            f"{output} is there already, and {'is scored by another judge or scale' if own else 'no record says by whom'}: one "
+            f"{output} is there already, and "
+            f"{'is scored by another judge or scale' if own else 'no record says by whom'}: one "
             "file never mixes them. Name another output, or remove it."
         )
     if output.is_file() and own.get("digest") != file_digest(output):
@@ -180,7 +182,8 @@ def score_file(source: str, output: Path, judge: Judge, split: str | None = None
             for verdicts in judge.judge(left) if left else ():
                 good = [v for v in verdicts if not v.error]
                 rows = [
-                    {"id": v.id, "overall_score": v.overall, "scores": v.attributes} | ({"notes": v.notes} if v.notes else {})
+                    {"id": v.id, "overall_score": v.overall, "scores": v.attributes}
+                    | ({"notes": v.notes} if v.notes else {})
                     for v in good
                 ]  # fmt: skip
                 if rows:

@@ -36,7 +36,8 @@ def fitted(scored: Path, rules: Rules) -> None:
     """
     if rewards_are_tied(scored, rules):
         raise DataError(
-            f"{scored}: all rewards are the same, so no response is better than another, and there is nothing to learn. "
+            f"{scored}: all rewards are the same, so no response is better than another, and there is nothing "
+            "to learn. "
             "Sample with a higher temperature, or more; or use a judge that tells them apart. What is finished is kept."
         )
     fit_scale(rules, [Source(str(scored))], "train")
@@ -59,7 +60,8 @@ def write_pairs(scored: Path, rules: Rules, output: Path) -> DataReport:
             raise
         write_json(output.with_name(REPORT), report.as_dict())
         raise DataError(
-            f"{error}\nNo two responses to a prompt have goals that differ. Sample with a higher temperature, or more; or print "
+            f"{error}\nNo two responses to a prompt have goals that differ. Sample with a higher temperature, "
+            "or more; or print "
             "goals with more decimals. What is finished is kept."
         ) from error
     write_json(output.with_name(REPORT), report.as_dict())

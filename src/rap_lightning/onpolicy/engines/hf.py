@@ -89,7 +89,8 @@ class Transformers(Engine):
         except torch.OutOfMemoryError as error:
             if len(chunk) == 1:
                 raise ConfigError(
-                    f"one sequence of {len(chunk[0].ids)} + {generation.max_new_tokens} tokens doesn't fit in memory. Use a "
+                    f"one sequence of {len(chunk[0].ids)} + {generation.max_new_tokens} tokens doesn't fit in "
+                    "memory. Use a "
                     "smaller --max_new_tokens or --max_prompt_length, or --engine.dtype bfloat16."
                 ) from error
         if not self._halved:

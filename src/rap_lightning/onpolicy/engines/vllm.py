@@ -64,7 +64,8 @@ class VLLM(Engine):
             raise ConfigError(f"--engine VLLM: vLLM can't be imported ({error}). pip install vllm") from error
         if model.is_checkpoint:
             raise ConfigError(
-                f"--engine VLLM reads Hugging Face folders, not checkpoints: rap-lightning export --checkpoint {model.path} "
+                "--engine VLLM reads Hugging Face folders, not checkpoints: rap-lightning export --checkpoint "
+                f"{model.path} "
                 "--output DIR"
             )
         path, options = model.path, dict(self.options)
@@ -100,7 +101,8 @@ class VLLM(Engine):
         for chunk in chunks_by_length([request for request in requests if request.id in wanted], self.chunk):
             params = [
                 SamplingParams(
-                    n=1, temperature=generation.temperature, top_p=generation.top_p, max_tokens=generation.max_new_tokens,
+                    n=1, temperature=generation.temperature, top_p=generation.top_p,
+                    max_tokens=generation.max_new_tokens,
                     seed=request.seed, stop_token_ids=self._ends, skip_special_tokens=True,
                 )
                 for request in chunk

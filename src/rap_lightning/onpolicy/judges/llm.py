@@ -104,7 +104,8 @@ class LLMJudge(Judge):
                 self.counts[f"an answer that can't be read: {reason}"] += 1
                 again = rubric.AGAIN.format(reason=reason, keys=", ".join(rubric.KEYS))
                 messages = [
-                    *messages[:2], {"role": "assistant", "content": text[:2000] or "-"}, {"role": "user", "content": again}
+                    *messages[:2], {"role": "assistant", "content": text[:2000] or "-"},
+                    {"role": "user", "content": again}
                 ]  # fmt: skip
         raise Unreadable(f"no answer of the judge could be read, the last because {reason}")
 

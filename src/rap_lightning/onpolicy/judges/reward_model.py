@@ -121,7 +121,8 @@ class RewardModel(Judge):
             tokenizer.chat_template = self._template
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
-                f"--judge.model {path}: its tokenizer has no chat template, so how a conversation reads to it isn't known. Its "
+                f"--judge.model {path}: its tokenizer has no chat template, so how a conversation reads to it "
+                "isn't known. Its "
                 "card says; write that as a jinja file and name it with --judge.chat_template."
             )
         text = model.config.get_text_config()
@@ -197,7 +198,8 @@ class RewardModel(Judge):
             reward = own if self.overall is None else by_name[self.overall]
         if reward is None:
             raise ConfigError(
-                f"the reward model has {len(heads)} heads and no score of its own: say with --judge.overall which one is the "
+                f"the reward model has {len(heads)} heads and no score of its own: say with --judge.overall "
+                "which one is the "
                 "reward, or mean."
             )
         if not all(map(math.isfinite, [reward, *attributes.values()])):

@@ -26,7 +26,8 @@ sounds.
 Give whole numbers from 1 (worst) to 5 (best) for:
 - instruction_following: does it do what was asked, all of it, in the form that was asked for? 1: it does something \
 else. 3: the main thing is done, parts or limits are missed. 5: everything asked is done, and nothing against it.
-- truthfulness: is what it states right, and in accord with what the conversation gives? 1: mostly wrong or made up. 3: \
+- truthfulness: is what it states right,
+and in accord with what the conversation gives? 1: mostly wrong or made up. 3: \
 right in the main, with errors of detail. 5: no error that you can find.
 - honesty: does its confidence fit what it can know? 1: sure of what is false or unknowable. 3: doubts are missing, or \
 stand where there is no reason for them. 5: sure where it can be, and plain about what it doesn't know.
