@@ -46,11 +46,12 @@ class ArenaHard(Suite):
                 if "uid" in question
                 else _row_v01(question, answer, facts, work)
             )
-        output = work.output / "arena_hard" / "model_answer" / f"{work.name}.jsonl"
+        version = "v2.0" if "uid" in questions[0] else "v0.1"
+        output = work.output / f"arena-hard-{version}" / "model_answer" / f"{work.name}.jsonl"
         write_lines(output, rows)
         print(f"wrote {output}")
-        print("To judge, copy it to arena-hard-auto's data/arena-hard-VERSION/model_answer, name the model in")
-        print("config/arena-hard-VERSION.yaml, and there: python gen_judgment.py")
+        print(f"To judge, copy it to arena-hard-auto's data/arena-hard-{version}/model_answer, name the model in the")
+        print("judge's config there, and: python gen_judgment.py")
         return 0
 
 

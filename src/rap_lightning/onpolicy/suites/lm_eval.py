@@ -73,7 +73,7 @@ class LMEval(Suite):
         samples = found.pop("samples")
         prompts = {task: _first_prompt(rows) for task, rows in samples.items()}
         self._check(prompts, work.goal.text)
-        folder = work.output / "lm_eval"
+        folder = work.output / "lm_eval" / work.name
         shown = [f"== {task}\n{prompt}\n" for task, prompt in prompts.items()]
         write_whole(folder / "prompts.txt", "\n".join(shown))
         write_json(folder / "samples.json", _plain(samples))
