@@ -101,21 +101,21 @@ def _text_command(args: list[str]) -> int:
         run(relabel, rest, name)
         return 0
     if name == "generate":
-        from rap_lightning.commands.generate import generate
+        from rap_lightning.commands.generate import CLASSES, generate
 
-        return int(run(generate, rest, name))
+        return int(run(generate, rest, name, classes=CLASSES))
     if name == "score":
-        from rap_lightning.commands.score import score
+        from rap_lightning.commands.score import CLASSES, score
 
-        return int(run(score, rest, name))
+        return int(run(score, rest, name, classes=CLASSES))
     if name == "rounds":
-        from rap_lightning.commands.rounds import rounds
+        from rap_lightning.commands.rounds import CLASSES, rounds
 
-        return int(run(rounds, rest, name))
+        return int(run(rounds, rest, name, classes=CLASSES))
     if name == "evaluate":
-        from rap_lightning.commands.evaluate import evaluate
+        from rap_lightning.commands.evaluate import CLASSES, evaluate
 
-        return int(run(evaluate, rest, name))
+        return int(run(evaluate, rest, name, classes=CLASSES))
     from rap_lightning.commands.export import export
 
     run(export, rest, name)

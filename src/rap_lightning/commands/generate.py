@@ -10,6 +10,8 @@ from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.goals import GoalOption
 from rap_lightning.preferences.goals import GoalTemplate
 
+CLASSES: dict[str, type] = {"--template": GoalTemplate, "--engine": Engine}
+
 
 def generate(
     prompts: str,

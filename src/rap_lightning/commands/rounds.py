@@ -14,6 +14,8 @@ from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.select import Selection
 
+CLASSES: dict[str, type] = {"--goal": GoalTemplate, "--engine": Engine, "--judge": Judge, "--selection": Selection}
+
 
 def rounds(
     prompts: str,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rap_lightning.onpolicy.judges import Judge
 
+CLASSES: dict[str, type] = {"--judge": Judge}
+
 
 def score(source: str, judge: Judge, output: str, split: str | None = None) -> int:
     """Judge responses, and write them as training data: on each line a prompt with its scored responses.

@@ -122,7 +122,7 @@ class Generator:
         notes = {
             "asked": [goal.text for goal in asked], "samples": samples,
             "responses": len(histories) * len(asked) * samples,
-            "package": __version__,
+            "package": __version__, **self.engine.notes(),
         }  # fmt: skip
         with Ledger(path, settings, notes, self.shard, self.shards) as ledger:
             outcome = self._fill(ledger, requests, generation, counts, failed, path.name)

@@ -85,8 +85,8 @@ class Connection:
         return f"Connection({self.url!r}, {self.model!r})"
 
     def settings(self) -> dict[str, Any]:
-        """What changes answers."""
-        return {"url": self.url, "model": self.model, "extra_body": self.extra_body}
+        """What changes answers. The address may change from run to run: the model's name says what answers."""
+        return {"model": self.model, "extra_body": self.extra_body}
 
     # -- many at once ---------------------------------------------------------------------------------------------
 
@@ -125,10 +125,7 @@ class Connection:
                             f"({problem}). What is finished is kept; start the same command again to go on."
                         )
         finally:
-            for task in running:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
-            loop.run_until_complete(self._leave())
+            loop.run_until_complete(self._leave(list(running)))
             loop.close()
 
     async def _enter(self) -> None:
@@ -142,7 +139,10 @@ class Connection:
             connector=aiohttp.TCPConnector(limit=self.concurrency),
         )  # fmt: skip
 
-    async def _leave(self) -> None:
+    async def _leave(self, running: list[asyncio.Task[Any]]) -> None:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
             await asyncio.sleep(0)  # transports close in the next turn of the loop

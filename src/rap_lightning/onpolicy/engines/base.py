@@ -31,6 +31,10 @@ class Engine(ABC):
         """Its own options that change responses, in plain values."""
         return {}
 
+    def notes(self) -> dict[str, Any]:
+        """What else is worth recording, and may change between runs."""
+        return {}
+
     def sends(self, model: Model) -> None:  # noqa: B027
         """Look at what is known of the model before messages are sent; only for an engine that takes no ids."""
 

@@ -49,8 +49,12 @@ class Endpoint(Engine):
         )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
-        """Address and further fields."""
-        return {"url": self.connection.url, "extra_body": self.connection.extra_body}
+        """Further fields; the address may change from run to run."""
+        return {"extra_body": self.connection.extra_body}
+
+    def notes(self) -> dict[str, Any]:
+        """The address."""
+        return {"url": self.connection.url}
 
     def identity(self, model: Model) -> dict[str, Any]:
         """The name alone: what the server runs under it isn't known here."""

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.http import Connection, Unanswered
+from rap_lightning.onpolicy.http import Connection, Refused
 from rap_lightning.onpolicy.judges import rubric
 from rap_lightning.onpolicy.judges.base import Item, Judge, Verdict
 
@@ -110,5 +110,5 @@ class LLMJudge(Judge):
         raise Unreadable(f"no answer of the judge could be read, the last because {reason}")
 
 
-class Unreadable(Unanswered):
+class Unreadable(Refused):
     """A judge that never answers in the form asked for."""
