@@ -377,7 +377,7 @@ def test_armorm_like_outputs_are_read(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_tokenizer_without_a_template_is_refused_with_what_to_do(tmp_path: Path, samples: Path) -> None:
     path = reward_model(tmp_path / "rm", template=False)
-    with pytest.raises(ConfigError, match="write that as a jinja file and name it with --judge.chat_template"):
+    with pytest.raises(ConfigError, match=r"write that as a jinja file and name it with --judge\.chat_template"):
         verdicts(RewardModel(str(path)), items())
     template = tmp_path / "template.jinja"
     template.write_text(str(make_tokenizer("chatml").chat_template))
