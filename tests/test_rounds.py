@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import write_jsonl
+from conftest import ROOT, write_jsonl
 from rap_lightning import cli
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy import fitting
@@ -233,6 +233,24 @@ def test_a_stage_that_was_interrupted_goes_on_and_one_of_other_inputs_begins_ane
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         Stages(tmp_path, "round 1")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "rounds").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_its_fit_section_is_taken_by_fit(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rap_lightning.onpolicy import prompts, rounds
+    from rap_lightning.onpolicy.model import Model
+
+    plans: list[Any] = []
+    names = iter(range(10))
+    monkeypatch.setattr(rounds, "run_rounds", lambda plan: plans.append(plan) or [])
+    found = lambda *args: prompts.Prompts([[{"role": "user", "content": f"hi {next(names)}"}]])  # noqa: E731
+    monkeypatch.setattr(prompts, "read_prompts", found)
+    assert called("rounds", "--config", recipe, "--output", tmp_path) == 0
+    assert recipe.read_text().startswith(f"# rap-lightning rounds --config configs/rounds/{recipe.name}\n")
+    (plan,) = plans
+    rounds.Round(plan, 1, Model(plan.initial.path))._check_fit()
 
 
 @pytest.mark.slow
