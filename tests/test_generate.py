@@ -248,6 +248,24 @@ def test_shards_and_processes_share_the_work(prompts: Path, knowing: Path, tmp_p
     assert one.keys() == parts.keys()
     assert called(*options(prompts, knowing, tmp_path / "parts.jsonl")) == 0
     assert not (tmp_path / "parts.jsonl").read_text(), "what shards have done is not done again"
+    assert called(*options(prompts, knowing, tmp_path / "own.jsonl", processes=2)) == 0
+    assert rows_of(tmp_path / "own.jsonl").keys() == one.keys()
+    assert len(parts_of(tmp_path / "own.jsonl")) == 2
+
+
+def test_a_batch_script_of_slurm_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rap_lightning.onpolicy.shards import own_part
+
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert own_part(None) == (0, 1, 0)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert own_part(None) == (3, 8, 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert own_part(None) == (1, 2, 1), "torchrun's word counts"
 
 
 class FakeSamplingParams:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from rap_lightning.commands.options import command_line
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.goals import GoalOption
@@ -73,7 +73,7 @@ def generate(
     if processes != 1:
         if processes < 1 or shard is not None:
             raise ConfigError("--processes must be at least 1, and goes without --shard")
-        return in_processes(processes, _without("--processes", sys.argv[1:]))
+        return in_processes(processes, [*command_line, "--processes", "1"])
     from rap_lightning.models.generate import Generation
     from rap_lightning.onpolicy.generate import Generator
     from rap_lightning.onpolicy.goals import read_record, resolve
@@ -94,6 +94,8 @@ def generate(
     if len({one.text for one in asked}) < len(asked):
         raise ConfigError(f"--goal {goal}: two of them read the same")
     found = read_prompts(prompts, split, column, limit)
+    if shards > 1:
+        print(f"part {own + 1} of {shards}", flush=True)
     if own == 0:
         print("\n".join(found.lines()))
         for one in asked:
@@ -102,16 +104,3 @@ def generate(
     with Generator(source, engine, max_prompt_length=max_prompt_length, shard=own, shards=shards, rank=rank) as run:
         outcome = run.run(found.histories, Path(output), asked, generation, samples, seed)
     return 1 if outcome.failed else 0
-
-
-def _without(option: str, args: list[str]) -> list[str]:
-    """A command line without an option and its value."""
-    kept, skip = [], False
-    for arg in args:
-        if skip:
-            skip = False
-        elif arg == option:
-            skip = True
-        elif not arg.startswith(f"{option}="):
-            kept.append(arg)
-    return kept

@@ -17,6 +17,9 @@ from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, having
 
+command_line: list[str] = []
+"""The command that runs, with its arguments, so that it can start others like itself."""
+
 CLASS_OPTIONS = {"--goal": GoalTemplate, "--goal.scale": RewardScale, "--selection": Selection}
 
 
@@ -85,6 +88,7 @@ def run(
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Keeps the paragraphs of the description, with its example on a line of its own."""
 
+    command_line[:] = [name, *args]
     check_class_names(args, classes)
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
     prog = f"rap-lightning {name}"

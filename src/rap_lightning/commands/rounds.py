@@ -113,6 +113,12 @@ def rounds(
         )
     if held_out is None and (held_out_samples != 1 or held_out_limit is not None or held_out_split is not None):
         raise ConfigError("held_out_samples, held_out_limit and held_out_split have no effect without held_out.")
+    if not engine.reads_ids and (rounds > 1 or held_out is not None):
+        raise ConfigError(
+            f"--engine {type(engine).__name__} can't be given the model of each round: use it for one round, "
+            "without held_out, "
+            "or sample with Transformers or VLLM."
+        )
     if not 0 <= max_failed < 1:
         raise ConfigError(f"--max_failed is a share from 0 to below 1, found {max_failed}")
     if relabel == "none" or temperature == 0:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ class Model:
     def tokenizer(self) -> Any:
         """The tokenizer, its chat template without a goal of its own."""
         if self._tokenizer is None:
-            self._tokenizer = goals.bare(self._config().load_tokenizer(), self.record())
+            with _named():
+                self._tokenizer = goals.bare(self._config().load_tokenizer(), self.record())
         return self._tokenizer
 
     def fit_tokenizer(self) -> Any:
@@ -69,12 +72,12 @@ class Model:
         """The longest sequence that the model takes, in tokens, as far as it says."""
         from transformers import AutoConfig
 
-        config = self._config()
+        config, tokenizer = self._config(), self.tokenizer()
         path = self._base() if self.is_adapter else config.path
         text = AutoConfig.from_pretrained(
             path, revision=None if self.is_adapter else config.revision, trust_remote_code=self.trust_remote_code
         ).get_text_config()
-        limits = [getattr(text, "max_position_embeddings", None), getattr(self.tokenizer(), "model_max_length", None)]
+        limits = [getattr(text, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
         known = [int(limit) for limit in limits if limit is not None and 0 < limit < 1e9]
         return min(known) if known else 1_000_000
 
@@ -85,12 +88,13 @@ class Model:
             ConfigError: it can't be loaded.
         """
         config = self._config()
-        if self.is_checkpoint:
-            model = _restored(config, self._checkpoint(), dtype, self.path)
-        elif self.is_adapter:
-            model = self._with_adapter(dtype)
-        else:
-            model = config.load_model(dtype)
+        with _named():
+            if self.is_checkpoint:
+                model = _restored(config, self._checkpoint(), dtype, self.path)
+            elif self.is_adapter:
+                model = self._with_adapter(dtype)
+            else:
+                model = config.load_model(dtype)
         return model.to(device).eval()
 
     def identity(self) -> dict[str, Any]:
@@ -143,6 +147,26 @@ class Model:
             )
         base = PolicyConfig(self._base(), trust_remote_code=self.trust_remote_code).load_model(dtype)
         return PeftModel.from_pretrained(base, str(self.place))
+
+
+def free_memory() -> None:
+    """Give memory that nothing uses any more back, an accelerator's too: the next stage is another process."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors name the option of these commands, not fit's."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--model.policy.path", "--model")) from error
 
 
 def _restored(config: Any, saved: dict[str, Any], dtype: Any, path: str) -> Any:

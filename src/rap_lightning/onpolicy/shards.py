@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from rap_lightning.errors import ConfigError
 
-LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+# SLURM_NTASKS is set in a batch script too, where one process would take its first part for all there is
+LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
 
 
 def own_part(shard: str | None) -> tuple[int, int, int]:

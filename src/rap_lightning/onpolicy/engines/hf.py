@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines.base import Engine
-from rap_lightning.onpolicy.model import Model
+from rap_lightning.onpolicy.model import Model, free_memory
 from rap_lightning.onpolicy.requests import Answer, Request, chunks_by_length
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Transformers(Engine):
     def close(self) -> None:
         """Free the model."""
         self._model = self._tokenizer = None
+        free_memory()
 
     def run(
         self, requests: Sequence[Request], generation: Generation, wanted: Collection[str]

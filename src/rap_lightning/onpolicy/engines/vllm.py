@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines.base import Engine
-from rap_lightning.onpolicy.model import Model
+from rap_lightning.onpolicy.model import Model, free_memory
 from rap_lightning.onpolicy.requests import Answer, Request, chunks_by_length
 
 if TYPE_CHECKING:
@@ -89,8 +89,12 @@ class VLLM(Engine):
         self._ends = end_of_turn_ids(model.tokenizer(), _Named(own))
 
     def close(self) -> None:
-        """Let the engine go."""
+        """Let the engine go, its own process with it."""
+        core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
+        if hasattr(core, "shutdown"):
+            core.shutdown()
         self._llm = None
+        free_memory()
 
     def run(
         self, requests: Sequence[Request], generation: Generation, wanted: Collection[str]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.judges.base import Item, Judge, Verdict, declared
-from rap_lightning.onpolicy.model import Model
+from rap_lightning.onpolicy.model import Model, free_memory
 from rap_lightning.preferences.pairs import BadRow
 
 OVERALL = "overall_score"
@@ -95,6 +95,8 @@ class RewardModel(Judge):
                 self._verdict(item, row, score, names)
                 for (item, _), row, score in zip(part, heads.tolist(), own, strict=True)
             ]
+        del model
+        free_memory()
 
     def _load(self) -> tuple[Any, Any, list[str]]:
         import torch
