@@ -90,7 +90,7 @@ class VLLM(Engine):
 
     def close(self) -> None:
         """Let the engine go, its own process with it."""
-        core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
+        core: Any = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
         if hasattr(core, "shutdown"):
             core.shutdown()
         self._llm = None
