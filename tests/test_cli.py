@@ -20,7 +20,7 @@ from conftest import ROOT, scored_rows, write_jsonl
 from rap_lightning import cli
 from rap_lightning.losses import DPO, SimPO
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "rounds")
 COMMAND = [sys.executable, "-m", "rap_lightning.cli"]
 
 

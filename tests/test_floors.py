@@ -17,6 +17,7 @@ FLOORS = [
     {"callbacks"},
     {"world"},
     {"class_names", "nulls"},
+    {"onpolicy"},
     {"commands", "trainer_cli"},
     {"cli"},
 ]

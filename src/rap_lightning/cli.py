@@ -26,6 +26,14 @@ look at data (fast, no training):
   relabel    write the relabelled data as parquet:
                               rap-lightning relabel --source my-pairs/ --output relabelled/
 
+on-policy data and benchmarks:
+  generate   sample responses:  rap-lightning generate --prompts my-pairs/ --model MODEL --output samples.jsonl
+  score      judge them:        rap-lightning score --source samples.jsonl --output scored.jsonl --judge RewardModel
+                              --judge.model RM
+  rounds     generate, score, select, relabel, fit, again:  rap-lightning rounds --config configs/rounds/world.yaml
+  evaluate   answers for AlpacaEval 2, MT-Bench, Arena-Hard; lm-evaluation-harness:
+                              rap-lightning evaluate --suite AlpacaEval --model MODEL --output answers/
+
 take away:
   export     a checkpoint as a Hugging Face folder:  rap-lightning export --checkpoint LAST.ckpt --output DIR
 
@@ -33,7 +41,7 @@ Useful everywhere: --print_config shows every option with its value; -c base.yam
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "inspect", "relabel", "export")
+COMMANDS = (*TRAINER_COMMANDS, "inspect", "relabel", "generate", "score", "rounds", "evaluate", "export")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -92,6 +100,22 @@ def _text_command(args: list[str]) -> int:
 
         run(relabel, rest, name)
         return 0
+    if name == "generate":
+        from rap_lightning.commands.generate import CLASSES, generate
+
+        return int(run(generate, rest, name, classes=CLASSES))
+    if name == "score":
+        from rap_lightning.commands.score import CLASSES, score
+
+        return int(run(score, rest, name, classes=CLASSES))
+    if name == "rounds":
+        from rap_lightning.commands.rounds import CLASSES, rounds
+
+        return int(run(rounds, rest, name, classes=CLASSES))
+    if name == "evaluate":
+        from rap_lightning.commands.evaluate import CLASSES, evaluate
+
+        return int(run(evaluate, rest, name, classes=CLASSES))
     from rap_lightning.commands.export import export
 
     run(export, rest, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import cleandoc
 from typing import Any, Literal
 
@@ -17,6 +17,9 @@ from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, having
+
+command_line: list[str] = []
+"""The command that runs, with its arguments, so that it can start others like itself."""
 
 CLASS_OPTIONS = {"--goal": GoalTemplate, "--goal.scale": RewardScale, "--selection": Selection}
 
@@ -66,8 +69,19 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError(f"--tokenizer {path}: no tokenizer can be loaded from it: {reason}") from error
 
 
-def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[str, ...] = ()) -> Any:
-    """Parse a command line for a function and call it; ``flags`` are options without a value."""
+def run(
+    function: Callable[..., Any], args: list[str], name: str, flags: tuple[str, ...] = (),
+    classes: Mapping[str, type] = CLASS_OPTIONS,
+) -> Any:  # fmt: skip
+    """Parse a command line for a function and call it.
+
+    Args:
+        function: its parameters are the options, its docstring is the help.
+        args: the command line.
+        name: of the command.
+        flags: options without a value.
+        classes: what the class that an option names must be a subclass of.
+    """
     from argparse import RawDescriptionHelpFormatter
 
     from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
@@ -75,7 +89,8 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Keeps the paragraphs of the description, with its example on a line of its own."""
 
-    check_class_names(args, CLASS_OPTIONS)
+    command_line[:] = [name, *args]
+    check_class_names(args, classes)
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
     prog = f"rap-lightning {name}"
     parser = ArgumentParser(prog=prog, description=summary, allow_abbrev=False, formatter_class=Formatter)

@@ -189,6 +189,11 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
         """The highest of their scale."""
         return (self.attribute_scale.best,) * len(self.attributes)
 
+    def record(self) -> dict[str, Any]:
+        """Also the attributes' scale, and whether the overall score is stated."""
+        scale = {"class": type(self.attribute_scale).__name__, **self.attribute_scale.numbers()}
+        return super().record() | {"attribute_scale": scale, "overall": self.overall}
+
     def printed(self, goal: float, attributes: Sequence[float] = ()) -> str:
         """All numbers, attributes first."""
         numbers = [self.attribute_scale.printed(value) for value in attributes]

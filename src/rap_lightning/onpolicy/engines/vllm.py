@@ -1,0 +1,128 @@
+"""vLLM's offline engine, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.onpolicy.engines.base import Engine
+from rap_lightning.onpolicy.model import Model, free_memory
+from rap_lightning.onpolicy.requests import Answer, Request, chunks_by_length
+
+if TYPE_CHECKING:
+    from rap_lightning.models.generate import Generation
+
+
+class VLLM(Engine):
+    """vLLM offline, where it is installed. Each response has a seed of its own.
+
+    Not yet run with vLLM itself here, for want of a GPU: a test drives it against a module with vLLM's documented
+    signatures.
+
+    Args:
+        chunk: requests handed over at a time; a killed run repeats at most these.
+        dtype: of the weights; vLLM's own choice by default.
+        tensor_parallel_size: GPUs that share the model.
+        gpu_memory_utilization: share of a GPU's memory that vLLM takes.
+        max_model_len: longest sequence in tokens; by default the model's own.
+        options: further arguments of ``vllm.LLM``.
+    """
+
+    def __init__(
+        self,
+        chunk: int = 512,
+        dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        max_model_len: int | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if chunk < 1:
+            raise ConfigError(f"--engine.chunk must be at least 1, found {chunk}")
+        self.chunk, self.dtype, self.tensor_parallel_size = chunk, dtype, tensor_parallel_size
+        self.gpu_memory_utilization, self.max_model_len = gpu_memory_utilization, max_model_len
+        self.options = options or {}
+        self._llm: Any = None
+        self._lora: Any = None
+        self._ends: list[int] = []
+
+    def settings(self) -> dict[str, Any]:
+        """What changes numbers by more than the order of sums."""
+        return {"dtype": self.dtype, "options": {key: str(value) for key, value in self.options.items()}}
+
+    def context(self, model: Model) -> int:
+        """The model's, or less where less was asked for."""
+        return min(model.context(), self.max_model_len or model.context())
+
+    def open(self, model: Model, rank: int) -> None:
+        """Load the model; an adapter stays one, on its base."""
+        try:
+            from vllm import LLM
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise ConfigError(f"--engine VLLM: vLLM can't be imported ({error}). pip install vllm") from error
+        if model.is_checkpoint:
+            raise ConfigError(
+                "--engine VLLM reads Hugging Face folders, not checkpoints: rap-lightning export --checkpoint "
+                f"{model.path} "
+                "--output DIR"
+            )
+        path, options = model.path, dict(self.options)
+        if model.is_adapter:
+            path = model.identity()["base"]
+            options = {"enable_lora": True, "max_lora_rank": 256} | options
+            self._lora = LoRARequest("policy", 1, model.path)
+        self._llm = LLM(
+            model=path, tokenizer=model.path, revision=model.revision, dtype=self.dtype,
+            tensor_parallel_size=self.tensor_parallel_size, gpu_memory_utilization=self.gpu_memory_utilization,
+            max_model_len=self.max_model_len, trust_remote_code=model.trust_remote_code, **options,
+        )  # fmt: skip
+        from transformers import GenerationConfig
+
+        from rap_lightning.models.generate import end_of_turn_ids
+
+        try:
+            own = GenerationConfig.from_pretrained(path, revision=model.revision)
+        except OSError:  # a model without one
+            own = GenerationConfig()
+        self._ends = end_of_turn_ids(model.tokenizer(), _Named(own))
+
+    def close(self) -> None:
+        """Let the engine go, its own process with it."""
+        core: Any = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
+        if hasattr(core, "shutdown"):
+            core.shutdown()
+        self._llm = None
+        free_memory()
+
+    def run(
+        self, requests: Sequence[Request], generation: Generation, wanted: Collection[str]
+    ) -> Iterator[list[Answer]]:
+        """Some hundred at a time; vLLM batches them itself."""
+        from vllm import SamplingParams
+
+        for chunk in chunks_by_length([request for request in requests if request.id in wanted], self.chunk):
+            params = [
+                SamplingParams(
+                    n=1, temperature=generation.temperature, top_p=generation.top_p,
+                    max_tokens=generation.max_new_tokens,
+                    seed=request.seed, stop_token_ids=self._ends, skip_special_tokens=True,
+                )
+                for request in chunk
+            ]  # fmt: skip
+            prompts = [{"prompt_token_ids": list(request.ids)} for request in chunk]
+            outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora)
+            answers = []
+            for request, output in zip(chunk, outputs, strict=True):
+                (best,) = output.outputs
+                finish = "stop" if best.finish_reason == "stop" else str(best.finish_reason)
+                answers.append(Answer(request.id, best.text, len(best.token_ids), finish))
+            yield answers
+
+
+class _Named:
+    """A generation config where a model's is looked for."""
+
+    def __init__(self, generation_config: Any) -> None:
+        self.generation_config = generation_config

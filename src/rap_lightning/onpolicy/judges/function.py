@@ -1,0 +1,63 @@
+"""A Python function as judge."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.onpolicy.judges.base import Item, Judge, Verdict, declared
+from rap_lightning.preferences import codekeys
+
+CHUNK = 256
+
+
+class Function(Judge):
+    """A function of (prompt, response), by import path.
+
+    It returns the reward, or an object of rewards by name with ``overall_score`` among them. The prompt is the last
+    user turn; a function with a parameter ``history`` gets the whole conversation in it.
+
+    Args:
+        function: import path, rap_lightning.world.rule.score say.
+        scale: lowest and highest reward it gives, where it has ends: [1, 10].
+    """
+
+    def __init__(self, function: Callable[[str, str], Any], scale: list[float] | None = None) -> None:
+        super().__init__()
+        self.function, self.scale = function, declared(scale)
+        if not callable(function):
+            raise ConfigError(f"--judge.function: expected the import path of a function, found {function!r}")
+        try:
+            self._takes_history = "history" in inspect.signature(function).parameters
+        except (TypeError, ValueError):
+            self._takes_history = False
+
+    def settings(self) -> dict[str, Any]:
+        """The function, and the digest of its code."""
+        return {"class": "Function", "function": codekeys.code_of(self.function), "scale": self.scale}
+
+    def judge(self, items: Sequence[Item]) -> Iterator[list[Verdict]]:
+        """One after another."""
+        for first in tqdm(range(0, len(items), CHUNK), desc="judging", delay=2, leave=False, disable=None):
+            yield [self._one(item) for item in items[first : first + CHUNK]]
+
+    def _one(self, item: Item) -> Verdict:
+        prompt = next(turn["content"] for turn in reversed(item.history) if turn["role"] == "user")
+        options = {"history": [dict(turn) for turn in item.history]} if self._takes_history else {}
+        try:
+            found = self.function(prompt, item.response, **options)
+        except Exception as error:  # whatever the user's code raises is its verdict on this response
+            return Verdict(item.id, error=f"the function raised {type(error).__name__}: {error}")
+        rewards = found if isinstance(found, dict) else {"overall_score": found}
+        for name, value in rewards.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                return Verdict(item.id, error=f"the function returned {value!r} as {name}, not a finite number")
+        if "overall_score" not in rewards:
+            return Verdict(item.id, error="the function returned no overall_score")
+        attributes = {name: float(value) for name, value in rewards.items() if name != "overall_score"}
+        return Verdict(item.id, float(rewards["overall_score"]), attributes)

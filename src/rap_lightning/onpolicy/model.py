@@ -1,0 +1,182 @@
+"""A model to sample from: a Hugging Face folder or Hub id, an adapter's folder, or a checkpoint of fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.onpolicy import goals
+
+SAMPLE = 1 << 20  # bytes at either end of a weights file that its digest reads: training changes all of them
+
+
+class Model:
+    """Where a model is, what is known of it, and how it is loaded. Nothing is loaded before it is asked for.
+
+    Args:
+        path: folder, Hub id, or a .ckpt file that fit wrote.
+        revision: of a Hub id.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    def __init__(self, path: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+        self.path, self.revision, self.trust_remote_code = path, revision, trust_remote_code
+        self.place = Path(path).expanduser()
+        if revision is not None and self.place.exists():
+            raise ConfigError("--revision has no effect on a model that lies here; leave it out.")
+        self._saved: dict[str, Any] | None = None
+        self._tokenizer: Any = None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a file that fit wrote."""
+        return self.path.endswith(".ckpt")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter alone, which names its base model."""
+        return (self.place / "adapter_config.json").is_file()
+
+    def record(self) -> goals.Record | None:
+        """What the model knows of goals."""
+        if self.is_checkpoint:
+            found: goals.Record | None = self._checkpoint()["rap_lightning"].get("goal")
+            return found
+        return goals.read_record(self.path)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, its chat template without a goal of its own."""
+        if self._tokenizer is None:
+            with _named():
+                self._tokenizer = goals.bare(self._config().load_tokenizer(), self.record())
+        return self._tokenizer
+
+    def fit_tokenizer(self) -> Any:
+        """A fresh one as fit loads it."""
+        return self._config().load_tokenizer()
+
+    def tokenizer_as_it_is(self) -> Any:
+        """A fresh one, whatever its chat template writes."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
+    def context(self) -> int:
+        """The longest sequence that the model takes, in tokens, as far as it says."""
+        from transformers import AutoConfig
+
+        config, tokenizer = self._config(), self.tokenizer()
+        path = self._base() if self.is_adapter else config.path
+        text = AutoConfig.from_pretrained(
+            path, revision=None if self.is_adapter else config.revision, trust_remote_code=self.trust_remote_code
+        ).get_text_config()
+        limits = [getattr(text, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+        known = [int(limit) for limit in limits if limit is not None and 0 < limit < 1e9]
+        return min(known) if known else 1_000_000
+
+    def load(self, dtype: Any, device: Any) -> Any:
+        """The causal LM in evaluation mode, an adapter attached.
+
+        Raises:
+            ConfigError: it can't be loaded.
+        """
+        config = self._config()
+        with _named():
+            if self.is_checkpoint:
+                model = _restored(config, self._checkpoint(), dtype, self.path)
+            elif self.is_adapter:
+                model = self._with_adapter(dtype)
+            else:
+                model = config.load_model(dtype)
+        return model.to(device).eval()
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from another: name, and digest of its files' sizes, beginnings and ends."""
+        if not self.place.exists():
+            return {"path": self.path, "revision": self.revision}
+        files = [self.place] if self.place.is_file() else sorted(
+            f for f in self.place.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".bin")
+        )  # fmt: skip
+        digest = hashlib.sha256()
+        for file in files:
+            size = file.stat().st_size
+            with file.open("rb") as content:
+                digest.update(f"{file.name if len(files) > 1 else ''} {size}".encode() + content.read(SAMPLE))
+                if size > SAMPLE:
+                    content.seek(-SAMPLE, 2)
+                    digest.update(content.read())
+        name = self.place.resolve().name
+        return {"path": name, "digest": digest.hexdigest()[:24]} | ({"base": self._base()} if self.is_adapter else {})
+
+    def _config(self) -> Any:
+        from rap_lightning.models.policy import Lora, PolicyConfig
+
+        if not self.is_checkpoint:
+            return PolicyConfig(self.path, self.revision, trust_remote_code=self.trust_remote_code)
+        options = dict(self._checkpoint()["rap_lightning"]["policy"])
+        lora = options.pop("lora")
+        options["trust_remote_code"] = self.trust_remote_code  # never what a file says
+        return PolicyConfig(**options, lora=Lora(**lora) if lora else None)
+
+    def _checkpoint(self) -> dict[str, Any]:
+        from rap_lightning.models.checkpoints import read_checkpoint
+
+        if self._saved is None:
+            self._saved = read_checkpoint(self.place)
+        return self._saved
+
+    def _base(self) -> str:
+        found = json.loads((self.place / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(found["base_model_name_or_path"])
+
+    def _with_adapter(self, dtype: Any) -> Any:
+        from peft import PeftModel
+
+        from rap_lightning.models.policy import PolicyConfig
+
+        if not (self.place / "adapter_model.safetensors").is_file():
+            raise ConfigError(
+                f"{self.path} has no adapter_model.safetensors; other formats can hold code, and aren't read."
+            )
+        base = PolicyConfig(self._base(), trust_remote_code=self.trust_remote_code).load_model(dtype)
+        return PeftModel.from_pretrained(base, str(self.place))
+
+
+def free_memory() -> None:
+    """Give memory that nothing uses any more back, an accelerator's too: the next stage is another process."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors name the option of these commands, not fit's."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--model.policy.path", "--model")) from error
+
+
+def _restored(config: Any, saved: dict[str, Any], dtype: Any, path: str) -> Any:
+    policy = config.build(dtype)
+    state = {n.removeprefix("policy."): v for n, v in saved["state_dict"].items() if n.startswith("policy.")}
+    result = policy.load_state_dict(state, strict=False)
+    missing = [n for n in result.missing_keys if config.lora is None or ".lora_" in n]
+    if missing or result.unexpected_keys:
+        raise ConfigError(
+            f"{path} doesn't fit the model at {config.path}: missing {missing[:3]}, unexpected "
+            f"{result.unexpected_keys[:3]}."
+        )
+    return policy.model

@@ -1,0 +1,9 @@
+"""Benchmarks: answers in the files that their judges' own tools read. No benchmark's text is in this package."""
+
+from rap_lightning.onpolicy.suites.alpaca_eval import AlpacaEval
+from rap_lightning.onpolicy.suites.arena_hard import ArenaHard
+from rap_lightning.onpolicy.suites.base import Suite
+from rap_lightning.onpolicy.suites.lm_eval import LMEval
+from rap_lightning.onpolicy.suites.mt_bench import MTBench
+
+__all__ = ["AlpacaEval", "ArenaHard", "LMEval", "MTBench", "Suite"]
