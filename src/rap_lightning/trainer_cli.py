@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import inspect
 import json
@@ -13,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace, _typehints
 from jsonargparse._util import import_object
@@ -223,6 +225,14 @@ def run(args: list[str]) -> None:
         if not stop.code and {"-h", "--help"} & set(args[1:]):
             print(losses_by_family())
         raise
+    _leave_the_group()
+
+
+def _leave_the_group() -> None:
+    """Leave the process group once a run has ended well: gloo's threads abort a process that exits around them."""
+    gc.collect()  # sharded weights hold on to the group
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def losses_by_family() -> str:
