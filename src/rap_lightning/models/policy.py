@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 
 from rap_lightning.batches.dataset import Example
 from rap_lightning.batches.layouts import LAYOUTS, lay_out
@@ -21,6 +20,7 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now, declared_windows, forest_attention
 from rap_lightning.models.logps import Head, sum_by_segment
+from rap_lightning.models.memory import activations_on_host
 from rap_lightning.preferences.baked import restore_own_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -265,7 +265,7 @@ class Policy(nn.Module):
 
         The second row has no gradient, and costs the head's forward pass once more.
         """
-        with save_on_cpu(pin_memory=True) if self.offload and torch.is_grad_enabled() else nullcontext():
+        with activations_on_host() if self.offload and torch.is_grad_enabled() else nullcontext():
             hidden = self._all_hidden(batch)
         hidden, head = hidden.flatten(0, 1)[batch.predict_from], Head.of(self.causal_lm)
         token_logps = head.token_logps(hidden, batch.target)
