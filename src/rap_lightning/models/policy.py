@@ -82,7 +82,8 @@ class PolicyConfig:
         freeze: regular expressions; a trained parameter whose name one of them is found in stays as it is, e.g.
             ``['embed_tokens', 'layers\\.[0-5]\\.']``.
         rope: scale rotary positions for longer texts than the model was trained on, e.g. ``{rope_type: yarn, factor:
-            4.0}``; the keys are those of rope_parameters in transformers. Reference and policy are scaled alike.
+            4.0}``; the keys are those of rope_parameters in transformers. A reference that is where the policy began is
+            scaled alike; one that is another model (``reference.path``) is as its own config has it.
         resize_embeddings: add rows for tokens that the tokenizer has and the model hasn't, each the mean of the
             others. Only on request: without it such a tokenizer is refused.
     """
