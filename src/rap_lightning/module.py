@@ -438,7 +438,8 @@ class PreferenceModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the gradient's norm before clipping, where it will be logged."""
         if self._logs_at(self.global_step + 1):
-            self._grad_norm = float(self.gradient_norm())
+            skipped = all(p.grad is None for p in self.parameters())
+            self._grad_norm = float("nan") if skipped else float(self.gradient_norm())
         self._updating = True
 
     def on_train_batch_end(self, outputs: Any, batch: tuple[Batch, ...], batch_idx: int) -> None:
