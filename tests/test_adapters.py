@@ -358,6 +358,14 @@ def test_embeddings_are_added_on_request_alone_and_alike_for_the_reference(
     table = module.reference.model.causal_lm.get_input_embeddings().weight
     assert len(table) == rows + 2
     torch.testing.assert_close(table[rows], table[:rows].mean(0))
+    folders = set()
+    for token in ("<third>", "<fourth>"):  # stored log-probabilities are of one number of rows
+        tokenizer.add_tokens([token])
+        tokenizer.save_pretrained(grown)
+        stored = Stored(folder=str(tmp_path / "stored"))
+        stored.load(config, torch.float32)
+        folders.add(stored._opened(config.build(torch.float32), "32-true").folder)
+    assert len(folders) == 2
 
 
 def test_four_bits_need_bitsandbytes_and_an_adapter(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 
 from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, Hinge, SimPO
 from rap_lightning.models.policy import PolicyConfig
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference
+from rap_lightning.models.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
 from rap_lightning.schedules import ConstantWithWarmup, CosineWithWarmup
 
@@ -101,17 +103,49 @@ def test_training_raises_chosen_over_rejected_under_both_goals(tiny: Path, tmp_p
     assert last["rewards/margins/rejected-goal"] > 0.3
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_gradients_of_a_fused_optimizer_are_clipped(
     precision: str, tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
     """Lightning refuses to, in mixed precision, where an optimizer could unscale gradients itself."""
     fused = lambda params: torch.optim.SGD(params, lr=1.0, fused=True)  # noqa: E731
-    options = {"precision": precision, "gradient_clip_val": 1e-3, "max_steps": 1}
+    options: dict[str, Any] = {"precision": precision, "gradient_clip_val": 1e-3, "max_steps": 1}
+    if precision == "16-mixed":  # by that name Lightning takes bfloat16 on a CPU
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        options |= {"precision": None, "plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
     after = weights(fit(tmp_path, tiny, pairs_folder, optimizer=fused, trainer=options))
     before = dict(PolicyConfig(str(tiny)).build(torch.float32).named_parameters())
     moved = [(after[name] - before[name].detach()).norm() for name in before]
     assert float(torch.stack(moved).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(("lora", "alpha"), [(False, 0.6), (True, 1.0)])
+def test_weights_all_in_bfloat16_train_beside_a_copy_of_them(
+    lora: bool, alpha: float, tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    module, data = build(
+        tiny, pairs_folder, lora=lora, optimizer=sgd, schedule=CONSTANT, loss=DPO(1.0),
+        reference=Synchronised(every=2, alpha=alpha),
+    )  # fmt: skip
+    trainer = make_trainer(tmp_path, max_steps=4, precision="bf16-true")
+    with pytest.warns(UserWarning, match="Trainable weights are bfloat16"):
+        trainer.fit(module, data)
+    trained = {n: p for n, p in module.policy.named_parameters() if p.requires_grad}
+    copy = module.reference.state_dict()
+    assert {p.dtype for p in [*trained.values(), *copy.values()]} == {torch.bfloat16}
+    assert all(torch.equal(copy[name], p) for name, p in trained.items()) == (alpha == 1)  # step 4 copies
+    first, *_, last = logged(tmp_path)
+    assert first["rewards/margins"] == 0.0
+    assert math.isfinite(last["loss"])
+    assert last["logps/chosen"] != first["logps/chosen"]
+
+
+def test_another_dtype_than_the_precision_converts_to_is_refused(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    policy = PolicyConfig(str(tiny), dtype="float32")
+    with pytest.raises(ConfigError, match=r"dtype float32 has no effect with --trainer\.precision bf16-true"):
+        fit(tmp_path, tiny, pairs_folder, policy=policy, trainer={"precision": "bf16-true"})
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -107,6 +107,14 @@ def test_a_skipped_step_is_as_if_it_had_not_been(breaks: str, tiny: Path, pairs_
     assert BAD not in [row["step"] for row in rows if "loss" in row]
 
 
+def test_a_skipped_step_has_no_gradient_norm_to_log(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="skipped"):
+        fit(tmp_path, tiny, pairs_folder, BadGradient(), Guard("skip"), trainer={"log_every_n_steps": BAD})
+    norms = {row["step"]: row["grad_norm"] for row in logged(tmp_path) if "grad_norm" in row}
+    assert math.isnan(norms[BAD])
+    assert norms[2 * BAD] > 0
+
+
 def test_a_skipped_step_leaves_nothing_in_a_losss_moving_average(
     tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.autograd.graph import saved_tensors_hooks
 
 from conftest import make_model
 from rap_lightning.batches import forest
@@ -18,7 +19,7 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models import attention, flex
+from rap_lightning.models import attention, flex, memory
 from rap_lightning.models.policy import (
     Lora,
     Policy,
@@ -387,3 +388,24 @@ def test_compiled_layers_give_the_same_gradients_and_are_compiled_once_for_all_l
 def test_offloading_is_refused_without_a_gpu(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="activation_offloading has no effect without a GPU"):
         PolicyConfig(str(tiny), activation_offloading=True)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_offloading_takes_activations_and_leaves_weights(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, batch = policy_of("Llama", torch.float32, lora=lora), batch_of("tree", conversations(goals_of_one=False))
+    loss, gradients = loss_and_gradients(policy, policy.logps(batch))
+    taken: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, None]:
+        taken.append(tensor.detach())
+        return tensor.clone(), None
+
+    host = saved_tensors_hooks(pack, lambda packed: packed[0])
+    monkeypatch.setattr(memory, "save_on_cpu", lambda **_: host)
+    policy.offload = True
+    ours, grads = loss_and_gradients(policy, policy.logps(batch))
+    assert torch.equal(ours, loss)
+    assert_same_gradients(grads, gradients, 0.0)
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    assert not [t.shape for t in taken if t.untyped_storage().data_ptr() in weights]
+    assert sum(t.shape[-2:] == (batch.input_ids.shape[1], 32) for t in taken) >= 4  # hidden states of each layer

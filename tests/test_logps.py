@@ -45,6 +45,22 @@ def test_value_and_every_gradient_equal_full_logits(
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("cap", [30.0, 50.0, 60.0])  # from 52 on, e^(-2 cap) is 0 in float32
+@pytest.mark.parametrize("kept", [0, 2**20])
+def test_gradients_survive_logits_that_stand_at_both_ends_of_a_wide_soft_cap(
+    cap: float, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logps, "KEPT_BYTES", kept)
+    torch.manual_seed(0)
+    inputs = [(torch.randn(6, 8) * 60).requires_grad_(), torch.randn(97, 8, requires_grad=True)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    target = torch.randint(97, (6,))
+    ours = torch.autograd.grad(Head(inputs[1], None, 1.0, cap).token_logps(inputs[0], target).sum(), inputs)
+    theirs = torch.autograd.grad(naive(*exact, None, target, 1.0, cap).sum(), exact)
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a - b).abs().max()) <= 3e-5 * float(b.abs().max())
+
+
 def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do() -> None:
     hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3)
     Head(weight, None).token_logps(hidden, torch.tensor([0, 1, 2, 3])).sum().backward()

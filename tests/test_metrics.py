@@ -50,6 +50,7 @@ def test_one_origin_alone_is_not_repeated() -> None:
 
 def test_sums_stay_exact_after_a_half_precision_conversion() -> None:
     metrics = PairMetrics().to(torch.bfloat16).half()
+    metrics.reset()
     for _ in range(300):
         add(metrics, [1.0, 3.0], [0.0, 0.0], [0, 0], [1, 1])
     assert metrics.compute()["rewards/chosen"] == 2.0

@@ -111,4 +111,6 @@ class PairMetrics(Metric):
         result = super()._apply(fn, exclude_state)
         if self.sums.device.type != "mps":  # which has no float64
             self.sums, self.counts = self.sums.double(), self.counts.double()
+            for name in ("sums", "counts"):  # what reset() goes back to
+                self._defaults[name] = self._defaults[name].double()  # type: ignore[union-attr]
         return result

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -117,11 +118,21 @@ class PreferenceModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Load policy and reference, once, on every rank; shard them where the strategy brings a device mesh."""
+        # "-true" precisions would round a batch's rewards and weights, if Lightning could take its classes apart: it
+        # refuses frozen ones. Token ids need no converting.
+        self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign, assignment]
         if self.policy is not None:
             return
         self._check_data()
-        dtype = self.policy_config.resolve_dtype()
+        dtype, plugin = self.policy_config.resolve_dtype(), self.trainer.precision_plugin
+        if isinstance(plugin, HalfPrecision) and dtype != plugin._desired_input_dtype:
+            raise ConfigError(
+                f"--model.policy.dtype {self.policy_config.dtype} has no effect with --trainer.precision "
+                f"{plugin.precision}, which converts all weights. Remove one of the two."
+            )
         self.policy = self.policy_config.build(dtype)
+        if isinstance(plugin, HalfPrecision):  # Lightning converts later, and references copy the policy now
+            plugin.convert_module(self.policy)
         if self.policy.has_adapter:
             self._digests["base"] = base_digest(self.policy)
         if (adapter := self.policy_config.adapter) is not None:
@@ -183,10 +194,10 @@ class PreferenceModule(pl.LightningModule):
             optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
         except ValueError as error:  # torch checks its options only here
             raise ConfigError(f"--model.optimizer: {error}") from error
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            # Lightning won't clip the gradients of an optimizer that could unscale them itself, as fused ones say they
-            # can; without a scaler (all precisions but 16-mixed) nothing is scaled
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        # Lightning won't clip the gradients of an optimizer that could unscale them itself, as fused ones say they can.
+        # Told that this one can't, it unscales them before clipping (and before their norm is looked at) where there is
+        # a scaler (16-mixed), and has nothing to unscale elsewhere
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps) or steps < 0:  # Lightning says -1 of a stream
             raise ConfigError(
@@ -427,7 +438,8 @@ class PreferenceModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the gradient's norm before clipping, where it will be logged."""
         if self._logs_at(self.global_step + 1):
-            self._grad_norm = float(self.gradient_norm())
+            skipped = all(p.grad is None for p in self.parameters())
+            self._grad_norm = float("nan") if skipped else float(self.gradient_norm())
         self._updating = True
 
     def on_train_batch_end(self, outputs: Any, batch: tuple[Batch, ...], batch_idx: int) -> None:
@@ -662,6 +674,10 @@ class PreferenceModule(pl.LightningModule):
             return {}
         named = self.policy.named_parameters(remove_duplicate=False)  # a tied head has two names
         return {f"policy.{name}": p.detach() for name, p in named if not p.requires_grad}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _detached(logps: PairLogps) -> PairLogps:

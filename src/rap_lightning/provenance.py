@@ -14,7 +14,8 @@ from typing import Any
 CHIEF = ("rap-lightning", "torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "deepspeed")
 """Packages that a model card names."""
 
-_SECRET = re.compile(r"(token|secret|passw|api_?key|credential)", re.IGNORECASE)
+_SECRET = re.compile(r"(token$|secret|passw|api_?key|credential)", re.IGNORECASE)
+"""In an option's name; ``token_budget`` and ``max_new_tokens`` are numbers that a run can't be repeated without."""
 
 
 def packages() -> dict[str, str]:

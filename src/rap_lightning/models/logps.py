@@ -16,6 +16,7 @@ from rap_lightning.errors import ConfigError
 
 CHUNK_BYTES = 256 * 2**20  # float32 logits computed at a time
 KEPT_BYTES = 512 * 2**20  # float32 logits that one forward pass may keep for its backward pass
+INVERTIBLE_CAP = 40.0  # soft cap up to which logits can be had back from e^(z - max): e^-80 is far from underflow
 ROWS_IN_CACHE = 8  # of logits, on a CPU: 1.5 MB at 49,152 tokens, 8 MB at 256,000
 
 
@@ -98,7 +99,7 @@ class _TokenLogps(torch.autograd.Function):
         logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         top, total = torch.empty_like(logps), torch.empty_like(logps)
         kept: dict[int, Tensor] = {}
-        room = KEPT_BYTES if keep else 0
+        room = KEPT_BYTES if keep and (softcap is None or softcap <= INVERTIBLE_CAP) else 0
         for number, part in enumerate(_chunks(len(hidden), weight.shape[0], wide)):
             logits = _logits(hidden[part], cast, bias, scale, softcap, compute, wide)
             logps[part] = logits.gather(-1, target[part, None])[:, 0]
@@ -128,12 +129,15 @@ class _TokenLogps(torch.autograd.Function):
             if grad_weight is not None and not parts:
                 grad_weight.zero_()
             for number, part in enumerate(parts):
-                powers = ctx.kept.pop(number, None)
+                powers, cap = ctx.kept.pop(number, None), None
                 if powers is None:
                     powers = _logits(hidden[part], cast, bias, ctx.scale, ctx.softcap, ctx.compute, wide)
+                    cap = _slope_of_cap(powers, ctx.softcap)
                     _exponentiate(powers, top[part], None)
-                rows, own = factor[part, None], (total[part, None], target[part, None])
-                slopes = _to_slopes(powers, *own, top[part, None], ctx.softcap)
+                elif ctx.softcap is not None:
+                    cap = _slope_of_cap(powers.log() + top[part, None], ctx.softcap)
+                rows = factor[part, None]
+                slopes = _to_slopes(powers, total[part, None], target[part, None], cap)
                 if grad_bias is not None:
                     grad_bias += factor[part] @ slopes
                 slopes = slopes.to(ctx.compute)
@@ -165,11 +169,13 @@ def _exponentiate(logits: Tensor, top: Tensor, total: Tensor | None) -> None:
             torch.sum(logits[some], -1, out=total[some])
 
 
-def _to_slopes(powers: Tensor, total: Tensor, target: Tensor, top: Tensor, softcap: float | None) -> Tensor:
+def _slope_of_cap(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """Of the soft cap, at capped logits: 1 - (z / c)^2."""
+    return None if softcap is None else 1 - (logits / softcap) ** 2
+
+
+def _to_slopes(powers: Tensor, total: Tensor, target: Tensor, cap: Tensor | None) -> Tensor:
     """e - Z onehot, times the slope of the soft cap where there is one; ``powers`` e is overwritten."""
-    cap = (
-        None if softcap is None else 1 - ((powers.log() + top) / softcap) ** 2
-    )  # d softcap(z)/dz = 1 - (softcap(z)/c)^2
     powers.scatter_add_(-1, target, -total)
     return powers if cap is None else powers.mul_(cap)
 

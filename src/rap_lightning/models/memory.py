@@ -1,17 +1,43 @@
-"""Out of memory, in words: which batch, how many tokens, and what to change."""
+"""Memory: activations on the host; and out of memory, in words: which batch, how many tokens, and what to change."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import OutOfMemory
 
 SIGNS = re.compile(r"out of memory|can't allocate memory|not enough memory|failed to allocate", re.IGNORECASE)
+
+
+def activations_on_host(*, pin_memory: bool = True) -> saved_tensors_hooks:
+    """Keep on the host what a block's forward pass leaves for the backward pass, but for weights.
+
+    torch's ``save_on_cpu`` alone takes weights too: a copy of the whole model for each forward pass, though they stay
+    on the device anyway.
+    """
+    host = save_on_cpu(pin_memory=pin_memory)
+
+    def pack(tensor: Tensor) -> Any:
+        return tensor if is_weight(tensor) else host.pack_hook(tensor)
+
+    def unpack(packed: Any) -> Tensor:
+        tensor: Tensor = packed if isinstance(packed, Tensor) else host.unpack_hook(packed)
+        return tensor
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Whether a saved tensor is a parameter, or a view of one: linear layers save their weight transposed."""
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

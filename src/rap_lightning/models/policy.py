@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 
 from rap_lightning.batches.dataset import Example
 from rap_lightning.batches.layouts import LAYOUTS, lay_out
@@ -21,6 +20,7 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now, declared_windows, forest_attention
 from rap_lightning.models.logps import Head, sum_by_segment
+from rap_lightning.models.memory import activations_on_host
 from rap_lightning.preferences.baked import restore_own_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,7 +82,8 @@ class PolicyConfig:
         freeze: regular expressions; a trained parameter whose name one of them is found in stays as it is, e.g.
             ``['embed_tokens', 'layers\\.[0-5]\\.']``.
         rope: scale rotary positions for longer texts than the model was trained on, e.g. ``{rope_type: yarn, factor:
-            4.0}``; the keys are those of rope_parameters in transformers. Reference and policy are scaled alike.
+            4.0}``; the keys are those of rope_parameters in transformers. A reference that is where the policy began is
+            scaled alike; one that is another model (``reference.path``) is as its own config has it.
         resize_embeddings: add rows for tokens that the tokenizer has and the model hasn't, each the mean of the
             others. Only on request: without it such a tokenizer is refused.
     """
@@ -265,7 +266,7 @@ class Policy(nn.Module):
 
         The second row has no gradient, and costs the head's forward pass once more.
         """
-        with save_on_cpu(pin_memory=True) if self.offload and torch.is_grad_enabled() else nullcontext():
+        with activations_on_host() if self.offload and torch.is_grad_enabled() else nullcontext():
             hidden = self._all_hidden(batch)
         hidden, head = hidden.flatten(0, 1)[batch.predict_from], Head.of(self.causal_lm)
         token_logps = head.token_logps(hidden, batch.target)

@@ -154,6 +154,8 @@ class Stored(Reference):
         }
         if source.adapter is not None:
             key["adapter"] = adapter_digest(source.adapter, source.adapter_revision)
+        if source.resize_embeddings:  # each row that is added takes its share of the probability
+            key["embeddings"] = str(policy.causal_lm.get_input_embeddings().weight.shape[0])
         for name in ("rope", "quantize"):
             if (value := getattr(source, name)) is not None:
                 key[name] = json.dumps(value, sort_keys=True)
