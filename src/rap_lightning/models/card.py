@@ -114,7 +114,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
     if wording:
         request["chat_template_kwargs"] = {"goal": other}
     parts.append(
-        "Behind an OpenAI-compatible server that passes them on (`transformers serve`, vLLM, SGLang, llama.cpp):\n\n"
+        "Behind an OpenAI-compatible server that passes them on (`transformers serve` does):\n\n"
         "```sh\ncurl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"  -d '{json.dumps(request)}'\n```"
     )
@@ -181,7 +181,7 @@ def _metrics(facts: Mapping[str, Any]) -> str:
     rows = [[name, f"{value:.4f}"] for name, value in (facts.get("metrics") or {}).items() if "/" in name]
     held_out = [row for row in rows if row[0].startswith(("val/", "test/"))]
     shown = held_out or rows
-    return f"## Metrics\n\nAt step {facts['step']:,}.\n\n{_table(['metric', 'mean'], shown)}" if shown else ""
+    return f"## Metrics\n\nAs last measured.\n\n{_table(['metric', 'mean'], shown)}" if shown else ""
 
 
 def _versions(facts: Mapping[str, Any]) -> str:
