@@ -36,11 +36,14 @@ def _is_archive(path: Path) -> bool:
         return False
 
 
-def refuse_damaged(path: Path) -> None:
-    """``refuse_unreadable``, and raise ConfigError where the content is not what was written, naming another."""
+def refuse_damaged(path: Path) -> bool:
+    """``refuse_unreadable``, and raise ConfigError where the content is not what was written, naming another.
+
+    Returns whether that could be known: whether there is a digest of the content.
+    """
     refuse_unreadable(path)
     try:
-        verify(path)
+        return verify(path)
     except ConfigError as error:
         raise ConfigError(f"{error}{_another(path)}") from error
 

@@ -38,6 +38,8 @@ def all_or_nothing(output: Path, needed: int = 0) -> Iterator[Path]:
             )
         partial.mkdir()
         yield partial
+        for path in partial.iterdir():
+            path.chmod(partial.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
         refuse_non_empty(output)  # someone else may have been faster
         if output.is_dir():
             output.rmdir()
