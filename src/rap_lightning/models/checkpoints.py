@@ -83,7 +83,7 @@ def _another(path: Path) -> str:
     for other in _checkpoints(path.parent):
         try:
             if other.resolve() != path.resolve() and (other.is_dir() or _is_archive(other)) and verify(other):
-                return f" The newest whole one there is {other}: give that as --ckpt_path."
+                return f" The newest whole one there is {other}: give that instead."
         except ConfigError:
             continue
     return ""
