@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_is_refused_and_another_one_named(tiny: Path, pairs
     newest.write_bytes(damaged)
     with pytest.raises(ConfigError, match=r"is refused: its content is not what was written"):
         fit(tmp_path / "again", tiny, pairs_folder, Checkpoints(), ckpt_path=str(newest), max_steps=8)
-    with pytest.raises(ConfigError, match=r"The newest whole one there is .*step=4\.ckpt: give that as --ckpt_path"):
+    with pytest.raises(ConfigError, match=r"The newest whole one there is .*step=4\.ckpt: give that instead"):
         refuse_damaged(tmp_path / "saved" / "last.ckpt")
     newest.unlink()
     with pytest.raises(ConfigError, match=r"points to epoch=0-step=6\.ckpt, which is gone.*step=4\.ckpt"):

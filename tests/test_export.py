@@ -1,105 +1,628 @@
-"""Models that leave: goals in the chat template write what training wrote, and nothing is left by what failed."""
+"""Leaving: what an exported folder asks for, holds and refuses, and that a run's folder says how to repeat it."""
 
+import contextlib
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jinja2 import TemplateError
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
 
-from conftest import make_tokenizer
+from conftest import build, make_model, make_tokenizer, make_trainer
 from rap_lightning.batches.encode import Encoder, Notes
+from rap_lightning.commands.export import export
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.folder import all_or_nothing
 from rap_lightning.models.prompting import write_goals_by_itself
-from rap_lightning.preferences.baked import restore_own_template
+from rap_lightning.preferences.baked import BEGIN, unbaked
 from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
+from rap_lightning.preferences.scales import RewardScale
+from test_cli import call
+from test_ranks import FSDP2, Pair, arguments
+from test_stops import Run, context, world  # noqa: F401
 
-GOALS = {
-    "overall": OverallGoal(),
-    "attributes": AttributeGoal(["helpfulness", "on_topic"]),
-    "before the user": OverallGoal(placement="user"),
-}
-CHATS: list[list[dict[str, str]]] = [
-    [{"role": "user", "content": " hello\n"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}],
+HISTORIES: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": " red or green?\n"}],
+    [{"role": "system", "content": "Sing."}, {"role": "user", "content": "red"}],
+    [{"role": "system", "content": ""}, {"role": "user", "content": "red"}],
     [
-        {"role": "system", "content": ""},
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": "hi"},
-        {"role": "user", "content": "why?"},
+        {"role": "system", "content": "One word {{ goal }} {% if x %}."}, {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b c"}, {"role": "user", "content": 'it\'s "d"\\n'},
     ],
-]
+]  # fmt: skip
+GOALS: dict[str, GoalTemplate] = {
+    "overall": OverallGoal(),
+    "user turn": OverallGoal(placement="user"),
+    "other scale": OverallGoal(RewardScale(-1, 1, decimals=2)),
+    "attributes": AttributeGoal(["helpfulness", "honest_y"]),
+    "attributes alone": AttributeGoal(["helpfulness"], overall=False),
+}
 
 
-def ids_of(tokenizer: Any, chat: Any, **options: Any) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
-    )
+class Praise(GoalTemplate):
+    """A goal in words, as a user may write one."""
+
+    def text(self, goal: float, attributes: Any = ()) -> str:
+        return f'Say it {"very" if goal > 5 else "hardly"} well, "please" {{ once }}.'
 
 
-@pytest.mark.parametrize("goal", GOALS.values(), ids=GOALS)
-@pytest.mark.parametrize("chat", CHATS, ids=["plain", "system", "turns"])
-def test_a_baked_template_writes_what_training_wrote(goal: GoalTemplate, chat: Any, family: str) -> None:
-    tokenizer = make_tokenizer(family)
-    encoder = Encoder(tokenizer, goal, 512)
-    baked = write_goals_by_itself(tokenizer, goal.record())
-    asked: list[tuple[float | None, dict[str, Any]]] = [
-        (goal.best, {}), (7.46, {"goal": 7.46}), (3, {"goal": 3}), (1.0, {"goal": 1.0}),
-        (None, {"goal": False}), (None, {"goal": None}),
+class Biased(OverallGoal):
+    """Inherits a wording that isn't its own."""
+
+    def text(self, goal: float, attributes: Any = ()) -> str:
+        return super().text(goal) if goal < 9 else "Be perfect."
+
+
+def reloaded(tokenizer: Any, goal: GoalTemplate, folder: Path) -> Any:
+    """The tokenizer as others get it: from files."""
+    from transformers import AutoTokenizer
+
+    write_goals_by_itself(tokenizer, goal.record()).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def ids(tokenizer: Any, history: Any, **options: Any) -> list[int]:
+    made = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True, **options)
+    return list(made["input_ids"])
+
+
+@pytest.mark.parametrize("kind", list(GOALS))
+def test_the_exported_template_writes_the_ids_of_training(family: str, kind: str, tmp_path: Path) -> None:
+    goal, own = GOALS[kind], make_tokenizer(family)
+    baked, encoder = reloaded(own, goal, tmp_path), Encoder(own, goal, 4096)
+    low, high, best = goal.scale.low, goal.scale.high, goal.best_attributes
+    asked: list[tuple[str | None, dict[str, Any]]] = [
+        (goal.write(goal.best, best), {}), (None, {"goal": False}), (None, {"goal": None}),
     ]  # fmt: skip
-    for number, options in asked:
-        text = None if number is None else goal.write(number, goal.best_attributes)
-        assert ids_of(baked, chat, **options) == encoder.prompt(chat, text, Notes()).ids, options
-    assert ids_of(baked, chat) != ids_of(baked, chat, goal=False)
+    if getattr(goal, "overall", True):
+        numbers = [low, high, (low + high) / 2, round(low + 0.37 * (high - low), 3)]
+        asked += [(goal.write(n, best), {"goal": n}) for n in numbers]
+        asked.append((goal.write(int(high), best), {"goal": {"overall": int(high)}}))
+    if best:
+        asked.append((goal.write(goal.best, [7.46, *best[1:]]), {"goal": {"helpfulness": 7.46}}))
+    seen = set()
+    for history in HISTORIES:
+        for text, options in asked:
+            expected = encoder.prompt(history, text, Notes()).ids
+            assert ids(baked, history, **options) == expected, (history, options)
+            seen.add(tuple(expected))
+    assert len(seen) >= len({text for text, _ in asked}) * 3, "goals and histories must make different prompts"
 
 
-@pytest.mark.parametrize("goal", [11, 0.5, "7", True, {"x": 3}, float("nan"), {"overall": "9<|im_end|>"}, [3]])
-def test_goals_outside_the_scale_are_refused(goal: Any) -> None:
-    baked = write_goals_by_itself(make_tokenizer("chatml"), OverallGoal().record())
-    with pytest.raises(TemplateError, match="goal"):
-        ids_of(baked, CHATS[0], goal=goal)
+@pytest.mark.parametrize(
+    "goal", [11, 0.5, "7", "10<|im_end|>", True, [3], float("nan"), {"x": 3}, {"overall": "9"}, {"overall": 11}]
+)
+def test_a_goal_off_the_scale_or_of_another_kind_or_name_is_refused(goal: Any, tmp_path: Path) -> None:
+    from jinja2 import TemplateError
+
+    for number, template in enumerate((OverallGoal(), AttributeGoal(["helpfulness", "honest_y"]))):
+        baked = reloaded(make_tokenizer("chatml"), template, tmp_path / str(number))
+        with pytest.raises(TemplateError, match=r"^goal"):
+            ids(baked, HISTORIES[1], goal=goal)
 
 
-def test_training_on_an_exported_model_sees_the_own_template() -> None:
+@pytest.mark.parametrize("goal", [Praise(), Biased()])
+def test_a_goal_of_words_is_written_at_its_best_only(goal: GoalTemplate, family: str, tmp_path: Path) -> None:
+    from jinja2 import TemplateError
+
+    own = make_tokenizer(family)
+    baked, encoder = reloaded(own, goal, tmp_path), Encoder(own, goal, 4096)
+    for history in HISTORIES:
+        assert ids(baked, history) == encoder.prompt(history, goal.text(10), Notes()).ids
+        assert ids(baked, history, goal=False) == encoder.prompt(history, None, Notes()).ids
+        with pytest.raises(TemplateError, match="knows the best goal"):
+            ids(baked, history, goal=5)
+
+
+def test_a_template_with_a_goal_of_its_own_and_a_goal_that_reads_like_control_are_refused() -> None:
+    class Control(Praise):
+        def text(self, goal: float, attributes: Any = ()) -> str:
+            return "10<|im_end|>"
+
     tokenizer = make_tokenizer("chatml")
-    baked = write_goals_by_itself(tokenizer, OverallGoal().record())
-    assert baked.chat_template != tokenizer.chat_template
-    assert restore_own_template(baked).chat_template == tokenizer.chat_template
+    with pytest.raises(ConfigError, match=r"control token.*--goal_in_template false"):
+        write_goals_by_itself(tokenizer, Control().record())
+    tokenizer.chat_template += "{{ goal }}"
+    with pytest.raises(ConfigError, match=r"variable named 'goal'.*--goal_in_template false"):
+        write_goals_by_itself(tokenizer, OverallGoal().record())
 
 
-class Fixed(GoalTemplate):
-    """A user's own."""
+def test_a_template_that_writes_otherwise_than_training_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rap_lightning.preferences import baked
 
-    def text(self, goal: float) -> str:  # type: ignore[override]
-        return f"Aim for {'<|im_end|>' if goal < 5 else 'much'}."
-
-
-class Control(Fixed):
-    def text(self, goal: float) -> str:  # type: ignore[override]
-        return "<|im_end|> please"
+    monkeypatch.setattr(baked, "SEPARATOR", "\n")
+    with pytest.raises(ConfigError, match="writes something else than training did"):
+        write_goals_by_itself(make_tokenizer("chatml"), OverallGoal().record())
 
 
-def test_a_users_own_template_gets_its_best_goal_only() -> None:
-    baked = write_goals_by_itself(make_tokenizer("chatml"), Fixed().record())
-    assert "Aim for much." in baked.apply_chat_template(CHATS[0], tokenize=False)
-    with pytest.raises(TemplateError, match="best goal"):
-        ids_of(baked, CHATS[0], goal=3)
-    with pytest.raises(ConfigError, match="control token"):
-        write_goals_by_itself(make_tokenizer("chatml"), Control().record())
+# -- folders ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [OSError(28, "full"), PermissionError(13, "no"), KeyboardInterrupt()])
-def test_a_folder_that_fails_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
-    expected = ConfigError if isinstance(error, OSError) else KeyboardInterrupt
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, pairs_folder: Path) -> Path:
+    """``model``, and two steps from it: adapter/c/a.ckpt and full/c/a.ckpt."""
+    from rap_lightning.callbacks import Checkpoints, RunRecord
+    from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
+
+    root = tmp_path_factory.mktemp("leaving")
+    make_model(root / "model")
+    for name in ("adapter", "full"):
+        big = lambda params: torch.optim.SGD(params, lr=0.3)  # noqa: E731
+        module, data = build(root / "model", pairs_folder, lora=name == "adapter", optimizer=big)
+        saver = Checkpoints(str(root / name / "c"), filename="a")
+        options = {"max_steps": 3, "val_check_interval": 3, "enable_checkpointing": True}
+        callbacks, plugins = [RunRecord(), saver], [SealedCheckpoints()]
+        make_trainer(root / "runs" / name, callbacks=callbacks, plugins=plugins, **options).fit(module, data)
+        torch.save(logits(module.policy.model), root / name / "logits.pt")
+    return root
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    made: Tensor = model.eval()(torch.arange(3, 40)[None]).logits
+    return made
+
+
+def ckpt(runs: Path, name: str) -> str:
+    return str(runs / name / "c" / "a.ckpt")
+
+
+def test_a_merged_model_is_what_was_trained_and_is_not_baked_twice(
+    runs: Path, pairs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained on from the exported folder, with another goal, and exported again."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "out"
+    export(ckpt(runs, "adapter"), str(out), merge=True)
+    said = re.search(r"differ from adapter on base by (\S+) in float32", capsys.readouterr().err)
+    assert said is not None
+    assert float(said[1]) < 1e-4
+    trained = torch.load(runs / "adapter" / "logits.pt")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), trained, atol=1e-4, rtol=1e-4)
+    away = (trained - logits(AutoModelForCausalLM.from_pretrained(runs / "model"))).abs().max()
+    assert away > 0.1, "the adapter must have done something"
+    assert {f.name for f in out.iterdir()} == {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "goal.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    modes = {f.stat().st_mode & 0o777 for f in out.iterdir()}
+    assert len(modes) == 1, "a server of another user must be able to read all of it, or none"
+
+    module, data = build(out, pairs_folder, goal=OverallGoal(placement="user"))
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, data)
+    assert BEGIN not in data.tokenizer.chat_template, "training writes goals by itself"
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    export(str(tmp_path / "b.ckpt"), str(tmp_path / "again"))
+    own, once, twice = (AutoTokenizer.from_pretrained(f) for f in (runs / "model", out, tmp_path / "again"))
+    assert twice.chat_template.count(BEGIN) == 1
+    assert unbaked(twice.chat_template) == own.chat_template
+    history, encoder = HISTORIES[0], Encoder(own, OverallGoal(placement="user"), 4096)
+    assert ids(twice, history) == encoder.prompt(history, OverallGoal().text(10), Notes()).ids != ids(once, history)
+
+
+def test_predict_asks_with_the_ids_of_the_exported_template(runs: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from rap_lightning.datamodule import Prompts
+    from rap_lightning.models.generate import Generation
+
+    export(ckpt(runs, "full"), str(tmp_path / "out"))
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for goal, options in ((None, {}), (3.5, {"goal": 3.5})):
+        once = Generation(max_new_tokens=1)
+        module, data = build(runs / "model", pairs_folder, predict=Prompts(goal=goal), generation=once, max_length=400)
+        make_trainer(tmp_path).predict(module, data)
+        assert len(data._prompts) == 9
+        for prompt, row in data._prompts:
+            assert ids(exported, row["messages"], **options) == list(prompt)
+
+
+def test_goal_in_template_false_leaves_the_template_and_the_card_tells(runs: Path, tmp_path: Path) -> None:
+    export(ckpt(runs, "full"), str(tmp_path / "out"), goal_in_template=False)
+    own, written = ((f / "chat_template.jinja").read_bytes() for f in (runs / "model", tmp_path / "out"))
+    assert written == own
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The chat template knows nothing of goals. Write the goal as the system message" in card
+    assert "chat_template_kwargs" not in card
+
+
+def test_a_wrong_merge_is_noticed_and_leaves_nothing(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import Linear
+
+    right = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: right(self, adapter) * 1.001)
+    with pytest.raises(ConfigError, match="merging changed the model: logits differ by"):
+        export(ckpt(runs, "adapter"), str(tmp_path / "out"), merge=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_wrong_write_is_noticed_and_leaves_nothing(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import modeling_utils
+
+    right = modeling_utils.safe_save_file
+
+    def wrong(tensors: dict[str, Tensor], *args: Any, **options: Any) -> None:
+        name = sorted(tensors)[0]
+        right({**tensors, name: tensors[name] + 0.05}, *args, **options)
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", wrong)
+    with pytest.raises(ConfigError, match="the written files don't hold"):
+        export(ckpt(runs, "full"), str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="writing it in float32 changed the model"):
+        export(ckpt(runs, "adapter"), str(tmp_path / "out"), merge=True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "merge"), [("full", False), ("adapter", False), ("adapter", True)])
+@pytest.mark.parametrize("where", ["known before", "while writing", "Ctrl-C"])
+def test_a_full_disk_and_ctrl_c_leave_nothing(
+    name: str, merge: bool, where: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft.peft_model
+    from transformers import modeling_utils
+
+    def broken(tensors: Any, path: str, **options: Any) -> None:
+        Path(path).write_bytes(b"half")
+        if where == "Ctrl-C":
+            raise KeyboardInterrupt
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    if where == "known before":
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    else:
+        monkeypatch.setattr(modeling_utils, "safe_save_file", broken)
+        monkeypatch.setattr(peft.peft_model, "safe_save_file", broken)
+    (tmp_path / "out").mkdir()  # an empty folder stays
+    error = KeyboardInterrupt if where == "Ctrl-C" else ConfigError
+    message = {"known before": "MiB would be written, and its disk has", "while writing": "No space left"}.get(where)
+    with pytest.raises(error, match=message):
+        export(ckpt(runs, name), str(tmp_path / "out"), merge=merge)
+    assert [f.name for f in tmp_path.rglob("*")] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "no"), OSError(30, "read-only"), ValueError("another"),
+        Exception("No space left on device (os error 28)"),  # as tokenizers says it
+    ],
+)  # fmt: skip
+def test_a_folder_that_fails_leaves_nothing(error: Exception, tmp_path: Path) -> None:
+    """What isn't about writing stays what it is."""
+    expected = ValueError if isinstance(error, ValueError) else ConfigError
     with pytest.raises(expected), all_or_nothing(tmp_path / "out") as partial:  # noqa: PT012
         (partial / "half").write_text("x")
         raise error
-    assert list(tmp_path.iterdir()) == []
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_stands_in_the_way_and_what_has_no_effect_is_refused(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty"), all_or_nothing(tmp_path / "file"):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    adapter, full = ckpt(runs, "adapter"), ckpt(runs, "full")
+    for name in ("file", "folder", "link"):
+        with pytest.raises(ConfigError, match=f"{name} exists and is not empty"):
+            export(full, str(tmp_path / name))
+    out = str(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"can't be written: (Not a directory|File exists)"):
+        export(full, str(tmp_path / "file" / "out"))
+    for options, message in (
+        ({"checkpoint": full, "merge": True}, "--merge has no effect"),
+        ({"checkpoint": full, "private": True}, "--private has no effect"),
+        ({"checkpoint": full, "max_shard_size": "much"}, "--max_shard_size must be a size"),
+        ({"checkpoint": adapter, "max_shard_size": "2GB"}, "--max_shard_size has no effect on an adapter"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            export(output=out, **options)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder", "link"]
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["full", "adapter"])
+def test_a_damaged_checkpoint_is_refused(
+    name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray(Path(ckpt(runs, name)).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.ckpt is refused: .*not what was written"):
+        export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
+    (tmp_path / "b.ckpt").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(ConfigError, match=r"a pickle, say"):
+        export(str(tmp_path / "b.ckpt"), str(tmp_path / "out"))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt"]
+    assert "no digest" not in capsys.readouterr().err
+    torch.save(torch.load(ckpt(runs, name), weights_only=True), tmp_path / "c.ckpt")  # by another hand
+    export(str(tmp_path / "c.ckpt"), str(tmp_path / "out"))
+    assert "c.ckpt has no digest of its content" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_adapter_does_not_leave_for_a_base_model_that_has_changed(merge: bool, runs: Path, tmp_path: Path) -> None:
+    """Of the same shapes, so that its weights would fit; and of others."""
+    shutil.copytree(runs / "model", tmp_path / "kept")
+    try:
+        for sizes, message in (({}, "trained over another base model"), ({"hidden_size": 64}, "another base|fit")):
+            torch.manual_seed(1)
+            model = make_model(tmp_path / f"other{len(sizes)}", **sizes)
+            if not sizes:
+                from transformers import AutoModelForCausalLM
+
+                changed = AutoModelForCausalLM.from_pretrained(model)
+                changed.model.layers[0].mlp.up_proj.weight.data += 0.5
+                changed.save_pretrained(model)
+            shutil.rmtree(runs / "model")
+            shutil.copytree(model, runs / "model")
+            with pytest.raises(ConfigError, match=message):
+                export(ckpt(runs, "adapter"), str(tmp_path / "out"), merge=merge)
+            assert not (tmp_path / "out").exists()
+            if sizes:
+                with pytest.raises(ConfigError, match="doesn't fit the model at"):
+                    export(ckpt(runs, "full"), str(tmp_path / "out"))
+    finally:
+        shutil.rmtree(runs / "model")
+        shutil.copytree(tmp_path / "kept", runs / "model")
+
+
+def test_frozen_parts_of_an_adapter_leave_with_it(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    """Half of a new adapter's weights are random: frozen, they are nowhere but in the checkpoint."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from rap_lightning.models.policy import Lora, PolicyConfig
+
+    policy = PolicyConfig(str(tiny), lora=Lora(r=4), freeze=["lora_A"])
+    big = lambda params: torch.optim.SGD(params, lr=0.3)  # noqa: E731
+    module, data = build(tiny, pairs_folder, policy=policy, optimizer=big)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    torch.manual_seed(123)
+    export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(tmp_path / "out"))
+    assert torch.equal(logits(loaded), logits(module.policy.model))
+
+
+def test_shards_and_dtypes_are_as_asked(runs: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    export(ckpt(runs, "full"), str(tmp_path / "out"), dtype="bfloat16", max_shard_size="50KB")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    assert {t.dtype for f in files for t in load_file(f).values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert f"{tmp_path}" not in "".join(f.read_text() for f in (tmp_path / "out").glob("*.json"))
+
+
+# -- sharded checkpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["full", pytest.param("adapter", marks=pytest.mark.slow)])
+def test_shards_of_two_processes_leave_as_what_fit_gathered(
+    kind: str, context: Any, world: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    started: list[Run] = []
+
+    def start(options: list[str], **environment: str) -> Run:
+        started.append(Run(context, options, tmp_path / f"{len(started)}.log", **environment))
+        return started[-1]
+
+    options = arguments(world, tmp_path / "run", steps=2, kind=kind)
+    kept = [o if options[i - 1] != "--export.enabled" else "true" for i, o in enumerate(options)]
+    pair = Pair(start, kept, FSDP2)
+    try:
+        assert pair.end() == [0, 0], pair.said[-2000:]
+    finally:
+        for one in started:
+            one.process.kill()
+    folder = next(p for p in (tmp_path / "run").rglob("*.ckpt") if "step=2" in p.name and not p.is_symlink())
+    assert len(list(folder.glob("*.distcp"))) == 2
+    export(str(folder), str(tmp_path / "out"))
+    gathered = next((tmp_path / "run").rglob("hf"))
+    file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    assert (tmp_path / "out" / file).read_bytes() == (gathered / file).read_bytes()
+    assert ids_of(tmp_path / "out") == ids_of(gathered)
+
+    def refused(message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            export(str(folder), str(tmp_path / "other"))
+        assert not (tmp_path / "other").exists()
+
+    (folder / "digests.json").rename(tmp_path / "digests.json")  # an unsealed one, as of another version
+    export(str(folder), str(tmp_path / "unsealed"))
+    whole = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    refused(r"it names (os|posix)\.system")
+    assert not (tmp_path / "ran").exists()
+    (folder / ".metadata").write_bytes(whole)
+    (tmp_path / "digests.json").rename(folder / "digests.json")
+    shard = next(folder.glob("__1_*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    refused("distcp is not what was written")
+    shard.unlink()
+    refused("distcp")
+
+
+def ids_of(folder: Path) -> list[int]:
+    from transformers import AutoTokenizer
+
+    return ids(AutoTokenizer.from_pretrained(folder), HISTORIES[0])
+
+
+# -- card and Hub -----------------------------------------------------------------------------------------------------
+
+
+def test_the_card_tells_data_method_scale_and_how_to_prompt_and_no_path(runs: Path, tmp_path: Path) -> None:
+    export(
+        ckpt(runs, "adapter"), str(tmp_path / "my-model"), merge=True, base_model="org/base", license="apache-2.0"
+    )  # fmt: skip
+    card = (tmp_path / "my-model" / "README.md").read_text()
+    _, head, body = card.split("---\n", 2)
+    about = yaml.safe_load(head)
+    assert about["base_model"] == "org/base"
+    assert about["license"] == "apache-2.0"
+    assert about["library_name"] == "transformers"
+    (train,) = [row for row in body.splitlines() if row.startswith("| train")]
+    report = json.loads(next((runs / "runs" / "adapter").rglob("data_report.json")).read_text())
+    counts = next(r for r in report if r["split"] == "train")
+    told = [int(cell.replace(",", "")) for cell in train.strip("| ").split(" | ")[2:]]
+    assert told == [counts["rows_read"], counts["pairs_kept"], counts["relabelled_pairs"]]
+    assert told[0] == 23
+    for part in (
+        "`DPO(beta=", "| reference | AdaptersOff |", "| adapter r | 4 |", "lr=0.3", "| seed | 0 |", "| step | 3 |",
+        "low 1, high 10", OverallGoal().text(10), "goal=NUMBER asks for another, from 1 to 10", "abs/2410.08067",
+        '"chat_template_kwargs": {"goal": 5.5}', "As last measured.", "| val/loss |", f"torch {torch.__version__}",
+    ):  # fmt: skip
+        assert part in body, part
+    assert "/tmp" not in card
+    assert str(runs.parent) not in card
+    (code, *_) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    code = code.replace('"my-model"', repr(str(tmp_path / "my-model")))
+    with contextlib.redirect_stdout(None):
+        exec(code.replace("max_new_tokens=256", "max_new_tokens=2"), {})  # what the card shows must run
+
+
+class FakeHub:
+    """What push calls, kept; ``failure`` is raised by the upload, ``public`` is what the repository is already."""
+
+    calls: list[tuple[str, dict[str, Any]]]
+    failure: Exception | None = None
+    public = False
+
+    def __init__(self, token: str) -> None:
+        FakeHub.calls = [("token", {"token": token})]
+
+    def create_repo(self, repository: str, **options: Any) -> None:
+        self.calls.append(("create", options | {"repository": repository}))
+
+    def repo_info(self, repository: str, **options: Any) -> Any:
+        return type("Info", (), {"private": not self.public})
+
+    def upload_folder(self, **options: Any) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.calls.append(("upload", options | {"files": {f.name for f in options["folder_path"].iterdir()}}))
+
+
+SECRET = "hf_verysecretverysecret"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    import huggingface_hub
+
+    class Hub(FakeHub):
         pass
-    with pytest.raises(ConfigError, match="can't be written"), all_or_nothing(tmp_path / "file" / "out"):
-        pass
-    with pytest.raises(ConfigError, match="would be written"), all_or_nothing(tmp_path / "big", 1 << 60):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    return Hub
+
+
+@pytest.mark.parametrize(("asked", "private"), [(None, True), (True, True), (False, False)])
+def test_a_push_is_private_unless_told_and_never_tells_the_token(
+    asked: bool | None, private: bool, hub: Any, runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export(ckpt(runs, "full"), str(tmp_path / "out"), push_to_hub="org/name", private=asked)
+    (_, token), (_, created), (_, uploaded) = FakeHub.calls
+    assert token["token"] == SECRET
+    assert (created["repository"], created["private"], uploaded["repo_id"]) == ("org/name", private, "org/name")
+    assert {"model.safetensors", "README.md", "chat_template.jinja"} <= uploaded["files"]
+    assert uploaded["commit_message"].endswith("step 3")
+    said = capfd.readouterr()
+    assert "pushed https://huggingface.co/org/name" in said.out
+    assert SECRET not in said.out + said.err
+    assert not [f for f in (tmp_path / "out").iterdir() if SECRET.encode() in f.read_bytes()]
+
+
+def test_a_push_that_fails_keeps_folder_and_secret(
+    hub: Any, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.failure = RuntimeError(f"403 for Bearer {SECRET}")
+    with pytest.raises(ConfigError, match=r"the Hub didn't take the folder: 403 for Bearer \*\*\*.*hf upload") as error:
+        export(ckpt(runs, "full"), str(tmp_path / "out"), push_to_hub="org/name")
+    assert error.value.__suppress_context__
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    hub.failure, hub.public = None, True
+    with pytest.raises(ConfigError, match="exists and is public"):
+        export(ckpt(runs, "full"), str(tmp_path / "two"), push_to_hub="org/name")
+    assert [name for name, _ in FakeHub.calls] == ["token", "create"]
+    with pytest.raises(ConfigError, match="--base_model ORG/NAME"):
+        export(ckpt(runs, "adapter"), str(tmp_path / "three"), push_to_hub="org/name")
+    monkeypatch.delenv("HF_TOKEN")
+    for name, message in (("org/name", "no token. Set HF_TOKEN"), ("name", "ORG/NAME"), ("a b/c", "not a name")):
+        with pytest.raises(ConfigError, match=message):
+            export(ckpt(runs, "full"), str(tmp_path / "three"), push_to_hub=name)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "two"]
+    said = capfd.readouterr()
+    assert SECRET not in said.out + said.err
+
+
+# -- where a run comes from -------------------------------------------------------------------------------------------
+
+
+def test_a_runs_folder_says_where_it_comes_from_and_its_line_repeats_it(
+    tiny: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    me = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q", "-b", "trunk"], [*me, "commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", *command], check=True)
+    (tmp_path / "note").write_text("not committed")
+    options = [
+        "--model.policy.path", str(tiny), "--model.policy.lora.r", "2", "--data.source", str(pairs_folder),
+        "--data.max_length", "160", "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01",
+        "--trainer.accelerator", "cpu", "--trainer.max_steps", "4", "--seed_everything", "7", "--data.seed", "3",
+    ]  # fmt: skip
+    assert call(monkeypatch, "fit", *options) == 0
+    first = tmp_path / "runs" / "version_0"
+    run = json.loads((first / "run.json").read_text())
+    assert run["packages"]["torch"] == torch.__version__
+    head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert (run["git"]["commit"], run["git"]["branch"], run["git"]["dirty"]) == (head, "trunk", True)
+    assert "note" in run["git"]["changed_files"]
+    assert (run["seed"], run["data_seed"], run["facts"]["step"]) == (7, 3, 4)
+    assert run["command"].startswith("rap-lightning fit --model.policy.path")
+    assert run["finished"] >= run["started"]
+    assert {"config.yaml", "data_report.json", "goal.json", "metrics.csv"} <= {f.name for f in first.iterdir()}
+    there, line = run["repeat"].split(" && ")
+    assert there == f"cd {shlex.quote(str(tmp_path))}"
+    monkeypatch.chdir(os.path.relpath(tmp_path, Path.cwd()))
+    program, *again = shlex.split(line)
+    assert program == "rap-lightning"
+    torch.manual_seed(99)
+    assert call(monkeypatch, *again) == 0
+    one, two = (
+        load_file(tmp_path / "runs" / v / "hf" / "adapter_model.safetensors") for v in ("version_0", "version_1")
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(value.abs().max() > 0 for name, value in one.items() if "lora_B" in name)
+
+
+def test_the_recorded_command_hides_what_is_secret() -> None:
+    from rap_lightning.provenance import command_line
+
+    args = ["fit", "--logger.api_key", "abc", "--logger.token=def", "--data.source", "a b"]
+    assert command_line(args) == "fit --logger.api_key '***' '--logger.token=***' --data.source 'a b'"

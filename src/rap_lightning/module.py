@@ -27,7 +27,7 @@ from rap_lightning.losses import DPO, PreferenceLoss
 from rap_lightning.losses.base import over_ranks
 from rap_lightning.metrics import PairMetrics
 from rap_lightning.models import memory
-from rap_lightning.models.adapters import adapter_digest
+from rap_lightning.models.adapters import adapter_digest, of_adapter
 from rap_lightning.models.digests import base_digest, same_base
 from rap_lightning.models.generate import Generation, generate
 from rap_lightning.models.held import AdapterAsLoaded
@@ -673,7 +673,7 @@ class PreferenceModule(pl.LightningModule):
         if self.policy is None or not self.policy.has_adapter or self.device_mesh is not None:
             return {}
         named = self.policy.named_parameters(remove_duplicate=False)  # a tied head has two names
-        return {f"policy.{name}": p.detach() for name, p in named if not p.requires_grad}
+        return {f"policy.{name}": p.detach() for name, p in named if not (p.requires_grad or of_adapter(name))}
 
 
 def _as_it_is(batch: Any) -> Any:

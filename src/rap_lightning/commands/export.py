@@ -72,6 +72,8 @@ def export(
 
     _say(f"reading {checkpoint}")
     saved = open_saved(Path(checkpoint))
+    if not saved.verified:
+        _say(f"{checkpoint} has no digest of its content, so it is read without being verified")
     config = _config(saved, trust_remote_code)
     adapter = bool(saved.record["policy"].get("lora") or saved.record["policy"].get("adapter"))
     if merge and not adapter:
@@ -134,9 +136,12 @@ def _config(saved: SavedPolicy, trust_remote_code: bool) -> PolicyConfig:
 
 def _restored(saved: SavedPolicy, config: PolicyConfig, dtype: Any, adapter: bool) -> Policy:
     """The policy with the checkpoint's weights in it; of an adapter's run the base model's are those of its files."""
+    from rap_lightning.models.adapters import of_adapter
+
     policy = config.build(dtype)
     state = policy.state_dict()
-    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    _refuse_other_base(saved, config, policy)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad or of_adapter(name)}
     present = {state[name].data_ptr() for name in saved.names if name in state}
     wanted = trained if adapter else {n for n, v in state.items() if n in saved.names or v.data_ptr() not in present}
     missing, unexpected = sorted(wanted - set(saved.names)), sorted(set(saved.names) - state.keys())
@@ -152,6 +157,20 @@ def _restored(saved: SavedPolicy, config: PolicyConfig, dtype: Any, adapter: boo
         raise ConfigError(f"{saved.path} doesn't fit the model at {config.path}: {reason}") from error
     policy.causal_lm.tie_weights()
     return policy
+
+
+def _refuse_other_base(saved: SavedPolicy, config: PolicyConfig, policy: Policy) -> None:
+    """An adapter on a base model that it wasn't trained over is a model that nobody has seen."""
+    from rap_lightning.models.digests import base_digest, same_base
+
+    then = saved.record.get("digests", {}).get("base")
+    if then is None or saved.record["policy"].get("quantize") or "torch.float16" in then.split(":")[0].split(","):
+        return  # not recorded, or in numbers that the base model's own dtype doesn't give again
+    if not same_base(then, base_digest(policy)):
+        raise ConfigError(
+            f"the checkpoint's adapter was trained over another base model than what is now at {config.path}. "
+            "Put back what the run began with."
+        )
 
 
 def _facts(saved: SavedPolicy) -> dict[str, Any]:

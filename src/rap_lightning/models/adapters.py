@@ -53,6 +53,11 @@ def adapter_digest(path: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def of_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to the adapter, trained or frozen, and not to the base model."""
+    return ".lora_" in name
+
+
 def attach(model: Any, path: str, revision: str | None, base: str, *, dropout: bool) -> Any:
     """``model`` with the adapter on it, trainable.
 

@@ -36,11 +36,14 @@ def _is_archive(path: Path) -> bool:
         return False
 
 
-def refuse_damaged(path: Path) -> None:
-    """``refuse_unreadable``, and raise ConfigError where the content is not what was written, naming another."""
+def refuse_damaged(path: Path) -> bool:
+    """``refuse_unreadable``, and raise ConfigError where the content is not what was written, naming another.
+
+    Returns whether that could be known: whether there is a digest of the content.
+    """
     refuse_unreadable(path)
     try:
-        verify(path)
+        return verify(path)
     except ConfigError as error:
         raise ConfigError(f"{error}{_another(path)}") from error
 
@@ -80,7 +83,7 @@ def _another(path: Path) -> str:
     for other in _checkpoints(path.parent):
         try:
             if other.resolve() != path.resolve() and (other.is_dir() or _is_archive(other)) and verify(other):
-                return f" The newest whole one there is {other}: give that as --ckpt_path."
+                return f" The newest whole one there is {other}: give that instead."
         except ConfigError:
             continue
     return ""

@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 
+from rap_lightning.models.adapters import of_adapter
 from rap_lightning.models.policy import Policy
 
 SAMPLE = 64
@@ -14,14 +15,14 @@ SAMPLE = 64
 
 @torch.no_grad()
 def base_digest(policy: Policy) -> str:
-    """Digest of names, shapes and a spread sample of the weights that are not trained; cheap for any size of model.
+    """Digest of names, shapes and a spread sample of the base model's weights; cheap for any size of model.
 
     Three parts: the dtypes, the exact numbers, and the numbers as bfloat16 has them, by which the same model in another
     dtype is known. Compare with :func:`same_base`.
     """
     dtypes, exact, rounded = set(), hashlib.sha256(), hashlib.sha256()
     for name, p in policy.named_parameters():
-        if not p.requires_grad:
+        if not (p.requires_grad or of_adapter(name)):
             values = p.detach().flatten()
             sample = values[:: max(1, len(values) // SAMPLE)][:SAMPLE].cpu().contiguous()
             dtypes.add(str(p.dtype))

@@ -57,6 +57,10 @@ def full_state(policy: Policy) -> dict[str, Tensor]:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(policy, options=options)
+    first: dict[int, str] = {}
+    for name, p in policy.named_parameters(remove_duplicate=False):  # a tied head is gathered as a copy
+        if name in state:
+            state[name] = state[first.setdefault(id(p), name)]
     return state
 
 

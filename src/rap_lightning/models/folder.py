@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from rap_lightning.errors import ConfigError
 
 
@@ -38,11 +36,13 @@ def all_or_nothing(output: Path, needed: int = 0) -> Iterator[Path]:
             )
         partial.mkdir()
         yield partial
+        for path in partial.iterdir():
+            path.chmod(partial.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
         refuse_non_empty(output)  # someone else may have been faster
         if output.is_dir():
             output.rmdir()
         partial.rename(output)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         if (reason := _reason(error)) is None:
             raise
@@ -65,7 +65,8 @@ def refuse_non_empty(output: Path) -> None:
 def _reason(error: Exception) -> str | None:
     """Why the system refused to write; None for an error that isn't about that."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None:  # safetensors and tokenizers write in Rust, whose errors say it in words
+    if number is None and not isinstance(error, ConfigError):
+        # safetensors and tokenizers write in Rust, whose errors (a bare Exception is one) say it in words
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else None
     if number is None:

@@ -32,7 +32,10 @@ class SavedPolicy(ABC):
     Attributes:
         path: of the file or folder.
         meta: everything but weights and optimizer states.
+        verified: its content was compared with the digest that was written with it.
     """
+
+    verified = False
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         if "rap_lightning" not in meta:
@@ -69,16 +72,20 @@ def open_saved(path: Path) -> SavedPolicy:
     Raises:
         ConfigError: there is no checkpoint of ours, or it can't be read.
     """
+    verified = refuse_damaged(path)
+    saved: SavedPolicy
     if not path.is_dir():
-        return _OneFile(path)
-    refuse_damaged(path)
-    if (path / ".metadata").is_file():
-        return _Shards(path)
-    if (path / "latest").is_file():
-        return _Zero(path)
-    raise ConfigError(
-        f"{path} is a folder, but not a sharded checkpoint: it has neither .metadata (FSDP2) nor latest (DeepSpeed)."
-    )
+        saved = _OneFile(path)
+    elif (path / ".metadata").is_file():
+        saved = _Shards(path)
+    elif (path / "latest").is_file():
+        saved = _Zero(path)
+    else:
+        raise ConfigError(
+            f"{path} is a folder, but no sharded checkpoint: it has neither .metadata (FSDP2) nor latest (DeepSpeed)."
+        )
+    saved.verified = verified
+    return saved
 
 
 class _OneFile(SavedPolicy):
