@@ -27,7 +27,8 @@ from rap_lightning.models.generate import Generation, generate
 from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
-from rap_lightning.models.sharding import shard
+from rap_lightning.models.sharded_load import load_sharded
+from rap_lightning.models.sharding import Sharding
 from rap_lightning.preferences.relabel import UNCONDITIONED
 from rap_lightning.progress import close_epoch, rewind_to_whole_step
 from rap_lightning.schedules import CosineWithWarmup, Schedule
@@ -91,7 +92,14 @@ class PreferenceModule(pl.LightningModule):
             return
         self._check_data()
         dtype = self.policy_config.resolve_dtype()
-        self.policy = self.policy_config.build(dtype)
+        sharding = self._sharding()
+        whole = ""
+        if sharding is None:
+            self.policy = self.policy_config.build(dtype)
+        else:
+            self.policy, whole = load_sharded(self.policy_config, dtype, sharding, trained=True)
+        if whole:
+            rank_zero_info(f"{self.policy_config.path} is loaded whole by each process, then sharded: {whole}.")
         difference = check_head(self.policy)
         if reason := check_sharing(self.policy):
             rank_zero_info(
@@ -110,18 +118,24 @@ class PreferenceModule(pl.LightningModule):
                 "Trainable weights are bfloat16: updates smaller than 1/256 of a weight are rounded away, so small "
                 "learning rates train nothing. Use --trainer.precision bf16-mixed, which keeps them in float32."
             )
-        # the policy is sharded before the reference is loaded, so that no rank holds both whole
-        if self.device_mesh is not None:
-            if self.device_mesh["tensor_parallel"].size() > 1:
-                raise ConfigError(
-                    "tensor parallelism isn't there yet. Set --trainer.strategy.tensor_parallel_size 1 and "
-                    f"--trainer.strategy.data_parallel_size {self.trainer.world_size}."
-                )
-            shard(self.policy, self.device_mesh["data_parallel"])
+        if sharding is not None:
+            self.reference.shard(sharding)
         self.reference.load(self.policy_config, dtype)
-        if self.device_mesh is not None:
-            self.reference.shard(self.device_mesh["data_parallel"])
         self.reference.follow(self.policy, 0)
+
+    def _sharding(self) -> Sharding | None:
+        """How the strategy wants weights sharded; None where every process holds them whole."""
+        if self.device_mesh is None:
+            return None
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            raise ConfigError(
+                "tensor parallelism isn't there: the head computes log-probabilities from its whole weight. Set "
+                f"--trainer.strategy.tensor_parallel_size 1 and --trainer.strategy.data_parallel_size "
+                f"{self.trainer.world_size}, or use the strategy FSDP2."
+            )
+        # of a strategy that says more than sizes (rap_lightning.strategies)
+        asked = getattr(self.trainer.strategy, "sharding", None)
+        return asked if isinstance(asked, Sharding) else Sharding(self.device_mesh["data_parallel"])
 
     def _check_data(self) -> None:
         """Refuse data on which the loss would not mean what it says, before anything is loaded."""

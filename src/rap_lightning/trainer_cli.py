@@ -30,8 +30,9 @@ from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.schedules import Schedule
+from rap_lightning.strategies import FSDP2
 
-SHORT_NAMES = (Stored, Synchronised)  # jsonargparse knows a class by its short name once it has been imported
+SHORT_NAMES = (Stored, Synchronised, FSDP2)  # jsonargparse knows a class by its short name once it has been imported
 OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule)
 
 CLASS_OPTIONS = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.func import functional_call
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy import Policy, PolicyConfig, evaluating
 from rap_lightning.models.reference import Reference
+from rap_lightning.models.sharding import Sharding
 
 
 class Synchronised(Reference):
@@ -44,7 +44,7 @@ class Synchronised(Reference):
                 "two low-rank updates does not mix the updates. Set --model.reference.alpha 1, or train all weights."
             )
 
-    def shard(self, mesh: DeviceMesh) -> None:
+    def shard(self, sharding: Sharding) -> None:
         """Refuse: the copy would have to be sharded as the policy is, and so would the checkpoint."""
         raise ConfigError(
             "reference Synchronised doesn't go with a sharded policy yet. Use DDP, or the references Frozen or "
