@@ -173,10 +173,10 @@ def start_adapter(model: Any) -> None:
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             for name in layer.lora_A:
-                dtype = layer.lora_A[name].weight.dtype
+                base, dtype = layer.get_base_layer().weight.dtype, layer.lora_A[name].weight.dtype
                 for part in (layer.lora_A[name], layer.lora_B[name]):
                     part.to_empty(device="cpu")
                     part.float().reset_parameters()  # peft's layers are born so, and the generator moves on by it
                 layer.reset_lora_parameters(name, True)
                 for part in (layer.lora_A[name], layer.lora_B[name]):
-                    part.to(dtype)
+                    part.to(base).to(dtype)  # peft gives an adapter the base's dtype, then its own
