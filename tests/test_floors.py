@@ -14,6 +14,7 @@ FLOORS = [
     {"models"},
     {"metrics", "schedules", "progress"},
     {"datamodule", "module"},
+    {"strategies", "together"},
     {"callbacks"},
     {"world"},
     {"class_names"},

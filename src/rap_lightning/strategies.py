@@ -146,6 +146,21 @@ class FSDP2(ModelParallelStrategy):
         )
 
 
+def check_size(strategy: Any) -> None:
+    """Raise ConfigError where a strategy's sizes don't make up the number of processes, before any is started."""
+    if isinstance(strategy, FSDP2):
+        strategy.check_size()
+    elif isinstance(strategy, ModelParallelStrategy):
+        sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
+        ranks = strategy.num_nodes * strategy.num_processes
+        if "auto" not in sizes and int(sizes[0]) * int(sizes[1]) != ranks:
+            raise ConfigError(
+                f"--trainer.strategy: data_parallel_size {sizes[0]} times tensor_parallel_size {sizes[1]} isn't the "
+                f"{ranks} processes of {strategy.num_nodes} nodes with {strategy.num_processes} devices each. Set "
+                f"data_parallel_size {ranks} and tensor_parallel_size 1, or use --trainer.strategy fsdp2."
+            )
+
+
 # so that a bare name does: --trainer.strategy fsdp2
 if "fsdp2" not in StrategyRegistry:
     StrategyRegistry.register("fsdp2", FSDP2, description=(FSDP2.__doc__ or "").splitlines()[0])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import _typehints
+from jsonargparse import _typehints, namespace_to_dict
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -30,7 +30,8 @@ from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.schedules import Schedule
-from rap_lightning.strategies import FSDP2
+from rap_lightning.strategies import FSDP2, check_size
+from rap_lightning.together import Together, flat
 
 SHORT_NAMES = (Stored, Synchronised, FSDP2)  # jsonargparse knows a class by its short name once it has been imported
 OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule)
@@ -86,7 +87,17 @@ class PreferenceCLI(LightningCLI):
         kwargs["callbacks"] = [*callbacks, RunRecord(), WholeSteps(), WritePredictions()]
         if config.get("logger") is None:
             kwargs["logger"] = CSVLogger(config.get("default_root_dir") or "runs", name="")
-        return super().instantiate_trainer(**kwargs)
+        facts = namespace_to_dict(self.config[self.config["subcommand"]]) if "subcommand" in self.config else {}
+        self.together = Together(flat(facts))
+        kwargs["callbacks"].append(self.together)
+        trainer = super().instantiate_trainer(**kwargs)
+        check_size(trainer.strategy)
+        self.together.attach(trainer.strategy)
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self.together.explained():
+            super()._run_subcommand(subcommand)
 
 
 def run(args: list[str]) -> None:

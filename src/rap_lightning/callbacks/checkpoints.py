@@ -13,8 +13,12 @@ class Checkpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint; when a run is interrupted it prints, after saving, what to go on from."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save if so configured, then point to the newest checkpoint."""
-        super().on_exception(trainer, pl_module, exception)
+        """Save if so configured, then point to the newest checkpoint.
+
+        Ranks save together: where one fails alone, the others are elsewhere, and the last checkpoint has to do.
+        """
+        if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt):
+            super().on_exception(trainer, pl_module, exception)
         self._print_newest()
 
     @rank_zero_only
