@@ -12,13 +12,14 @@ FLOORS = [
     {"batches"},
     {"losses"},
     {"models"},
-    {"metrics", "schedules", "progress"},
+    {"metrics", "schedules", "progress", "planning"},
     {"datamodule", "module"},
     {"strategies", "together"},
     {"callbacks"},
     {"world"},
     {"class_names"},
-    {"commands", "trainer_cli"},
+    {"trainer_cli"},
+    {"commands"},
     {"cli"},
 ]
 

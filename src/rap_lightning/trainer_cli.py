@@ -105,27 +105,50 @@ def run(args: list[str]) -> None:
     _fresh_defaults_for_new_classes()
     _quieten()
     check_class_names(args, CLASS_OPTIONS)
-    sections = _sections_with_class(args)
     try:
-        PreferenceCLI(
-            PreferenceModule,
-            PreferenceDataModule,
-            subclass_mode_model="model" in sections,
-            subclass_mode_data="data" in sections,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={
-                "prog": "rap-lightning",
-                "allow_abbrev": False,
-            },  # a misspelt option must not be taken for another
-            args=None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments given twice
-        )
+        PreferenceCLI(**_cli_options(args))
     except SystemExit as stop:
         if not stop.code and {"-h", "--help"} & set(args[1:]):
             print(losses_by_family())
         raise
+
+
+def parse_only(args: list[str]) -> PreferenceCLI:
+    """Parse options of fit and make model and data module of them, without a trainer: nothing is loaded."""
+    _fresh_defaults_for_new_classes()
+    _quieten()
+    check_class_names(args, CLASS_OPTIONS)
+    return _ParseOnly(**_cli_options(args) | {"args": args, "run": False, "seed_everything_default": False})
+
+
+class _ParseOnly(PreferenceCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        LightningCLI.parse_arguments(self, parser, args)
+
+    def instantiate_classes(self) -> None:
+        """Without what belongs to the trainer: a strategy may need a GPU only to be made."""
+        config = self.config.clone()
+        for name in ("strategy", "callbacks", "logger", "plugins", "profiler"):
+            config["trainer"][name] = None
+        made = self.parser.instantiate_classes(config)
+        self.model, self.datamodule = made["model"], made["data"]
+
+
+def _cli_options(args: list[str]) -> dict[str, Any]:
+    sections = _sections_with_class(args)
+    return {
+        "model_class": PreferenceModule,
+        "datamodule_class": PreferenceDataModule,
+        "subclass_mode_model": "model" in sections,
+        "subclass_mode_data": "data" in sections,
+        "trainer_defaults": TRAINER_DEFAULTS,
+        "seed_everything_default": 42,
+        "auto_configure_optimizers": False,
+        "save_config_kwargs": {"overwrite": True},
+        # allow_abbrev: a misspelt option must not be taken for another
+        "parser_kwargs": {"prog": "rap-lightning", "allow_abbrev": False},
+        "args": None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments given twice
+    }
 
 
 def losses_by_family() -> str:

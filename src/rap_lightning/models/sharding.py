@@ -52,5 +52,9 @@ def shard(policy: Policy, sharding: Sharding) -> None:
     for module in policy.modules():
         if type(module).__name__ in names:
             fully_shard(module, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host)
-    fully_shard(policy, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host)
+    # the root's weights stay gathered for the backward pass, which a frozen model hasn't
+    reshard = None if any(p.requires_grad for p in policy.parameters()) else True
+    fully_shard(
+        policy, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host, reshard_after_forward=reshard
+    )
     policy.computes_on = sharding.compute_device
