@@ -30,7 +30,7 @@ from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Ref
 from rap_lightning.models.sharded_load import load_sharded
 from rap_lightning.models.sharding import Sharding
 from rap_lightning.preferences.relabel import UNCONDITIONED
-from rap_lightning.progress import close_epoch, rewind_to_whole_step
+from rap_lightning.progress import close_epoch, recount, rewind_to_whole_step
 from rap_lightning.schedules import CosineWithWarmup, Schedule
 
 AGREEMENT = 1e-3
@@ -449,10 +449,19 @@ class PreferenceModule(pl.LightningModule):
             "policy": config,
             "goal": self.goal_record(),
             "reference": self.reference.state_dict(),
+            "step": self._step_size(),
         }
         if "state_dict" in checkpoint:
             frozen = self._frozen()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+
+    def _step_size(self) -> dict[str, int] | None:
+        """Pairs in an optimizer step, and batches of each rank in it; None of the user's own data."""
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if size is None:
+            return None
+        accumulate = self.trainer.accumulate_grad_batches
+        return {"pairs": size * accumulate * self.trainer.world_size, "accumulate": accumulate}
 
     def goal_record(self) -> dict[str, Any] | None:
         """The data's goal template, with the numbers its scale was fitted to; None where there is none."""
@@ -473,6 +482,9 @@ class PreferenceModule(pl.LightningModule):
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = {**self._frozen(), **checkpoint["state_dict"]}
         state = checkpoint.get("rap_lightning", {}).get("reference", {})
+        old, new = checkpoint.get("rap_lightning", {}).get("step"), self._step_size()
+        if old and new and self.trainer.state.fn == TrainerFn.FITTING:
+            recount(checkpoint, old, new)
         keeps_none = type(self.reference).load_state_dict is Reference.load_state_dict
         if state and keeps_none and self.trainer.state.fn == TrainerFn.FITTING:
             raise ConfigError(

@@ -118,10 +118,14 @@ def parse_only(args: list[str]) -> PreferenceCLI:
     _fresh_defaults_for_new_classes()
     _quieten()
     check_class_names(args, CLASS_OPTIONS)
+    warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")
     return _ParseOnly(**_cli_options(args) | {"args": args, "run": False, "seed_everything_default": False})
 
 
 class _ParseOnly(PreferenceCLI):
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         LightningCLI.parse_arguments(self, parser, args)
 

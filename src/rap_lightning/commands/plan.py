@@ -201,7 +201,7 @@ class _Plan:
             "pairs_per_step": self.data.batch_size * self.accumulate * spread.ranks, "tokens_per_step": tokens,
             "flops_per_step": step.flops * case.passes * spread.ranks, "longest_pair": longest,
         }  # fmt: skip
-        if self.gpu is not None:
+        if self.gpu is not None and self.precision.startswith("bf16"):  # the table's peaks are of bfloat16
             time = duration(step, spread, case.reference, case.passes, self.gpu, self.own.mfu, self.own.network)
             document |= {
                 "seconds_per_step": time.step, "compute_seconds": time.compute,
@@ -264,7 +264,9 @@ class _Plan:
             print(f"  {'on the host':<12}{held.host / 1e9:>9.2f} for each rank")
         print(f"\n{document['pairs_per_step']:,} pairs and {document['tokens_per_step']:,} tokens a step, "
               f"{document['flops_per_step'] / 1e12:,.1f} TFLOP")  # fmt: skip
-        if self.gpu is not None:
+        if self.gpu is not None and "seconds_per_step" not in document:
+            print("no time: float32 runs at a fraction of the peak that is known; use --trainer.precision bf16-mixed")
+        elif self.gpu is not None:
             print(f"a step: {document['seconds_per_step']:.2f} s ({document['compute_seconds']:.2f} s computing at "
                   f"{self.own.mfu:.0%} of {self.gpu.teraflops:g} TFLOP/s, {document['communication_seconds']:.2f} s "
                   f"travelling meanwhile), {document['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
