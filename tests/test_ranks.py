@@ -25,7 +25,8 @@ PAIRS_PER_STEP = 16
 
 def environment() -> dict[str, str]:
     return os.environ | {
-        "PYTHONPATH": str(WORKER.parent), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(WORKER.parent), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def on_two_hosts(cases: list[dict[str, Any]], folder: Path, limit: int = 240) ->
 
 
 def assert_same_run(folder: Path, one: str, other: str) -> None:
-    """Loss, every metric and the final weights to 1e-5 (log-probabilities, of a hundred nats, relative to their size)."""
+    """Loss, every metric and the final weights to 1e-5 (log-probabilities relative to their size)."""
     a, b = (torch.load(folder / f"{name}.pt") for name in (one, other))
     assert len(a["rows"]) == len(b["rows"]) > 2
     for row, its in zip(a["rows"], b["rows"], strict=True):
@@ -75,7 +76,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def variants(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    kinds = {"frozen": ("frozen", False), "stored": ("stored", False), "off": ("off", True), "stored-lora": ("stored", True)}
+    kinds = {
+        "frozen": ("frozen", False),
+        "stored": ("stored", False),
+        "off": ("off", True),
+        "stored-lora": ("stored", True),
+    }
     return {
         f"{layout}-{name}": base | {"reference": reference, "lora": lora, "data_options": {"layout": layout}}
         for layout in ("padded", "tree")
@@ -156,10 +162,12 @@ def test_a_rank_that_is_lost_is_named(base: dict[str, Any], tmp_path: Path) -> N
     """Two processes started by hand, as SLURM does; the second is killed in the middle of training."""
     port = str(20_000 + os.getpid() % 20_000)
     command = [
-        sys.executable, "-m", "rap_lightning.cli", "fit", "--model.policy.path", base["model"], "--data.source", base["data"],
+        sys.executable, "-m", "rap_lightning.cli", "fit", "--model.policy.path", base["model"],
+        "--data.source", base["data"],
         "--data.max_length", "160", "--data.batch_size", "2", "--trainer.accelerator", "cpu", "--trainer.devices", "1",
         "--trainer.num_nodes", "2", "--trainer.strategy", "FSDP2", "--trainer.strategy.timeout", "0:00:12",
-        "--trainer.max_epochs", "100000", "--trainer.log_every_n_steps", "5", "--trainer.default_root_dir", str(tmp_path),
+        "--trainer.max_epochs", "100000", "--trainer.log_every_n_steps", "5",
+        "--trainer.default_root_dir", str(tmp_path),
     ]  # fmt: skip
     both = []
     for rank in range(2):

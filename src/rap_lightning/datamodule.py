@@ -244,7 +244,9 @@ class PreferenceDataModule(pl.LightningDataModule):
     def digests(self) -> dict[str, str]:
         """Of each split that is loaded: what must be the same on every rank."""
         found = {f"data of split {name}": pairs.digest() for name, pairs in self._pairs.items()}
-        return found | {f"rows of split {name}": str([(r.read, r.kept) for r in reports]) for name, reports in self.reports.items()}
+        return found | {
+            f"rows of split {name}": str([(r.read, r.kept) for r in reports]) for name, reports in self.reports.items()
+        }
 
     def _fit_scale(self) -> None:
         """Take a scale's open numbers from the training split."""

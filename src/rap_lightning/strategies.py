@@ -125,7 +125,10 @@ class FSDP2(ModelParallelStrategy):
             return super().load_checkpoint(path, weights_only)
         from torch.distributed.checkpoint import load
         from torch.distributed.checkpoint.state_dict import (
-            get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict,
+            get_model_state_dict,
+            get_optimizer_state_dict,
+            set_model_state_dict,
+            set_optimizer_state_dict,
         )  # fmt: skip
 
         assert self.model is not None

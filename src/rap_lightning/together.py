@@ -42,7 +42,13 @@ PREFIX = "rap-lightning"
 STATUS = 3
 """What a process that lost others exits with."""
 ADVICE = "This run ends; go on from its newest checkpoint with --ckpt_path."
-OF_A_NODE = ("config", "trainer.default_root_dir", "model.policy.path", "data.source", "model.reference.init_args.folder")
+OF_A_NODE = (
+    "config",
+    "trainer.default_root_dir",
+    "model.policy.path",
+    "data.source",
+    "model.reference.init_args.folder",
+)
 """Options that may differ from node to node: where things lie. What lies there is compared itself."""
 
 
@@ -216,7 +222,10 @@ def by_others(error: BaseException) -> bool:
     """Whether an error only says that other ranks don't answer."""
     if isinstance(error, torch.distributed.DistError):
         return True
-    return isinstance(error, RuntimeError) and re.search("gloo|nccl|connection (closed|reset)", str(error), re.I) is not None
+    return (
+        isinstance(error, RuntimeError)
+        and re.search("gloo|nccl|connection (closed|reset)", str(error), re.I) is not None
+    )
 
 
 def _ranks(ranks: list[int], hosts: list[str] | None = None) -> str:
@@ -328,7 +337,8 @@ def model_facts(path: str) -> dict[str, str]:
 def flat(options: Any, prefix: str = "") -> dict[str, str]:
     """Nested options as dotted names, without those that may differ from node to node."""
     if not isinstance(options, dict):
-        return {} if prefix in OF_A_NODE else {prefix: str(options)}
+        text = re.sub(r" at 0x[0-9a-f]+", "", str(options))  # where a process happens to hold a default
+        return {} if prefix in OF_A_NODE else {prefix: text}
     found: dict[str, str] = {}
     for name, value in options.items():
         found |= {} if f"{prefix}.{name}".strip(".") in OF_A_NODE else flat(value, f"{prefix}.{name}".strip("."))

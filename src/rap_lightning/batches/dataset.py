@@ -58,7 +58,10 @@ class EncodedPairs(Dataset[Any]):
 
     def digest(self) -> str:
         """Of every encoded pair, in order: the same wherever the same data were encoded in the same way."""
-        table, found = self.table.with_format("arrow"), hashlib.sha256(str((self.relabelling, self.max_length)).encode())
+        table, found = (
+            self.table.with_format("arrow"),
+            hashlib.sha256(str((self.relabelling, self.max_length)).encode()),
+        )
         for first in range(0, len(table), DIGESTED):
             block = table[first : first + DIGESTED].replace_schema_metadata(None).combine_chunks()
             sink = pa.BufferOutputStream()

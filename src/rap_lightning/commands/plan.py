@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--teraflops", type=float, help="dense bfloat16, of a device that isn't in the table")
     parser.add_argument("--network", type=float, default=50.0, help="GB/s per device between nodes (50: 400 Gb/s)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (0.4)")
-    parser.add_argument("--length", type=int, help="tokens of prompt and response; by default data.max_length, the worst")
+    parser.add_argument(
+        "--length", type=int, help="tokens of prompt and response; by default data.max_length, the worst"
+    )
     parser.add_argument("--prompt_share", type=float, default=0.5, help="share of the length that is prompt (0.5)")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     return parser
@@ -122,7 +124,9 @@ class _Plan:
         size, count = PairSize(prompt, response, response), 1
         tokens = LAYOUTS[self.data.layout].tokens
         if tokens([size]) > budget:
-            raise ConfigError(f"--data.token_budget {budget:,} is below the {tokens([size]):,} tokens of one such pair.")
+            raise ConfigError(
+                f"--data.token_budget {budget:,} is below the {tokens([size]):,} tokens of one such pair."
+            )
         while count < pairs and tokens([size] * (count + 1)) <= budget:
             count += 1
         return count, -(-pairs // count)
@@ -229,7 +233,10 @@ class _Plan:
             options.append((f"{2 * spread.ranks} devices instead of {spread.ranks}", self._memory(step, spread=wider)))
             if self.gpu is not None and not spread.offload:
                 options.append(
-                    ("--trainer.strategy.cpu_offload true (slow)", self._memory(step, spread=replace(spread, offload=True)))
+                    (
+                        "--trainer.strategy.cpu_offload true (slow)",
+                        self._memory(step, spread=replace(spread, offload=True)),
+                    )
                 )
         if case.pairs > 1:
             smaller = step.timeline and replace(
@@ -242,7 +249,9 @@ class _Plan:
             for text, held in sorted(options, key=lambda option: option[1].total)
         ]
         if self.config.lora is None:
-            lines.append("--model.policy.lora.r 16: no gradients and optimizer state but the adapter's, no second model")
+            lines.append(
+                "--model.policy.lora.r 16: no gradients and optimizer state but the adapter's, no second model"
+            )
         return lines
 
     def _table(self, step: Step, held: Memory, document: dict[str, Any]) -> None:
@@ -253,7 +262,7 @@ class _Plan:
         print(f"{self.config.path}: {step.parameters:,} parameters, {step.trainable:,} trainable "
               f"({step.trainable / step.parameters:.2%})")  # fmt: skip
         print(f"{spread.kind} over {shape}; reference {case.reference}; layout {case.layout}; {self.precision}; "
-              f"pairs of {case.length:,} tokens, {case.pairs} in a forward pass, {case.passes} passes a step")  # fmt: skip
+              f"{case.length:,} tokens a pair, {case.pairs} in a forward pass, {case.passes} passes a step")  # fmt: skip
         print("\nmemory of a rank at the worst moment, GB")
         for name in ("weights", "gradients", "optimizer", "reference", "gathered", "activations", "process"):
             note = f"  (logits at most {held.logits / 1e9:.2f})" if name == "activations" else ""

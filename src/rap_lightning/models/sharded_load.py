@@ -7,6 +7,7 @@ the model's own code, and an adapter starts from the same random numbers as one 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,17 +75,17 @@ def blank_model(config: PolicyConfig, dtype: torch.dtype) -> tuple[Any, str]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, **options)
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"--model.policy.path {config.path}: no model can be built from its config: {error}") from error
+        raise ConfigError(
+            f"--model.policy.path {config.path}: no model can be built from its config: {error}"
+        ) from error
     if not config.dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
     model.tie_weights()
     # only where the folder has one: a model's own defaults are kept otherwise
-    try:
+    with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(config.path, revision=config.revision)
-    except OSError:
-        pass
     _compute_buffers(model)
     if any(buffer.is_meta for _, buffer in model.named_non_persistent_buffers()):
         return None, "buffers of it can't be computed apart from its weights"
@@ -156,7 +157,9 @@ def _fill(model: Any, files: dict[str, Any]) -> None:
             continue  # an adapter's own, or tied to one that is there
         shape = tuple(source.get_shape())
         if shape != tuple(tensor.shape):
-            raise ConfigError(f"{name} has the shape {shape} in the model's files, and {tuple(tensor.shape)} in its config.")
+            raise ConfigError(
+                f"{name} has the shape {shape} in the model's files, and {tuple(tensor.shape)} in its config."
+            )
         if not isinstance(tensor, DTensor):
             tensor.copy_(source[:] if shape else source[...])
             continue

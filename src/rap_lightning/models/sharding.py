@@ -54,7 +54,5 @@ def shard(policy: Policy, sharding: Sharding) -> None:
             fully_shard(module, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host)
     # the root's weights stay gathered for the backward pass, which a frozen model hasn't
     reshard = None if any(p.requires_grad for p in policy.parameters()) else True
-    fully_shard(
-        policy, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host, reshard_after_forward=reshard
-    )
+    fully_shard(policy, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host, reshard_after_forward=reshard)
     policy.computes_on = sharding.compute_device

@@ -172,7 +172,9 @@ def trace(
         names = set(policy.causal_lm._no_split_modules or [])
         units = [_bytes(m.parameters()) for m in policy.modules() if type(m).__name__ in names]
         alive = _Alive()
-        alive.ignore(iter([*parameters, *policy.buffers(), *(v for v in vars(moved).values() if isinstance(v, Tensor))]))
+        alive.ignore(
+            iter([*parameters, *policy.buffers(), *(v for v in vars(moved).values() if isinstance(v, Tensor))])
+        )
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(alive.became_gradient)
         flops = FlopCounterMode(display=False, custom_mapping=_attention_flops())
