@@ -182,8 +182,8 @@ def test_a_rank_that_is_lost_is_named(base: dict[str, Any], tmp_path: Path) -> N
             time.sleep(0.3)
         both[1].send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        both[0].wait(timeout=60)
-        assert time.monotonic() - killed < 45
+        both[0].wait(timeout=90)
+        assert time.monotonic() - killed < 60  # the time-out is 12 s; the machine may be busy
     finally:
         for process in both:
             process.kill()

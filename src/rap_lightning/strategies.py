@@ -123,7 +123,7 @@ class FSDP2(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if not self._has_adapter:
             return super().load_checkpoint(path, weights_only)
-        from torch.distributed.checkpoint import load
+        from torch.distributed.checkpoint import load  # type: ignore[attr-defined]
         from torch.distributed.checkpoint.state_dict import (
             get_model_state_dict,
             get_optimizer_state_dict,

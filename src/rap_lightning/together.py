@@ -24,7 +24,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError, UserError
@@ -311,9 +311,10 @@ class Together(pl.Callback):
             if by_others(error):
                 if not (verdict := watch.explain()):
                     raise
-                if watch.told:
-                    raise SystemExit(STATUS) from None
-                raise RanksError(f"{verdict}. {ADVICE}") from error
+                if not watch.told:
+                    print(f"error: {verdict}. {ADVICE}", file=sys.stderr)
+                sys.stdout.flush(), sys.stderr.flush()
+                watch.end(STATUS)  # at once: what a process group cleans up at exit waits for the lost as well
             if isinstance(error, UserError) and watch.rank > 0 and not watch.first:
                 raise SystemExit(2) from None  # another rank's to tell
             raise

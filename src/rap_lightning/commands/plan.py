@@ -226,7 +226,7 @@ class _Plan:
             again = self._trace(case.length, checkpointing=True)
             options.append(("--model.policy.gradient_checkpointing true", self._memory(again)))
         if spread.kind in ("single", "ddp") and spread.ranks > 1:
-            sharded = replace(spread, kind=cast(Kind, "fsdp2"), shard=spread.ranks)
+            sharded = replace(spread, kind="fsdp2", shard=spread.ranks)
             options.append(("--trainer.strategy fsdp2", self._memory(step, spread=sharded)))
         if spread.kind in ("fsdp2", "zero3"):
             wider = replace(spread, ranks=2 * spread.ranks, shard=2 * spread.shard)
@@ -262,7 +262,7 @@ class _Plan:
         print(f"{self.config.path}: {step.parameters:,} parameters, {step.trainable:,} trainable "
               f"({step.trainable / step.parameters:.2%})")  # fmt: skip
         print(f"{spread.kind} over {shape}; reference {case.reference}; layout {case.layout}; {self.precision}; "
-              f"{case.length:,} tokens a pair, {case.pairs} in a forward pass, {case.passes} passes a step")  # fmt: skip
+              f"{case.length:,} tokens each, {case.pairs} in a forward pass, {case.passes} passes a step")  # fmt: skip
         print("\nmemory of a rank at the worst moment, GB")
         for name in ("weights", "gradients", "optimizer", "reference", "gathered", "activations", "process"):
             note = f"  (logits at most {held.logits / 1e9:.2f})" if name == "activations" else ""
@@ -304,7 +304,9 @@ def _spread(strategy: Any, ranks: int, per_node: int, precision: str) -> Spread:
     if short in ("ddpstrategy", "singledevicestrategy") or short.startswith("ddp"):
         return Spread("ddp" if ranks > 1 else "single", ranks, per_node, 1)
     if short == "fsdp2":
-        gather = {"bfloat16": 0.5 if precision != "bf16-true" else 1.0, "float32": 1.0}.get(options.get("gather"), half)
+        gather = {"bfloat16": 0.5 if precision != "bf16-true" else 1.0, "float32": 1.0}.get(
+            str(options.get("gather")), half
+        )
         shard = int(options.get("shard_size") or ranks)
         if ranks % shard:
             raise ConfigError(f"--trainer.strategy.shard_size {shard} doesn't divide the {ranks} processes.")
@@ -314,6 +316,6 @@ def _spread(strategy: Any, ranks: int, per_node: int, precision: str) -> Spread:
     if "deepspeed" in short:
         stage = int(options.get("stage") or (3 if "3" in short else 2))
         offload = bool(options.get("offload_optimizer")) or "offload" in short
-        kind = cast(Kind, "zero3" if stage == 3 else "zero2")
+        kind: Kind = "zero3" if stage == 3 else "zero2"
         return Spread(kind, ranks, per_node, ranks if stage == 3 else 1, offload, half)
     raise ConfigError(f"plan doesn't know the strategy {name}: it knows auto, ddp, fsdp2 and deepspeed's.")
