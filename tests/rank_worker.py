@@ -48,15 +48,19 @@ def run(case: dict[str, Any], output: Path) -> None:
         loss=DPO(0.5), reference=reference(case["reference"], output / f"store-{name}"),
         batch_size=case["pairs_per_step"] // ranks // case.get("accumulate", 1), **case.get("data_options", {}),
     )  # fmt: skip
+    saver: dict[str, Any] = {}
+    if save := case.get("save"):
+        from lightning.pytorch.callbacks import ModelCheckpoint
+
+        every = ModelCheckpoint(save, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        saver = {"enable_checkpointing": True, "callbacks": [every]}
     trainer = make_trainer(
         output / name,
         strategy=strategy(case["strategy"], **case.get("strategy_options", {})),
         devices=ranks // case.get("nodes", 1), num_nodes=case.get("nodes", 1), gradient_clip_val=1.0,
-        accumulate_grad_batches=case.get("accumulate", 1), **case.get("trainer", {}),
+        accumulate_grad_batches=case.get("accumulate", 1), **(saver | case.get("trainer", {})),
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=case.get("ckpt_path"), weights_only=True)
-    if save := case.get("save"):
-        trainer.save_checkpoint(save)
     state = full_state(module.policy)
     if trainer.is_global_zero:
         (path,) = (output / name).rglob("metrics.csv")
