@@ -149,7 +149,7 @@ class _Plan:
         return replace(
             step, weights=int(step.weights * factor), gradients=int(step.gradients * factor),
             optimizer=int(step.optimizer * factor), largest_unit=int(step.largest_unit * factor),
-            root=int(step.root * factor),
+            root=int(step.root * factor), timeline=tuple((a, int(g * factor)) for a, g in step.timeline),
         )  # fmt: skip
 
     def _memory(self, step: Step, **changes: Any) -> Memory:
