@@ -382,19 +382,24 @@ def test_an_adapter_does_not_leave_for_a_base_model_that_has_changed(merge: bool
         shutil.copytree(tmp_path / "kept", runs / "model")
 
 
-def test_frozen_parts_of_an_adapter_leave_with_it(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reference", ["Frozen", "AdaptersOff"])
+def test_frozen_parts_of_an_adapter_stay_frozen_and_leave_with_it(
+    reference: str, tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
     """Half of a new adapter's weights are random: frozen, they are nowhere but in the checkpoint."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from rap_lightning.models import reference as references
     from rap_lightning.models.policy import Lora, PolicyConfig
 
     policy = PolicyConfig(str(tiny), lora=Lora(r=4), freeze=["lora_A"])
     big = lambda params: torch.optim.SGD(params, lr=0.3)  # noqa: E731
-    module, data = build(tiny, pairs_folder, policy=policy, optimizer=big)
+    module, data = build(tiny, pairs_folder, policy=policy, optimizer=big, reference=getattr(references, reference)())
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert not any(p.requires_grad for name, p in module.policy.named_parameters() if "lora_A" in name)
     torch.manual_seed(123)
     export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(tmp_path / "out"))

@@ -180,8 +180,12 @@ class AdaptersOff(Reference):
     @torch.no_grad()
     def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
         """One forward pass with the adapter disabled."""
+        frozen = [p for p in policy.parameters() if not p.requires_grad]
         with evaluating(policy), policy.model.disable_adapter():
-            return policy(batch)  # type: ignore[no-any-return]
+            logps: Tensor = policy(batch)
+        for p in frozen:  # peft sets all of an adapter to be trained when it is on again
+            p.requires_grad_(False)
+        return logps
 
 
 class NoReference(Reference):
