@@ -179,7 +179,8 @@ def test_last_passes_over_damaged_checkpoints_with_a_word(runs: Any, world: Path
     damaged = bytearray(saved[-1].read_bytes())
     damaged[len(damaged) // 3] ^= 1
     saved[-1].write_bytes(damaged)
-    again = runs([*arguments, "--trainer.max_steps", "5"])
+    # what saves memory may change on the way, as after a run that had too little
+    again = runs([*arguments, "--trainer.max_steps", "5", "--model.policy.gradient_checkpointing", "true"])
     assert again.end() == 0
     assert f"passed over: {saved[-1]} is refused: its content is not what was written" in again.said
     assert f"--ckpt_path last: {saved[-2]}" in again.said

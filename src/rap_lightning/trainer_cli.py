@@ -156,6 +156,9 @@ def run_key_of(options: Any) -> str:
     for name in ("num_workers", "num_proc", "predict"):
         sections.get("data", {}).pop(name, None)
     sections.get("model", {}).pop("generation", None)
+    policy = sections.get("model", {}).get("policy")
+    for name in ("gradient_checkpointing", "activation_offloading", "compile") if isinstance(policy, dict) else ():
+        policy.pop(name, None)  # memory and speed: what someone changes after a run has run out of memory
     content = json.dumps([sections, options.get("seed_everything")], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
