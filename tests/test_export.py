@@ -23,6 +23,7 @@ from rap_lightning.commands.export import export
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.folder import all_or_nothing
 from rap_lightning.models.prompting import write_goals_by_itself
+from rap_lightning.models.saved import config_of
 from rap_lightning.preferences.baked import BEGIN, unbaked
 from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
 from rap_lightning.preferences.scales import RewardScale
@@ -631,3 +632,12 @@ def test_the_recorded_command_hides_what_is_secret() -> None:
 
     args = ["fit", "--logger.api_key", "abc", "--logger.token=def", "--data.source", "a b"]
     assert command_line(args) == "fit --logger.api_key '***' '--logger.token=***' --data.source 'a b'"
+
+
+def test_what_only_training_needed_does_not_stand_in_the_way_on_another_machine() -> None:
+    """Offloading is refused without a GPU, which whoever exports or samples need not have."""
+    recorded = {"path": "x", "lora": None, "activation_offloading": True, "compile": True, "trust_remote_code": True}
+    config = config_of(recorded, Path("last.ckpt"), trust_remote_code=False)
+    assert (config.activation_offloading, config.compile, config.trust_remote_code) == (False, False, False)
+    with pytest.raises(ConfigError, match=r"last\.ckpt was written by another version"):
+        config_of(recorded | {"new": 1}, Path("last.ckpt"), trust_remote_code=False)

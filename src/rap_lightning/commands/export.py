@@ -121,17 +121,11 @@ def export(
 
 
 def _config(saved: SavedPolicy, trust_remote_code: bool) -> PolicyConfig:
-    """The policy's config as it was recorded, but never what a file says about running code."""
-    from rap_lightning.models.policy import Lora, PolicyConfig
+    """The policy's config as it was recorded; an adapter leaves for a base in its own precision."""
+    from rap_lightning.models.saved import config_of
 
-    options: dict[str, Any] = dict(saved.record["policy"])
-    lora = options.pop("lora")
-    options["quantize"] = None  # an adapter leaves for a base in its own precision
-    options |= {"activation_offloading": False, "compile": False, "gradient_checkpointing": False}  # nothing is trained
-    try:
-        return PolicyConfig(**options | {"trust_remote_code": trust_remote_code}, lora=Lora(**lora) if lora else None)
-    except TypeError as error:
-        raise ConfigError(f"{saved.path} was written by another version of rap-lightning: {error}") from error
+    options = saved.record["policy"] | {"quantize": None}
+    return config_of(options, saved.path, trust_remote_code=trust_remote_code)
 
 
 def _restored(saved: SavedPolicy, config: PolicyConfig, dtype: Any, adapter: bool) -> Policy:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.checkpoints import read_checkpoint, refuse_damaged
+from rap_lightning.models.policy import Lora, PolicyConfig
 
 PREFIX = "policy."
 META = "meta.pt"
@@ -64,6 +65,26 @@ class SavedPolicy(ABC):
         Raises:
             ConfigError: the files are damaged.
         """
+
+
+def config_of(options: dict[str, Any], path: Path, *, trust_remote_code: bool) -> PolicyConfig:
+    """A recorded policy's config for use outside of training, on whatever machine this is.
+
+    Args:
+        options: the record's ``policy``.
+        path: of the checkpoint, for messages.
+        trust_remote_code: never what a file says about running code.
+
+    Raises:
+        ConfigError: the record is of another version.
+    """
+    training = {"activation_offloading": False, "compile": False, "gradient_checkpointing": False}
+    options = options | training | {"trust_remote_code": trust_remote_code}
+    lora = options.pop("lora")
+    try:
+        return PolicyConfig(**options, lora=Lora(**lora) if lora else None)
+    except TypeError as error:
+        raise ConfigError(f"{path} was written by another version of rap-lightning: {error}") from error
 
 
 def open_saved(path: Path) -> SavedPolicy:

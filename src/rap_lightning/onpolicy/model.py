@@ -116,14 +116,13 @@ class Model:
         return {"path": name, "digest": digest.hexdigest()[:24]} | ({"base": self._base()} if self.is_adapter else {})
 
     def _config(self) -> Any:
-        from rap_lightning.models.policy import Lora, PolicyConfig
+        from rap_lightning.models.policy import PolicyConfig
+        from rap_lightning.models.saved import config_of
 
         if not self.is_checkpoint:
             return PolicyConfig(self.path, self.revision, trust_remote_code=self.trust_remote_code)
-        options = dict(self._checkpoint()["rap_lightning"]["policy"])
-        lora = options.pop("lora")
-        options["trust_remote_code"] = self.trust_remote_code  # never what a file says
-        return PolicyConfig(**options, lora=Lora(**lora) if lora else None)
+        options = self._checkpoint()["rap_lightning"]["policy"]
+        return config_of(options, self.place, trust_remote_code=self.trust_remote_code)
 
     def _checkpoint(self) -> dict[str, Any]:
         from rap_lightning.models.checkpoints import read_checkpoint
