@@ -12,13 +12,15 @@ FLOORS = [
     {"batches"},
     {"losses"},
     {"models"},
-    {"metrics", "schedules", "progress"},
+    {"metrics", "schedules", "progress", "planning"},
     {"datamodule", "module"},
+    {"strategies", "together"},
     {"callbacks"},
     {"world"},
     {"class_names", "nulls"},
     {"onpolicy"},
-    {"commands", "trainer_cli"},
+    {"trainer_cli"},
+    {"commands"},
     {"cli"},
 ]
 

@@ -20,6 +20,10 @@ train and measure (configs stack; any option of a config can be given as a flag)
   test       the same, logged as test/...
   predict    generate at a goal:  rap-lightning predict --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt
 
+before you pay (no GPU needed):
+  plan       memory per rank, time of a step, whether it fits, and what to change:
+                              rap-lightning plan --config CONFIG --devices 8 --nodes 4 --gpu h100-80gb
+
 look at data (fast, no training):
   inspect    what would be trained on, with counts, rewards, lengths and examples:
                               rap-lightning inspect --source my-pairs/
@@ -41,7 +45,7 @@ Useful everywhere: --print_config shows every option with its value; -c base.yam
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "inspect", "relabel", "generate", "score", "rounds", "evaluate", "export")
+COMMANDS = (*TRAINER_COMMANDS, "plan", "inspect", "relabel", "generate", "score", "rounds", "evaluate", "export")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -67,6 +71,10 @@ def main(args: list[str] | None = None) -> None:
             from rap_lightning.trainer_cli import run
 
             run(args)
+        elif args[0] == "plan":
+            from rap_lightning.commands.plan import run as plan
+
+            sys.exit(plan(args[1:]))
         elif code := _text_command(args):
             sys.exit(code)
     except UserError as error:

@@ -242,6 +242,13 @@ class PreferenceDataModule(pl.LightningDataModule):
             return self.sources
         return having(self.sources, split, self.train_split)
 
+    def digests(self) -> dict[str, str]:
+        """Of each split that is loaded: what must be the same on every rank."""
+        found = {f"data of split {name}": pairs.digest() for name, pairs in self._pairs.items()}
+        return found | {
+            f"rows of split {name}": str([(r.read, r.kept) for r in reports]) for name, reports in self.reports.items()
+        }
+
     def _fit_scale(self) -> None:
         """Take a scale's open numbers from the training split."""
         if self.goal is not None and fit_scale(self.rules, self.sources, self.train_split, num_proc=self.num_proc):

@@ -34,9 +34,10 @@ from rap_lightning.models.held import AdapterAsLoaded
 from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
-from rap_lightning.models.sharding import shard
+from rap_lightning.models.sharded_load import load_sharded
+from rap_lightning.models.sharding import Sharding, shard
 from rap_lightning.preferences.relabel import UNCONDITIONED
-from rap_lightning.progress import random_state, set_random_state, settle
+from rap_lightning.progress import random_state, recount, set_random_state, settle
 from rap_lightning.schedules import CosineWithWarmup, Schedule
 
 AGREEMENT = 1e-3
@@ -130,9 +131,17 @@ class PreferenceModule(pl.LightningModule):
                 f"--model.policy.dtype {self.policy_config.dtype} has no effect with --trainer.precision "
                 f"{plugin.precision}, which converts all weights. Remove one of the two."
             )
-        self.policy = self.policy_config.build(dtype)
-        if isinstance(plugin, HalfPrecision):  # Lightning converts later, and references copy the policy now
-            plugin.convert_module(self.policy)
+        sharding = self._sharding()
+        if sharding is not None and self._meta_start():
+            self.policy, whole = load_sharded(self.policy_config, dtype, sharding, trained=True)
+            if whole:
+                rank_zero_info(f"{self.policy_config.path} is loaded whole by each process, then sharded: {whole}.")
+        else:
+            self.policy = self.policy_config.build(dtype)
+            if isinstance(plugin, HalfPrecision):  # Lightning converts later, and references copy the policy now
+                plugin.convert_module(self.policy)
+            if sharding is not None:
+                shard(self.policy, sharding)
         if self.policy.has_adapter:
             self._digests["base"] = base_digest(self.policy)
         if (adapter := self.policy_config.adapter) is not None:
@@ -155,18 +164,28 @@ class PreferenceModule(pl.LightningModule):
                 "Trainable weights are bfloat16: updates smaller than 1/256 of a weight are rounded away, so small "
                 "learning rates train nothing. Use --trainer.precision bf16-mixed, which keeps them in float32."
             )
-        # the policy is sharded before the reference is loaded, so that no rank holds both whole
-        if self.device_mesh is not None:
-            if self.device_mesh["tensor_parallel"].size() > 1:
-                raise ConfigError(
-                    "tensor parallelism isn't there yet. Set --trainer.strategy.tensor_parallel_size 1 and "
-                    f"--trainer.strategy.data_parallel_size {self.trainer.world_size}."
-                )
-            shard(self.policy, self.device_mesh["data_parallel"])
+        if sharding is not None:
+            self.reference.shard(sharding)
         self.reference.load(self.policy_config, dtype)
-        if self.device_mesh is not None:
-            self.reference.shard(self.device_mesh["data_parallel"])
         self.reference.follow(self.policy, 0)
+
+    def _meta_start(self) -> bool:
+        """Whether no process may hold the model whole: the strategies of ours ask for that, Lightning's own don't."""
+        return isinstance(getattr(self.trainer.strategy, "sharding", None), Sharding)
+
+    def _sharding(self) -> Sharding | None:
+        """How the strategy wants weights sharded; None where every process holds them whole."""
+        if self.device_mesh is None:
+            return None
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            raise ConfigError(
+                "tensor parallelism isn't there: the head computes log-probabilities from its whole weight. Set "
+                f"--trainer.strategy.tensor_parallel_size 1 and --trainer.strategy.data_parallel_size "
+                f"{self.trainer.world_size}, or use the strategy FSDP2."
+            )
+        # of a strategy that says more than sizes (rap_lightning.strategies)
+        asked = getattr(self.trainer.strategy, "sharding", None)
+        return asked if isinstance(asked, Sharding) else Sharding(self.device_mesh["data_parallel"])
 
     def _check_data(self) -> None:
         """Refuse data on which the loss would not mean what it says, before anything is loaded."""
@@ -598,6 +617,7 @@ class PreferenceModule(pl.LightningModule):
             "digests": dict(self._digests),
             "validated": self._validated,
             "run_key": self.run_key,
+            "step": self._step_size(),
         }
         if self._whole_step:
             whole = self._whole_step
@@ -627,6 +647,14 @@ class PreferenceModule(pl.LightningModule):
         if every is None:
             return bool(progress.total.processed % int(interval) == 0)
         return bool((trainer.current_epoch + 1) % every == 0 and progress.current.processed % int(interval) == 0)
+
+    def _step_size(self) -> dict[str, int] | None:
+        """Pairs in an optimizer step, and batches of each rank in it; None of the user's own data."""
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if size is None:
+            return None
+        accumulate = self.trainer.accumulate_grad_batches
+        return {"pairs": size * accumulate * self.trainer.world_size, "accumulate": accumulate}
 
     def goal_record(self) -> dict[str, Any] | None:
         """The data's goal template, with the numbers its scale was fitted to; None where there is none."""
@@ -660,6 +688,9 @@ class PreferenceModule(pl.LightningModule):
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = {**self._frozen(), **checkpoint["state_dict"]}
         state = checkpoint.get("rap_lightning", {}).get("reference", {})
+        old, new = checkpoint.get("rap_lightning", {}).get("step"), self._step_size()
+        if old and new and self.trainer.state.fn == TrainerFn.FITTING:
+            recount(checkpoint, old, new)
         keeps_none = type(self.reference).load_state_dict is Reference.load_state_dict
         if state and keeps_none and self.trainer.state.fn == TrainerFn.FITTING:
             raise ConfigError(

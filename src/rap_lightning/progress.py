@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rap_lightning.errors import ConfigError
+
 COUNTERS = ("ready", "started", "processed", "completed")
 
 
@@ -71,6 +73,37 @@ def _close_epoch(loops: dict[str, Any]) -> None:
         batches["current"][name] = 0
         for counts in (epochs["total"], epochs["current"]):
             counts[name] = counts["ready"]
+
+
+def recount(checkpoint: dict[str, Any], old: dict[str, int], new: dict[str, int]) -> None:
+    """Count the epoch's batches of a checkpoint anew, in place: other ranks take as many pairs in other batches.
+
+    Args:
+        checkpoint: of whole optimizer steps.
+        old, new: ``pairs`` in an optimizer step and ``accumulate``, its batches on each rank, of the run that wrote it
+            and of the one that goes on.
+
+    Raises:
+        ConfigError: steps of another size don't begin where this one stopped.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    current, total = progress["current"], progress["total"]
+    done = current["ready"]
+    if old == new or not done:
+        return
+    if progress["is_last_batch"]:  # an epoch's last step has fewer batches, of a number of its own
+        _close_epoch(checkpoint["loops"]["fit_loop"])
+        return
+    if old["pairs"] != new["pairs"]:
+        raise ConfigError(
+            f"the checkpoint was written within an epoch of steps of {old['pairs']} pairs, and this run's have "
+            f"{new['pairs']}: their order would not go on where it stopped. Set --data.batch_size and "
+            f"--trainer.accumulate_grad_batches so that they and the devices multiply to {old['pairs']}."
+        )
+    batches = done // old["accumulate"] * new["accumulate"]
+    for name in COUNTERS:
+        total[name] += batches - current[name]
+        current[name] = batches
 
 
 def batches_done(trainer: Any) -> int:

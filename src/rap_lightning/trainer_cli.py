@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import Namespace, _typehints
+from jsonargparse import Namespace, _typehints, namespace_to_dict
 from jsonargparse._util import import_object
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -51,12 +51,11 @@ from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.schedules import Schedule
+from rap_lightning.strategies import FSDP2, check_size
+from rap_lightning.together import Together, flat
 
-SHORT_NAMES = (
-    AdapterAsLoaded,
-    Stored,
-    Synchronised,
-)  # jsonargparse knows a class by its short name once it has been imported
+# jsonargparse knows a class by its short name once it has been imported
+SHORT_NAMES = (AdapterAsLoaded, Stored, Synchronised, FSDP2)
 OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule)
 
 CLASS_OPTIONS = {
@@ -144,7 +143,17 @@ class PreferenceCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, SealedCheckpoints()]
         if config.get("logger") is None:
             kwargs["logger"] = CSVLogger(config.get("default_root_dir") or "runs", name="")
-        return super().instantiate_trainer(**kwargs)
+        facts = namespace_to_dict(self.config[self.config["subcommand"]]) if "subcommand" in self.config else {}
+        self.together = Together(flat(facts))
+        kwargs["callbacks"].append(self.together)
+        trainer = super().instantiate_trainer(**kwargs)
+        check_size(trainer.strategy)
+        self.together.attach(trainer.strategy)
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self.together.explained():
+            super()._run_subcommand(subcommand)
 
 
 def run_key_of(options: Any) -> str:
@@ -207,23 +216,8 @@ def run(args: list[str]) -> None:
     _fresh_defaults_for_new_classes()
     _quieten()
     check_class_names(args, CLASS_OPTIONS)
-    sections = _sections_with_class(args)
     try:
-        PreferenceCLI(
-            PreferenceModule,
-            PreferenceDataModule,
-            subclass_mode_model="model" in sections,
-            subclass_mode_data="data" in sections,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={
-                "prog": "rap-lightning",
-                "allow_abbrev": False,
-            },  # a misspelt option must not be taken for another
-            args=None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments given twice
-        )
+        PreferenceCLI(**_cli_options(args))
     except SystemExit as stop:
         if not stop.code and {"-h", "--help"} & set(args[1:]):
             print(losses_by_family())
@@ -236,6 +230,48 @@ def _leave_the_group() -> None:
     gc.collect()  # sharded weights hold on to the group
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def parse_only(args: list[str]) -> PreferenceCLI:
+    """Parse options of fit and make model and data module of them, without a trainer: nothing is loaded."""
+    _fresh_defaults_for_new_classes()
+    _quieten()
+    check_class_names(args, CLASS_OPTIONS)
+    warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")
+    return _ParseOnly(**_cli_options(args) | {"args": args, "run": False, "seed_everything_default": False})
+
+
+class _ParseOnly(PreferenceCLI):
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        LightningCLI.parse_arguments(self, parser, args)
+
+    def instantiate_classes(self) -> None:
+        """Without what belongs to the trainer: a strategy may need a GPU only to be made."""
+        config = self.config.clone()
+        for name in ("strategy", "callbacks", "logger", "plugins", "profiler"):
+            config["trainer"][name] = None
+        made = self.parser.instantiate_classes(config)
+        self.model, self.datamodule = made["model"], made["data"]
+
+
+def _cli_options(args: list[str]) -> dict[str, Any]:
+    sections = _sections_with_class(args)
+    return {
+        "model_class": PreferenceModule,
+        "datamodule_class": PreferenceDataModule,
+        "subclass_mode_model": "model" in sections,
+        "subclass_mode_data": "data" in sections,
+        "trainer_defaults": TRAINER_DEFAULTS,
+        "seed_everything_default": 42,
+        "auto_configure_optimizers": False,
+        "save_config_kwargs": {"overwrite": True},
+        # allow_abbrev: a misspelt option must not be taken for another
+        "parser_kwargs": {"prog": "rap-lightning", "allow_abbrev": False},
+        "args": None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments given twice
+    }
 
 
 def losses_by_family() -> str:

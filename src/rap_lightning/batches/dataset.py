@@ -6,10 +6,12 @@ found by index arithmetic over it (rap_lightning.preferences.relabel).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from torch.utils.data import Dataset
 
 from rap_lightning.batches.encode import Encoder
@@ -21,6 +23,7 @@ from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.stored import as_pair
 
 ROWS = 250  # encoded at a time
+DIGESTED = 1000  # rows whose bytes are hashed at a time
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,20 @@ class EncodedPairs(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def digest(self) -> str:
+        """Of every encoded pair, in order: the same wherever the same data were encoded in the same way."""
+        table, found = (
+            self.table.with_format("arrow"),
+            hashlib.sha256(str((self.relabelling, self.max_length)).encode()),
+        )
+        for first in range(0, len(table), DIGESTED):
+            block = table[first : first + DIGESTED].replace_schema_metadata(None).combine_chunks()
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, block.schema) as stream:
+                stream.write_table(block)
+            found.update(sink.getvalue())
+        return found.hexdigest()[:12]
 
     def example(self, index: int) -> Example:
         """Training pair ``index``."""

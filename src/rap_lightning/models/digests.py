@@ -23,7 +23,7 @@ def base_digest(policy: Policy) -> str:
     dtypes, exact, rounded = set(), hashlib.sha256(), hashlib.sha256()
     for name, p in policy.named_parameters():
         if not (p.requires_grad or of_adapter(name)):
-            values = p.detach().flatten()
+            values = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten()  # sharded: all ranks call
             sample = values[:: max(1, len(values) // SAMPLE)][:SAMPLE].cpu().contiguous()
             dtypes.add(str(p.dtype))
             for digest, numbers in (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.func import functional_call
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy import Policy, PolicyConfig, evaluating
 from rap_lightning.models.reference import Reference
+from rap_lightning.models.sharding import Sharding
 
 
 class HeldWeights(Reference):
@@ -22,7 +22,7 @@ class HeldWeights(Reference):
     def __init__(self) -> None:
         self._weights: dict[str, Tensor] = {}
 
-    def shard(self, mesh: DeviceMesh) -> None:
+    def shard(self, sharding: Sharding) -> None:
         """Refuse: the copy would have to be sharded as the policy is."""
         raise ConfigError(
             f"reference {type(self).__name__} doesn't go with a sharded policy yet. Use DDP, or the references Frozen "

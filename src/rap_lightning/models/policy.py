@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,9 +209,12 @@ class PolicyConfig:
             return model
         return adapters.attach(model, self.adapter, self.adapter_revision, self.path, dropout=self.dropout)
 
-    def build(self, dtype: torch.dtype) -> Policy:
-        """The policy to train: adapters attached, checkpointing set, in training mode."""
-        model = self.load_initial(dtype)
+    def build(self, dtype: torch.dtype, model: Any = None) -> Policy:
+        """The policy to train: adapters attached, checkpointing set, in training mode.
+
+        ``model`` is what ``load_initial`` gives, where it is there already.
+        """
+        model = self.load_initial(dtype) if model is None else model
         size = model.num_parameters()
         checkpoint = size >= CHECKPOINTING_FROM if self.gradient_checkpointing is None else self.gradient_checkpointing
         if checkpoint:
@@ -250,6 +253,7 @@ class Policy(nn.Module):
         self.model, self.offload = model, offload
         self.shares = True  # until check_sharing finds otherwise
         self.checkpoints = False  # whether activations are computed again in the backward pass
+        self.computes_on: torch.device | None = None  # where sharded weights can live elsewhere
 
     @property
     def causal_lm(self) -> Any:
@@ -261,11 +265,26 @@ class Policy(nn.Module):
         """Whether a peft adapter is attached."""
         return hasattr(self.model, "peft_config")
 
-    def forward(self, batch: Batch, *, collisions: bool = False) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.computes_on or next(self.parameters()).device
+
+    def gathered(self, function: Callable[[], Tensor]) -> Tensor:
+        """What ``function`` gives while the weights outside of the layers are whole, where they are sharded."""
+        return self(None, inside=function)  # type: ignore[no-any-return]
+
+    def forward(
+        self, batch: Batch | None, *, collisions: bool = False, inside: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """Log-probability of each response token, [M] float32 nats; with ``collisions``, [2, M]: log Σ_v p(v)² below.
 
-        The second row has no gradient, and costs the head's forward pass once more.
+        The second row has no gradient, and costs the head's forward pass once more. ``inside`` is called instead, for
+        :meth:`gathered`.
         """
+        if inside is not None:
+            return inside()
+        assert batch is not None, "a batch, or something to call"
         with activations_on_host() if self.offload and torch.is_grad_enabled() else nullcontext():
             hidden = self._all_hidden(batch)
         hidden, head = hidden.flatten(0, 1)[batch.predict_from], Head.of(self.causal_lm)
@@ -294,7 +313,10 @@ class Policy(nn.Module):
     def _path_by_path(self, batch: Batch, forest: Forest) -> Tensor:
         """[1, T, D]: each path through the model on its own; what paths share is computed for each of them."""
         hidden: Tensor | None = None
-        for path in forest.paths:
+        paths = list(forest.paths)
+        if self.computes_on is not None:  # ranks meet in every layer, so each must go through them as often
+            paths += paths[-1:] * (most_on_any_rank(len(paths), self.device) - len(paths))
+        for path in paths:
             places = torch.cat([torch.arange(*span, device=batch.input_ids.device) for span in path])
             one = self._hidden(batch.input_ids[:, places], batch.position_ids[:, places])
             if hidden is None:
@@ -336,6 +358,15 @@ def compile_layers(policy: Policy) -> None:
             part.compile(dynamic=True)
 
 
+def most_on_any_rank(count: int, device: torch.device) -> int:
+    """The largest ``count`` of all ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return count
+    most = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
 @contextmanager
 def evaluating(policy: Policy) -> Iterator[None]:
     """Evaluation mode, without dropout, for the length of a block."""
@@ -355,7 +386,7 @@ def check_head(policy: Policy) -> float:
     Raises:
         ConfigError: the two differ by more than rounding.
     """
-    device = next(policy.parameters()).device
+    device = policy.device
     ids = torch.arange(8, device=device)[None] % policy.causal_lm.config.get_text_config().vocab_size
     places = torch.arange(7, device=device)
     batch = Batch(
@@ -365,7 +396,7 @@ def check_head(policy: Policy) -> float:
     )  # fmt: skip
     with torch.no_grad(), evaluating(policy):
         ours = policy(batch)
-        logits = policy.causal_lm(input_ids=ids, use_cache=False).logits[0, :-1]
+        logits = policy.gathered(lambda: policy.causal_lm(input_ids=ids, use_cache=False).logits)[0, :-1]
         theirs = logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     difference = float((ours - theirs).abs().max())
     bound = 1e-3 if ours.dtype == logits.dtype else 0.25  # bf16 logits are rounded to 2^-8 of their size
@@ -384,7 +415,7 @@ def check_sharing(policy: Policy) -> str | None:
     Sets ``policy.shares``. Returns why not, or ``None`` where it does.
     """
     config = policy.causal_lm.config.get_text_config()
-    device = next(policy.parameters()).device
+    device = policy.device
     declared = declared_windows(config)
     long = max([w for w in declared if w <= 512], default=0)  # past a window, if that takes no time
     generator = torch.Generator().manual_seed(0)
@@ -398,18 +429,25 @@ def check_sharing(policy: Policy) -> str | None:
     batch = lay_out(LAYOUTS["tree"], examples, plan, pad_id=0).to(device)
     assert batch.forest is not None, "a tree"
     windows: set[int] = set()
+    exact = False
+
+    def shared() -> Tensor:
+        nonlocal exact
+        assert batch.forest is not None, "a tree"
+        with forest_attention(config, windows):
+            hidden = policy._hidden(batch.input_ids, batch.position_ids, forest=batch.forest)
+        exact = hidden.dtype == torch.float32
+        return Head.of(policy.causal_lm).token_logps(hidden.flatten(0, 1)[batch.predict_from], batch.target)
+
     with torch.no_grad(), evaluating(policy):
-        head = Head.of(policy.causal_lm)
-        apart = policy._path_by_path(batch, batch.forest)
+        policy.shares = False
+        apart = policy(batch)
         try:
-            with forest_attention(config, windows):
-                together = policy._hidden(batch.input_ids, batch.position_ids, forest=batch.forest)
+            together = policy.gathered(shared)
         except Exception as error:  # whatever the model's own code makes of an attention it doesn't know
-            policy.shares = False
             return f"its attention can't be replaced ({type(error).__name__})"
-        a, b = (head.token_logps(h.flatten(0, 1)[batch.predict_from], batch.target) for h in (together, apart))
-    difference = float((a - b).abs().max())
-    bound = 1e-3 if together.dtype == torch.float32 else 0.25  # bf16 rounds logits to 2^-8 of their size
+    difference = float((together - apart).abs().max())
+    bound = 1e-3 if exact else 0.25  # bf16 rounds logits to 2^-8 of their size
     policy.shares = difference <= bound and declared <= windows
     if policy.shares:
         return None

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing, evaluating
-from rap_lightning.models.sharding import shard
+from rap_lightning.models.sharded_load import load_sharded
+from rap_lightning.models.sharding import Sharding
 
 
 class Reference(ABC):
@@ -42,8 +42,8 @@ class Reference(ABC):
     def load(self, policy: PolicyConfig, dtype: torch.dtype) -> None:  # noqa: B027
         """Load what is needed. Called once, with the policy."""
 
-    def shard(self, mesh: DeviceMesh) -> None:  # noqa: B027
-        """Shard over the mesh on which the policy is sharded."""
+    def shard(self, sharding: Sharding) -> None:  # noqa: B027
+        """Be sharded as the policy is. Called before ``load``, so that no rank ever holds a model whole."""
 
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Move to the policy's device."""
@@ -100,6 +100,7 @@ class Frozen(Reference):
             raise ConfigError("reference Frozen: revision has no effect without path; give both, or neither.")
         self.path, self.revision, self.adapter = path, revision, adapter
         self._model: Policy | None = None
+        self._sharding: Sharding | None = None
 
     @property
     def is_initial_policy(self) -> bool:
@@ -125,17 +126,21 @@ class Frozen(Reference):
                 f"reference Frozen: {self.path} has another tokenizer than the policy {policy.path}, so their "
                 "log-probabilities are of different tokens. Use a reference of the same family."
             )
-        self._model = Policy(source.load_initial(dtype)).requires_grad_(False).eval()
+        if self._sharding is not None:
+            self._model, _ = load_sharded(source, dtype, self._sharding, trained=False)
+        else:
+            self._model = Policy(source.load_initial(dtype)).requires_grad_(False).eval()
         check_head(self._model)
         check_sharing(self._model)
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Shard the model."""
-        shard(self.model, mesh)
+    def shard(self, sharding: Sharding) -> None:
+        """Remember how, for when the model is loaded."""
+        self._sharding = sharding
 
     def to(self, device: torch.device) -> None:
-        """Move the model."""
-        self.model.to(device)
+        """Move the model; a sharded one is where it belongs."""
+        if self._sharding is None:
+            self.model.to(device)
 
     @property
     def model(self) -> Policy:

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from rap_lightning.models.policy import Policy, decoder_layers
 
 
-def shard(policy: Policy, mesh: DeviceMesh) -> None:
+@dataclass(frozen=True)
+class Sharding:
+    """How weights, gradients and optimizer state are spread.
+
+    Attributes:
+        mesh: one dimension: every rank holds a part. Two (replicate, shard): each part is held once per replica.
+        gather: dtype in which weights travel and layers compute; by default the weights' own. Gradients are summed in
+            float32 either way.
+        offload: parts live in the host's memory while they are not computed with.
+    """
+
+    mesh: DeviceMesh
+    gather: torch.dtype | None = None
+    offload: bool = False
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where layers compute."""
+        if self.mesh.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.mesh.device_type, torch.get_device_module(self.mesh.device_type).current_device())
+
+    @property
+    def home(self) -> torch.device:
+        """Where the parts live."""
+        return torch.device("cpu") if self.offload else self.compute_device
+
+
+def shard(policy: Policy, sharding: Sharding) -> None:
     """Shard every decoder layer on its own, and the rest (embeddings, last norm, head) together at the root."""
+    on_host = OffloadPolicy()
+    if sharding.offload:
+        on_host = CPUOffloadPolicy(pin_memory=sharding.compute_device.type != "cpu")
+    precision = MixedPrecisionPolicy()
+    if sharding.gather is not None:
+        # inputs are ids and positions, and a batch is no tensor to cast
+        precision = MixedPrecisionPolicy(sharding.gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in decoder_layers(policy):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(policy, mesh=mesh)
+        fully_shard(layer, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host)
+    # the root's weights stay gathered for the backward pass, which a frozen model hasn't
+    reshard = None if any(p.requires_grad for p in policy.parameters()) else True
+    fully_shard(policy, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host, reshard_after_forward=reshard)
+    policy.computes_on = sharding.compute_device

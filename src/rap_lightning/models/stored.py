@@ -13,7 +13,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from rap_lightning.batches.types import Batch
@@ -21,6 +20,7 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.adapters import adapter_digest
 from rap_lightning.models.policy import Policy, PolicyConfig, evaluating
 from rap_lightning.models.reference import AdaptersOff, Frozen, Reference
+from rap_lightning.models.sharding import Sharding
 from rap_lightning.models.store import LogpStore, default_root, to_tensor, weights_digest
 
 Live: TypeAlias = Callable[[Batch], Tensor]
@@ -65,7 +65,7 @@ class Stored(Reference):
         self._store: LogpStore | None = None
         self._config: PolicyConfig | None = None
         self._dtype = torch.float32
-        self._mesh: DeviceMesh | None = None
+        self._sharding: Sharding | None = None
         self._exact = True
 
     @property
@@ -77,9 +77,9 @@ class Stored(Reference):
         """Nothing is loaded until it is known that something is missing."""
         self._config, self._dtype = policy, dtype
 
-    def shard(self, mesh: DeviceMesh) -> None:
+    def shard(self, sharding: Sharding) -> None:
         """Remember how, for when a model is loaded."""
-        self._mesh = mesh
+        self._sharding = sharding
 
     @torch.no_grad()
     def prepare(
@@ -92,7 +92,7 @@ class Stored(Reference):
         """
         store = self._store = self._opened(policy, precision)
         self._exact = self._dtype == torch.float32 and "bf16" not in precision
-        device = next(policy.parameters()).device
+        device = policy.device
         silent = _ranks() and torch.distributed.get_rank() > 0
         live: Live | None = None
         checked, flushed = 0, time.monotonic()
@@ -150,7 +150,7 @@ class Stored(Reference):
             "dtype": str(self._dtype),
             "precision": precision,
             "attention": policy.causal_lm.config.get_text_config()._attn_implementation,
-            "device": next(policy.parameters()).device.type,
+            "device": policy.device.type,
         }
         if source.adapter is not None:
             key["adapter"] = adapter_digest(source.adapter, source.adapter_revision)
@@ -182,10 +182,10 @@ class Stored(Reference):
                 yield policy
         else:
             frozen = copy(self.frozen)
+            if self._sharding is not None:
+                frozen.shard(self._sharding)
             frozen.load(self._config, self._dtype)
-            if self._mesh is not None:
-                frozen.shard(self._mesh)
-            frozen.to(next(policy.parameters()).device)
+            frozen.to(policy.device)
             yield lambda batch: frozen.token_logps(policy, batch)
             del frozen
             gc.collect()

@@ -1,0 +1,53 @@
+"""What GPUs are said to do, by their makers. Matrix products in bfloat16, without sparsity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rap_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One device.
+
+    Attributes:
+        memory: GB (10^9 bytes) as sold.
+        teraflops: dense bfloat16 with float32 accumulation, at its peak.
+        link: GB/s to the others of a node, one direction.
+        source: whose figures these are.
+    """
+
+    memory: float
+    teraflops: float
+    link: float
+    source: str
+
+
+GPUS = {
+    "a100-40gb": GPU(40, 312, 300, "NVIDIA A100 datasheet (SXM)"),
+    "a100-80gb": GPU(80, 312, 300, "NVIDIA A100 datasheet (SXM)"),
+    "h100-80gb": GPU(80, 989, 450, "NVIDIA H100 datasheet (SXM)"),
+    "h100-pcie": GPU(80, 756, 64, "NVIDIA H100 datasheet (PCIe, without a bridge)"),
+    "h200": GPU(141, 989, 450, "NVIDIA H200 datasheet (SXM)"),
+    "b200": GPU(180, 2250, 900, "NVIDIA DGX B200 datasheet, an eighth of it"),
+    "mi300x": GPU(192, 1307, 448, "AMD Instinct MI300X datasheet"),
+    "l40s": GPU(48, 362, 32, "NVIDIA L40S datasheet"),
+    "l4": GPU(24, 121, 32, "NVIDIA L4 datasheet"),
+    "a10": GPU(24, 125, 32, "NVIDIA A10 datasheet"),
+    "rtx-4090": GPU(24, 165, 32, "NVIDIA Ada architecture whitepaper"),
+}
+
+
+def find_gpu(name: str) -> GPU:
+    """By name.
+
+    Raises:
+        ConfigError: it isn't in the table.
+    """
+    if name.lower() not in GPUS:
+        raise ConfigError(
+            f"--gpu {name}: not in the table, which has {', '.join(GPUS)}. For another, give --memory (GB) and "
+            "--teraflops (dense bfloat16)."
+        )
+    return GPUS[name.lower()]

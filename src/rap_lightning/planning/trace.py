@@ -1,0 +1,231 @@
+"""One training step of the real model without its weights: what memory lives when, and how many operations it takes.
+
+The policy is built from its config with fake tensors, which have shapes and no memory, and the real code runs on them:
+adapters, gradient checkpointing, layouts, chunked head, optimizer. So nothing is known here of any architecture.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from rap_lightning.batches.dataset import Example
+from rap_lightning.batches.layouts import LAYOUTS, lay_out
+from rap_lightning.batches.sampler import BatchPlan
+from rap_lightning.batches.types import Batch
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.policy import Policy, PolicyConfig, evaluating
+from rap_lightning.models.sharded_load import blank_model
+
+_cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Step:
+    """Of one forward and backward pass over a batch on one device that holds everything whole; bytes.
+
+    Attributes:
+        parameters, trainable: how many.
+        weights, gradients, optimizer: of the policy.
+        largest_unit: weights of the largest decoder layer.
+        root: weights outside of the layers: embeddings, head, last norm.
+        activations: everything else alive at the worst moment, if gradients weighed nothing.
+        timeline: (activations, gradients) alive together, those moments that no other exceeds in both.
+        tokens: that go through the model.
+        response_tokens: that meet the vocabulary.
+        flops: of the policy's forward and backward pass, what is computed again included.
+        reference_flops: of a forward pass alone.
+    """
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    largest_unit: int
+    root: int
+    timeline: tuple[tuple[int, int], ...]
+    tokens: int
+    response_tokens: int
+    flops: int
+    reference_flops: int
+
+    def peak(self, gradients: float = 1.0) -> int:
+        """Activations and gradients at the worst moment, where a gradient weighs ``gradients`` of its size."""
+        return max(int(activations + gradients * grads) for activations, grads in self.timeline)
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of every storage that an operation made and that still lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.gradients = 0
+        self.moments: list[tuple[int, int]] = []
+        self._known: dict[int, Any] = {}
+
+    def ignore(self, tensors: Iterator[Tensor]) -> None:
+        """These were there before."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        held = self._known.get(key)
+        if held is not None and held() is not None:
+            return
+
+        def gone(_: Any) -> None:
+            self._known.pop(key, None)
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.note()
+
+    def note(self) -> None:
+        """Remember this moment unless an earlier one had more of both."""
+        moment = (self.now - self.gradients, self.gradients)
+        if self.moments and moment[0] <= self.moments[-1][0] and moment[1] <= self.moments[-1][1]:
+            return
+        self.moments.append(moment)
+
+    def became_gradient(self, parameter: Tensor) -> None:
+        """A parameter's gradient is complete: it is no activation any more."""
+        if parameter.grad is not None and not getattr(parameter, "_counted", False):
+            parameter._counted = True  # type: ignore[attr-defined]
+            self.gradients += parameter.grad.untyped_storage().nbytes()
+
+
+@contextmanager
+def fake_policy(config: PolicyConfig, dtype: torch.dtype) -> Iterator[tuple[Policy, FakeTensorMode]]:
+    """The policy of fake tensors, and the mode in which it can be run."""
+    blank, why = blank_model(config, dtype)
+    if blank is None:
+        raise ConfigError(f"plan can't build {config.path} without its weights: {why}.")
+    policy = config.build(dtype, model=blank)  # an adapter on weights without memory has none either
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    originals = list(policy.parameters())  # held, so that no id is used twice
+    made: dict[int, Any] = {}  # a tied head stays tied
+    with mode:
+        for module in policy.modules():
+            for name, old in list(module._parameters.items()):
+                if old is not None:
+                    fake = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    module._parameters[name] = made.setdefault(id(old), torch.nn.Parameter(fake, old.requires_grad))
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        del originals
+        yield policy, mode
+
+
+def batch_of(layout: str, pairs: int, prompt: int, response: int) -> Batch:
+    """Pairs of one size, whose texts have nothing in common beyond a pair's prompt."""
+    examples = []
+    for number in range(pairs):
+        # distinct first tokens: no two sequences begin alike by chance
+        ids = [[10 + 3 * number + which] * max(size, 1) for which, size in enumerate((prompt, response, response))]
+        examples.append(Example("", 0, None, (0.0, 0.0), *ids))
+    places = tuple(range(pairs))
+    return lay_out(LAYOUTS[layout], examples, BatchPlan(places, (1.0,) * pairs, pairs, (places,)), pad_id=0)
+
+
+def trace(
+    config: PolicyConfig, dtype: torch.dtype, batch: Batch, optimizer: Callable[[Any], Any],
+    *, autocast: torch.dtype | None = None,
+) -> Step:  # fmt: skip
+    """Run a step on fake tensors.
+
+    Args:
+        config: the policy's.
+        dtype: of its weights.
+        batch: of one forward pass.
+        optimizer: makes one of the trainable parameters.
+        autocast: dtype of mixed precision.
+    """
+    with fake_policy(config, dtype) as (policy, mode), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        moved = batch._map(mode.from_tensor)
+        parameters = list(policy.parameters())
+        trainable = [p for p in parameters if p.requires_grad]
+        names = set(policy.causal_lm._no_split_modules or [])
+        units = [_bytes(m.parameters()) for m in policy.modules() if type(m).__name__ in names]
+        alive = _Alive()
+        alive.ignore(
+            iter([*parameters, *policy.buffers(), *(v for v in vars(moved).values() if isinstance(v, Tensor))])
+        )
+        for parameter in trainable:
+            parameter.register_post_accumulate_grad_hook(alive.became_gradient)
+        flops = FlopCounterMode(display=False, custom_mapping=_attention_flops())
+        with alive, flops:
+            loss = policy(moved).sum()
+            with torch.no_grad(), evaluating(policy):
+                before = flops.get_total_flops()
+                policy(moved)
+                reference_flops = flops.get_total_flops() - before
+            torch.autograd.backward(loss)
+        total = flops.get_total_flops() - reference_flops
+        made = optimizer(trainable)
+        made.step()
+        state = _bytes(v for s in made.state.values() for v in s.values() if isinstance(v, Tensor))
+        weights = _bytes(iter(parameters))
+        return Step(
+            parameters=sum(p.numel() for p in parameters), trainable=sum(p.numel() for p in trainable),
+            weights=weights, gradients=_bytes(iter(trainable)), optimizer=state,
+            largest_unit=max(units, default=0), root=weights - sum(units),
+            timeline=_worst(alive.moments), tokens=int(batch.input_ids.numel()), response_tokens=len(batch.target),
+            flops=total, reference_flops=reference_flops,
+        )  # fmt: skip
+
+
+def _bytes(tensors: Iterator[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _worst(moments: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Those that no other exceeds in both."""
+    kept: list[tuple[int, int]] = []
+    most = -1
+    for activations, gradients in sorted(set(moments), key=lambda m: (-m[1], -m[0])):
+        if activations > most:
+            kept.append((activations, gradients))
+            most = activations
+    return tuple(kept)
+
+
+def _attention_flops() -> dict[Any, Any]:
+    """torch's counter knows no CPU kernel of attention: q k^T and p v, of which causality leaves half."""
+
+    def forward(q: Any, k: Any, v: Any, _: float = 0.0, causal: bool = False, **__: Any) -> int:
+        *heads, t, d = q
+        count = 1
+        for size in heads:
+            count *= size
+        return int(2 * count * t * k[-2] * (d + v[-1]) * (0.5 if causal else 1))
+
+    def backward(_: Any, q: Any, k: Any, v: Any, *rest: Any, **__: Any) -> int:
+        causal = bool(rest[3]) if len(rest) > 3 else False
+        return int(2.5 * forward(q, k, v, 0.0, causal))
+
+    return {_cpu_flash: forward, _cpu_flash_backward: backward}

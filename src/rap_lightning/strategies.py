@@ -1,0 +1,169 @@
+"""FSDP2 with the options that one machine, many nodes and large models need."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.device_mesh import init_device_mesh
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.sharding import Sharding
+
+METADATA = "meta.pt"  # where Lightning keeps what is neither weight nor optimizer state
+
+
+class FSDP2(ModelParallelStrategy):
+    """Weights, gradients, optimizer state and the reference's weights, each rank a part of them.
+
+    Lightning's ModelParallelStrategy without its sizes to fill in. A checkpoint is a folder, to which every rank writes
+    its part; of a LoRA run it holds the adapter and not the base model. It resumes on any number of ranks.
+
+    Args:
+        shard_size: ranks that hold one copy of everything together; by default all. With the devices of a node, weights
+            travel within nodes, and only gradients between them (HSDP).
+        cpu_offload: keep the parts in the host's memory, and step there too. For a GPU that is too small; slow.
+        gather: dtype in which weights travel and layers compute; by default bfloat16 with ``--trainer.precision
+            bf16-mixed``, and the weights' own without. Gradients are summed in float32, and the optimizer's weights
+            stay as they are.
+        save_distributed_checkpoint: False writes a single file, which rank zero must have room for.
+        process_group_backend: by default NCCL on GPUs and gloo on CPUs.
+        timeout: how long ranks wait for each other.
+    """
+
+    def __init__(
+        self,
+        shard_size: int | None = None,
+        cpu_offload: bool = False,
+        gather: Literal["bfloat16", "float32"] | None = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(
+            data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend, timeout=timeout,
+        )  # fmt: skip
+        if shard_size is not None and shard_size < 1:
+            raise ConfigError(f"--trainer.strategy.shard_size must be at least 1, found {shard_size}")
+        self.shard_size, self.cpu_offload, self.gather = shard_size, cpu_offload, gather
+        self.sharding: Sharding | None = None
+
+    def check_size(self) -> None:
+        """Raise ConfigError where the ranks can't be divided as asked. Called before any process is started."""
+        ranks = self.num_nodes * self.num_processes
+        if self.shard_size is not None and ranks % self.shard_size:
+            raise ConfigError(
+                f"--trainer.strategy.shard_size {self.shard_size} doesn't divide the {ranks} processes "
+                f"({self.num_nodes} nodes of {self.num_processes}). Use the devices of a node, or leave it out."
+            )
+
+    def setup_environment(self) -> None:
+        """Start the process group and lay the mesh over it."""
+        self.check_size()
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        if self.cpu_offload and self._process_group_backend is None and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # gradient norms are of tensors on the host
+        super().setup_environment()
+        mesh = self.device_mesh["data_parallel"]
+        if self.shard_size is not None and self.shard_size < self.world_size:
+            shape = (self.world_size // self.shard_size, self.shard_size)
+            mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+        self.sharding = Sharding(mesh, self._gather_dtype(), self.cpu_offload)
+
+    def setup(self, trainer: Any) -> None:
+        """Refuse what a checkpoint of would not resume."""
+        if self._has_adapter and not self._save_distributed_checkpoint:
+            raise ConfigError(
+                "--trainer.strategy.save_distributed_checkpoint false doesn't go with LoRA: Lightning numbers the "
+                "optimizer's state by all weights, and an adapter's are only some. Leave it out."
+            )
+        super().setup(trainer)
+
+    def _gather_dtype(self) -> torch.dtype | None:
+        if self.gather is not None:
+            return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.gather]
+        return torch.bfloat16 if str(self.precision_plugin.precision) == "bf16-mixed" else None
+
+    def model_to_device(self) -> None:
+        """Move what isn't sharded."""
+        assert self.model is not None
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.root_device)
+
+    # -- checkpoints: of an adapter, the adapter alone ------------------------------------------------------------
+
+    def _state_options(self, **options: Any) -> Any:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+        return StateDictOptions(cpu_offload=True, ignore_frozen_params=self._has_adapter, **options)
+
+    @property
+    def _has_adapter(self) -> bool:
+        policy = getattr(self.lightning_module, "policy", None)
+        return policy is not None and policy.has_adapter
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """As the base class's, without the weights of an adapter's base model."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        assert self.model is not None
+        options = self._state_options(full_state_dict=not self._save_distributed_checkpoint)
+        return get_model_state_dict(self.model, options=options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """As the base class's; a checkpoint without an adapter's base model is complete."""
+        path = Path(self.broadcast(checkpoint_path))
+        if not self._has_adapter:
+            return super().load_checkpoint(path, weights_only)
+        from torch.distributed.checkpoint import load  # type: ignore[attr-defined]
+        from torch.distributed.checkpoint.state_dict import (
+            get_model_state_dict,
+            get_optimizer_state_dict,
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )  # fmt: skip
+
+        assert self.model is not None
+        options = self._state_options(strict=False)
+        if path.is_dir():
+            weights = get_model_state_dict(self.model, options=options)
+            load({"state_dict": weights}, checkpoint_id=path)
+            set_model_state_dict(self.model, weights, options=options)
+            for number, optimizer in enumerate(self.optimizers):
+                state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
+                load(state, checkpoint_id=path)
+                set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
+            content: dict[str, Any] = torch.load(path / METADATA, weights_only=weights_only)
+            return content
+        raise ConfigError(
+            f"{path} is a single file, of a LoRA run without FSDP2's distributed checkpoints. Go on with the strategy "
+            "that it was written by."
+        )
+
+
+def check_size(strategy: Any) -> None:
+    """Raise ConfigError where a strategy's sizes don't make up the number of processes, before any is started."""
+    if isinstance(strategy, FSDP2):
+        strategy.check_size()
+    elif isinstance(strategy, ModelParallelStrategy):
+        sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
+        ranks = strategy.num_nodes * strategy.num_processes
+        if "auto" not in sizes and int(sizes[0]) * int(sizes[1]) != ranks:
+            raise ConfigError(
+                f"--trainer.strategy: data_parallel_size {sizes[0]} times tensor_parallel_size {sizes[1]} isn't the "
+                f"{ranks} processes of {strategy.num_nodes} nodes with {strategy.num_processes} devices each. Set "
+                f"data_parallel_size {ranks} and tensor_parallel_size 1, or use --trainer.strategy fsdp2."
+            )
+
+
+# so that a bare name does: --trainer.strategy fsdp2
+if "fsdp2" not in StrategyRegistry:
+    StrategyRegistry.register("fsdp2", FSDP2, description=(FSDP2.__doc__ or "").splitlines()[0])

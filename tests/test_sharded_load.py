@@ -1,0 +1,123 @@
+"""Models that are built without weights, sharded and filled: the same tensors as those of a whole load."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from conftest import make_tokenizer
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.policy import Lora, Policy, PolicyConfig, check_head, check_sharing
+from rap_lightning.models.sharded_load import blank_model, load_sharded
+from rap_lightning.models.sharding import Sharding
+
+SIZES = {
+    "vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 16},  # two rotary tables, scaled embeddings
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8},
+    "mistral": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},  # Conv1D, weights in another order
+}
+
+
+def save(folder: Path, kind: str, **more: Any) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    options = MODELS.get(kind, {}) | more
+    sizes = {"vocab_size": 600} if kind == "gpt2" else SIZES
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | options)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(folder, max_shard_size="20KB")  # several files
+    make_tokenizer("chatml").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sharding(tmp_path: Path) -> Any:
+    """A mesh of this process alone: what is tested with more ranks is tested in test_ranks.py."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield Sharding(init_device_mesh("cpu", (1,)))
+    dist.destroy_process_group()
+
+
+def tensors(policy: Policy) -> dict[str, torch.Tensor]:
+    named = {**dict(policy.named_parameters(remove_duplicate=False)), **dict(policy.named_buffers())}
+    return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for n, t in named.items()}
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_weights_and_computed_buffers_equal_those_of_a_whole_load(kind: str, sharding: Any, tmp_path: Path) -> None:
+    config = PolicyConfig(str(save(tmp_path / "model", kind)))
+    policy, why = load_sharded(config, torch.float32, sharding, trained=True)
+    assert why == ""
+    whole = config.build(torch.float32)
+    ours, theirs = tensors(policy), tensors(whole)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name], theirs[name]), name
+    assert policy.causal_lm.generation_config == whole.causal_lm.generation_config
+    assert policy.training
+    assert check_head(policy) < 1e-4
+    assert check_sharing(policy) == check_sharing(whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_starts_from_the_same_numbers(dtype: torch.dtype, sharding: Any, tmp_path: Path) -> None:
+    config = PolicyConfig(str(save(tmp_path / "model", "llama")), lora=Lora(r=3))
+    torch.manual_seed(7)
+    policy, why = load_sharded(config, dtype, sharding, trained=True)
+    after = torch.rand(1)
+    torch.manual_seed(7)
+    whole = config.build(dtype)
+    assert why == ""
+    assert torch.equal(after, torch.rand(1)), "the generator stands where it would stand"
+    ours, theirs = tensors(policy), tensors(whole)
+    assert sum("lora_A" in name for name in theirs) == 14
+    for name in theirs:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name], theirs[name]), name
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in whole.named_parameters() if p.requires_grad}
+
+
+def test_no_weight_has_memory_before_it_is_sharded(tmp_path: Path) -> None:
+    model, why = blank_model(PolicyConfig(str(save(tmp_path / "model", "gemma3_text"))), torch.float32)
+    assert why == ""
+    assert all(p.is_meta for p in model.parameters())
+    assert not any(b.is_meta for _, b in model.named_non_persistent_buffers())
+
+
+def test_files_that_name_weights_otherwise_are_loaded_whole_and_it_is_said(sharding: Any, tmp_path: Path) -> None:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    config = PolicyConfig(str(save(tmp_path / "model", "qwen3_moe", **sizes)))
+    policy, why = load_sharded(config, torch.float32, sharding, trained=True)
+    assert "name weights otherwise" in why
+    ours, theirs = tensors(policy), tensors(config.build(torch.float32))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    dora = dataclasses.replace(config, path=str(save(tmp_path / "dense", "llama")), lora=Lora(r=2, use_dora=True))
+    assert "DoRA" in load_sharded(dora, torch.float32, sharding, trained=True)[1]
+
+
+def test_files_of_another_shape_are_refused(sharding: Any, tmp_path: Path) -> None:
+    import json
+
+    folder = save(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 700}))
+    with pytest.raises(ConfigError, match=r"shape \(600, 32\) in the model's files, and \(700, 32\) in its config"):
+        load_sharded(PolicyConfig(str(folder)), torch.float32, sharding, trained=False)
