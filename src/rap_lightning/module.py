@@ -35,7 +35,7 @@ from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
 from rap_lightning.models.sharded_load import load_sharded
-from rap_lightning.models.sharding import Sharding, shard
+from rap_lightning.models.sharding import Sharding
 from rap_lightning.preferences.relabel import UNCONDITIONED
 from rap_lightning.progress import random_state, recount, set_random_state, settle
 from rap_lightning.schedules import CosineWithWarmup, Schedule
@@ -132,7 +132,7 @@ class PreferenceModule(pl.LightningModule):
                 f"{plugin.precision}, which converts all weights. Remove one of the two."
             )
         sharding = self._sharding()
-        if sharding is not None and self._meta_start():
+        if sharding is not None:
             self.policy, whole = load_sharded(self.policy_config, dtype, sharding, trained=True)
             if whole:
                 rank_zero_info(f"{self.policy_config.path} is loaded whole by each process, then sharded: {whole}.")
@@ -140,8 +140,6 @@ class PreferenceModule(pl.LightningModule):
             self.policy = self.policy_config.build(dtype)
             if isinstance(plugin, HalfPrecision):  # Lightning converts later, and references copy the policy now
                 plugin.convert_module(self.policy)
-            if sharding is not None:
-                shard(self.policy, sharding)
         if self.policy.has_adapter:
             self._digests["base"] = base_digest(self.policy)
         if (adapter := self.policy_config.adapter) is not None:
@@ -168,10 +166,6 @@ class PreferenceModule(pl.LightningModule):
             self.reference.shard(sharding)
         self.reference.load(self.policy_config, dtype)
         self.reference.follow(self.policy, 0)
-
-    def _meta_start(self) -> bool:
-        """Whether no process may hold the model whole: the strategies of ours ask for that, Lightning's own don't."""
-        return isinstance(getattr(self.trainer.strategy, "sharding", None), Sharding)
 
     def _sharding(self) -> Sharding | None:
         """How the strategy wants weights sharded; None where every process holds them whole."""

@@ -90,7 +90,7 @@ def export(
             local = str(Path(config.path).resolve()) if Path(config.path).is_dir() else config.path
             policy.model.peft_config["default"].base_model_name_or_path = leaving.base_model or local
         kind = {"selected_adapters": ["default"]} if policy.has_adapter else {"max_shard_size": leaving.max_shard_size}
-        policy.model.save_pretrained(partial, state_dict=_cast(own, leaving.dtype), **kind)
+        policy.model.save_pretrained(partial, state_dict=_cast(own, leaving.dtype), **kind)  # takes the dict apart
         if policy.has_adapter:
             (partial / "README.md").unlink(missing_ok=True)  # peft's, with the folder of the base model in it
         else:
@@ -165,9 +165,9 @@ def _logits(model: Any, vocabulary: int) -> Tensor:
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """In another dtype; tensors that share their memory go on sharing it."""
+    """A dict of its own, in another dtype; tensors that share their memory go on sharing it."""
     if dtype is None:
-        return state
+        return dict(state)
     made: dict[tuple[int, torch.Size], Tensor] = {}
     for value in state.values():
         made.setdefault((value.data_ptr(), value.shape), value.to(dtype) if value.is_floating_point() else value)

@@ -38,7 +38,10 @@ def load_sharded(config: PolicyConfig, dtype: torch.dtype, sharding: Sharding, *
     files = {} if model is None else _Files.of(config)
     if model is not None and (lacking := sorted(_wanted(model) - set(files))):
         model, why = None, f"its files name weights otherwise than its code does ({lacking[0]})"
-    whole = config.load_initial(dtype) if model is None else model
+    if model is None:
+        whole = config.load_initial(dtype)
+    else:
+        whole, model._weight_conversions = model, []  # written by the names that its files have
     if trained:
         random = torch.get_rng_state()
         policy = config.build(dtype, model=whole)
