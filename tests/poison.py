@@ -1,10 +1,11 @@
-"""A loss that breaks on certain pairs, however a step is cut and spread over ranks."""
+"""Losses that break: on certain pairs, however a step is cut and spread over ranks; on one rank."""
 
 import math
 from typing import Any
 
 import torch
 
+from rap_lightning.errors import DataError
 from rap_lightning.losses import DPO
 
 
@@ -22,3 +23,21 @@ class ByLength(DPO):
     def forward(self, policy: Any, reference: Any) -> torch.Tensor:
         losses = super().forward(policy, reference)
         return torch.where(policy.chosen_lengths == self.length, math.nan, losses) if self.training else losses
+
+
+class OnRank(DPO):
+    """Fails on rank 1, at its third forward pass.
+
+    Args:
+        plain: as a bug does, not as an error of the user's.
+    """
+
+    def __init__(self, plain: bool = False, beta: float = 0.5) -> None:
+        super().__init__(beta)
+        self.plain, self.passes = plain, 0
+
+    def forward(self, policy: Any, reference: Any) -> torch.Tensor:
+        self.passes += 1
+        if self.passes == 3 and torch.distributed.get_rank() == 1:
+            raise (KeyError if self.plain else DataError)("this is rank 1's own")
+        return super().forward(policy, reference)

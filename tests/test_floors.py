@@ -7,7 +7,7 @@ from conftest import ROOT
 
 SOURCE = ROOT / "src" / "rap_lightning"
 FLOORS = [
-    {"errors", "provenance"},
+    {"errors", "provenance", "alike"},
     {"preferences"},
     {"batches"},
     {"losses"},

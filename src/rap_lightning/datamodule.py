@@ -176,6 +176,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         self._encoder: Encoder | None = None
         self._prompts: list[tuple[list[int], dict[str, Any]]] = []
         self._unscored = False
+        self._in_stream = sys.maxsize  # training pairs, where all of them were seen at the first look
 
     # -- preparing ------------------------------------------------------------------------------------------------
 
@@ -223,8 +224,19 @@ class PreferenceDataModule(pl.LightningDataModule):
             else:
                 self._pairs[name], self.reports[name] = self._encode(name)
             rank_zero_info("\n".join(line for report in self.reports[name] for line in report.lines()))
+            self._refuse_idle_ranks(name)
         if stage == "fit" and validation is None:
             rank_zero_info(f"no validation: {self._named()} has no split named {', '.join(VALIDATION_NAMES)}")
+
+    def _refuse_idle_ranks(self, split: str) -> None:
+        """A rank without a pair of its own would only wait for the others."""
+        ranks = self.trainer.world_size if self.trainer is not None else 1
+        pairs = len(self._pairs[split]) if split in self._pairs else self._in_stream
+        if split == self.train_split and pairs < ranks:
+            raise DataError(
+                f"{self._named()} (split {split}) has {pairs:,} training pairs for {ranks:,} processes: some would "
+                "never have one. Use at most as many --trainer.devices times --trainer.num_nodes as there are pairs."
+            )
 
     def validation_split(self) -> str | None:
         """The split to validate on: the one named, else the first usual name that exists, else none."""
@@ -292,7 +304,9 @@ class PreferenceDataModule(pl.LightningDataModule):
         pairs = list(islice(stream, FIRST_LOOK))
         self._unscored = any(math.isnan(pair.rewards[0]) for pair in pairs)
         rows = PairEncoder(self.encoder, self.relabelling)(pairs)
-        if not any(note_encoding(rows, report)):
+        encoded = note_encoding(rows, report)
+        self._in_stream = sum(encoded) if len(pairs) < FIRST_LOOK else sys.maxsize
+        if not any(encoded):
             raise DataError(
                 "\n".join([f"{self._named()}: no pair of the first {FIRST_LOOK:,} is left.", *report.lines()])
             )

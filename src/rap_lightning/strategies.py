@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import init_device_mesh
 
 from rap_lightning.errors import ConfigError
@@ -146,6 +147,29 @@ class FSDP2(ModelParallelStrategy):
         raise ConfigError(
             f"{path} is a single file, of a LoRA run without FSDP2's distributed checkpoints. Go on with the strategy "
             "that it was written by."
+        )
+
+
+def check_asked(strategy: Any, accelerator: Any) -> None:
+    """Raise ConfigError for a strategy's name that doesn't exist, and for GPUs that aren't there.
+
+    Args:
+        strategy, accelerator: the trainer's options, as parsed.
+    """
+    if isinstance(strategy, str) and strategy.lower() not in (known := ["auto", *StrategyRegistry]):
+        classes = [kind.__name__ for kind in (FSDP2, ModelParallelStrategy, DDPStrategy, DeepSpeedStrategy)]
+        near = get_close_matches(
+            strategy.lower(), ("auto", "ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3"), 1
+        )
+        raise ConfigError(
+            f"--trainer.strategy {strategy}: no such strategy.{f' Did you mean {near[0]}?' if near else ''} Usual ones "
+            f"are auto, ddp and fsdp2; or name a class ({', '.join(classes)}), or use an overlay of configs/strategy."
+        )
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        raise ConfigError(
+            f"--trainer.accelerator {accelerator}: torch {torch.__version__} finds no GPU here (nvidia-smi shows what "
+            "there is; a +cpu build of torch can't use any). To try on CPUs: --trainer.accelerator cpu, or "
+            "-c configs/strategy/cpu-fsdp2.yaml for two sharded processes."
         )
 
 

@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from rap_lightning import losses
+from rap_lightning.alike import flat, model_facts
 from rap_lightning.callbacks import (
     Checkpoints,
     ConsoleLines,
@@ -51,8 +52,8 @@ from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.schedules import Schedule
-from rap_lightning.strategies import FSDP2, check_size
-from rap_lightning.together import Together, flat
+from rap_lightning.strategies import FSDP2, check_asked, check_size
+from rap_lightning.together import Together
 
 # jsonargparse knows a class by its short name once it has been imported
 SHORT_NAMES = (AdapterAsLoaded, Stored, Synchronised, FSDP2)
@@ -100,6 +101,7 @@ class PreferenceCLI(LightningCLI):
             options["weights_only"] = True  # Lightning would run what a local file has pickled
         for section, kind in (("model", PreferenceModule), ("data", PreferenceDataModule)):
             _refuse_nulls(section, kind, options.get(section))
+        check_asked(options["trainer"].get("strategy"), options["trainer"].get("accelerator"))
         self._run_key = run_key_of(options)
         path, root = options.get("ckpt_path"), Path(options["trainer"].get("default_root_dir") or ".")
         if path is None and SLURMEnvironment.detect() and self.config["subcommand"] == "fit":
@@ -144,7 +146,8 @@ class PreferenceCLI(LightningCLI):
         if config.get("logger") is None:
             kwargs["logger"] = CSVLogger(config.get("default_root_dir") or "runs", name="")
         facts = namespace_to_dict(self.config[self.config["subcommand"]]) if "subcommand" in self.config else {}
-        self.together = Together(flat(facts))
+        local = model_facts(self.model.policy_config.path) if isinstance(self.model, PreferenceModule) else {}
+        self.together = Together(flat(facts) | local)
         kwargs["callbacks"].append(self.together)
         trainer = super().instantiate_trainer(**kwargs)
         check_size(trainer.strategy)

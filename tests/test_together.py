@@ -1,0 +1,151 @@
+# ruff: noqa: F811 (fixtures of test_stops and test_ranks)
+"""Ranks that can't run together: a clear message, once on each node, within the time-out."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, write_jsonl
+from test_ranks import Pair, arguments, start  # noqa: F401
+from test_stops import context, world  # noqa: F401
+
+pytestmark = pytest.mark.timeout(240)
+OVERLAYS = ROOT / "configs" / "strategy"
+FSDP2 = ["--trainer.strategy", "FSDP2", "--trainer.strategy.timeout", "0:00:12"]
+DDP = [
+    "--trainer.strategy", "DDPStrategy", "--trainer.strategy.process_group_backend", "gloo",
+    "--trainer.strategy.timeout", "0:00:12",
+]  # fmt: skip
+
+
+def errors(said: str) -> list[str]:
+    return re.findall(r"^error: .*", said, re.MULTILINE)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("strategy", [DDP, pytest.param(FSDP2, marks=SLOW)], ids=["ddp", "fsdp2"])
+def test_an_error_of_one_rank_is_told_once_by_rank_zero(
+    strategy: list[str], start: Any, world: Path, tmp_path: Path
+) -> None:
+    run = Pair(start, arguments(world, tmp_path / "run", "--model.loss", "poison.OnRank"), strategy)
+    began = time.monotonic()
+    codes = run.end()
+    assert time.monotonic() - began < 100
+    assert 0 not in codes, run.said[-3000:]
+    (error,) = errors(run.said)
+    assert "error: rank 1 on" in error and "failed: this is rank 1's own" in error
+    assert error in run.ranks[0].said
+    assert "Traceback" not in run.said
+
+
+@SLOW
+def test_a_stack_is_shown_by_the_rank_that_it_is_of_and_by_no_other(start: Any, world: Path, tmp_path: Path) -> None:
+    run = Pair(
+        start, arguments(world, tmp_path / "run", "--model.loss", "poison.OnRank", "--model.loss.plain", "true"), DDP
+    )
+    codes = run.end()
+    assert 0 not in codes, run.said[-3000:]
+    assert "Traceback" in run.ranks[1].said and 'KeyError: "this is rank 1\'s own"' in run.ranks[1].said
+    assert "Traceback" not in run.ranks[0].said
+    (error,) = errors(run.said)
+    assert "rank 1 on" in error and "failed: KeyError" in error and error in run.ranks[0].said
+
+
+@pytest.mark.parametrize("late", [True, pytest.param(False, marks=SLOW)], ids=["config", "data"])
+def test_a_node_with_another_config_or_other_data_is_named_before_a_model_is_loaded(
+    late: bool, start: Any, world: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    rows[3]["score_chosen"], rows[3]["chosen"] = rows[3]["score_chosen"], rows[4]["chosen"]
+    other = tmp_path / "other"
+    other.mkdir()
+    write_jsonl(other / "train.jsonl", rows)
+    (other / "test.jsonl").write_bytes((world / "test.jsonl").read_bytes())
+    own = ["--model.loss.beta", "0.3"] if late else ["--data.source", str(other)]
+    run = Pair(start, arguments(world, tmp_path / "run", "--model.loss", "DPO"), DDP, nodes=2, second=own)
+    assert run.end() == [2, 2], run.said[-3000:]
+    for rank in run.ranks:  # each node has its own log
+        (error,) = errors(rank.said)
+        assert "rank 1 on" in error and "is about to do something else than rank 0 on" in error
+        expected = "model.loss.init_args.beta: 0.3 there, 0.1 on rank 0" if late else "data of split train: "
+        assert expected in error
+        assert "policy:" not in rank.said, "no model is loaded"
+
+
+@SLOW
+def test_a_node_that_never_comes_is_named_by_those_that_did(start: Any, world: Path, tmp_path: Path) -> None:
+    run = Pair(start, arguments(world, tmp_path / "run"), DDP, nodes=2, alone=0)
+    began = time.monotonic()
+    assert run.ranks[0].end() == 2, run.said[-3000:]
+    assert time.monotonic() - began < 60, "the time-out is 12 s"
+    (error,) = errors(run.said)
+    assert "1 of 2 processes came within 12 s; missing: rank 1." in error
+    other = Pair(start, arguments(world, tmp_path / "run"), DDP, nodes=2, alone=1)
+    assert other.ranks[0].end() == 2, other.said[-3000:]
+    assert re.search(r"rank 1 \(\S+\) found nobody at localhost:\d+ within 12 s", other.said)
+
+
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=SLOW), 1])
+def test_a_node_that_is_lost_is_named_by_the_other(lost: int, start: Any, world: Path, tmp_path: Path) -> None:
+    many = arguments(world, tmp_path / "run", "--trainer.max_epochs", "999", steps=100_000)
+    run = Pair(start, many, FSDP2, nodes=2)
+    run.ranks[0].wait_for("step 2/")
+    os.kill(run.ranks[lost].process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert run.ranks[1 - lost].end() == 3, run.said[-3000:]
+    assert time.monotonic() - began < 60, "the time-out is 12 s"
+    (error,) = errors(run.said)
+    assert f"rank {lost} on" in error and "go on from its newest checkpoint with --ckpt_path" in error
+
+
+@SLOW
+def test_a_rank_that_hangs_is_named(start: Any, world: Path, tmp_path: Path) -> None:
+    many = arguments(world, tmp_path / "run", "--trainer.max_epochs", "999", steps=100_000)
+    run = Pair(start, many, DDP)
+    run.ranks[0].wait_for("step 2/")
+    os.kill(run.ranks[1].process.pid, signal.SIGSTOP)
+    assert run.ranks[0].end() == 3, run.said[-3000:]
+    assert "error: no sign of rank 1 on" in run.said
+
+
+@pytest.mark.parametrize("streaming", ["false", pytest.param("true", marks=SLOW)])
+def test_more_ranks_than_pairs_are_refused(streaming: str, start: Any, world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [json.loads((world / "train.jsonl").read_text().splitlines()[0])])
+    few = ["--data.source", str(folder), "--data.relabel", "chosen", "--data.streaming", streaming]
+    run = Pair(start, arguments(world, tmp_path / "run", *few), DDP)
+    assert run.end() == [2, 2], run.said[-3000:]
+    (error,) = errors(run.said)
+    assert "has 1 training pairs for 2 processes" in error
+    assert error in run.ranks[0].said
+
+
+def test_strategies_that_dont_fit_are_refused_before_a_process_is_started(
+    start: Any, world: Path, tmp_path: Path
+) -> None:
+    def refusal(*more: str) -> str:
+        run = start([*arguments(world, tmp_path / "run"), *more])
+        assert run.end() == 2, run.said[-2000:]
+        (error,) = errors(run.said)
+        assert "Traceback" not in run.said
+        return error
+
+    cpu = ["-c", str(OVERLAYS / "cpu-fsdp2.yaml")]
+    assert "shard_size 3 doesn't divide the 2 processes" in refusal(*cpu, "--trainer.strategy.shard_size", "3")
+    sizes = ["--trainer.strategy.data_parallel_size", "3", "--trainer.strategy.tensor_parallel_size", "1"]
+    own = refusal("--trainer.devices", "2", "--trainer.strategy", "ModelParallelStrategy", *sizes)
+    assert "data_parallel_size 3 times tensor_parallel_size 1 isn't the 2 processes" in own
+    unknown = refusal("--trainer.strategy", "fsdp3")
+    assert "--trainer.strategy fsdp3: no such strategy. Did you mean fsdp2?" in unknown
+    for overlay in ("ddp", "fsdp2", "hsdp", "fsdp2-offload", "single"):
+        error = refusal("--trainer.accelerator", "gpu", "-c", str(OVERLAYS / f"{overlay}.yaml"))
+        assert "no GPU" in error and "cpu-fsdp2.yaml" in error
