@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from conftest import build, make_trainer, sgd
+from rap_lightning.callbacks import ExportHF
 from rap_lightning.losses import DPO
 from rap_lightning.models.export import full_state
 from rap_lightning.models.policy import Lora, PolicyConfig
@@ -24,11 +25,14 @@ from rap_lightning.schedules import ConstantWithWarmup
 from rap_lightning.strategies import FSDP2
 
 
-def strategy(name: str, **options: Any) -> Any:
-    from lightning.pytorch.strategies import DDPStrategy
+def strategy(name: str, ranks: int, options: dict[str, Any]) -> Any:
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     if name == "fsdp2":
         return FSDP2(**options)
+    if name == "model-parallel":  # Lightning's own
+        sizes = {"data_parallel_size": ranks, "tensor_parallel_size": 1}
+        return ModelParallelStrategy(process_group_backend="gloo", **sizes, **options)
     return DDPStrategy(process_group_backend="gloo", **options) if name == "ddp" else "auto"
 
 
@@ -52,11 +56,11 @@ def run(case: dict[str, Any], output: Path) -> None:
     if save := case.get("save"):
         from lightning.pytorch.callbacks import ModelCheckpoint
 
-        every = ModelCheckpoint(save, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-        saver = {"enable_checkpointing": True, "callbacks": [every]}
+        every = ModelCheckpoint(save, filename="{step}", every_n_train_steps=case.get("every", 2), save_top_k=-1)
+        saver = {"enable_checkpointing": True, "callbacks": [every, *([ExportHF()] if case.get("export") else [])]}
     trainer = make_trainer(
         output / name,
-        strategy=strategy(case["strategy"], **case.get("strategy_options", {})),
+        strategy=strategy(case["strategy"], ranks, case.get("strategy_options", {})),
         devices=ranks // case.get("nodes", 1), num_nodes=case.get("nodes", 1), gradient_clip_val=1.0,
         accumulate_grad_batches=case.get("accumulate", 1), **(saver | case.get("trainer", {})),
     )  # fmt: skip

@@ -156,7 +156,7 @@ def check_asked(strategy: Any, accelerator: Any) -> None:
     Args:
         strategy, accelerator: the trainer's options, as parsed.
     """
-    if isinstance(strategy, str) and strategy.lower() not in (known := ["auto", *StrategyRegistry]):
+    if isinstance(strategy, str) and strategy.lower() not in ("auto", *StrategyRegistry):
         classes = [kind.__name__ for kind in (FSDP2, ModelParallelStrategy, DDPStrategy, DeepSpeedStrategy)]
         near = get_close_matches(
             strategy.lower(), ("auto", "ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3"), 1

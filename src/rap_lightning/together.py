@@ -36,7 +36,7 @@ GRACE = 10.0
 """Seconds that a process has to end by itself once another is lost."""
 STATUS = 3
 """What a process that lost others exits with."""
-DONE = b"done"
+DONE = "done"
 ADVICE = "This run ends; go on from its newest checkpoint with --ckpt_path."
 
 
@@ -177,7 +177,7 @@ class Watch:
             self._set_beat(DONE)
             deadline = time.monotonic() + self.patience
             while self.meeting.rank == 0 and time.monotonic() < deadline:
-                if all(beat == DONE for beat in self.meeting.beats.multi_get(self.meeting.keys("beat"))):
+                if all(beat == DONE.encode() for beat in self.meeting.beats.multi_get(self.meeting.keys("beat"))):
                     return
                 time.sleep(0.05)
 
@@ -213,7 +213,7 @@ class Watch:
         if self.meeting.rank == 0:
             time.sleep(2 * BEAT)
 
-    def _set_beat(self, beat: bytes | str) -> None:
+    def _set_beat(self, beat: str) -> None:
         self.meeting.beats.set(self.meeting.key("beat", self.meeting.rank), beat)
 
     def _name(self, rank: int) -> str:
@@ -239,7 +239,7 @@ class Watch:
                 continue
             reached = time.monotonic()
             for rank, beat in zip(watched, beats, strict=True):
-                if beat == DONE or beat != seen[rank][0]:
+                if beat == DONE.encode() or beat != seen[rank][0]:
                     seen[rank] = beat, reached
             silent = [rank for rank, (_, since) in seen.items() if reached - since > self.patience]
             if silent and not verdict:
