@@ -68,7 +68,8 @@ def make(folder: Path) -> dict[str, Any]:
 def variants(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every layout with every reference."""
     return {
-        f"{layout}-{name}": base | {"reference": name.partition("-")[0], "lora": lora, "data_options": {"layout": layout}}
+        f"{layout}-{name}": base
+        | {"reference": name.partition("-")[0], "lora": lora, "data_options": {"layout": layout}}
         for layout in LAYOUTS
         for name, lora in REFERENCES.items()
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rap_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rap_lightning.models.policy import Policy, PolicyConfig
+    from rap_lightning.models.policy import PolicyConfig
     from rap_lightning.models.saved import SavedPolicy
 
 
@@ -68,14 +68,14 @@ def export(
     from rap_lightning.models import export as files
     from rap_lightning.models import hub
     from rap_lightning.models.card import model_card
-    from rap_lightning.models.saved import open_saved
+    from rap_lightning.models.saved import open_saved, restored
 
     _say(f"reading {checkpoint}")
     saved = open_saved(Path(checkpoint))
     if not saved.verified:
         _say(f"{checkpoint} has no digest of its content, so it is read without being verified")
     config = _config(saved, trust_remote_code)
-    adapter = bool(saved.record["policy"].get("lora") or saved.record["policy"].get("adapter"))
+    adapter = saved.adapts
     if merge and not adapter:
         raise ConfigError("--merge has no effect: the checkpoint is of a fully trained model, without an adapter.")
     if adapter and not merge and max_shard_size is not None:
@@ -106,11 +106,11 @@ def export(
     if merge:
         _say("merging: the base model is loaded, and loaded again to compare what was written")
         checked = files.merge(
-            lambda: _restored(saved, config, torch.float32, adapter).model, tokenizer, Path(output), config, leaving
+            lambda: restored(saved, config, torch.float32).model, tokenizer, Path(output), config, leaving
         )
         _say(checked)
     else:
-        policy = _restored(saved, config, torch.bfloat16 if adapter else saved.dtype, adapter)
+        policy = restored(saved, config, torch.bfloat16 if adapter else saved.dtype)
         files.export(policy, policy.state_dict(), tokenizer, Path(output), config, leaving)
     print(f"wrote {output}")
     if push_to_hub is not None:
@@ -126,45 +126,6 @@ def _config(saved: SavedPolicy, trust_remote_code: bool) -> PolicyConfig:
 
     options = saved.record["policy"] | {"quantize": None}
     return config_of(options, saved.path, trust_remote_code=trust_remote_code)
-
-
-def _restored(saved: SavedPolicy, config: PolicyConfig, dtype: Any, adapter: bool) -> Policy:
-    """The policy with the checkpoint's weights in it; of an adapter's run the base model's are those of its files."""
-    from rap_lightning.models.adapters import of_adapter
-
-    policy = config.build(dtype)
-    state = policy.state_dict()
-    _refuse_other_base(saved, config, policy)
-    trained = {name for name, p in policy.named_parameters() if p.requires_grad or of_adapter(name)}
-    present = {state[name].data_ptr() for name in saved.names if name in state}
-    wanted = trained if adapter else {n for n, v in state.items() if n in saved.names or v.data_ptr() not in present}
-    missing, unexpected = sorted(wanted - set(saved.names)), sorted(set(saved.names) - state.keys())
-    if missing or unexpected:
-        raise ConfigError(
-            f"{saved.path} doesn't fit the model at {config.path}: missing {missing[:3]}, unexpected {unexpected[:3]}."
-        )
-    del state
-    try:
-        policy.load_state_dict(saved.read(wanted), strict=False, assign=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ConfigError(f"{saved.path} doesn't fit the model at {config.path}: {reason}") from error
-    policy.causal_lm.tie_weights()
-    return policy
-
-
-def _refuse_other_base(saved: SavedPolicy, config: PolicyConfig, policy: Policy) -> None:
-    """An adapter on a base model that it wasn't trained over is a model that nobody has seen."""
-    from rap_lightning.models.digests import base_digest, same_base
-
-    then = saved.record.get("digests", {}).get("base")
-    if then is None or saved.record["policy"].get("quantize") or "torch.float16" in then.split(":")[0].split(","):
-        return  # not recorded, or in numbers that the base model's own dtype doesn't give again
-    if not same_base(then, base_digest(policy)):
-        raise ConfigError(
-            f"the checkpoint's adapter was trained over another base model than what is now at {config.path}. "
-            "Put back what the run began with."
-        )
 
 
 def _facts(saved: SavedPolicy) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.adapters import of_adapter
 from rap_lightning.models.checkpoints import read_checkpoint, refuse_damaged
-from rap_lightning.models.policy import Lora, PolicyConfig
+from rap_lightning.models.digests import base_digest, same_base
+from rap_lightning.models.policy import Lora, Policy, PolicyConfig
 
 PREFIX = "policy."
 META = "meta.pt"
@@ -47,6 +49,11 @@ class SavedPolicy(ABC):
     def record(self) -> dict[str, Any]:
         """What the module recorded: the policy's config, the goal template."""
         return cast(dict[str, Any], self.meta["rap_lightning"])
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter was trained."""
+        return bool(self.record["policy"].get("lora") or self.record["policy"].get("adapter"))
 
     @property
     @abstractmethod
@@ -107,6 +114,51 @@ def open_saved(path: Path) -> SavedPolicy:
         )
     saved.verified = verified
     return saved
+
+
+def restored(saved: SavedPolicy, config: PolicyConfig, dtype: torch.dtype) -> Policy:
+    """The policy with the checkpoint's weights in it; of an adapter's run the base model's are those of its files.
+
+    Args:
+        saved: the checkpoint.
+        config: as :func:`config_of` gives it.
+        dtype: of the base model of an adapter; other weights have the checkpoint's.
+
+    Raises:
+        ConfigError: the checkpoint is of another model, or its adapter of another base.
+    """
+    policy = config.build(dtype)
+    state = policy.state_dict()
+    _refuse_other_base(saved, config, policy)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad or of_adapter(name)}
+    present = {state[name].data_ptr() for name in saved.names if name in state}
+    tied = {n for n, v in state.items() if n in saved.names or v.data_ptr() not in present}
+    wanted = trained if saved.adapts else tied
+    missing, unexpected = sorted(wanted - set(saved.names)), sorted(set(saved.names) - state.keys())
+    if missing or unexpected:
+        raise ConfigError(
+            f"{saved.path} doesn't fit the model at {config.path}: missing {missing[:3]}, unexpected {unexpected[:3]}."
+        )
+    del state
+    try:
+        policy.load_state_dict(saved.read(wanted), strict=False, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ConfigError(f"{saved.path} doesn't fit the model at {config.path}: {reason}") from error
+    policy.causal_lm.tie_weights()
+    return policy
+
+
+def _refuse_other_base(saved: SavedPolicy, config: PolicyConfig, policy: Policy) -> None:
+    """An adapter on a base model that it wasn't trained over is a model that nobody has seen."""
+    then = saved.record.get("digests", {}).get("base")
+    if then is None or saved.record["policy"].get("quantize") or "torch.float16" in then.split(":")[0].split(","):
+        return  # not recorded, or in numbers that the base model's own dtype doesn't give again
+    if not same_base(then, base_digest(policy)):
+        raise ConfigError(
+            f"the checkpoint's adapter was trained over another base model than what is now at {config.path}. "
+            "Put back what the run began with."
+        )
 
 
 class _OneFile(SavedPolicy):

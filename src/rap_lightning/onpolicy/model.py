@@ -7,10 +7,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy import goals
+
+if TYPE_CHECKING:
+    from rap_lightning.models.saved import SavedPolicy
 
 SAMPLE = 1 << 20  # bytes at either end of a weights file that its digest reads: training changes all of them
 
@@ -19,7 +22,7 @@ class Model:
     """Where a model is, what is known of it, and how it is loaded. Nothing is loaded before it is asked for.
 
     Args:
-        path: folder, Hub id, or a .ckpt file that fit wrote.
+        path: folder, Hub id, or a .ckpt that fit wrote: a file, or the folder of a sharded one.
         revision: of a Hub id.
         trust_remote_code: run Python code that comes with the model.
     """
@@ -29,12 +32,12 @@ class Model:
         self.place = Path(path).expanduser()
         if revision is not None and self.place.exists():
             raise ConfigError("--revision has no effect on a model that lies here; leave it out.")
-        self._saved: dict[str, Any] | None = None
+        self._saved: SavedPolicy | None = None
         self._tokenizer: Any = None
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is a file that fit wrote."""
+        """Whether fit wrote it."""
         return self.path.endswith(".ckpt")
 
     @property
@@ -45,7 +48,7 @@ class Model:
     def record(self) -> goals.Record | None:
         """What the model knows of goals."""
         if self.is_checkpoint:
-            found: goals.Record | None = self._checkpoint()["rap_lightning"].get("goal")
+            found: goals.Record | None = self._checkpoint().record.get("goal")
             return found
         return goals.read_record(self.path)
 
@@ -90,7 +93,10 @@ class Model:
         config = self._config()
         with _named():
             if self.is_checkpoint:
-                model = _restored(config, self._checkpoint(), dtype, self.path)
+                from rap_lightning.models.saved import restored
+
+                model = restored(self._checkpoint(), config, dtype).model
+                model = model if config.adapts else model.to(dtype)
             elif self.is_adapter:
                 model = self._with_adapter(dtype)
             else:
@@ -102,7 +108,7 @@ class Model:
         if not self.place.exists():
             return {"path": self.path, "revision": self.revision}
         files = [self.place] if self.place.is_file() else sorted(
-            f for f in self.place.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".bin")
+            f for f in self.place.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".bin", ".distcp", ".pt")
         )  # fmt: skip
         digest = hashlib.sha256()
         for file in files:
@@ -121,14 +127,14 @@ class Model:
 
         if not self.is_checkpoint:
             return PolicyConfig(self.path, self.revision, trust_remote_code=self.trust_remote_code)
-        options = self._checkpoint()["rap_lightning"]["policy"]
+        options = self._checkpoint().record["policy"]
         return config_of(options, self.place, trust_remote_code=self.trust_remote_code)
 
-    def _checkpoint(self) -> dict[str, Any]:
-        from rap_lightning.models.checkpoints import read_checkpoint
+    def _checkpoint(self) -> SavedPolicy:
+        from rap_lightning.models.saved import open_saved
 
         if self._saved is None:
-            self._saved = read_checkpoint(self.place)
+            self._saved = open_saved(self.place)
         return self._saved
 
     def _base(self) -> str:
@@ -166,16 +172,3 @@ def _named() -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(str(error).replace("--model.policy.path", "--model")) from error
-
-
-def _restored(config: Any, saved: dict[str, Any], dtype: Any, path: str) -> Any:
-    policy = config.build(dtype)
-    state = {n.removeprefix("policy."): v for n, v in saved["state_dict"].items() if n.startswith("policy.")}
-    result = policy.load_state_dict(state, strict=False)
-    missing = [n for n in result.missing_keys if config.lora is None or ".lora_" in n]
-    if missing or result.unexpected_keys:
-        raise ConfigError(
-            f"{path} doesn't fit the model at {config.path}: missing {missing[:3]}, unexpected "
-            f"{result.unexpected_keys[:3]}."
-        )
-    return policy.model
