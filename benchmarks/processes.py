@@ -98,7 +98,7 @@ def start(cases: list[dict[str, Any]], ranks: int, folder: Path, limit: int = 40
     done = subprocess.run(
         [*launch, str(WORKER), str(plan), str(folder)], env=environment(), capture_output=True, text=True, timeout=limit
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-12000:]
 
 
 def can_two_hosts(script: Path = TWO_NODES) -> bool:

@@ -61,8 +61,9 @@ def run(case: dict[str, Any], output: Path) -> None:
     trainer = make_trainer(
         output / name,
         strategy=strategy(case["strategy"], ranks, case.get("strategy_options", {})),
-        devices=ranks // case.get("nodes", 1), num_nodes=case.get("nodes", 1), gradient_clip_val=1.0,
-        accumulate_grad_batches=case.get("accumulate", 1), **(saver | case.get("trainer", {})),
+        devices=ranks // case.get("nodes", 1), num_nodes=case.get("nodes", 1),
+        accumulate_grad_batches=case.get("accumulate", 1),
+        **({"gradient_clip_val": 1.0} | saver | case.get("trainer", {})),
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=case.get("ckpt_path"), weights_only=True)
     state = full_state(module.policy)
