@@ -1,6 +1,7 @@
 """Losses that break: on certain pairs, however a step is cut and spread over ranks; on one rank."""
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -40,4 +41,20 @@ class OnRank(DPO):
         self.passes += 1
         if self.passes == 3 and torch.distributed.get_rank() == 1:
             raise (KeyError if self.plain else DataError)("this is rank 1's own")
+        return super().forward(policy, reference)
+
+
+class Slow(DPO):
+    """Takes its time, so that a run can be caught in its middle.
+
+    Args:
+        seconds: for each forward pass.
+    """
+
+    def __init__(self, seconds: float = 0.3, beta: float = 0.5) -> None:
+        super().__init__(beta)
+        self.seconds = seconds
+
+    def forward(self, policy: Any, reference: Any) -> torch.Tensor:
+        time.sleep(self.seconds)
         return super().forward(policy, reference)

@@ -35,7 +35,7 @@ from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
 from rap_lightning.models.sharded_load import load_sharded
-from rap_lightning.models.sharding import Sharding
+from rap_lightning.models.sharding import Sharding, reshard
 from rap_lightning.preferences.relabel import UNCONDITIONED
 from rap_lightning.progress import random_state, recount, set_random_state, settle
 from rap_lightning.schedules import CosineWithWarmup, Schedule
@@ -150,6 +150,8 @@ class PreferenceModule(pl.LightningModule):
                 f"{self.policy_config.path} shares no prefixes and packs nothing: {reason}. With the layouts "
                 "packed and tree, sequences go through it one at a time."
             )
+        if sharding is not None:
+            reshard(self.policy)
         total = sum(p.numel() for p in self.policy.parameters())
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         rank_zero_info(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from rap_lightning.models.policy import Policy, decoder_layers
 
@@ -54,3 +54,13 @@ def shard(policy: Policy, sharding: Sharding) -> None:
     reshard = None if any(p.requires_grad for p in policy.parameters()) else True
     fully_shard(policy, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host, reshard_after_forward=reshard)
     policy.computes_on = sharding.compute_device
+
+
+def reshard(policy: Policy) -> None:
+    """Put every rank's parts back in place after a forward pass without a backward one.
+
+    The root stays gathered until then, and an optimizer made meanwhile would hold weights that nobody looks at again.
+    """
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
