@@ -71,6 +71,9 @@ class PreferenceDataModule(pl.LightningDataModule):
         relabel: both halves of each pair (the paper), the chosen or the rejected one only, none (plain pairs, chosen by
             the same rules: the baseline), or half (both halves of a seeded half of the prompts: the paper's Half-RA).
             By default both, and none where there is no goal.
+        rejected_weight: what the loss of a pair under its rejected response's goal counts in the mean over a step,
+            where others count 1: below 1, the policy imitates bad responses less. 0 is relabel chosen. Logged means
+            stay plain ones over pairs; those by origin tell the halves apart.
         keep_original: also train on each pair without a goal.
         ties: a pair whose goals print the same: drop it, keep its chosen half only, or stop with an error.
         selection: which pairs are made of several responses to a prompt; by default the best against a random other,
@@ -108,6 +111,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         source: str | list[Source],
         goal: GoalTemplate | None = OverallGoal(),  # noqa: B008 (immutable; jsonargparse wants an instance)
         relabel: Mode | None = None,
+        rejected_weight: float = 1.0,
         keep_original: bool = False,
         ties: Literal["drop", "chosen", "error"] = "drop",
         selection: Selection | None = None,
@@ -160,6 +164,8 @@ class PreferenceDataModule(pl.LightningDataModule):
             raise ConfigError(f"--data.predict.goal must lie on {scale}, found {predict.goal:g}")
         self.sources, self.goal = as_sources(source), goal
         self.relabelling = Relabelling.of(relabel, goal, keep_original, seed)
+        self.rejected_weight = rejected_weight
+        self.origin_weights = self.relabelling.weights(rejected_weight)
         self.rules = Rules(
             goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns=True
         )
@@ -348,6 +354,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             packing=packing,
+            weigh=None if self.rejected_weight == 1 else lambda number: self.origin_weights[pairs.index[number][1]],
         )
         resumes = trainer is not None and shuffle
 
@@ -368,6 +375,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         stream = StreamedPairs(
             self.sources, self.train_split, self.rules, PairEncoder(self.encoder, self.relabelling), shape,
             buffer=self.shuffle_buffer, seed=self.seed, max_length=self.max_length,
+            origin_weights=self.origin_weights,
         )  # fmt: skip
 
         def position() -> tuple[int, int]:

@@ -201,6 +201,12 @@ class PreferenceModule(pl.LightningModule):
                 f"{name} looks at all pairs of a batch together ({self.loss.batch_level}), and --data.token_budget "
                 "takes a batch apart. Remove it, or set a smaller --data.batch_size."
             )
+        weight = getattr(data, "rejected_weight", 1.0)
+        if self.loss.batch_level and weight != 1:
+            raise ConfigError(
+                f"--data.rejected_weight {weight:g} weighs single pairs, and {name} has no loss of single pairs "
+                f"({self.loss.batch_level}). Remove it, or choose another loss."
+            )
         if self.loss.needs_rewards and not getattr(data, "has_rewards", True):
             raise ConfigError(
                 f"{name} needs the judge's rewards, and the data have none. Use another loss, or scored data."
@@ -381,7 +387,7 @@ class PreferenceModule(pl.LightningModule):
     def _share_of_step(self, part: Batch) -> Tensor:
         losses = self._step(part, self._metrics("fit"))
         # the strategy divides gradients by the ranks: undo that
-        return (losses * part.weights).sum() * (self.trainer.world_size / part.step_pairs)
+        return (losses * part.loss_weights).sum() * (self.trainer.world_size / part.step_weight)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Done in ``training_step``: here the gradients of its first forward passes are already there."""
