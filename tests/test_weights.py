@@ -10,7 +10,7 @@ import torch
 from conftest import build, make_trainer, sgd
 from rap_lightning.batches.sampler import StepSampler
 from rap_lightning.errors import ConfigError
-from rap_lightning.losses import AOT, DPO, KTO, BCO, SimPO
+from rap_lightning.losses import AOT, BCO, DPO, KTO, SimPO
 from rap_lightning.preferences.relabel import Relabelling
 from rap_lightning.schedules import ConstantWithWarmup
 from test_fit import assert_same, logged, weights
