@@ -39,7 +39,8 @@ def test_a_warm_up_is_a_run_of_sft_and_then_a_run_of_the_loss(
     # a step is an epoch of all pairs, so that two runs see what one sees
     options = {"batch_size": PAIRS, "schedule": CosineWithWarmup(), "optimizer": momentum}
     whole = fit(
-        tmp_path / "whole", tiny, pairs_folder, loss=DPO(0.5), warm_up=WarmUp(3, lr), trainer={"max_epochs": 7}, **options
+        tmp_path / "whole", tiny, pairs_folder, loss=DPO(0.5), warm_up=WarmUp(3, lr), trainer={"max_epochs": 7},
+        **options,
     )  # fmt: skip
     first = fit(
         tmp_path / "first", tiny, pairs_folder, loss=SFT(), trainer={"max_epochs": 3},
@@ -62,9 +63,7 @@ def test_a_warm_up_is_a_run_of_sft_and_then_a_run_of_the_loss(
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_margins_begin_at_zero_after_the_warm_up(
-    lora: bool, tiny: Path, pairs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_margins_begin_at_zero_after_the_warm_up(lora: bool, tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
     # logged every 4 steps, and where the warm-up ends: no mean is of both losses
     fit(
         tmp_path, tiny, pairs_folder, lora=lora, warm_up=WarmUp(3), optimizer=adam,
@@ -84,10 +83,8 @@ def test_margins_begin_at_zero_after_the_warm_up(
     ("stop", "where", "lora"),
     [
         (7, "after", False),  # within
-        (7, "before", True),
         (15, "before", False),  # at the switch
         (15, "after", True),
-        (16, "after", False),
         (20, "before", True),  # after it
         (30, "after", False),
     ],
@@ -138,7 +135,7 @@ def test_validation_of_a_checkpoint_knows_which_loss_it_was_at(tiny: Path, pairs
 
 
 def test_what_is_monitored_begins_anew_with_the_loss(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
-    # SFT's loss is in nats per token, and would stay the best of a run whatever the preference loss does, or never be it
+    # SFT's loss is in nats per token: it would stay the best, or never be it, whatever the preference loss does
     best = ModelCheckpoint(tmp_path / "best", monitor="val/rewards/chosen", mode="min", filename="{step}")
     patience = EarlyStopping("val/rewards/chosen", mode="min", patience=1)
     fit(
@@ -190,15 +187,17 @@ def test_a_warm_up_that_leaves_no_step_or_does_not_fit_the_checkpoint_is_refused
 
 
 def test_the_command_line_takes_it_and_the_run_says_so(
-    tiny: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     code = call(
-        monkeypatch, "fit", "--model.policy.path", str(tiny), "--model.warm_up.steps", "2", "--model.warm_up.lr", "1e-3",
+        monkeypatch, "fit", "--model.policy.path", str(tiny), "--model.warm_up.steps", "2",
+        "--model.warm_up.lr", "1e-3",
         "--data.source", str(pairs_folder), "--data.rejected_weight", "0.5", "--data.max_length", "160",
         "--trainer.accelerator", "cpu", "--trainer.max_steps", "4", "--trainer.default_root_dir", str(tmp_path),
     )  # fmt: skip
-    shown = "".join(capfd.readouterr())
-    assert code == 0, shown
+    shown = caplog.text
+    assert code == 0
     assert "after 2 steps of SFT; reference: Warmed" in shown
     assert "the warm-up of 2 steps is over: DPO begins" in shown
     assert "first batch after the warm-up: policy and reference differ by at most 0.0e+00 nats" in shown

@@ -23,7 +23,7 @@ from rap_lightning.batches.sampler import Packing, StepSampler
 from rap_lightning.batches.stream import StepShape, StreamedPairs, StreamLoader
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.models.generate import left_pad
+from rap_lightning.models.generate import Generation, left_pad
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.ingest import Rules, fit_scale
@@ -37,6 +37,8 @@ from rap_lightning.preferences.stored import stored_pairs
 from rap_lightning.progress import batches_done
 
 VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
+Prompt = tuple[list[int], dict[str, Any], list[int] | None]
+"""Token ids at the goal, what is written beside the response, and with guidance the ids at the low goal."""
 FIRST_LOOK = 1000
 """Pairs of a stream that are read before the model is loaded."""
 
@@ -180,7 +182,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         self.reports: dict[str, list[DataReport]] = {}
         self._pairs: dict[str, EncodedPairs] = {}
         self._encoder: Encoder | None = None
-        self._prompts: list[tuple[list[int], dict[str, Any]]] = []
+        self._prompts: list[Prompt] = []
         self._unscored = False
 
     # -- preparing ------------------------------------------------------------------------------------------------
@@ -331,8 +333,10 @@ class PreferenceDataModule(pl.LightningDataModule):
         """Prompts at the goal, padded on the left."""
         pad = self.pad_id
 
-        def collate(items: list[tuple[list[int], dict[str, Any]]]) -> PromptBatch:
-            return left_pad([ids for ids, _ in items], pad, [record for _, record in items])
+        def collate(items: list[Prompt]) -> PromptBatch:
+            batch = left_pad([ids for ids, _, _ in items], pad, [record for _, record, _ in items])
+            low = [ids for _, _, ids in items if ids is not None]
+            return replace(batch, against=left_pad(low, pad, [{}] * len(low))) if low else batch
 
         return DataLoader(self._prompts, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
@@ -404,10 +408,34 @@ class PreferenceDataModule(pl.LightningDataModule):
         Raises:
             BadRow: the chat template refuses a conversation.
         """
-        encoder = self.encoder
         text = None
         if self.goal is not None and goal is not None:
             text = self.goal.write(goal, self.goal.best_attributes)
+        return self._encode_prompts(histories, text)
+
+    def prompt_batch(self, histories: list[Any], goal: float | None, generation: Generation) -> PromptBatch:
+        """Conversations at a goal, ready for :func:`rap_lightning.models.generate.generate`, guidance included.
+
+        Raises:
+            BadRow: the chat template refuses a conversation.
+            ConfigError: guidance is asked for, and the data have no goal, or the low goal is outside its scale.
+        """
+        batch = left_pad(self.encode_prompts(histories, goal), self.pad_id, [{}] * len(histories))
+        if generation.guidance == 0:
+            return batch
+        low = self._encode_prompts(histories, self._low(generation)[0])
+        return replace(batch, against=left_pad(low, self.pad_id, [{}] * len(histories)))
+
+    def _low(self, generation: Generation) -> tuple[str | None, str]:
+        """Text and print of the goal that guidance pushes away from."""
+        if self.goal is None:
+            raise ConfigError(
+                "--model.generation.guidance needs goals to push away from, and there are none with --data.goal null."
+            )
+        return self.goal.low(generation.against)
+
+    def _encode_prompts(self, histories: list[Any], text: str | None) -> list[list[int]]:
+        encoder = self.encoder
         room = encoder.max_length - encoder.max_prompt_length
         prompts = [encoder.fit(encoder.prompt(history, text, Notes()), history, room) for history in histories]
         if cut := sum(prompt.cut > 0 for prompt in prompts):
@@ -430,7 +458,9 @@ class PreferenceDataModule(pl.LightningDataModule):
                 seen.setdefault(row["history"], None)
         return [json.loads(history) for history in seen]
 
-    def _load_prompts(self) -> list[tuple[list[int], dict[str, Any]]]:
+    def _load_prompts(self) -> list[Prompt]:
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        generation: Generation = getattr(module, "generation", None) or Generation()
         source = self.predict.source
         split = None
         if source is not None:
@@ -441,8 +471,19 @@ class PreferenceDataModule(pl.LightningDataModule):
         if self.goal is not None:
             goal = self.goal.best if self.predict.goal is None else self.predict.goal
         printed = None if self.goal is None or goal is None else self.goal.printed(goal)
-        records = [{"messages": list(history), "goal": printed} for history in histories]
+        records: list[dict[str, Any]] = [{"messages": list(history), "goal": printed} for history in histories]
         try:
-            return list(zip(self.encode_prompts(histories, goal), records, strict=True))
+            prompts = self.encode_prompts(histories, goal)
+            if generation.guidance == 0:
+                return [(ids, record, None) for ids, record in zip(prompts, records, strict=True)]
+            text, against = self._low(generation)
+            if goal is not None and self.goal is not None and text == self.goal.write(goal, self.goal.best_attributes):
+                raise ConfigError(
+                    f"--model.generation.guidance has no effect: the goal that it pushes away from, {against}, is the "
+                    "one that is asked for. Ask for a higher one (--data.predict.goal), or remove it."
+                )
+            for record in records:
+                record |= {"guidance": generation.guidance, "against": against}
+            return list(zip(prompts, records, self._encode_prompts(histories, text), strict=True))
         except BadRow as problem:
             raise DataError(f"{source or self._named()}: a prompt can't be written: {problem.reason}") from problem

@@ -209,8 +209,10 @@ class PromptBatch(_Movable):
     Attributes:
         input_ids, attention_mask: [R, T] int64.
         records: what is written beside each sample: the conversation and the goal.
+        against: the same conversations at the low goal that guidance pushes away from; None without guidance.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     records: tuple[dict[str, Any], ...]
+    against: PromptBatch | None = None
