@@ -159,8 +159,8 @@ class PreferenceDataModule(pl.LightningDataModule):
         self.rewards, goal = rewards, rated_goal(rewards, goal)
         if streaming and rewards is not None:
             raise ConfigError(
-                f"--data.rewards {type(rewards).__name__} looks at all data before the first step, and a stream is read "
-                "while training on it. Score it beforehand: rap-lightning score."
+                f"--data.rewards {type(rewards).__name__} looks at all data before the first step, and a stream is "
+                "read while training on it. Score it beforehand: rap-lightning score."
             )
         if streaming and goal is not None and goal.scale.needs_fit:
             raise ConfigError(

@@ -128,9 +128,7 @@ def lay_out_responses(responses: Sequence[tuple[Sequence[int], Sequence[int]]], 
     """
     sequences = [np.asarray([*prompt, *response], dtype=np.int64) for prompt, response in responses]
     laid = _padded(sequences, pad_id)
-    cut = [
-        (ids, len(prompt), places) for ids, (prompt, _), places in zip(sequences, responses, laid.places, strict=True)
-    ]
+    cut = [(ids, len(one[0]), places) for ids, one, places in zip(sequences, responses, laid.places, strict=True)]
     nothing = torch.zeros(0)
     return Batch(
         input_ids=laid.input_ids, position_ids=laid.position_ids, attention_mask=laid.attention_mask, forest=None,

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from rap_lightning.class_names import check_class_names
 from rap_lightning.errors import ConfigError
+from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.baked import restore_own_template
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.ingest import Rules, fit_scale
-from rap_lightning.preferences.judge import Judge
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.scales import RewardScale

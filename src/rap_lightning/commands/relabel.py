@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 from rap_lightning import __version__
 from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.rated import rated
+from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.chat import resolve_placement, shows_system
 from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.ingest import Rules, key_of, read_blocks
-from rap_lightning.preferences.judge import Judge, rated_goal
+from rap_lightning.preferences.judge import rated_goal
 from rap_lightning.preferences.mix import copies
 from rap_lightning.preferences.relabel import Mode
 from rap_lightning.preferences.report import DataReport
@@ -132,6 +132,8 @@ def relabel(
 def _rated(
     judge: Judge, sources: list[Source], splits: list[str], rules: Rules, num_proc: int | None
 ) -> dict[str, RewardTable]:
+    from rap_lightning.models.rated import rated  # torch is not to be waited for without need
+
     tables = {}
     for split in splits:
         tables[split], lines = rated(judge, having(sources, split), split, rules, num_proc=num_proc)

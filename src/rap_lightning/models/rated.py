@@ -27,8 +27,8 @@ class RewardStore(LogpStore):
 
     def _unwritable(self, error: OSError) -> ConfigError:
         return ConfigError(
-            f"the judge's rewards can't be written to {self.folder}: {error.strerror or error}. What was written before "
-            "is whole and will be used. Make room, or set XDG_CACHE_HOME to another folder."
+            f"the judge's rewards can't be written to {self.folder}: {error.strerror or error}. What was written "
+            "before is whole and will be used. Make room, or set XDG_CACHE_HOME to another folder."
         )
 
 
@@ -106,8 +106,8 @@ def _lines(judge: Judge, split: str, table: RewardTable, errors: Counter[str]) -
     values, labels = table.values, table.labels
     low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
     lines = [
-        f"{split}: {len(values):,} responses with rewards by {type(judge).__name__}, median {middle:.3g}, 90% of them from "
-        f"{low:.3g} to {high:.3g}"
+        f"{split}: {len(values):,} responses with rewards by {type(judge).__name__}, median {middle:.3g}, 90% of them "
+        f"from {low:.3g} to {high:.3g}"
     ]
     if labels != Labels():
         lines.append(f"  {labels.line()}")

@@ -74,7 +74,7 @@ class Likelihoods:
         return Encoded(item, fitted.ids, response[:room])
 
     def logps(self, encoded: Sequence[Encoded], *, adapter: bool = True) -> list[float]:
-        """Nats, summed over each response's tokens; float32 inside. Without ``adapter`` those of the bare base model."""
+        """Nats, summed over each response's tokens, in float32; without ``adapter``, those of the bare base model."""
         import torch
 
         from rap_lightning.batches.layouts import lay_out_responses
@@ -83,9 +83,9 @@ class Likelihoods:
         batch = lay_out_responses([(one.prompt, one.response) for one in encoded], pad_id=0).to(self.policy.device)
         with torch.inference_mode(), evaluating(self.policy):
             if adapter:
-                return self.policy.logps(batch).tolist()  # type: ignore[no-any-return]
+                return self.policy.logps(batch).tolist()
             with self.policy.model.disable_adapter():
-                return self.policy.logps(batch).tolist()  # type: ignore[no-any-return]
+                return self.policy.logps(batch).tolist()
 
 
 def batches_of(

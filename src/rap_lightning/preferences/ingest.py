@@ -68,6 +68,7 @@ class Rules:
         columns: new names for columns: {theirs: ours}.
         tool_turns: keep conversations with tool calls; without a chat template that shows them they can't be used.
         rewards: a judge's, in the place of the scores that the data have or lack.
+        blind: scores are not looked at, whatever stands there: for a judge that is yet to give its own.
     """
 
     goal: GoalTemplate | None = field(default_factory=OverallGoal)
@@ -81,6 +82,7 @@ class Rules:
     columns: dict[str, str] | None = None
     tool_turns: bool = False
     rewards: RewardTable | None = None
+    blind: bool = False
 
     def __post_init__(self) -> None:
         for option, least in (("outside_scale", "error"), ("ties", "drop")):
@@ -109,7 +111,7 @@ class Rules:
         """The same rows, whatever scores they have: nothing is selected, filtered or relabelled."""
         return Rules(
             None, Relabelling("none"), bad_rows=self.bad_rows, format=self.format, columns=self.columns,
-            tool_turns=self.tool_turns,
+            tool_turns=self.tool_turns, blind=True,
         )  # fmt: skip
 
     def describe(self) -> str:
@@ -124,6 +126,8 @@ class Rules:
         )  # fmt: skip
         if self.rewards is not None:
             return repr((goal, options, self.rewards.describe()))
+        if self.blind:
+            return repr((goal, options, "blind"))
         return repr((goal, options))
 
 
@@ -263,6 +267,7 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
     else:
         found = next(kind for kind in FORMATS if kind.name == name)(attributes, scored)
         found.look(rows)
+    found.blind = rules.blind or rules.rewards is not None
     if found.paired and rules.selection is not None:
         raise ConfigError(f"selection has no effect on {source.path}: its rows are pairs already; remove it.")
     if found.paired and rules.filters.near_duplicates is not None:

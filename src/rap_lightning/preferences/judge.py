@@ -86,8 +86,8 @@ def rated_goal(judge: Judge | None, goal: GoalTemplate | None) -> GoalTemplate |
         return goal
     if goal.attributes:
         raise ConfigError(
-            f"{type(goal).__name__} states {', '.join(goal.attributes)}, and {type(judge).__name__} gives one reward here. "
-            "Score the data beforehand (rap-lightning score), or use OverallGoal."
+            f"{type(goal).__name__} states {', '.join(goal.attributes)}, and {type(judge).__name__} gives one reward "
+            "here. Score the data beforehand (rap-lightning score), or use OverallGoal."
         )
     if judge.scale is not None:
         return goal

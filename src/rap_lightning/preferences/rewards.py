@@ -38,8 +38,8 @@ class Labels:
         """For people."""
         total = self.agree + self.contradict + self.equal
         return (
-            f"of {total:,} labelled pairs the rewards agree with {self.agree:,} ({self.agree / total:.1%}) and contradict "
-            f"{self.contradict:,}, whose responses are exchanged: the higher reward wins"
+            f"of {total:,} labelled pairs the rewards agree with {self.agree:,} ({self.agree / total:.1%}) and "
+            f"contradict {self.contradict:,}, whose responses are exchanged: the higher reward wins"
             + (f"; {self.equal:,} have equal rewards" if self.equal else "")
         )
 

@@ -102,8 +102,8 @@ class ImplicitReward(Judge):
         base = Likelihoods(named, self.dtype, self.max_length or trained.encoder.max_length)
         if base.encoder.tokenizer.get_vocab() != trained.encoder.tokenizer.get_vocab():
             raise ConfigError(
-                f"ImplicitReward: {named.path} has another tokenizer than {self.source.path}, so it is not what that was "
-                "trained from."
+                f"ImplicitReward: {named.path} has another tokenizer than {self.source.path}, so it is not what that "
+                "was trained from."
             )
         return base
 
