@@ -285,8 +285,9 @@ class PreferenceDataModule(pl.LightningDataModule):
         if self.rewards is None:
             return self.rules
         if split not in self._tables:
+            first = self.trainer is None or self.trainer.local_rank == 0  # it has prepared the data for the others
             self._tables[split], lines = rated(
-                self.rewards, self._having(split), split, self.rules, num_proc=self.num_proc
+                self.rewards, self._having(split), split, self.rules, num_proc=self.num_proc, asks=first
             )
             rank_zero_info("\n".join(lines))
         return replace(self.rules, rewards=self._tables[split])

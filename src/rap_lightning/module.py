@@ -249,7 +249,7 @@ class PreferenceModule(pl.LightningModule):
                 "the schedule needs to know how long the run is: set --trainer.max_steps, or --trainer.max_epochs "
                 "where the data are not streamed."
             )
-        if self.warm_up is not None and (self.warming_up or self.trainer.ckpt_path is not None):
+        if self.warm_up is not None and (self.warming_up or self._restored):
             check_strategy(self.trainer)
             scheduler = self.warm_up.scheduler(self.schedule, optimizer, int(steps))
         else:

@@ -33,7 +33,7 @@ class RewardStore(LogpStore):
 
 
 def rated(
-    judge: Judge, sources: Sequence[Source], split: str, rules: Rules, *, num_proc: int | None = None
+    judge: Judge, sources: Sequence[Source], split: str, rules: Rules, *, num_proc: int | None = None, asks: bool = True
 ) -> tuple[RewardTable, list[str]]:
     """The rewards of every response of a split, and what is to be said about them.
 
@@ -43,6 +43,7 @@ def rated(
         split: which.
         rules: how rows are read; scores that the data have are not looked at.
         num_proc: processes that share the reading.
+        asks: ask for responses again that got no reward before; of several processes, one does.
 
     Raises:
         DataError: a source can't be read, or no response gets a reward.
@@ -54,7 +55,7 @@ def rated(
     prints = [fingerprint(source, split) for source in sources]
     name = hashlib.sha256(json.dumps([store.key, prints, split, plain.describe()]).encode()).hexdigest()[:24]
     table = RewardTable(store.folder / "tables" / f"{name}.npz")
-    if table.path.is_file() and not table.failed:
+    if table.path.is_file() and not (asks and table.failed):
         return table, _lines(judge, split, table, Counter())
     items, pairs = _items(sources, split, plain, num_proc)
     missing = [item for item in items.values() if bytes.fromhex(item.id) not in store]
