@@ -148,6 +148,22 @@ def test_samples_and_beams_are_the_same_with_the_second_stream_cached(more: dict
     assert not torch.equal(found[0], generated(model, weight=0.0, **more))
 
 
+def test_the_floor_alone_is_min_p_bit_for_bit(tiny: Path) -> None:
+    policy, tokenizer = PolicyConfig(str(tiny)).build(torch.float32), PolicyConfig(str(tiny)).load_tokenizer()
+    batch = left_pad(ASKED, tokenizer.pad_token_id, [{}] * 3)
+    found = {}
+    for alpha in (None, 0.3):
+        torch.manual_seed(1)
+        found[alpha] = generate(policy, tokenizer, batch, Generation(12, plausibility=alpha))
+    torch.manual_seed(1)
+    output = policy.model.generate(
+        batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=12, do_sample=True, min_p=0.3, top_k=0
+    )
+    theirs = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    assert found[0.3] == theirs
+    assert found[None] != theirs
+
+
 def test_it_is_for_one_batch_and_begins_anew_with_the_same() -> None:
     model = tiny_of("llama")
     batch, low = left_pad(ASKED, 0, []), left_pad(LOW, 0, [])
@@ -185,7 +201,7 @@ def test_a_token_that_is_ruled_out_stays_so() -> None:
     "wrong",
     [
         {"guidance": -0.5}, {"guidance": float("nan")}, {"guidance": float("inf")}, {"against": 1.0},
-        {"against": "none"}, {"plausibility": 0.1}, {"guidance": 1.0, "plausibility": 0.0},
+        {"against": "none"}, {"plausibility": 0.1, "temperature": 0}, {"guidance": 1.0, "plausibility": 0.0},
         {"guidance": 1.0, "plausibility": 1.0},
     ],
 )  # fmt: skip
