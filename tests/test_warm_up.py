@@ -15,6 +15,7 @@ from rap_lightning.models.policy import Lora, PolicyConfig
 from rap_lightning.models.reference import AdaptersOff, Frozen
 from rap_lightning.models.stored import Stored
 from rap_lightning.models.synchronised import Synchronised
+from rap_lightning.models.warmed import Warmed
 from rap_lightning.module import PreferenceModule
 from rap_lightning.schedules import CosineWithWarmup
 from rap_lightning.warm_up import WarmUp
@@ -161,6 +162,11 @@ def test_what_is_monitored_begins_anew_with_the_loss(tiny: Path, pairs_folder: P
 def test_references_that_cannot_be_the_warmed_policy_are_refused_with_the_reason(reference: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         PreferenceModule(PolicyConfig("x", lora=Lora(r=4)), DPO(), reference, warm_up=WarmUp(10))
+
+
+def test_its_reference_comes_with_it_alone() -> None:
+    with pytest.raises(ConfigError, match=r"comes with --model\.warm_up\.steps"):
+        PreferenceModule(PolicyConfig("x"), DPO(), Warmed(3))
 
 
 def test_a_loss_without_reference_warms_up_too(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:

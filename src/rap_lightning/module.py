@@ -36,6 +36,7 @@ from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_
 from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
 from rap_lightning.models.sharded_load import load_sharded
 from rap_lightning.models.sharding import Sharding, shard
+from rap_lightning.models.warmed import Warmed
 from rap_lightning.preferences.relabel import UNCONDITIONED
 from rap_lightning.progress import random_state, recount, set_random_state, settle
 from rap_lightning.schedules import CosineWithWarmup, Schedule
@@ -101,6 +102,8 @@ class PreferenceModule(pl.LightningModule):
         self.optimizer, self.schedule, self.generation = optimizer, schedule, generation
         if warm_up is not None:
             reference = warm_up.reference(reference, loss)
+        elif isinstance(reference, Warmed):
+            raise ConfigError("reference Warmed comes with --model.warm_up.steps N; leave --model.reference out.")
         self.warm_up = warm_up
         self.reference = _resolve_reference(reference, loss, policy)
         self.policy: Policy | None = None
