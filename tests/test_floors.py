@@ -12,7 +12,7 @@ FLOORS = [
     {"batches"},
     {"losses"},
     {"models"},
-    {"metrics", "schedules", "progress", "planning"},
+    {"metrics", "schedules", "warm_up", "progress", "planning"},
     {"datamodule", "module"},
     {"strategies", "together"},
     {"callbacks"},
