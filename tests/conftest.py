@@ -242,7 +242,7 @@ def build(model: Path, data: Path, *, lora: bool = False, **options: Any) -> tup
 
     seed_everything(0, verbose=False)
     policy = options.pop("policy", None) or PolicyConfig(str(model), lora=Lora(r=4) if lora else None)
-    module_names = {"loss", "reference", "optimizer", "schedule", "generation"}
+    module_names = {"loss", "reference", "optimizer", "schedule", "generation", "warm_up"}
     module_options = {k: v for k, v in options.items() if k in module_names}
     data_options = {k: v for k, v in options.items() if k not in module_names}
     module = PreferenceModule(policy, **module_options)

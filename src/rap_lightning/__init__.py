@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from rap_lightning.datamodule import PreferenceDataModule
     from rap_lightning.losses import DPO, Hinge, PreferenceLoss, SimPO
+    from rap_lightning.models.guidance import GoalGuidance
     from rap_lightning.models.held import AdapterAsLoaded
     from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference
     from rap_lightning.models.stored import Stored
@@ -34,6 +35,7 @@ _HOMES = {
     "AdaptersOff": "models.reference",
     "Frozen": "models.reference",
     "NoReference": "models.reference",
+    "GoalGuidance": "models.guidance",
     "AttributeGoal": "preferences.goals",
     "Synchronised": "models.synchronised",
     "Stored": "models.stored",
@@ -64,6 +66,7 @@ __all__ = [
     "BestVsWorst",
     "Filters",
     "Frozen",
+    "GoalGuidance",
     "GoalTemplate",
     "Hinge",
     "LinearScale",

@@ -23,7 +23,7 @@ from rap_lightning.batches.sampler import Packing, StepSampler
 from rap_lightning.batches.stream import StepShape, StreamedPairs, StreamLoader
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.models.generate import left_pad
+from rap_lightning.models.generate import Generation, left_pad
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.ingest import Rules, fit_scale
@@ -37,6 +37,8 @@ from rap_lightning.preferences.stored import stored_pairs
 from rap_lightning.progress import batches_done
 
 VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
+Prompt = tuple[list[int], dict[str, Any], list[int] | None]
+"""Token ids at the goal, what is written beside the response, and with guidance the ids at the low goal."""
 FIRST_LOOK = 1000
 """Pairs of a stream that are read before the model is loaded."""
 
@@ -71,6 +73,9 @@ class PreferenceDataModule(pl.LightningDataModule):
         relabel: both halves of each pair (the paper), the chosen or the rejected one only, none (plain pairs, chosen by
             the same rules: the baseline), or half (both halves of a seeded half of the prompts: the paper's Half-RA).
             By default both, and none where there is no goal.
+        rejected_weight: what the loss of a pair under its rejected response's goal counts in the mean over a step,
+            where others count 1: below 1, the policy imitates bad responses less. 0 is relabel chosen. Logged means
+            stay plain ones over pairs; those by origin tell the halves apart.
         keep_original: also train on each pair without a goal.
         ties: a pair whose goals print the same: drop it, keep its chosen half only, or stop with an error.
         selection: which pairs are made of several responses to a prompt; by default the best against a random other,
@@ -108,6 +113,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         source: str | list[Source],
         goal: GoalTemplate | None = OverallGoal(),  # noqa: B008 (immutable; jsonargparse wants an instance)
         relabel: Mode | None = None,
+        rejected_weight: float = 1.0,
         keep_original: bool = False,
         ties: Literal["drop", "chosen", "error"] = "drop",
         selection: Selection | None = None,
@@ -160,6 +166,8 @@ class PreferenceDataModule(pl.LightningDataModule):
             raise ConfigError(f"--data.predict.goal must lie on {scale}, found {predict.goal:g}")
         self.sources, self.goal = as_sources(source), goal
         self.relabelling = Relabelling.of(relabel, goal, keep_original, seed)
+        self.rejected_weight = rejected_weight
+        self.origin_weights = self.relabelling.weights(rejected_weight)
         self.rules = Rules(
             goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns=True
         )
@@ -174,7 +182,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         self.reports: dict[str, list[DataReport]] = {}
         self._pairs: dict[str, EncodedPairs] = {}
         self._encoder: Encoder | None = None
-        self._prompts: list[tuple[list[int], dict[str, Any]]] = []
+        self._prompts: list[Prompt] = []
         self._unscored = False
 
     # -- preparing ------------------------------------------------------------------------------------------------
@@ -325,8 +333,10 @@ class PreferenceDataModule(pl.LightningDataModule):
         """Prompts at the goal, padded on the left."""
         pad = self.pad_id
 
-        def collate(items: list[tuple[list[int], dict[str, Any]]]) -> PromptBatch:
-            return left_pad([ids for ids, _ in items], pad, [record for _, record in items])
+        def collate(items: list[Prompt]) -> PromptBatch:
+            batch = left_pad([ids for ids, _, _ in items], pad, [record for _, record, _ in items])
+            low = [ids for _, _, ids in items if ids is not None]
+            return replace(batch, against=left_pad(low, pad, [{}] * len(low))) if low else batch
 
         return DataLoader(self._prompts, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
@@ -348,6 +358,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             packing=packing,
+            weigh=None if self.rejected_weight == 1 else lambda number: self.origin_weights[pairs.index[number][1]],
         )
         resumes = trainer is not None and shuffle
 
@@ -368,6 +379,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         stream = StreamedPairs(
             self.sources, self.train_split, self.rules, PairEncoder(self.encoder, self.relabelling), shape,
             buffer=self.shuffle_buffer, seed=self.seed, max_length=self.max_length,
+            origin_weights=self.origin_weights,
         )  # fmt: skip
 
         def position() -> tuple[int, int]:
@@ -396,10 +408,34 @@ class PreferenceDataModule(pl.LightningDataModule):
         Raises:
             BadRow: the chat template refuses a conversation.
         """
-        encoder = self.encoder
         text = None
         if self.goal is not None and goal is not None:
             text = self.goal.write(goal, self.goal.best_attributes)
+        return self._encode_prompts(histories, text)
+
+    def prompt_batch(self, histories: list[Any], goal: float | None, generation: Generation) -> PromptBatch:
+        """Conversations at a goal, ready for :func:`rap_lightning.models.generate.generate`, guidance included.
+
+        Raises:
+            BadRow: the chat template refuses a conversation.
+            ConfigError: guidance is asked for, and the data have no goal, or the low goal is outside its scale.
+        """
+        batch = left_pad(self.encode_prompts(histories, goal), self.pad_id, [{}] * len(histories))
+        if generation.guidance == 0:
+            return batch
+        low = self._encode_prompts(histories, self._low(generation)[0])
+        return replace(batch, against=left_pad(low, self.pad_id, [{}] * len(histories)))
+
+    def _low(self, generation: Generation) -> tuple[str | None, str]:
+        """Text and print of the goal that guidance pushes away from."""
+        if self.goal is None:
+            raise ConfigError(
+                "--model.generation.guidance needs goals to push away from, and there are none with --data.goal null."
+            )
+        return self.goal.low(generation.against)
+
+    def _encode_prompts(self, histories: list[Any], text: str | None) -> list[list[int]]:
+        encoder = self.encoder
         room = encoder.max_length - encoder.max_prompt_length
         prompts = [encoder.fit(encoder.prompt(history, text, Notes()), history, room) for history in histories]
         if cut := sum(prompt.cut > 0 for prompt in prompts):
@@ -422,7 +458,9 @@ class PreferenceDataModule(pl.LightningDataModule):
                 seen.setdefault(row["history"], None)
         return [json.loads(history) for history in seen]
 
-    def _load_prompts(self) -> list[tuple[list[int], dict[str, Any]]]:
+    def _load_prompts(self) -> list[Prompt]:
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        generation: Generation = getattr(module, "generation", None) or Generation()
         source = self.predict.source
         split = None
         if source is not None:
@@ -433,8 +471,19 @@ class PreferenceDataModule(pl.LightningDataModule):
         if self.goal is not None:
             goal = self.goal.best if self.predict.goal is None else self.predict.goal
         printed = None if self.goal is None or goal is None else self.goal.printed(goal)
-        records = [{"messages": list(history), "goal": printed} for history in histories]
+        records: list[dict[str, Any]] = [{"messages": list(history), "goal": printed} for history in histories]
         try:
-            return list(zip(self.encode_prompts(histories, goal), records, strict=True))
+            prompts = self.encode_prompts(histories, goal)
+            if generation.guidance == 0:
+                return [(ids, record, None) for ids, record in zip(prompts, records, strict=True)]
+            text, against = self._low(generation)
+            if goal is not None and self.goal is not None and text == self.goal.write(goal, self.goal.best_attributes):
+                raise ConfigError(
+                    f"--model.generation.guidance has no effect: the goal that it pushes away from, {against}, is the "
+                    "one that is asked for. Ask for a higher one (--data.predict.goal), or remove it."
+                )
+            for record in records:
+                record |= {"guidance": generation.guidance, "against": against}
+            return list(zip(prompts, records, self._encode_prompts(histories, text), strict=True))
         except BadRow as problem:
             raise DataError(f"{source or self._named()}: a prompt can't be written: {problem.reason}") from problem

@@ -23,7 +23,7 @@ from torch import Tensor
 from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBatch, TokenLogps
 from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.losses import DPO, PreferenceLoss
+from rap_lightning.losses import DPO, SFT, PreferenceLoss
 from rap_lightning.losses.base import over_ranks
 from rap_lightning.metrics import PairMetrics
 from rap_lightning.models import memory
@@ -39,6 +39,7 @@ from rap_lightning.models.sharding import Sharding, shard
 from rap_lightning.preferences.relabel import UNCONDITIONED
 from rap_lightning.progress import random_state, recount, set_random_state, settle
 from rap_lightning.schedules import CosineWithWarmup, Schedule
+from rap_lightning.warm_up import WarmUp, check_strategy
 
 AGREEMENT = 1e-3
 """Nats: in float32 a policy and the reference it starts from may differ by rounding, not by more."""
@@ -79,6 +80,7 @@ class PreferenceModule(pl.LightningModule):
         optimizer: makes the optimizer from the trainable parameters.
         schedule: makes the learning-rate schedule.
         generation: how ``predict`` and sampling callbacks generate.
+        warm_up: optimizer steps of SFT before the loss begins; with both halves, on each response under its own goal.
     """
 
     def __init__(
@@ -89,11 +91,15 @@ class PreferenceModule(pl.LightningModule):
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = CosineWithWarmup(),  # noqa: B008
         generation: Generation = Generation(),  # noqa: B008
+        warm_up: WarmUp | None = None,
     ) -> None:
         super().__init__()
         policy.check_trainable()
         self.policy_config, self.loss = policy, loss
         self.optimizer, self.schedule, self.generation = optimizer, schedule, generation
+        if warm_up is not None:
+            reference = warm_up.reference(reference, loss)
+        self.warm_up, self._imitation = warm_up, None if warm_up is None else SFT()
         self.reference = _resolve_reference(reference, loss, policy)
         self.policy: Policy | None = None
         terms = tuple(loss.term_names())
@@ -109,11 +115,22 @@ class PreferenceModule(pl.LightningModule):
         self._whole_step: dict[str, Any] = {}  # of the last one: sums for the log, random numbers
         self._resumed: dict[str, Any] | None = None
         self._validated = -1  # the step of the last validation
+        self._steps_done = 0  # also known in validate and test, where the trainer counts no steps
 
     @cached_property
     def tokenizer(self) -> Any:
         """The policy's tokenizer."""
         return self.policy_config.load_tokenizer()
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the next step is one of the warm-up's."""
+        return self.warm_up is not None and self._steps_done < self.warm_up.steps
+
+    @property
+    def active_loss(self) -> PreferenceLoss:
+        """What the next step trains on: SFT during the warm-up, else the loss."""
+        return self._imitation if self._imitation is not None and self.warming_up else self.loss
 
     # -- building -------------------------------------------------------------------------------------------------
 
@@ -157,7 +174,8 @@ class PreferenceModule(pl.LightningModule):
         rank_zero_info(
             f"policy: {self.policy_config.path}, {total:,} parameters, "
             f"{sum(p.numel() for p in trainable):,} trainable, {dtype}; head checked to {difference:.1e} nats\n"
-            f"loss: {self.loss}; reference: {type(self.reference).__name__}"
+            f"loss: {self.loss}{'' if self.warm_up is None else f', after {self.warm_up.steps} steps of SFT'}; "
+            f"reference: {type(self.reference).__name__}"
         )
         if any(p.dtype == torch.bfloat16 for p in trainable):
             rank_zero_warn(
@@ -201,6 +219,12 @@ class PreferenceModule(pl.LightningModule):
                 f"{name} looks at all pairs of a batch together ({self.loss.batch_level}), and --data.token_budget "
                 "takes a batch apart. Remove it, or set a smaller --data.batch_size."
             )
+        weight = getattr(data, "rejected_weight", 1.0)
+        if self.loss.batch_level and weight != 1:
+            raise ConfigError(
+                f"--data.rejected_weight {weight:g} weighs single pairs, and {name} has no loss of single pairs "
+                f"({self.loss.batch_level}). Remove it, or choose another loss."
+            )
         if self.loss.needs_rewards and not getattr(data, "has_rewards", True):
             raise ConfigError(
                 f"{name} needs the judge's rewards, and the data have none. Use another loss, or scored data."
@@ -223,7 +247,11 @@ class PreferenceModule(pl.LightningModule):
                 "the schedule needs to know how long the run is: set --trainer.max_steps, or --trainer.max_epochs "
                 "where the data are not streamed."
             )
-        scheduler = self.schedule(optimizer, int(steps))
+        if self.warm_up is not None and (self.warming_up or self.trainer.ckpt_path is not None):
+            check_strategy(self.trainer)
+            scheduler = self.warm_up.scheduler(self.schedule, optimizer, int(steps))
+        else:
+            scheduler = self.schedule(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -232,25 +260,25 @@ class PreferenceModule(pl.LightningModule):
         self, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The loss of each pair, [B], and the implicit rewards of chosen and rejected, each [B]."""
-        losses = self.loss.per_pair(policy, reference, rewards)
+        loss = self.active_loss
+        losses = loss.per_pair(policy, reference, rewards)
         with torch.no_grad():
-            implicit = self.loss.implicit_rewards(policy, reference)
+            implicit = loss.implicit_rewards(policy, reference)
         return losses, implicit
 
     def _step(self, batch: Batch, metrics: PairMetrics) -> Tensor:
         assert self.policy is not None, "configure_model comes first"
-        other = unrelated(batch) if self.loss.needs_unrelated else None
+        loss = self.active_loss
+        other = unrelated(batch) if loss.needs_unrelated else None
         policy = self._policy_logps(batch, other)
-        reference = self._reference_logps(batch, other) if self.loss.needs_reference else None
+        reference = self._reference_logps(batch, other) if loss.needs_reference else None
         rewards = PairRewards(batch.rewards[:, 0], batch.rewards[:, 1], batch.origin != UNCONDITIONED)
-        if self.loss.needs_rewards and not batch.rewards.isfinite().all():
-            raise DataError(
-                f"{type(self.loss).__name__} needs the judge's rewards; a pair of {batch.pair_ids} has none."
-            )
+        if loss.needs_rewards and not batch.rewards.isfinite().all():
+            raise DataError(f"{type(loss).__name__} needs the judge's rewards; a pair of {batch.pair_ids} has none.")
         losses, implicit = self.pair_losses(policy, reference, rewards)
         if metrics is self.metrics["fit"]:
             self.passes.append(Pass(batch, losses.detach(), _detached(policy), reference))
-        metrics.update(losses, implicit, policy, batch.origin, batch.weights, batch.tokens, self.loss.terms())
+        metrics.update(losses, implicit, policy, batch.origin, batch.weights, batch.tokens, loss.terms())
         if reference is not None and metrics is self.metrics["fit"]:
             self._check_agreement(policy, reference, losses, batch)
         return losses
@@ -260,7 +288,7 @@ class PreferenceModule(pl.LightningModule):
         assert self.policy is not None, "configure_model comes first"
         with torch.no_grad():
             more = None if other is None else self.policy.logps(other)
-        if self.loss.needs_collisions:
+        if self.active_loss.needs_collisions:
             token_logps, collisions = self.policy(batch, collisions=True)
             return self._pair_logps(batch, token_logps, more, collisions.detach())
         return self._pair_logps(batch, self.policy(batch), more)
@@ -269,7 +297,7 @@ class PreferenceModule(pl.LightningModule):
         """The same of the reference, whose tokens are only asked for where the loss needs them."""
         assert self.policy is not None, "configure_model comes first"
         more = None if other is None else self.reference.logps(self.policy, other)
-        if self.loss.needs_tokens:
+        if self.active_loss.needs_tokens:
             return self._pair_logps(batch, self.reference.token_logps(self.policy, batch), more)
         logps = self.reference.logps(self.policy, batch)
         return PairLogps.from_segments(logps, batch.lengths, weights=batch.weights, unrelated=more)
@@ -278,7 +306,7 @@ class PreferenceModule(pl.LightningModule):
         self, batch: Batch, token_logps: Tensor, other: Tensor | None, collisions: Tensor | None = None
     ) -> PairLogps:
         sums = sum_by_segment(token_logps, batch.segment, len(batch.lengths))
-        tokens = TokenLogps.of(token_logps, batch.segment, collisions) if self.loss.needs_tokens else None
+        tokens = TokenLogps.of(token_logps, batch.segment, collisions) if self.active_loss.needs_tokens else None
         return PairLogps.from_segments(sums, batch.lengths, weights=batch.weights, tokens=tokens, unrelated=other)
 
     def training_step(self, batch: tuple[Batch, ...], batch_idx: int) -> Tensor:
@@ -341,8 +369,15 @@ class PreferenceModule(pl.LightningModule):
         self._trained = True  # a new trainer counts from 0, so its step says nothing
         with memory.explained(self._where("optimizer's update")):
             super().optimizer_step(*args, **kwargs)
-        self.loss.after_step()
-        self.reference.follow(self.policy, self.global_step + 1)
+        self.active_loss.after_step()
+        self._steps_done += 1
+        self.reference.follow(self.policy, self._steps_done)
+        if self.warm_up is not None and self._steps_done == self.warm_up.steps:
+            self.warm_up.end(self.trainer)
+            rank_zero_info(
+                f"the warm-up of {self._steps_done} steps is over: {type(self.loss).__name__} begins"
+                + (", with the policy as it is now for its reference" if self.loss.needs_reference else "")
+            )
         self._updating = False
         self._keep_whole_step()
 
@@ -354,7 +389,7 @@ class PreferenceModule(pl.LightningModule):
         for p in self.parameters():
             p.grad = None  # optimizers leave such parameters alone, their moments and counts too
         self._norm = None
-        self.loss.forget_step()
+        self.active_loss.forget_step()
         self._metrics("fit").go_on_from(self._whole_step["window"])
 
     @property
@@ -381,7 +416,7 @@ class PreferenceModule(pl.LightningModule):
     def _share_of_step(self, part: Batch) -> Tensor:
         losses = self._step(part, self._metrics("fit"))
         # the strategy divides gradients by the ranks: undo that
-        return (losses * part.weights).sum() * (self.trainer.world_size / part.step_pairs)
+        return (losses * part.loss_weights).sum() * (self.trainer.world_size / part.step_weight)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Done in ``training_step``: here the gradients of its first forward passes are already there."""
@@ -510,6 +545,8 @@ class PreferenceModule(pl.LightningModule):
         return metrics
 
     def _logs_at(self, step: int) -> bool:
+        if self.warm_up is not None and step == self.warm_up.steps:
+            return True  # no mean is of both losses
         return step == 1 or step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _log_epoch(self, name: str) -> None:
@@ -539,18 +576,19 @@ class PreferenceModule(pl.LightningModule):
         if self._checked:
             return
         self._checked = True
-        if self.global_step > 0 or not self.reference.is_initial_policy or self.policy_config.dropout:
+        first = 0 if self.warm_up is None else self.warm_up.steps
+        if self.global_step != first or not self.reference.is_initial_policy or self.policy_config.dropout:
             return
         ratios = torch.cat([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
         largest = float(ratios.detach().abs().max())
         rank_zero_info(
-            f"first batch: policy and reference differ by at most {largest:.1e} nats; "
-            f"mean loss {float(losses.detach().mean()):.7f}"
+            f"first batch{' after the warm-up' if first else ''}: policy and reference differ by at most "
+            f"{largest:.1e} nats; mean loss {float(losses.detach().mean()):.7f}"
         )
         exact = self.policy_config.resolve_dtype() == torch.float32 and "bf16" not in str(self.trainer.precision)
         if exact and not largest <= AGREEMENT:
             raise ConfigError(
-                f"policy and reference should be equal before the first step, but a response of pair "
+                f"policy and reference should be equal before the loss's first step, but a response of pair "
                 f"{batch.pair_ids[0]} differs by {largest:.3g} nats. Is dropout on, or has the policy been changed?"
             )
 
@@ -671,7 +709,7 @@ class PreferenceModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fill in the base model's weights, so that loading stays strict about everything else."""
-        self._restored = True
+        self._restored, self._steps_done = True, checkpoint["global_step"]
         ours = checkpoint.get("rap_lightning", {})
         for name, what in (("base", "over another base model than"), ("adapter", "from another adapter than")):
             then, now = ours.get("digests", {}).get(name), self._digests.get(name)
@@ -696,6 +734,12 @@ class PreferenceModule(pl.LightningModule):
             raise ConfigError(
                 f"the checkpoint's run had a reference that changes with the policy; {type(self.reference).__name__} "
                 "doesn't. Go on with the reference that the run began with."
+            )
+        if self.warm_up is not None and self.loss.needs_reference and bool(state) is self.warming_up:
+            raise ConfigError(
+                f"the checkpoint is of step {self._steps_done}, and its run had "
+                f"{'ended' if state else 'not ended'} a warm-up by then; here --model.warm_up.steps is "
+                f"{self.warm_up.steps}. Go on with the one that the run began with."
             )
         self.reference.load_state_dict(state)
 

@@ -113,6 +113,8 @@ def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id
         origin=torch.tensor([e.origin for e in examples]),
         weights=torch.tensor(plan.weights, dtype=torch.float32),
         step_pairs=plan.step_pairs,
+        loss_weights=torch.tensor(plan.loss_weights, dtype=torch.float32),
+        step_weight=plan.step_weight,
         digests=tuple(_digest(ids, prompt) for ids, prompt, _ in cut),
         pair_ids=tuple(e.pair_id for e in examples),
         goals=tuple(e.goal for e in examples),

@@ -37,17 +37,28 @@ class BatchPlan:
         weights: theirs, 0 for a filler.
         step_pairs: pairs in the whole optimizer step.
         parts: places in ``indices`` that go through the model together: one forward and backward pass each.
+        loss_weights: what each pair's loss counts in the mean over the step; by default ``weights``.
+        step_weight: their sum over the whole optimizer step; by default ``step_pairs``.
     """
 
     indices: tuple[int, ...]
     weights: tuple[float, ...]
     step_pairs: int
     parts: tuple[tuple[int, ...], ...]
+    loss_weights: tuple[float, ...] = ()
+    step_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.step_weight:
+            object.__setattr__(self, "loss_weights", self.weights)
+            object.__setattr__(self, "step_weight", float(self.step_pairs))
 
     def part(self, places: tuple[int, ...]) -> BatchPlan:
         """The plan of one of the parts."""
-        indices, weights = (tuple(values[i] for i in places) for values in (self.indices, self.weights))
-        return BatchPlan(indices, weights, self.step_pairs, (tuple(range(len(places))),))  # type: ignore[arg-type]
+        indices = tuple(self.indices[i] for i in places)
+        weights, loss_weights = (tuple(values[i] for i in places) for values in (self.weights, self.loss_weights))
+        parts = (tuple(range(len(places))),)
+        return BatchPlan(indices, weights, self.step_pairs, parts, loss_weights, self.step_weight)
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,8 @@ class StepSampler(DistributedSampler[BatchPlan]):
         shuffle: another order each epoch, from ``seed`` and the epoch alone.
         seed: of the order.
         packing: how the pairs of a batch share forward passes; by default all go through the model together.
+        weigh: what the loss of a training pair, by its number, counts in the mean over its step; by default all count
+            alike.
 
     A rank that has no pair left in the last step gets one filler of weight 0: every rank runs as many batches, and as
     many forward passes in each.
@@ -111,9 +124,11 @@ class StepSampler(DistributedSampler[BatchPlan]):
     def __init__(
         self, size: int, batch_size: int, *, accumulate: int = 1, num_replicas: int = 1, rank: int = 0,
         shuffle: bool = False, seed: int = 0, packing: Packing | None = None,
+        weigh: Callable[[int], float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.size, self.batch_size, self.accumulate, self.packing = size, batch_size, accumulate, packing
+        self.weigh = weigh
         self.start = 0
 
     @property
@@ -136,11 +151,11 @@ class StepSampler(DistributedSampler[BatchPlan]):
             width = self.batch_size * self.num_replicas
             for first in range(0, len(step), width):
                 if number >= start:
-                    yield self._plan(step[first : first + width], len(step))
+                    yield self._plan(step[first : first + width], step)
                 number += 1
 
-    def _plan(self, pairs: list[int], step_pairs: int) -> BatchPlan:
-        """This rank's share of the pairs that all ranks take at once."""
+    def _plan(self, pairs: list[int], step: list[int]) -> BatchPlan:
+        """This rank's share of the pairs that all ranks take at once, out of those of the step."""
         shares = self._shares(pairs)
         packed = [[share] if self.packing is None else self.packing.parts(share) for share in shares]
         most = max(map(len, packed))
@@ -154,12 +169,13 @@ class StepSampler(DistributedSampler[BatchPlan]):
         fillers = [part or [pairs[0]] for part in mine]
         weights = [1.0 if part else 0.0 for part in mine for _ in (part or [0])]
         places = iter(range(len(weights)))
-        return BatchPlan(
-            tuple(index for part in fillers for index in part),
-            tuple(weights),
-            step_pairs,
-            tuple(tuple(next(places) for _ in part) for part in fillers),
-        )
+        indices = tuple(index for part in fillers for index in part)
+        parts = tuple(tuple(next(places) for _ in part) for part in fillers)
+        if self.weigh is None:
+            return BatchPlan(indices, tuple(weights), len(step), parts)
+        loss_weights = tuple(w * self.weigh(index) for index, w in zip(indices, weights, strict=True))
+        step_weight = math.fsum(map(self.weigh, step))
+        return BatchPlan(indices, tuple(weights), len(step), parts, loss_weights, step_weight)
 
     def _shares(self, pairs: list[int]) -> list[list[int]]:
         if self.packing is None:

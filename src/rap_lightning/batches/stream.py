@@ -8,8 +8,9 @@ end of the stream too, and a resumed run goes on where it stopped.
 from __future__ import annotations
 
 import logging
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,9 @@ from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.sources import Source
 
 log = logging.getLogger("rap_lightning")
+
+Share = tuple[list[tuple[Pair, int]], list[float], tuple[int, float]]
+"""Pairs of a batch with their origins, their weights (0 for a filler), and pairs and weight of the whole step."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,16 @@ class StreamedPairs(IterableDataset[Any]):
         buffer: training pairs to shuffle among; 1 keeps the order.
         seed: of the order.
         max_length: tokens of prompt and response together.
+        origin_weights: what the loss of a training pair of each origin counts in the mean over its step.
     """
 
     def __init__(
         self, sources: list[Source], split: str, rules: Rules, encode: PairEncoder, shape: StepShape,
-        *, buffer: int, seed: int, max_length: int,
+        *, buffer: int, seed: int, max_length: int, origin_weights: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:  # fmt: skip
         self.sources, self.split, self.rules, self.encode, self.shape = sources, split, rules, encode, shape
         self.buffer, self.seed, self.max_length = buffer, seed, max_length
+        self.origin_weights = tuple(origin_weights)
         self.epoch = self.start = 0
 
     def __iter__(self) -> Iterator[tuple[BatchPlan, list[Example]]]:
@@ -79,15 +85,15 @@ class StreamedPairs(IterableDataset[Any]):
         read = DataReport(names, self.split)  # of every row: each process reads them all
         encoded = DataReport(names, f"{self.split} (training pairs encoded by worker {own} of rank {self.shape.rank})")
         try:
-            for number, (items, weights, step_pairs) in enumerate(self._batches(read)):
+            for number, (items, weights, step) in enumerate(self._batches(read)):
                 if number >= self.start and (number - self.start) % workers == own:
-                    yield self._encoded(items, weights, step_pairs, encoded)
+                    yield self._encoded(items, weights, step, encoded)
         finally:  # most streams are left before their end
             reports = [read, encoded] if own == 0 and self.shape.rank == 0 else [encoded]
             if lines := [line for report in reports for line in report.lines() if line.startswith(" ")]:
                 log.warning("stream %s:\n%s", names, "\n".join(lines))
 
-    def _batches(self, report: DataReport) -> Iterator[tuple[list[tuple[Pair, int]], list[float], int]]:
+    def _batches(self, report: DataReport) -> Iterator[Share]:
         shape, step = self.shape, []
         for item in self._shuffled(report):
             step.append(item)
@@ -96,11 +102,12 @@ class StreamedPairs(IterableDataset[Any]):
                 step = []
         yield from self._cut(step)
 
-    def _cut(self, step: list[tuple[Pair, int]]) -> Iterator[tuple[list[tuple[Pair, int]], list[float], int]]:
+    def _cut(self, step: list[tuple[Pair, int]]) -> Iterator[Share]:
         shape = self.shape
+        size = (len(step), math.fsum(self.origin_weights[origin] for _, origin in step))
         for first in range(0, len(step), shape.width):
             mine = step[first + shape.rank * shape.batch_size :][: shape.batch_size]
-            yield (mine, [1.0] * len(mine), len(step)) if mine else ([step[0]], [0.0], len(step))
+            yield (mine, [1.0] * len(mine), size) if mine else ([step[0]], [0.0], size)
 
     def _shuffled(self, report: DataReport) -> Iterator[tuple[Pair, int]]:
         rng = random.Random(f"{self.seed} {self.epoch}")
@@ -116,7 +123,7 @@ class StreamedPairs(IterableDataset[Any]):
         yield from held
 
     def _encoded(
-        self, items: list[tuple[Pair, int]], weights: list[float], step_pairs: int, report: DataReport
+        self, items: list[tuple[Pair, int]], weights: list[float], step: tuple[int, float], report: DataReport
     ) -> tuple[BatchPlan, list[Example]]:
         examples, kept = [], []
         rows = self.encode([pair for pair, _ in items])
@@ -128,7 +135,8 @@ class StreamedPairs(IterableDataset[Any]):
             examples, kept = [next(self._stand_in())], [0.0]
         # the others can't know that a pair was dropped here, so the step's mean is over the pairs that were planned
         places = tuple(range(len(examples)))
-        return BatchPlan(places, tuple(kept), step_pairs, (places,)), examples
+        loss_weights = tuple(w * self.origin_weights[e.origin] for w, e in zip(kept, examples, strict=True))
+        return BatchPlan(places, tuple(kept), step[0], (places,), loss_weights, step[1]), examples
 
     def _stand_in(self) -> Iterator[Example]:
         for item in self._shuffled(DataReport("", "")):

@@ -88,6 +88,9 @@ class Batch(_Movable):
         origin: [B] int64, index into :data:`rap_lightning.preferences.relabel.ORIGINS`.
         weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch.
         step_pairs: pairs of weight 1 in the whole optimizer step, over all ranks and accumulated batches.
+        loss_weights: [B] float32, what a pair's loss counts in the mean over the step: ``weights``, but where the data
+            module weighs a half of the pairs differently. Logged means don't know them.
+        step_weight: the sum of ``loss_weights`` over the whole optimizer step.
         digests: of each of the 2B responses with its prompt, over their token ids; what stored log-probabilities are
             found by.
         pair_ids: the pairs' ids, for messages.
@@ -106,6 +109,8 @@ class Batch(_Movable):
     origin: Tensor
     weights: Tensor
     step_pairs: int
+    loss_weights: Tensor
+    step_weight: float
     digests: tuple[bytes, ...]
     pair_ids: tuple[str, ...]
     goals: tuple[str | None, ...]
@@ -204,8 +209,10 @@ class PromptBatch(_Movable):
     Attributes:
         input_ids, attention_mask: [R, T] int64.
         records: what is written beside each sample: the conversation and the goal.
+        against: the same conversations at the low goal that guidance pushes away from; None without guidance.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     records: tuple[dict[str, Any], ...]
+    against: PromptBatch | None = None

@@ -26,6 +26,7 @@ def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]
         facts["data"] = {
             "sources": [name(source.path) for source in data.sources],
             "relabel": data.relabelling.mode,
+            "rejected_weight": data.rejected_weight,
             "splits": [_of_report(report.as_dict()) for parts in data.reports.values() for report in parts],
         }
         facts.setdefault("hyperparameters", {}).update(
@@ -71,6 +72,8 @@ def _of_module(trainer: pl.Trainer, module: PreferenceModule) -> dict[str, Any]:
         kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
         hyperparameters["optimizer"] = f"{kind}({', '.join(f'{k}={v}' for k, v in sorted(values.items()))})"
         hyperparameters["schedule"] = _shown(module.schedule)
+    if module.warm_up is not None:
+        hyperparameters["warm_up"] = str(module.warm_up)
     lora = getattr(policy, "lora", None)
     return {
         "base_model": name(policy.path) | {"revision": policy.revision},

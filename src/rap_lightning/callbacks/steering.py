@@ -16,7 +16,7 @@ from rich.table import Table
 from rap_lightning.callbacks.watchdog import Watchdog
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.generate import generate, left_pad
+from rap_lightning.models.generate import generate
 from rap_lightning.module import PreferenceModule
 
 Judge = Callable[[str, str], float]
@@ -68,10 +68,9 @@ class SteeringTable(pl.Callback):
             torch.manual_seed(self.seed)
             for goal in self.goals:
                 texts: list[str] = []
-                ids = data.encode_prompts(histories, goal)
-                for first in range(0, len(ids), data.batch_size):
-                    part = ids[first : first + data.batch_size]
-                    batch = left_pad(part, data.pad_id, [{}] * len(part)).to(module.device)
+                for first in range(0, len(histories), data.batch_size):
+                    part = histories[first : first + data.batch_size]
+                    batch = data.prompt_batch(part, goal, module.generation).to(module.device)
                     texts += generate(module.policy, tokenizer, batch, module.generation)
                 results[goal] = [(p, t, self.judge(p, t)) for p, t in zip(prompts, texts, strict=True)]
                 lengths += [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from rap_lightning.commands.options import command_line
 from rap_lightning.errors import ConfigError
@@ -25,6 +26,9 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     max_new_tokens: int = 512,
+    guidance: float = 0.0,
+    against: float | Literal["none"] | None = None,
+    plausibility: float | None = None,
     max_prompt_length: int | None = None,
     split: str | None = None,
     column: str | None = None,
@@ -58,6 +62,12 @@ def generate(
         temperature: of sampling; 0 picks the likeliest token each time.
         top_p: sample from the likeliest tokens that hold this share of the probability.
         max_new_tokens: longest response, in tokens.
+        guidance: w, how far log-probabilities at the goal are pushed away from those at a low goal, to
+            (1 + w) log p(. | goal) - w log p(. | low). 0 samples plainly; at twice the time.
+        against: the low goal, a number on the scale that goals state, or none for the prompt without a goal; by default
+            the lowest of the scale.
+        plausibility: with guidance, leave out tokens whose probability at the goal is below this share of the likeliest
+            one's; by default none is left out.
         max_prompt_length: cut longer prompts, goal kept; by default only what the model's context has no room for.
         split: of the prompts; by default train, or the only one.
         column: of the prompts, where it has a name of its own.
@@ -76,7 +86,7 @@ def generate(
         return in_processes(processes, [*command_line, "--processes", "1"])
     from rap_lightning.models.generate import Generation
     from rap_lightning.onpolicy.generate import Generator
-    from rap_lightning.onpolicy.goals import read_record, resolve
+    from rap_lightning.onpolicy.goals import guided, read_record, resolve
     from rap_lightning.onpolicy.model import Model
     from rap_lightning.onpolicy.prompts import read_prompts
 
@@ -90,7 +100,8 @@ def generate(
     options = goal if isinstance(goal, list) else [goal]
     if set(options) == {"none"} and template is not None:
         raise ConfigError("--template has no effect with --goal none; remove one of the two.")
-    asked = [resolve(option, record, template) for option in options]
+    generation = Generation(max_new_tokens, temperature, top_p, guidance, against, plausibility)
+    asked = guided([resolve(option, record, template) for option in options], generation, record, template)
     if len({one.text for one in asked}) < len(asked):
         raise ConfigError(f"--goal {goal}: two of them read the same")
     found = read_prompts(prompts, split, column, limit)
@@ -100,7 +111,8 @@ def generate(
         print("\n".join(found.lines()))
         for one in asked:
             print(f"goal: {'none' if one.text is None else one.text.splitlines()[-1]}")
-    generation = Generation(max_new_tokens, temperature, top_p)
+        if guidance and (low := asked[0].against):
+            print(f"guidance {guidance:g} against: {'none' if low.text is None else low.text.splitlines()[-1]}")
     with Generator(source, engine, max_prompt_length=max_prompt_length, shard=own, shards=shards, rank=rank) as run:
         outcome = run.run(found.histories, Path(output), asked, generation, samples, seed)
     return 1 if outcome.failed else 0

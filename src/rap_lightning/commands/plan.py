@@ -288,7 +288,8 @@ class _Plan:
 
 def _reference_name(module: PreferenceModule) -> str:
     name = type(module.reference).__name__
-    return {"NoReference": "none"}.get(name, name)
+    # a warmed reference is a copy of what is trained, too
+    return {"NoReference": "none", "Warmed": "Synchronised"}.get(name, name)
 
 
 def _spread(strategy: Any, ranks: int, per_node: int, precision: str) -> Spread:

@@ -166,7 +166,8 @@ def _training(facts: Mapping[str, Any]) -> str:
     if "reference" in facts:
         rows.append(["reference", facts["reference"]])
     if relabel := (facts.get("data") or {}).get("relabel"):
-        rows.append(["relabelling", relabel])
+        weight = facts["data"].get("rejected_weight", 1)
+        rows.append(["relabelling", relabel if weight == 1 else f"{relabel}, the rejected-goal half weighs {weight:g}"])
     if adapter := facts.get("adapter"):
         rows += [[f"adapter {key}", value] for key, value in adapter.items()]
     rows += [[key.replace("_", " "), value] for key, value in (facts.get("hyperparameters") or {}).items()]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.guidance import GoalGuidance, check_guidance
 from rap_lightning.models.policy import Policy, evaluating
 
 
@@ -21,11 +23,20 @@ class Generation:
         max_new_tokens: longest response, in tokens.
         temperature: of sampling; 0 picks the likeliest token each time.
         top_p: sample from the likeliest tokens that hold this share of the probability.
+        guidance: w, how far log-probabilities at the asked goal are pushed away from those at a low goal, to
+            (1 + w) log p(. | goal) - w log p(. | low); 0 samples plainly. It takes a second forward pass per token.
+        against: the low goal, a number on the scale that goals state, or none for the prompt without a goal; by default
+            the lowest of the scale.
+        plausibility: with guidance, leave out tokens whose probability under the asked goal is below this share of the
+            likeliest one's; by default none is left out.
     """
 
     max_new_tokens: int = 512
     temperature: float = 1.0
     top_p: float = 1.0
+    guidance: float = 0.0
+    against: float | Literal["none"] | None = None
+    plausibility: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -36,6 +47,15 @@ class Generation:
             raise ConfigError(f"generation.top_p must be above 0 and at most 1, found {self.top_p}")
         if self.temperature == 0 and self.top_p < 1:
             raise ConfigError("generation.top_p has no effect at temperature 0; leave it out, or sample.")
+        check_guidance(self.guidance, self.plausibility)
+        if self.against is not None and self.guidance == 0:
+            raise ConfigError("guidance: against has no effect without a guidance above 0; remove one of the two.")
+
+    def settings(self) -> dict[str, Any]:
+        """The options in plain values; those of guidance only where there is guidance."""
+        options = dataclasses.asdict(self)
+        names = () if self.guidance else ("guidance", "against", "plausibility")
+        return {name: value for name, value in options.items() if name not in names}
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[dict[str, Any]]) -> PromptBatch:
@@ -48,9 +68,14 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[di
 
 @torch.no_grad()
 def generate(policy: Policy, tokenizer: Any, batch: PromptBatch, options: Generation) -> list[str]:
-    """One response per prompt, as text without control tokens."""
+    """One response per prompt, as text without control tokens.
+
+    Raises:
+        ConfigError: guidance is asked for, and the batch holds no prompts at the low goal.
+    """
     from transformers import GenerationConfig
 
+    guide = guidance_of(policy.model, batch.against, options)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
@@ -67,12 +92,25 @@ def generate(policy: Policy, tokenizer: Any, batch: PromptBatch, options: Genera
         )
         with evaluating(policy):
             output = policy.model.generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
-            )
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config,
+                logits_processor=[] if guide is None else [guide],
+            )  # fmt: skip
     finally:
         model.generation_config = own
     texts: list[str] = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     return texts
+
+
+def guidance_of(model: Any, against: PromptBatch | None, options: Generation) -> GoalGuidance | None:
+    """The logits processor that ``options`` ask for; None where they ask for none, so that nothing is changed."""
+    if options.guidance == 0:
+        return None
+    if against is None:
+        raise ConfigError(
+            "guidance needs each prompt at the low goal too: batches of PreferenceDataModule.prompt_batch hold them."
+        )
+    low = {"input_ids": against.input_ids, "attention_mask": against.attention_mask}
+    return GoalGuidance(model, low, options.guidance, options.plausibility)
 
 
 def end_of_turn_ids(tokenizer: Any, model: Any) -> list[int]:

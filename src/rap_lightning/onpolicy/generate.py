@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +111,14 @@ class Generator:
             raise ConfigError(f"--samples must be at least 1, found {samples}")
         if samples > 1 and generation.temperature == 0:
             raise ConfigError("--samples above 1 would give equal responses at temperature 0; sample, or ask for one.")
+        if generation.guidance and (reason := self.engine.no_guidance()):
+            raise ConfigError(f"--guidance: {reason}. Use --engine Transformers, or remove it.")
+        if generation.guidance and any(goal.against is None for goal in asked):
+            raise ConfigError("--guidance needs a goal to push away from: rap_lightning.onpolicy.goals.guided sets it.")
         if not self.engine.reads_ids:
             self.engine.sends(self.model)
         encoder = self._encoder(generation) if self.engine.reads_ids else None
-        settings = self._settings(encoder, generation, seed)
+        settings = self._settings(encoder, generation, seed, asked)
         counts: Counter[str] = Counter()
         key = digest_of(settings)
         mine = list(histories)[self.shard :: self.shards]
@@ -178,13 +182,17 @@ class Generator:
         # what is beyond the longest prompt and response is not needed: max_length only says where prompts are cut
         return Encoder(self.model.tokenizer(), None, longest + generation.max_new_tokens, longest)
 
-    def _settings(self, encoder: Encoder | None, generation: Generation, seed: int) -> dict[str, Any]:
+    def _settings(
+        self, encoder: Encoder | None, generation: Generation, seed: int, asked: Sequence[Asked]
+    ) -> dict[str, Any]:
         settings = {
             "model": self.engine.identity(self.model),
             "engine": {"class": type(self.engine).__name__, **self.engine.settings()},
-            "generation": asdict(generation),
+            "generation": generation.settings(),
             "seed": seed,
         }
+        if generation.guidance:
+            settings["against"] = sorted({goal.against.text or "" for goal in asked if goal.against is not None})
         if encoder is not None:
             settings["prompts"] = {
                 "template": digest_of(encoder.tokenizer.chat_template), "max_prompt_length": encoder.max_prompt_length
@@ -205,6 +213,7 @@ class Generator:
             for goal in asked:
                 placement, shown = placements[goal]
                 ids: tuple[int, ...] = ()
+                against: tuple[int, ...] = ()
                 cut = 0
                 if encoder is None:
                     messages = with_goal(history, goal.text, placement, system_shown=shown)
@@ -214,6 +223,9 @@ class Generator:
                     try:
                         prompt = encoder.prompt(history, goal.text, notes)
                         prompt = encoder.fit(prompt, history, room)
+                        if goal.against is not None:
+                            low = encoder.prompt(history, goal.against.text, Notes())
+                            against = tuple(encoder.fit(low, history, room).ids)
                     except BadRow as problem:
                         lost = {
                             "messages": list(history),
@@ -231,7 +243,7 @@ class Generator:
                     requests.append(
                         Request(
                             own, prompt_id, tuple(history), tuple(messages), ids, goal.printed, sample,
-                            seed_of(seed, prompt_id, sample), cut,
+                            seed_of(seed, prompt_id, sample), cut, against,
                         )
                     )  # fmt: skip
         return requests, failed

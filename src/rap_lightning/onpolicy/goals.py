@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences import scales
 from rap_lightning.preferences.chat import render
 from rap_lightning.preferences.goals import GoalTemplate, Placement
 from rap_lightning.preferences.scales import RewardScale
+
+if TYPE_CHECKING:
+    from rap_lightning.models.generate import Generation
 
 GoalOption: TypeAlias = float | Literal["best", "none"]
 OURS = "rap_lightning."
@@ -22,11 +26,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Asked:
-    """A goal to ask for: its text, how it is printed, and where it goes. Text and print are None without a goal."""
+    """A goal to ask for: its text, how it is printed, and where it goes. Text and print are None without a goal.
+
+    With guidance, ``against`` is the goal that it pushes away from.
+    """
 
     text: str | None
     printed: str | None
     placement: Placement = "auto"
+    against: Asked | None = None
 
 
 def read_record(path: str) -> Record | None:
@@ -133,6 +141,40 @@ def resolve(option: GoalOption | None, record: Record | None, template: GoalTemp
         raise ConfigError(f"--goal must lie on the scale of {low:g} to {high:g}, found {goal:g}")
     best = template.best_attributes
     return Asked(template.write(goal, best), template.printed(goal, best), template.placement)
+
+
+def guided(
+    asked: Sequence[Asked], generation: Generation, record: Record | None, template: GoalTemplate | None
+) -> list[Asked]:
+    """The goals with the low goal that guidance pushes away from; as they are, without guidance.
+
+    Args:
+        asked: as :func:`resolve` gave them.
+        generation: has the weight and the low goal.
+        record: the model's.
+        template: the user's; by default that of the record.
+
+    Raises:
+        ConfigError: how the low goal reads isn't known, it is outside the scale, or it is the only one that is asked.
+    """
+    if generation.guidance == 0:
+        return list(asked)
+    if record is None and template is None:
+        raise ConfigError(
+            "--guidance: the model's folder has no goal.json, so how the low goal reads isn't known. Name the template: "
+            "--template OverallGoal"
+        )
+    if template is None and generation.against != "none":
+        template = template_of(record or {})
+    text, printed = (None, "none") if template is None else template.low(generation.against)
+    placement = template.placement if template is not None else (record or {})["placement"]
+    if {one.text for one in asked} == {text}:
+        raise ConfigError(
+            f"--guidance has no effect: the goal that it pushes away from, {printed}, is the one that is asked for. Ask "
+            "for a higher --goal, or remove it."
+        )
+    low = Asked(text, printed, placement)
+    return [replace(one, against=low) for one in asked]
 
 
 def _printed_best(record: Record) -> str:

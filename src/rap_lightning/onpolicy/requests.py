@@ -26,6 +26,7 @@ class Request:
         seed: of this response alone. It depends on the run's seed, the conversation and the sample's number, but not
             on model or goal, so that comparisons between them share their random numbers.
         cut: tokens of the prompt that didn't fit.
+        against: token ids of the same conversation at the low goal that guidance pushes away from; empty without it.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Request:
     sample: int
     seed: int
     cut: int = 0
+    against: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

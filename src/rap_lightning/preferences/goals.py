@@ -54,6 +54,34 @@ class GoalTemplate(ABC):
         """The attributes to ask for at inference."""
         return ()
 
+    @property
+    def worst_attributes(self) -> tuple[float, ...]:
+        """The attributes that go with the lowest goal: what guidance pushes away from."""
+        return self.best_attributes
+
+    def low(self, option: float | Literal["none"] | None = None) -> tuple[str | None, str]:
+        """(text, print) of the goal that guidance pushes away from; the text is None for the prompt without a goal.
+
+        Args:
+            option: a number on the scale that goals state, with the best attributes; ``none``; None is the scale's
+                lowest number, with the lowest attributes.
+
+        Raises:
+            ConfigError: the number is outside the scale.
+        """
+        if option == "none":
+            return None, "none"
+        if option is None:
+            return self.write(self.scale.low, self.worst_attributes), self.printed(
+                self.scale.low, self.worst_attributes
+            )
+        if not self.scale.low <= option <= self.scale.high:
+            raise ConfigError(
+                f"guidance: against must lie on the scale from {self.scale.low:g} to {self.scale.high:g}, or be none; "
+                f"found {option:g}"
+            )
+        return self.write(option, self.best_attributes), self.printed(option, self.best_attributes)
+
     def printed(self, goal: float, attributes: Sequence[float] = ()) -> str:
         """The goal in short, for logs and tables."""
         return self.scale.printed(goal)
@@ -188,6 +216,11 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
     def best_attributes(self) -> tuple[float, ...]:
         """The highest of their scale."""
         return (self.attribute_scale.best,) * len(self.attributes)
+
+    @property
+    def worst_attributes(self) -> tuple[float, ...]:
+        """The lowest of their scale."""
+        return (self.attribute_scale.low,) * len(self.attributes)
 
     def record(self) -> dict[str, Any]:
         """Also the attributes' scale, and whether the overall score is stated."""

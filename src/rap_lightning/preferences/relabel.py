@@ -64,6 +64,26 @@ class Relabelling:
         """What a pair becomes whose goals print the same: never both halves, for they would contradict each other."""
         return tuple(origin for origin in self.origins if origin != REJECTED_GOAL)
 
+    def weights(self, rejected: float) -> tuple[float, ...]:
+        """What the loss of a training pair of each of :data:`ORIGINS` counts in a mean over pairs.
+
+        Args:
+            rejected: of the rejected-goal half, where the others count 1.
+
+        Raises:
+            ConfigError: it is not above 0, or there are no two halves to weigh against each other.
+        """
+        if rejected == 0:
+            raise ConfigError("rejected_weight 0 leaves the rejected-goal half out: that is relabel chosen.")
+        if not 0 < rejected < float("inf"):
+            raise ConfigError(f"rejected_weight must be above 0 and finite, found {rejected}")
+        if rejected != 1 and (REJECTED_GOAL not in self.origins or len(self.origins) == 1):
+            raise ConfigError(
+                f"rejected_weight {rejected:g} has no effect with relabel {self.mode}, which leaves nothing to weigh "
+                "the rejected-goal half against; use relabel both, or remove it."
+            )
+        return tuple(rejected if origin == REJECTED_GOAL else 1.0 for origin in range(len(ORIGINS)))
+
     @property
     def conditioned(self) -> bool:
         """Whether any training pair has a goal."""

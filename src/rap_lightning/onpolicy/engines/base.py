@@ -38,6 +38,10 @@ class Engine(ABC):
     def sends(self, model: Model) -> None:  # noqa: B027
         """Look at what is known of the model before messages are sent; only for an engine that takes no ids."""
 
+    def no_guidance(self) -> str:
+        """Why it can't sample with guidance (from ``request.against``, too); "" where it can."""
+        return f"{type(self).__name__} doesn't say that it can"
+
     @abstractmethod
     def open(self, model: Model, rank: int) -> None:
         """Load the model. Called once, and only when there is something to generate.

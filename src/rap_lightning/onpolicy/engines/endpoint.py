@@ -72,6 +72,10 @@ class Endpoint(Engine):
                 "the served chat template writes the best goal by itself: told not to, the goal stands in the messages"
             )
 
+    def no_guidance(self) -> str:
+        """A server gives tokens, and takes no second prompt."""
+        return "the API has no place for a second prompt, whose log-probabilities each token is drawn with"
+
     def open(self, model: Model, rank: int) -> None:
         """Only the name is needed."""
         self.connection.model = model.path

@@ -48,6 +48,10 @@ class Transformers(Engine):
         """What changes numbers by more than the order of sums."""
         return {"dtype": self.dtype, "continuous": self.continuous, "attn_implementation": self.attn_implementation}
 
+    def no_guidance(self) -> str:
+        """Only with continuous batching, whose rows come and go."""
+        return "with --engine.continuous rows come and go, and a second stream can't follow" if self.continuous else ""
+
     def open(self, model: Model, rank: int) -> None:
         """Load the model onto this process's device."""
         import torch
@@ -120,12 +124,17 @@ class Transformers(Engine):
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
-        from rap_lightning.models.generate import left_pad
+        from rap_lightning.models.generate import guidance_of, left_pad
         from rap_lightning.onpolicy.engines.sampling import SeededSampling
 
         batch = left_pad([request.ids for request in chunk], self._pad, [])
         width = batch.input_ids.shape[1]
         processors = LogitsProcessorList()
+        low = None
+        if generation.guidance:
+            low = left_pad([request.against for request in chunk], self._pad, []).to(self._model.device)
+        if guide := guidance_of(self._model, low, generation):
+            processors.append(guide)
         if generation.temperature > 0:
             seeds = [request.seed for request in chunk]
             processors.append(

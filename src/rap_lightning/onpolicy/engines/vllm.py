@@ -55,6 +55,10 @@ class VLLM(Engine):
         """The model's, or less where less was asked for."""
         return min(model.context(), self.max_model_len or model.context())
 
+    def no_guidance(self) -> str:
+        """Its sequences know nothing of each other."""
+        return "vLLM's logits processors see one sequence, and can't run the model on another"
+
     def open(self, model: Model, rank: int) -> None:
         """Load the model; an adapter stays one, on its base."""
         try:

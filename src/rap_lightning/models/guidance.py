@@ -1,0 +1,139 @@
+"""Goal guidance: sampling pushed away from what the policy would say under a low goal.
+
+Classifier-free guidance with the goal for the condition. With w the weight, each token is drawn from
+
+    log p(v) = (1 + w) log p(v | goal) - w log p(v | low) + constant
+
+which is the rule of Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598, section 3.2, their w) as Sanchez et al. 2023
+(https://arxiv.org/abs/2306.17806) write it for language models with a negative prompt (their γ, transformers'
+``guidance_scale``, is 1 + w). Both streams see the same response so far.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rap_lightning.errors import ConfigError
+
+
+class GoalGuidance:
+    """A logits processor for ``model.generate``, of transformers or of peft.
+
+    For one batch of prompts; of an exported folder, whose chat template takes the goal::
+
+        tokenizer = AutoTokenizer.from_pretrained("hf", padding_side="left")
+        options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+        asked = tokenizer.apply_chat_template(conversations, goal=10, **options)
+        low = tokenizer.apply_chat_template(conversations, goal=1, **options)
+        model.generate(**asked, do_sample=True, logits_processor=[GoalGuidance(model, low, weight=1.0)])
+
+    Give it what ``generate`` is given (the model, prompts in the same order, padded on the left). It works with
+    several samples a prompt and with beams. transformers puts it before temperature, top-k and top-p, so these act on
+    the guided distribution. A step takes a second forward pass of the same size, and a second cache.
+
+    (transformers' UnbatchedClassifierFreeGuidanceLogitsProcessor gives padded prompts wrong positions.)
+
+    Args:
+        model: the causal LM.
+        against: the prompts at the low goal: ``input_ids`` and ``attention_mask``, [R, T] int64, padded on the left.
+        weight: w, 0 or more; at 0 scores pass as they are.
+        plausibility: α in (0, 1): a token whose probability under the goal is below α times that of the likeliest is
+            excluded, as in contrastive decoding (Li et al. 2022, https://arxiv.org/abs/2210.15097, section 3.3). The
+            difference of two log-probabilities can be large for a token that is next to impossible under both, and a
+            large w then picks it. None leaves all tokens in: a floor also cuts the tail off at a small w, where nothing
+            is wrong with it, and what it does would be taken for guidance.
+        use_cache: keep keys and values of the second stream, where the model has such; without, each step computes the
+            whole sequence again, to the same numbers but for rounding.
+
+    Raises:
+        ConfigError: an option is out of its range, or prompts are padded on the right.
+    """
+
+    def __init__(
+        self, model: Any, against: Mapping[str, Tensor], weight: float, plausibility: float | None = None,
+        use_cache: bool = True,
+    ) -> None:  # fmt: skip
+        check_guidance(weight, plausibility)
+        self.ids, self.mask = against["input_ids"], against["attention_mask"]
+        if not bool(self.mask[:, -1].all()):
+            raise ConfigError("guidance: pad prompts on the left (padding_side='left'), so that they end together")
+        self.model, self.weight, self.plausibility = model, weight, plausibility
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._takes = set(inspect.signature(base.forward).parameters)
+        self.use_cache = use_cache and "past_key_values" in self._takes
+        self._prompt: Tensor | None = None  # of the other stream: whose batch this is
+        self._seen: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._cache: Any = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[R, V] guided log-probabilities, up to a constant of each row; float32 or float64.
+
+        Args:
+            input_ids: [R, T] int64, prompts and responses so far.
+            scores: [R, V], logits or log-probabilities under the goal.
+        """
+        if self.weight == 0:
+            return scores
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        own = torch.log_softmax(scores, dim=-1)
+        low = torch.log_softmax(self._logits(input_ids).to(own.dtype), dim=-1)
+        # the same as (1 + w) own - w low; where either is certain that a token can't be, nothing is compared
+        guided = torch.where(own.isinf() | low.isinf(), own, own + self.weight * (own - low))
+        if self.plausibility is None:
+            return guided
+        floor = own.amax(dim=-1, keepdim=True) + math.log(self.plausibility)
+        return guided.masked_fill(own < floor, float("-inf"))
+
+    @torch.no_grad()
+    def _logits(self, input_ids: Tensor) -> Tensor:
+        """[R, V] of the next token after the low prompts and the responses so far."""
+        seen, fresh = self._seen, input_ids[:, -1:]
+        goes_on = seen is not None and seen.shape[1] + 1 == input_ids.shape[1] and torch.equal(input_ids[:, :-1], seen)
+        if not (goes_on and self.use_cache):  # the first step, or beams have changed places
+            fresh = self._restart(input_ids)
+        assert self._mask is not None, "a restart sets it"
+        grown = fresh if goes_on and self.use_cache else fresh[:, :0]
+        self._mask = torch.cat([self._mask, torch.ones_like(grown)], dim=1)
+        self._seen = input_ids
+        position = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
+        more: dict[str, Any] = {"position_ids": position, "logits_to_keep": 1, "past_key_values": self._cache}
+        output = self.model(
+            input_ids=fresh, attention_mask=self._mask, use_cache=self.use_cache,
+            **{name: value for name, value in more.items() if name in self._takes},
+        )  # fmt: skip
+        self._cache = output.past_key_values if self.use_cache else None
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _restart(self, input_ids: Tensor) -> Tensor:
+        """The whole sequences of the second stream, with their mask."""
+        if self._prompt is None:
+            self._prompt = input_ids
+        width, rows = self._prompt.shape[1], len(input_ids)
+        if rows % len(self.ids) or not torch.equal(input_ids[:, :width], self._prompt):
+            raise ConfigError(
+                "guidance is for one batch of prompts: make a GoalGuidance for each call of generate, from as many low "
+                "prompts as are asked."
+            )
+        # transformers repeats each prompt for its samples and beams, side by side
+        ids, mask = (t.to(input_ids).repeat_interleave(rows // len(self.ids), 0) for t in (self.ids, self.mask))
+        response = input_ids[:, width:]
+        self._cache, self._mask = None, torch.cat([mask, torch.ones_like(response)], dim=1)
+        return torch.cat([ids, response], dim=1)
+
+
+def check_guidance(weight: float, plausibility: float | None) -> None:
+    """Raise ConfigError where an option is out of its range or without effect."""
+    if not 0 <= weight < float("inf"):
+        raise ConfigError(f"guidance must be 0 or above and finite, found {weight}")
+    if plausibility is not None and not 0 < plausibility < 1:
+        raise ConfigError(f"guidance: plausibility must be above 0 and below 1, found {plausibility}")
+    if plausibility is not None and weight == 0:
+        raise ConfigError("guidance: plausibility has no effect without a guidance above 0; remove one of the two.")

@@ -1,0 +1,51 @@
+"""The reference of a run that begins with a warm-up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.held import HeldWeights
+from rap_lightning.models.policy import Policy
+
+
+class Warmed(HeldWeights):
+    """The policy as the warm-up left it: a copy of its trainable weights, made after the warm-up's last step.
+
+    Before that there is none. The copy goes into the checkpoint, so that a resumed run goes on exactly; of an adapter
+    it is the adapter, over the same base model.
+
+    Args:
+        steps: optimizer steps of the warm-up.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self._devices: dict[str, torch.device] = {}
+
+    @torch.no_grad()
+    def follow(self, policy: Policy, step: int) -> None:
+        """Copy when the warm-up is over."""
+        if step == 0:
+            self._devices = {name: p.device for name, p in policy.named_parameters() if p.requires_grad}
+        if step == self.steps:
+            super().follow(policy, 0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The copy, once there is one."""
+        return dict(self._weights)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up the copy; none, of a checkpoint within the warm-up.
+
+        Raises:
+            ConfigError: it is of another policy.
+        """
+        if state and state.keys() != self._devices.keys():
+            raise ConfigError(
+                "the checkpoint's reference is of another policy than this one. Go on with the options that the run "
+                "began with."
+            )
+        self._weights = {name: weight.to(self._devices[name]) for name, weight in state.items()}

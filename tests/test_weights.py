@@ -1,0 +1,117 @@
+"""The weight of the rejected-goal half: an exact weighted mean over the step, whatever the batches; logs stay plain."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import build, make_trainer, sgd
+from rap_lightning.batches.sampler import StepSampler
+from rap_lightning.errors import ConfigError
+from rap_lightning.losses import AOT, BCO, DPO, KTO, SimPO
+from rap_lightning.preferences.relabel import Relabelling
+from rap_lightning.schedules import ConstantWithWarmup
+from test_fit import assert_same, logged, weights
+
+PAIRS = 23  # of pairs_folder's training split; none of them ties
+
+
+def one_step(folder: Path, model: Path, data: Path, trainer: dict[str, Any] | None = None, **options: Any) -> Any:
+    options = {"loss": SimPO(), "batch_size": 2 * PAIRS, "optimizer": sgd, "schedule": ConstantWithWarmup()} | options
+    module, datamodule = build(model, data, **options)
+    make_trainer(folder, **({"max_steps": 1} | (trainer or {}))).fit(module, datamodule)
+    return module
+
+
+@pytest.mark.parametrize("weight", [0.25, 3.0])
+def test_a_step_is_the_weighted_mean_of_the_two_halves_own_steps(
+    weight: float, tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    from rap_lightning.models.policy import PolicyConfig
+
+    start = {n: p.detach() for n, p in PolicyConfig(str(tiny)).build(torch.float32).named_parameters()}
+    chosen, rejected = (
+        weights(one_step(tmp_path / half, tiny, pairs_folder, {"gradient_clip_val": None}, relabel=half))
+        for half in ("chosen", "rejected")
+    )
+    share = weight / (1 + weight)
+    expected = {n: start[n] + (1 - share) * (chosen[n] - start[n]) + share * (rejected[n] - start[n]) for n in start}
+    whole = one_step(tmp_path / "both", tiny, pairs_folder, {"gradient_clip_val": None}, rejected_weight=weight)
+    assert_same(weights(whole), expected, 2e-6)
+    parts = one_step(
+        tmp_path / "parts", tiny, pairs_folder, {"gradient_clip_val": None, "accumulate_grad_batches": 5},
+        rejected_weight=weight, batch_size=10,
+    )  # fmt: skip
+    assert_same(weights(parts), expected, 2e-6)
+    stream = one_step(
+        tmp_path / "stream", tiny, pairs_folder, {"gradient_clip_val": None, "accumulate_grad_batches": 5},
+        rejected_weight=weight, batch_size=10, streaming=True,
+    )  # fmt: skip
+    assert_same(weights(stream), expected, 2e-6)
+
+
+def test_logged_means_are_of_pairs_and_know_no_weights(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    for name, weight in (("plain", 1.0), ("weighed", 0.2)):
+        one_step(tmp_path / name, tiny, pairs_folder, rejected_weight=weight)
+    plain, weighed = (logged(tmp_path / name)[0] for name in ("plain", "weighed"))
+    same = [n for n in plain if n.partition("/")[0] in ("loss", "logps", "rewards", "lengths", "pairs", "tokens")]
+    assert len(same) > 20
+    assert {n: weighed[n] for n in same} == {n: plain[n] for n in same}
+    assert plain["loss/chosen-goal"] != pytest.approx(plain["loss/rejected-goal"]), "or the halves could not be told"
+    assert weighed["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_rank_knows_the_weight_of_the_whole_step(world: int) -> None:
+    weigh = lambda number: 1.0 if number % 2 == 0 else 0.3  # noqa: E731
+    steps: dict[int, list[float]] = {}
+    for rank in range(world):
+        sampler = StepSampler(
+            37, 3, accumulate=2, num_replicas=world, rank=rank, shuffle=True, seed=1, weigh=weigh
+        )  # fmt: skip
+        for number, plan in enumerate(sampler):
+            told = steps.setdefault(number // 2, [plan.step_weight, 0.0])
+            assert told[0] == plan.step_weight
+            told[1] += sum(plan.loss_weights)
+            for index, weight, counts in zip(plan.indices, plan.loss_weights, plan.weights, strict=True):
+                assert weight == counts * weigh(index)
+            assert [w for part in plan.parts for w in plan.part(part).loss_weights] == list(plan.loss_weights)
+    assert all(math.isclose(told, held) for told, held in steps.values())
+    assert math.isclose(sum(told for told, _ in steps.values()), 19 + 18 * 0.3)
+
+
+@pytest.mark.parametrize("loss", [DPO(), BCO()])
+def test_losses_of_single_pairs_take_it(loss: Any, tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    one_step(tmp_path, tiny, pairs_folder, loss=loss, rejected_weight=0.5)
+    assert logged(tmp_path)[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("loss", [KTO(), AOT()])
+def test_losses_of_whole_batches_refuse_it(loss: Any, tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rejected_weight 0.5 weighs single pairs"):
+        one_step(tmp_path, tiny, pairs_folder, loss=loss, rejected_weight=0.5)
+
+
+@pytest.mark.parametrize(
+    ("weight", "mode", "message"),
+    [
+        (0.0, "both", "that is relabel chosen"),
+        (-1.0, "both", "above 0 and finite"),
+        (math.nan, "both", "above 0 and finite"),
+        (math.inf, "both", "above 0 and finite"),
+        (0.5, "none", "no effect with relabel none"),
+        (0.5, "chosen", "no effect with relabel chosen"),
+        (0.5, "rejected", "no effect with relabel rejected"),
+    ],
+)
+def test_weights_without_effect_are_refused_in_words(weight: float, mode: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Relabelling(mode).weights(weight)
+
+
+def test_originals_and_ties_count_one() -> None:
+    assert Relabelling("both", keep_original=True).weights(0.5) == (1.0, 0.5, 1.0)
+    assert Relabelling("rejected", keep_original=True).weights(0.5) == (1.0, 0.5, 1.0)
+    assert Relabelling("half").weights(0.5) == (1.0, 0.5, 1.0)
