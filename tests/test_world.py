@@ -61,6 +61,8 @@ def test_pairs_are_scored_by_the_rule_with_rare_top_scores_good_losers_and_bad_w
 @pytest.mark.parametrize(
     ("knob", "values", "share"),
     [
+        ("lean", (-0.5, 0.3, 2.0), "top_scores"),
+        ("lean", (-0.5, 0.3, 2.0), "good_losers"),
         ("best", (1.0, 0.85, 0.7, 0.5), "top_scores"),
         ("contrast", (0.0, 0.3, 0.6, 1.0), "good_losers"),
         ("contrast", (0.0, 0.6, 1.0), "bad_winners"),
@@ -139,7 +141,7 @@ def test_four_families_have_their_prompts_and_perfect_answers() -> None:
 
 @pytest.mark.parametrize(
     ("knob", "value"),
-    [("best", 1.1), ("contrast", -0.1), ("judge_noise", -1.0), ("on_policy", 2.0), ("goal_share", 1.5)],
+    [("lean", -1.0), ("best", 1.1), ("contrast", -0.1), ("judge_noise", -1.0), ("on_policy", 2.0), ("goal_share", 1.5)],
 )
 def test_a_knob_out_of_range_is_refused_before_anything_is_made(knob: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=knob):

@@ -5,8 +5,8 @@ many faults is a matter of its quality. The two responses of a pair have qualiti
 one assistant would: that is why many losers are good (8 against 9) and many winners are bad (3 against 2), and those
 are what goals are learnt from. Qualities lean low, so that top scores are rare.
 
-How much of each there is can be set: `best` (how rare top scores are), `contrast` (how few good losers and bad
-winners), `judge_noise` (how far the data's scores are from the rule's), `on_policy` (how many pairs a model itself
+How much of each there is can be set: `lean` and `best` (how rare top scores are), `contrast` (how few good losers and
+bad winners), `judge_noise` (how far the data's scores are from the rule's), `on_policy` (how many pairs a model itself
 wrote) and `families` (which kinds of prompts there are). docs/world.md has the shares that each setting gives.
 """
 
@@ -167,7 +167,7 @@ def make_pairs(
     """
     if not prompts:
         raise ValueError("make_pairs needs at least one prompt")
-    check_knobs(best=best, contrast=contrast, judge_noise=judge_noise, on_policy=on_policy)
+    check_knobs(lean=lean, best=best, contrast=contrast, judge_noise=judge_noise, on_policy=on_policy)
     if on_policy > 0 and sample is None:
         raise ValueError("on_policy above 0 needs a model's responses: pass sample")
     rng = random.Random(f"pairs {seed}")
@@ -193,9 +193,12 @@ def make_pairs(
 def check_knobs(**knobs: float) -> None:
     """Raise ValueError where a knob of `make_pairs` is out of its range; a check before anything is made."""
     for name, value in knobs.items():
-        if name == "judge_noise":
+        if name == "lean":
+            if not value > -1:
+                raise ValueError(f"lean must be above -1; got {value}")
+        elif name in ("judge_noise", "goal_noise"):
             if not value >= 0:
-                raise ValueError(f"judge_noise must be 0 or above; got {value}")
+                raise ValueError(f"{name} must be 0 or above; got {value}")
         elif not 0 <= value <= 1:
             raise ValueError(f"{name} must be from 0 to 1; got {value}")
 

@@ -24,16 +24,16 @@ from rap_lightning.world.data import (
 
 #: Raised whenever the same settings make another world, so that a folder from before is noticed.
 VERSION = 1
-#: By how many points (standard deviation) the last goals are off in the base's examples.
-GOAL_NOISE = 2.5
 #: The knobs as they stand in a world that was made before there were any.
 KNOBS: dict[str, Any] = {
     "families": list(FAMILIES_BY_DEFAULT),
+    "lean": 0.3,
     "best": BEST,
     "contrast": 0.0,
     "judge_noise": 0.0,
     "on_policy": 0.0,
     "goal_share": 0.7,
+    "goal_noise": 2.5,
 }
 #: From where on a score counts as top, a loser as good, and down from where a winner counts as bad, in points.
 TOP, GOOD, BAD = 9.0, 6.0, 4.0
@@ -49,11 +49,13 @@ def make_world(
     base_steps: int = 600,
     seed: int = 0,
     families: Sequence[str] = FAMILIES_BY_DEFAULT,
+    lean: float = 0.3,
     best: float = BEST,
     contrast: float = 0.0,
     judge_noise: float = 0.0,
     on_policy: float = 0.0,
     goal_share: float = 0.7,
+    goal_noise: float = 2.5,
 ) -> None:
     """Make the small world under `root`, or find it there.
 
@@ -68,12 +70,15 @@ def make_world(
         base_steps: optimizer steps of the base model, 32 examples each. They take nearly all of the time.
         seed: decides prompts, pairs and base model.
         families: kinds of prompts: words, numbers, words-backwards, numbers-backwards.
+        lean: how far qualities lean low, above -1; below 0 they lean high.
         best: the highest quality of a response, 0 to 1: how rare top scores are.
         contrast: how far the two responses of a pair are drawn to the ends of quality, 0 to 1: how few good losers and
             bad winners there are.
         judge_noise: standard deviation, in points, of the noise in the data's scores. The rule has none.
         on_policy: part of the pairs that the base model itself wrote, at temperature 1 and without a goal, 0 to 1.
         goal_share: part of the examples of the base model's training that state a goal; at 0 it has never seen one.
+        goal_noise: by how many points (standard deviation) the last of these goals are off; the less, the better the
+            base knows goals.
 
     Raises:
         ValueError: a number is out of its range, `root` holds a world with other settings, or something that is no
@@ -87,16 +92,21 @@ def make_world(
         "base_steps": base_steps,
         "seed": seed,
         "families": list(families),
+        "lean": lean,
         "best": best,
         "contrast": contrast,
         "judge_noise": judge_noise,
         "on_policy": on_policy,
         "goal_share": goal_share,
+        "goal_noise": goal_noise,
     }
     for name in ("train_pairs", "test_pairs", "base_steps"):
         if settings[name] < 1:
             raise ValueError(f"{name} must be at least 1; got {settings[name]}")
-    check_knobs(best=best, contrast=contrast, judge_noise=judge_noise, on_policy=on_policy, goal_share=goal_share)
+    check_knobs(
+        lean=lean, best=best, contrast=contrast, judge_noise=judge_noise, on_policy=on_policy, goal_share=goal_share,
+        goal_noise=goal_noise,
+    )  # fmt: skip
     make_prompts(seed, families=families)  # an unknown family is found before a folder is made
     if _is_there(root, settings):
         print(f"world: {root} is there already, with these settings")
@@ -137,15 +147,15 @@ def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
     train_prompts, test_prompts = make_prompts(seed, families=settings["families"])
     tokenizer = train_tokenizer(vocabulary(train_prompts))
     model = new_model(tokenizer, seed=seed)
-    steps, share = settings["base_steps"], settings["goal_share"]
-    examples = make_examples(train_prompts, (steps + 2) * BATCH, seed, goal_share=share, goal_noise=GOAL_NOISE)
+    steps, goals = settings["base_steps"], {name: settings[name] for name in ("goal_share", "goal_noise")}
+    examples = make_examples(train_prompts, (steps + 2) * BATCH, seed, **goals)
     loss = train_base(model, tokenizer, examples, steps=steps, batch_size=BATCH)
     seconds = time.perf_counter() - start
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     print(f"world: base model of {model.num_parameters():,} weights, loss {loss:.2f}, in {seconds:.0f} s")
 
-    knobs = {name: settings[name] for name in ("best", "contrast", "judge_noise", "on_policy")}
+    knobs = {name: settings[name] for name in ("lean", "best", "contrast", "judge_noise", "on_policy")}
     sample = sampler(model, tokenizer, seed) if settings["on_policy"] > 0 else None
     train = make_pairs(train_prompts, settings["train_pairs"], seed, sample=sample, **knobs)
     test = make_pairs(test_prompts, settings["test_pairs"], seed, sample=sample, **knobs)
