@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.study.fitting import Recipe
 from benchmarks.study.worlds import derived, good_winners, never_swapped
+
 from rap_lightning.losses import (
     DPO,
     IPO,
@@ -65,11 +66,12 @@ USUAL = grid((3e-4, 1e-3), (0.1, 0.5))
 RATES, BETA = (3e-4, 1e-3), 0.5
 
 
-def plain(loss: Callable[[Trial], PreferenceLoss], file: str = "train", **data: Any) -> Callable[..., Recipe]:
-    """Pairs as they are, without goals."""
+def plain(loss: Callable[[Trial], PreferenceLoss], make: Callable[[Path], Path] | None = None) -> Callable[..., Recipe]:
+    """Pairs without goals. The template is there for its rules alone: ties are dropped as in the other arms."""
 
     def recipe(folder: Path, trial: Trial, steps: int) -> Recipe:
-        return Recipe(folder / f"{file}.jsonl", loss(trial), trial["lr"], steps, data=data)
+        source = make(folder) if make else folder / "train.jsonl"
+        return Recipe(source, loss(trial), trial["lr"], steps, OverallGoal(), {"relabel": "none"})
 
     return recipe
 
@@ -94,8 +96,8 @@ def dpo(trial: Trial) -> PreferenceLoss:
     return DPO(trial.get("beta", BETA))
 
 
-def _good(folder: Path, trial: Trial, steps: int) -> Recipe:
-    return Recipe(derived(folder, "good-winners", good_winners), dpo(trial), trial["lr"], steps)
+def _good(folder: Path) -> Path:
+    return derived(folder, "good-winners", good_winners)
 
 
 def _unswapped(folder: Path, trial: Trial, steps: int) -> Recipe:
@@ -133,7 +135,7 @@ ARMS: dict[str, Arm] = {
     "half": Arm("Half-RA", USUAL, relabelled(dpo, lambda trial: {"relabel": "half"})),
     "dpo-2x": Arm("DPO, twice the steps", USUAL, plain(dpo), "none", steps=2),
     "ra-2x": Arm("RA, twice the steps", USUAL, relabelled(dpo), steps=2),
-    "good": Arm("DPO, pairs with a good winner", USUAL, _good, "none"),
+    "good": Arm("DPO, pairs with a good winner", USUAL, plain(dpo, _good), "none"),
     "sft": Arm("score-conditioned SFT", tuple({"lr": lr} for lr in (3e-4, 1e-3, 2e-3, 4e-3)), relabelled(lambda t: SFT())),
     "chosen": Arm("chosen half only", USUAL, relabelled(dpo, lambda trial: {"relabel": "chosen"})),
     "rejected": Arm("rejected half only", USUAL, relabelled(dpo, lambda trial: {"relabel": "rejected"})),

@@ -199,8 +199,8 @@ def run(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[str, 
 def _world(job: Job, root: Path, size: Size) -> tuple[Path, Any, Any]:
     """The world's folder, its base model and tokenizer."""
     import torch
-
     from benchmarks.study.worlds import world
+
     from rap_lightning.models.policy import PolicyConfig
 
     folder = world(root, job.knobs, job.seed, size)
@@ -211,6 +211,7 @@ def _world(job: Job, root: Path, size: Size) -> tuple[Path, Any, Any]:
 def combined(ways: list[tuple[str, int]], trial: int) -> tuple[Any, dict[str, float]]:
     """The recipe maker and setting of a combination of two ways: what each chose, at two rates and two betas."""
     from benchmarks.study import arms
+
     from rap_lightning.preferences.filters import Filters
 
     own: dict[str, float] = {}
@@ -240,7 +241,6 @@ def _weights(root: Path, arm: str, trial: int, knobs: str, seed: int) -> Path:
 
 def _fit(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[str, Any]:
     import torch
-
     from benchmarks.study import arms, fitting, measuring
 
     folder, base, tokenizer = _world(job, root, size)

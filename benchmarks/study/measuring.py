@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from benchmarks.study.settings import BINS, GOALS, Size
+
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.evaluation import read_off
@@ -128,7 +128,7 @@ def figures_of(samples: list[tuple[str, str]], base: Policy, asker: Asker, *, by
     """Of samples at one goal: mean score, shares of top scores, length, and what the base thinks of them."""
     scores = [score(prompt, text) for prompt, text in samples]
     responses = [asker.encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in samples]
-    few = range(0, len(samples), max(1, len(samples) // 150))
+    few = range(0, len(samples), max(1, len(samples) // 100))
     known: dict[str, list[int]] = {}
     rows = [
         (known.setdefault(samples[i][0], asker.ids(samples[i][0], None)), responses[i]) for i in few if responses[i]
@@ -161,7 +161,9 @@ def sampled(
         ends = goal is None or goal == best
         samples = sampler(goal, size.samples if ends else size.samples_between)
         name = "none" if goal is None else f"{goal:g}"
-        found[name] = figures_of(samples, base, asker, by_prompt=ends)
+        found[name] = figures_of(samples, base, asker, by_prompt=ends and not ends_only)
+        if not ends:
+            found[name] = {key: found[name][key] for key in ("score", "tokens")}
         if goal is not None:
             judged += [(goal, score(prompt, text)) for prompt, text in samples]
     if ends_only:
@@ -210,7 +212,7 @@ def probed(policy: Policy, base: Policy, asker: Asker, pairs: list[dict[str, Any
         if condition == "none":  # pair accuracy of the log-ratio, as DPO's implicit reward
             won = change[0::2] - change[1::2]
             changes["accuracy"] = round(float(np.mean((np.sign(won) + 1) / 2)), 4)
-    few = range(0, min(size.read, len(rows)))
+    few = range(min(size.read, len(rows)))
     grid = np.asarray(
         logps(policy, [(asker.ids(rows[i][0]["prompt"], goal), written[i]) for i in few for goal in GOALS])
     ).reshape(len(few), len(GOALS))

@@ -14,10 +14,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from benchmarks.study.jobs import Job, Plan, run
 from benchmarks.study.settings import Size
+from tqdm.auto import tqdm
 
 
 def work(plan: Plan, results: Path, root: Path, size: Size, workers: int, until: str | None) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study.settings import Size
+
 from rap_lightning.world.data import GOAL_MESSAGE
 from rap_lightning.world.make import make_world
 
@@ -47,7 +49,7 @@ def derived(folder: Path, name: str, make: Callable[[Iterable[Row]], Iterable[Ro
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         rows = (json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines())
-        temporary = path.with_suffix(".part")
+        temporary = path.with_suffix(f".{os.getpid()}")  # another process may be at it
         temporary.write_text("".join(json.dumps(row) + "\n" for row in make(rows)))
         temporary.replace(path)
     return path
