@@ -196,6 +196,25 @@ def test_the_quickstart_runs_and_prints_the_steering_table(
     for text in ("Asked for a score", "before", "after", "8.5", "The samples answer:"):
         assert text in printed
     assert (tmp_path / "runs/version_0/hf/model.safetensors").is_file()
+    record = json.loads((tmp_path / "runs/version_0/steering.json").read_text())
+    assert [record["goals"][0], record["goals"][-1], len(record["rows"])] == [1, 10, 7]
+    for row in record["rows"]:
+        assert row["score"] == score(row["prompt"], row["response"])
+        assert f"{row['before']['mean']:.2f}" in printed
+    # the other arm's run, with this one beside it, as `make demo` shows two
+    overlay = ["--config", str(ROOT / "configs/plain-dpo.yaml"), "--trainer.callbacks.beside", "runs/version_0"]
+    run = [*arguments[:3], *overlay, *arguments[3:], "--trainer.default_root_dir", "runs/dpo"]
+    monkeypatch.setattr(sys, "argv", ["rap-lightning", *run])
+    cli.main()
+    printed = capfd.readouterr().out
+    ours = json.loads((tmp_path / "runs/dpo/version_0/steering.json").read_text())
+    assert [row["before"] for row in ours["rows"]] == [row["before"] for row in record["rows"]], "one base, one seed"
+    assert "a sample of version_0" in printed
+    assert f"{record['rows'][3]['after']['mean']:.2f}" in printed
+    monkeypatch.setattr(sys, "argv", ["rap-lightning", *run, "--trainer.callbacks.samples", "95"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "their numbers don't compare" in capfd.readouterr().err
     world = json.loads((tmp_path / "runs/world/world.json").read_text())
     assert world["settings"]["base_steps"] == 30
     settings = {"train_pairs": 80, "test_pairs": 20, "base_steps": 30}

@@ -136,7 +136,9 @@ ARMS: dict[str, Arm] = {
     "dpo-2x": Arm("DPO, twice the steps", USUAL, plain(dpo), "none", steps=2),
     "ra-2x": Arm("RA, twice the steps", USUAL, relabelled(dpo), steps=2),
     "good": Arm("DPO, pairs with a good winner", USUAL, plain(dpo, _good), "none"),
-    "sft": Arm("score-conditioned SFT", tuple({"lr": lr} for lr in (3e-4, 1e-3, 2e-3, 4e-3)), relabelled(lambda t: SFT())),
+    "sft": Arm(
+        "score-conditioned SFT", tuple({"lr": lr} for lr in (3e-4, 1e-3, 2e-3, 4e-3)), relabelled(lambda t: SFT())
+    ),
     "chosen": Arm("chosen half only", USUAL, relabelled(dpo, lambda trial: {"relabel": "chosen"})),
     "rejected": Arm("rejected half only", USUAL, relabelled(dpo, lambda trial: {"relabel": "rejected"})),
     "never-swapped": Arm("never swapped (the code's fault)", USUAL, _unswapped),

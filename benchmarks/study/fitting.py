@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -54,7 +54,7 @@ class Remembered(Frozen):
     Token ids are what they are found by, so another goal text or another truncation is another number.
     """
 
-    _known: dict[str, dict[bytes, float]] = {}  # base model -> digest of a response with its prompt -> nats
+    _known: ClassVar[dict[str, dict[bytes, float]]] = {}  # base model -> digest of a response with its prompt -> nats
 
     def load(self, policy: PolicyConfig, dtype: torch.dtype) -> None:
         """As Frozen's."""
@@ -101,7 +101,7 @@ def fit(base: Path, recipe: Recipe, batch: int, seed: int) -> tuple[Policy, dict
 
 
 def implicit_rewards(policy: Policy, base: Policy, tokenizer: Any, pairs: list[dict[str, Any]]) -> list[float]:
-    """Log-ratio of policy and base of both responses of each pair, in nats, without a goal: chosen, rejected, chosen..."""
+    """Log-ratio of policy and base, in nats, without a goal, of all responses: chosen, rejected, chosen..."""
     from benchmarks.study.measuring import Asker, logps
 
     asker = Asker(tokenizer, None)

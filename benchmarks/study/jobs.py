@@ -68,8 +68,7 @@ class Plan:
 
     def trials(self, arm: str) -> list[Job]:
         """The tuning runs of an arm."""
-        count = len(self.arms.ARMS[arm].trials) if arm != "combination" else 4
-        return [Job("tune", arm, i, "default", seed) for i in range(count) for seed in self.size.tuning]
+        return [Job("tune", arm, i, "default", seed) for i in range(self.size.trials) for seed in self.size.tuning]
 
     def chosen(self, arm: str) -> int | None:
         """The setting with the best mean figure of merit in tuning; None while one of its runs is missing."""
@@ -109,7 +108,9 @@ class Plan:
     def waves(self) -> Iterable[list[Job]]:
         """All jobs that can be named by now, the most telling first."""
         size = self.size
-        heads, others = list(self.arms.HEADLINE), [a for a in self.arms.ARMS if a not in self.arms.HEADLINE]
+        names = [arm for arm in self.arms.ARMS if size.arms is None or arm in size.arms]
+        heads = [arm for arm in names if arm in self.arms.HEADLINE]
+        others = [arm for arm in names if arm not in self.arms.HEADLINE]
         ways = [a for a in others if a in self.arms.WAYS]
         rest = [a for a in others if a not in ways]
         every = (*size.tuning, *size.seeds)
@@ -122,20 +123,21 @@ class Plan:
         yield self.trials("combination") if self.best_ways() else []
         yield self._main("combination")
         yield [Job("guide", arm, 0, "default", seed) for arm in GUIDED for seed in size.seeds]
-        yield from self._knobs(("judge noise",))
+        yield from self._knobs(noise_only=True)
         for arm in rest:
             yield self.trials(arm)
         for arm in rest:
             yield self._main(arm)
-        yield from self._knobs(())
+        yield from self._knobs(noise_only=False)
 
     def _main(self, arm: str) -> list[Job]:
         trial = self.chosen(arm)
         return [] if trial is None else [Job("main", arm, trial, "default", seed) for seed in self.size.seeds]
 
-    def _knobs(self, first: tuple[str, ...]) -> Iterable[list[Job]]:
+    def _knobs(self, noise_only: bool) -> Iterable[list[Job]]:
         best = self.best_conditioned()
-        names = [name for name in KNOBS if name != "default" and (not first or name.startswith("noise"))]
+        only = self.size.knobs or tuple(KNOBS)
+        names = [name for name in only if name != "default" and (not noise_only or name.startswith("noise"))]
         for knobs in names:
             for arm in ("dpo", "ra", best):
                 trial = self.chosen(arm) if arm else None
@@ -168,10 +170,16 @@ class Plan:
 
     def total(self) -> int:
         """How many jobs there will be in all, as far as that is known."""
-        arms, size = len(self.arms.ARMS) + 1, self.size
+        size = self.size
+        arms = len(size.arms or self.arms.ARMS) + 1
         guided = len(GUIDED) * len(size.seeds)
-        knobs = (len(KNOBS) - 1) * len(DOSED) * size.knob_seeds
-        return arms * (4 * len(size.tuning) + len(size.seeds)) + len((*size.tuning, *size.seeds)) + guided + knobs
+        knobs = (len(size.knobs) if size.knobs else len(KNOBS) - 1) * len(DOSED) * size.knob_seeds
+        return (
+            arms * (size.trials * len(size.tuning) + len(size.seeds))
+            + len((*size.tuning, *size.seeds))
+            + guided
+            + knobs
+        )
 
     def context(self, job: Job) -> dict[str, Any]:
         """What a job must know of the others: the combination's parts, the trials of arms that it needs."""

@@ -1,4 +1,4 @@
-"""What a policy does: samples at every goal and their scores, log-probabilities against the base, scores read off it."""
+"""What a policy does: scores of its samples, its log-probabilities against the base, the scores read off it."""
 
 from __future__ import annotations
 

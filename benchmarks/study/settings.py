@@ -26,6 +26,8 @@ class Size:
         samples_between: the same, at the goals between.
         probed: held-out pairs whose log-probabilities are compared with the base's.
         read: responses whose score is read off the policy.
+        arms, knobs: names of those that there are; None: all.
+        trials: settings that are tried for an arm, the first of its list.
     """
 
     train_pairs: int = 1000
@@ -40,10 +42,14 @@ class Size:
     samples_between: int = 4
     probed: int = 100
     read: int = 80
+    arms: tuple[str, ...] | None = None
+    knobs: tuple[str, ...] | None = None
+    trials: int = 4
 
 
 FULL = Size()
 SHORT = Size(
     train_pairs=60, test_pairs=40, base_steps=20, steps=4, batch=4, seeds=(1, 2), knob_seeds=1,
-    samples=1, samples_between=1, probed=8, read=8,
+    samples=1, samples_between=1, probed=8, read=8, trials=1, knobs=("noise 2",),
+    arms=("dpo", "ra", "sft", "never-swapped", "ra-sft", "warm", "weight", "gap", "original", "ira"),
 )  # fmt: skip
