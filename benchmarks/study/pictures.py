@@ -117,7 +117,7 @@ def guidance(pyplot: Any, results: Results, plan: Plan) -> Any:
     """Score and fluency by guidance weight."""
     from benchmarks.study.report import guided
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), gridspec_kw={"wspace": 0.3})
     drawn = 0
     for arm, colour in zip(GUIDED, ("0.6", *COLOURS), strict=False):
         rows = guided(results, arm)

@@ -120,7 +120,8 @@ def arms_table(results: Results, plan: Plan) -> str:
             number(mean_of(found, "conditions", "none", "score")), number(mean_of(found, "conditions", BEST, "score")),
             f"{statistics.fmean(peaks):.2f} at {', '.join(f'{g:g}' for g in at)}",
             number(mean_of(found, "spearman")), percent(mean_of(found, "conditions", asks, "ten")),
-            number(mean_of(found, "conditions", asks, "tokens"), 1), number(mean_of(found, "conditions", asks, "base_nats_per_token")),
+            number(mean_of(found, "conditions", asks, "tokens"), 1),
+            number(mean_of(found, "conditions", asks, "base_nats_per_token")),
         ])  # fmt: skip
     head = [
         "arm", "setting chosen", "seeds", "asked with", "score", "minus DPO [bootstrap 95%]", "[t 95%]", "ahead",

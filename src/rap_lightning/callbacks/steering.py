@@ -40,8 +40,8 @@ class SteeringTable(pl.Callback):
         samples: how many responses are sampled at each goal; validation prompts repeat where there are fewer.
         seed: of the sampling; the run's own random numbers are left as they were.
         beside: folder of another run with this callback, or of several, of which the newest counts: its scores and
-            samples are shown beside this run's. It must have asked for the same goals, with as many samples and the same
-            seed, so that prompts are the same.
+            samples are shown beside this run's. It must have asked for the same goals, with as many samples and the
+            same seed, so that prompts are the same.
     """
 
     def __init__(
