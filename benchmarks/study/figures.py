@@ -82,6 +82,10 @@ class Results:
         }
         return dict(sorted(found.items()))
 
+    def rechosen(self, arm: str) -> dict[int, Line]:
+        """Lines by seed at the setting chosen in more worlds: run anew where it is another one."""
+        return self.of("check", arm) or self.of("main", arm)
+
     def minus(
         self, arm: str, other: str, knobs: str = "default", other_condition: str | None = None
     ) -> Difference | None:

@@ -24,7 +24,7 @@ class Job:
     """One thing to do.
 
     Attributes:
-        stage: ``world``, ``base``, ``tune``, ``main``, ``knob`` or ``guide``.
+        stage: ``base``, ``tune``, ``main``, ``knob``, ``guide``, or ``check``: as main, chosen in more worlds.
         arm: the arm; "" where there is none.
         trial: number of the setting, as the arm lists them.
         knobs: the world's setting.
@@ -66,13 +66,14 @@ class Plan:
 
         self.size, self.lines, self.arms = size, lines, arms
 
-    def trials(self, arm: str) -> list[Job]:
-        """The tuning runs of an arm."""
-        return [Job("tune", arm, i, "default", seed) for i in range(self.size.trials) for seed in self.size.tuning]
+    def trials(self, arm: str, more: bool = False) -> list[Job]:
+        """The tuning runs of an arm; with ``more`` those in the further tuning worlds too."""
+        worlds = (*self.size.tuning, *(self.size.more_tuning if more else ()))
+        return [Job("tune", arm, i, "default", seed) for i in range(self.size.trials) for seed in worlds]
 
-    def chosen(self, arm: str) -> int | None:
+    def chosen(self, arm: str, more: bool = False) -> int | None:
         """The setting with the best mean figure of merit in tuning; None while one of its runs is missing."""
-        jobs = self.trials(arm)
+        jobs = self.trials(arm, more)
         if not all(job.key in self.lines for job in jobs):
             return None
         scores: dict[int, float] = {}
@@ -129,6 +130,14 @@ class Plan:
         for arm in rest:
             yield self._main(arm)
         yield from self._knobs(noise_only=False)
+        checked = [*heads, *(arm for arm in self.arms.CHECKED if size.arms is None or arm in size.arms)]
+        yield [Job("base", "base", 0, "default", seed) for seed in size.more_tuning]
+        for arm in checked:
+            yield self.trials(arm, more=True) if self.chosen(arm) is not None else []
+        for arm in checked:
+            again = self.chosen(arm, more=True)
+            if again is not None and again != self.chosen(arm):
+                yield [Job("check", arm, again, "default", seed) for seed in size.seeds]
 
     def _main(self, arm: str) -> list[Job]:
         trial = self.chosen(arm)

@@ -20,6 +20,7 @@ class Size:
         steps: optimizer steps of every run, but where an arm says otherwise.
         batch: pairs in a step.
         tuning: seeds of the worlds in which settings are chosen.
+        more_tuning: worlds that settings are chosen in as well, to see what hangs on the choice of the first.
         seeds: those of the worlds that figures come from; none is a tuning seed.
         knob_seeds: how many of these the dose-response uses.
         samples: responses to each held-out prompt, without a goal and at the best one.
@@ -36,6 +37,7 @@ class Size:
     steps: int = 160
     batch: int = 16
     tuning: tuple[int, ...] = (100,)
+    more_tuning: tuple[int, ...] = (101, 102)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     knob_seeds: int = 3
     samples: int = 16
@@ -49,6 +51,7 @@ class Size:
 
 FULL = Size()
 SHORT = Size(
+    more_tuning=(),
     train_pairs=60, test_pairs=40, base_steps=20, steps=4, batch=4, seeds=(1, 2), knob_seeds=1,
     samples=1, samples_between=1, probed=8, read=8, trials=1, knobs=("noise 2",),
     arms=("dpo", "ra", "sft", "never-swapped", "ra-sft", "warm", "weight", "gap", "original", "ira"),

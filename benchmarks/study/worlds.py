@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.study.settings import Size
 
-from rap_lightning.world.data import GOAL_MESSAGE
+from rap_lightning.world.data import GOAL_MESSAGE, make_pairs, make_prompts
 from rap_lightning.world.make import make_world
 
 #: Settings of the dose-response: name -> knobs of make_world. The first is the world of all other runs.
@@ -53,6 +53,17 @@ def derived(folder: Path, name: str, make: Callable[[Iterable[Row]], Iterable[Ro
         temporary.write_text("".join(json.dumps(row) + "\n" for row in make(rows)))
         temporary.replace(path)
     return path
+
+
+def four_times(folder: Path) -> Path:
+    """Four times as many pairs about the same prompts; the world's own are the first quarter of them."""
+    settings = json.loads((folder / "world.json").read_text())["settings"]
+    prompts, _ = make_prompts(settings["seed"], families=settings["families"])
+    knobs = {name: settings[name] for name in ("lean", "best", "contrast", "judge_noise")}
+    if settings["on_policy"]:
+        raise ValueError("more pairs of a model's own are not the first ones and others")
+    pairs = make_pairs(prompts, 4 * settings["train_pairs"], settings["seed"], **knobs)
+    return derived(folder, "four-times", lambda rows: map(dict, pairs))
 
 
 def good_winners(rows: Iterable[Row]) -> Iterable[Row]:
