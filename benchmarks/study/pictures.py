@@ -134,7 +134,8 @@ def guidance(pyplot: Any, results: Results, plan: Plan) -> Any:
     right.set_ylabel("log-probability under the base,\nnats per token")
     for axes in (left, right):
         axes.set_xlabel("guidance weight")
-    figure.legend(frameon=False, fontsize=7, loc="lower center", ncol=3, bbox_to_anchor=(0.5, -0.28))
+    if drawn:
+        figure.legend(frameon=False, fontsize=7, loc="lower center", ncol=3, bbox_to_anchor=(0.5, -0.28))
     return figure if drawn else None
 
 
