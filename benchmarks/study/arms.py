@@ -186,5 +186,8 @@ ARMS: dict[str, Arm] = {
 WAYS = ("ra-sft", "warm", "weight", "gap", "original")
 #: In all of these the best figure is read from what tuning chose.
 HEADLINE = ("dpo", "ra", "half", "dpo-2x", "ra-2x", "good", "sft", "chosen", "rejected", "never-swapped")
-#: Of these and the headline arms the setting is chosen anew in more worlds, to see what hangs on that.
-CHECKED = ("original", "weight", "ra-sft")
+#: The arms whose setting is chosen anew in more worlds, to see what hangs on that.
+CHECKED = (
+    "dpo", "ra", "half", "dpo-2x", "ra-2x", "good", "sft", "never-swapped", "ra-sft", "weight", "original",
+    "combination",
+)  # fmt: skip

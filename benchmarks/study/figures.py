@@ -86,14 +86,17 @@ class Results:
         """Lines by seed at the setting chosen in more worlds: run anew where it is another one."""
         return self.of("check", arm) or self.of("main", arm)
 
+    def dosed(self, arm: str, knobs: str) -> dict[int, Line]:
+        """Lines by seed of the dose-response, whose settings are those chosen in all tuning worlds."""
+        return self.rechosen(arm) if knobs == "default" else self.of("knob", arm, knobs)
+
     def minus(
         self, arm: str, other: str, knobs: str = "default", other_condition: str | None = None
     ) -> Difference | None:
         """``arm`` minus ``other``, each as it is asked for its best; None where no seed has both."""
         stage = "main" if knobs == "default" else "knob"
         ones, others = self.of(stage, arm, knobs), self.of(stage, other, knobs)
-        pairs = [(by_prompt(ones[seed]), by_prompt(others[seed], other_condition)) for seed in ones if seed in others]
-        return difference(pairs) if pairs else None
+        return between(ones, others, other_condition)
 
     def mean(self, stage: str, arm: str, *path: str, knobs: str = "default") -> float | None:
         """The mean over seeds of a number in the lines."""
@@ -117,3 +120,9 @@ def by_prompt(line: Line, condition: str | None = None) -> list[float]:
     """Mean scores by held-out prompt, as the arm is asked, or under another condition."""
     values: list[float] = line["conditions"][condition or line["asks"]]["by_prompt"]
     return values
+
+
+def between(ones: dict[int, Line], others: dict[int, Line], other_condition: str | None = None) -> Difference | None:
+    """Lines by seed minus others, as each is asked, or the others under another condition; None without a common seed."""
+    pairs = [(by_prompt(ones[seed]), by_prompt(others[seed], other_condition)) for seed in ones if seed in others]
+    return difference(pairs) if pairs else None

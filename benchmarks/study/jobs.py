@@ -15,7 +15,7 @@ from benchmarks.study.worlds import KNOBS
 #: Guidance weights, and what they are measured on.
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
 GUIDED = ("base", "dpo", "ra", "sft", "ra-sft", "combination")
-#: What the dose-response compares, at the settings chosen in the default world.
+#: What the dose-response compares, at the settings chosen in the default world (all tuning worlds).
 DOSED = ("dpo", "ra", "BEST")
 
 
@@ -81,12 +81,12 @@ class Plan:
             scores[job.trial] = scores.get(job.trial, 0) + merit(self.lines[job.key])
         return max(scores, key=lambda trial: scores[trial])
 
-    def tuned(self, arm: str) -> float | None:
+    def tuned(self, arm: str, more: bool = False) -> float | None:
         """The figure of merit of the chosen setting in tuning."""
-        trial = self.chosen(arm)
+        trial = self.chosen(arm, more)
         if trial is None:
             return None
-        mine = [merit(self.lines[job.key]) for job in self.trials(arm) if job.trial == trial]
+        mine = [merit(self.lines[job.key]) for job in self.trials(arm, more) if job.trial == trial]
         return sum(mine) / len(mine)
 
     def best_ways(self) -> tuple[str, str] | None:
@@ -99,12 +99,14 @@ class Plan:
         return first, second
 
     def best_conditioned(self) -> str | None:
-        """The goal-conditioned arm, of RA's kind, with the best figure in tuning: the third of the dose-response."""
-        names = ["ra", *self.arms.WAYS, "combination"]
-        scores = {name: self.tuned(name) for name in names}
+        """Of the ways whose setting was chosen in all tuning worlds, the best there: the third of the dose-response."""
+        names = [name for name in self.arms.CHECKED if name in (*self.arms.WAYS, "combination")]
+        if self.size.arms is not None:
+            names = [name for name in names if name in (*self.size.arms, "combination")]
+        scores = {name: self.tuned(name, more=True) for name in names}
         if any(score is None for score in scores.values()):
             return None
-        return max(names[1:], key=lambda name: scores[name] or 0)
+        return max(names, key=lambda name: scores[name] or 0)
 
     def waves(self) -> Iterable[list[Job]]:
         """All jobs that can be named by now, the most telling first."""
@@ -124,20 +126,20 @@ class Plan:
         yield self.trials("combination") if self.best_ways() else []
         yield self._main("combination")
         yield [Job("guide", arm, 0, "default", seed) for arm in GUIDED for seed in size.seeds]
-        yield from self._knobs(noise_only=True)
-        for arm in rest:
-            yield self.trials(arm)
-        for arm in rest:
-            yield self._main(arm)
-        yield from self._knobs(noise_only=False)
-        checked = [*heads, *(arm for arm in self.arms.CHECKED if size.arms is None or arm in size.arms)]
         yield [Job("base", "base", 0, "default", seed) for seed in size.more_tuning]
+        checked = [arm for arm in self.arms.CHECKED if arm in (*names, "combination")]
         for arm in checked:
             yield self.trials(arm, more=True) if self.chosen(arm) is not None else []
         for arm in checked:
             again = self.chosen(arm, more=True)
             if again is not None and again != self.chosen(arm):
                 yield [Job("check", arm, again, "default", seed) for seed in size.seeds]
+        yield from self._knobs(noise_only=True)
+        for arm in rest:
+            yield self.trials(arm)
+        for arm in rest:
+            yield self._main(arm)
+        yield from self._knobs(noise_only=False)
 
     def _main(self, arm: str) -> list[Job]:
         trial = self.chosen(arm)
@@ -149,7 +151,7 @@ class Plan:
         names = [name for name in only if name != "default" and (not noise_only or name.startswith("noise"))]
         for knobs in names:
             for arm in ("dpo", "ra", best):
-                trial = self.chosen(arm) if arm else None
+                trial = self.chosen(arm, more=True) if arm else None
                 if arm and trial is not None:
                     yield [Job("knob", arm, trial, knobs, seed) for seed in self.size.seeds[: self.size.knob_seeds]]
 
@@ -290,10 +292,10 @@ def _fit(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[str,
     asker = measuring.Asker(tokenizer, template)
     lean = job.stage == "tune"  # tuning needs the figure of merit and the probe alone
     found = measuring.sampled(policy, base, asker, prompts, size, seed=job.seed, ends_only=lean)
-    return {
-        "asks": asks, "setting": setting, "seen": seen, **found,
-        "probe": measuring.probed(policy, base, asker, pairs, size),
-    }  # fmt: skip
+    line = {"asks": asks, "setting": setting, "seen": seen, **found}
+    if job.seed not in size.more_tuning:  # there nothing is looked at but the figure of merit
+        line["probe"] = measuring.probed(policy, base, asker, pairs, size)
+    return line
 
 
 def _load(folder: Path, path: Path) -> Any:

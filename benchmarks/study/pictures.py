@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.arms import ARMS
-from benchmarks.study.figures import Results
+from benchmarks.study.figures import Results, between
 from benchmarks.study.jobs import GUIDED, Plan, merit
 from benchmarks.study.settings import BINS, GOALS
 from benchmarks.study.worlds import KNOBS
@@ -90,7 +90,7 @@ def unlearning(pyplot: Any, results: Results, plan: Plan) -> Any:
              "chosen half only": (3, [])}  # fmt: skip
     drawn = 0
     for line in results.lines:
-        if line["stage"] not in ("tune", "main"):
+        if line["stage"] not in ("tune", "main", "check") or "probe" not in line:
             continue
         condition = "none" if line["asks"] == "none" else "best"
         change = line["probe"]["changes"][condition]["rejected"][good]
@@ -142,13 +142,13 @@ def guidance(pyplot: Any, results: Results, plan: Plan) -> Any:
 def knobs(pyplot: Any, results: Results, plan: Plan) -> Any:
     """RA and the best way minus DPO, by world."""
     best = plan.best_conditioned()
-    names = [name for name in KNOBS if results.minus("ra", "dpo", name) is not None]
+    names = [name for name in KNOBS if results.dosed("ra", name) and results.dosed("dpo", name)]
     if len(names) < 2:
         return None
     figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(names) + 1))
     for arm, colour, off in (("ra", COLOURS[1], 0.12), (best, COLOURS[2], -0.12)):
         for place, name in enumerate(reversed(names)):
-            d = results.minus(arm, "dpo", name) if arm else None
+            d = between(results.dosed(arm, name), results.dosed("dpo", name)) if arm else None
             if d is not None:
                 axes.plot([d.low, d.high], [place + off] * 2, color=colour, linewidth=2)
                 axes.plot(d.mean, place + off, "o", color=colour, markersize=5)

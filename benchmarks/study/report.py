@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.study import pictures
 from benchmarks.study.arms import ARMS
-from benchmarks.study.figures import Difference, Results, by_prompt, difference
+from benchmarks.study.figures import Difference, Results, between
 from benchmarks.study.jobs import GUIDED, Plan, merit
 from benchmarks.study.settings import BINS, GOALS, Size
 from benchmarks.study.worlds import KNOBS
@@ -212,18 +212,22 @@ def knobs_table(results: Results, plan: Plan) -> str:
     best = plan.best_conditioned()
     body = []
     for knobs in KNOBS:
-        dpo, ra = results.merit("dpo", knobs), results.merit("ra", knobs)
-        if dpo is None or ra is None:
+        arms = {arm: results.dosed(arm, knobs) for arm in ("dpo", "ra", best) if arm}
+        if not arms["dpo"] or not arms["ra"]:
             continue
-        stage = "main" if knobs == "default" else "knob"
+        cells = {arm: number(mean_of_merit(found)) for arm, found in arms.items()}
         body.append([
-            knobs, str(len(results.of(stage, "ra", knobs))), number(dpo), number(ra),
-            interval(results.minus("ra", "dpo", knobs)), number(results.mean(stage, "ra", "spearman", knobs=knobs)),
-            number(results.merit(best, knobs)) if best else "",
-            interval(results.minus(best, "dpo", knobs)) if best else "",
+            knobs, str(len(arms["ra"])), cells["dpo"], cells["ra"], interval(between(arms["ra"], arms["dpo"])),
+            number(mean_of(arms["ra"], "spearman")), cells.get(best or "", ""),
+            interval(between(arms[best], arms["dpo"])) if best else "",
         ])  # fmt: skip
-    name = title(best, results) if best else "best"
+    name = title(best, results) if best else "best way"
     return rows(["world", "seeds", "DPO", "RA", "RA minus DPO", "RA: Spearman", name, f"{name} minus DPO"], body)
+
+
+def mean_of_merit(found: dict[int, dict[str, Any]]) -> float | None:
+    """The mean over lines of the figure that arms are compared by."""
+    return statistics.fmean(merit(line) for line in found.values()) if found else None
 
 
 def check_table(results: Results, plan: Plan) -> str:
@@ -236,11 +240,10 @@ def check_table(results: Results, plan: Plan) -> str:
         found = results.rechosen(arm)
         if not found:
             continue
-        pairs = [(by_prompt(found[seed]), by_prompt(dpo[seed])) for seed in found if seed in dpo]
-        d = difference(pairs) if arm != "dpo" and pairs else None
+        d = between(found, dpo) if arm != "dpo" else None
         body.append([
             title(arm, results), setting(next(iter(found.values()))), "yes" if results.of("check", arm) else "no",
-            number(results.merit(arm)), number(statistics.fmean(merit(line) for line in found.values())), interval(d),
+            number(results.merit(arm)), number(mean_of_merit(found)), interval(d),
             student(d), f"{d.ahead}/{d.seeds}" if d else "",
         ])  # fmt: skip
     head = [
