@@ -123,6 +123,6 @@ def by_prompt(line: Line, condition: str | None = None) -> list[float]:
 
 
 def between(ones: dict[int, Line], others: dict[int, Line], other_condition: str | None = None) -> Difference | None:
-    """Lines by seed minus others, as each is asked, or the others under another condition; None without a common seed."""
+    """Lines by seed minus others, as each is asked (or the others under a condition); None without a common seed."""
     pairs = [(by_prompt(ones[seed]), by_prompt(others[seed], other_condition)) for seed in ones if seed in others]
     return difference(pairs) if pairs else None
