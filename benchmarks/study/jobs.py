@@ -15,6 +15,9 @@ from benchmarks.study.worlds import KNOBS
 #: Guidance weights, and what they are measured on.
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
 GUIDED = ("base", "dpo", "ra", "sft", "ra-sft", "combination")
+#: Added after the plan: guidance that leaves out tokens below this share of the likeliest one's probability.
+PLAUSIBILITY = 0.1
+GUIDED_PLAUSIBLY = ("base", "dpo", "ra", "ra-2x", "sft", "ra-sft", "warm")
 #: What the dose-response compares, at the settings chosen in the default world (all tuning worlds).
 DOSED = ("dpo", "ra", "BEST")
 
@@ -24,7 +27,8 @@ class Job:
     """One thing to do.
 
     Attributes:
-        stage: ``base``, ``tune``, ``main``, ``knob``, ``guide``, or ``check``: as main, chosen in more worlds.
+        stage: ``base``, ``tune``, ``main``, ``knob``, ``guide``, ``plausible`` (guide with a floor), or ``check`` (as
+            main, chosen in more worlds).
         arm: the arm; "" where there is none.
         trial: number of the setting, as the arm lists them.
         knobs: the world's setting.
@@ -134,26 +138,26 @@ class Plan:
             again = self.chosen(arm, more=True)
             if again is not None and again != self.chosen(arm):
                 yield [Job("check", arm, again, "default", seed) for seed in size.seeds]
-        yield from self._knobs(noise_only=True)
         for arm in rest:
             yield self.trials(arm)
         for arm in rest:
             yield self._main(arm)
-        yield from self._knobs(noise_only=False)
+        yield [Job("plausible", arm, 0, "default", seed) for arm in GUIDED_PLAUSIBLY for seed in size.seeds]
+        few = size.seeds[: size.knob_seeds]
+        for seeds in (few[:2], few[2:]):  # every world twice before one is seen three times
+            yield from self._knobs(seeds)
 
     def _main(self, arm: str) -> list[Job]:
         trial = self.chosen(arm)
         return [] if trial is None else [Job("main", arm, trial, "default", seed) for seed in self.size.seeds]
 
-    def _knobs(self, noise_only: bool) -> Iterable[list[Job]]:
+    def _knobs(self, seeds: tuple[int, ...]) -> Iterable[list[Job]]:
         best = self.best_conditioned()
-        only = self.size.knobs or tuple(KNOBS)
-        names = [name for name in only if name != "default" and (not noise_only or name.startswith("noise"))]
-        for knobs in names:
-            for arm in ("dpo", "ra", best):
+        for knobs in self.size.knobs or tuple(KNOBS):
+            for arm in ("dpo", "ra", best) if knobs != "default" else ():
                 trial = self.chosen(arm, more=True) if arm else None
                 if arm and trial is not None:
-                    yield [Job("knob", arm, trial, knobs, seed) for seed in self.size.seeds[: self.size.knob_seeds]]
+                    yield [Job("knob", arm, trial, knobs, seed) for seed in seeds]
 
     def open(self) -> list[Job]:
         """The jobs that aren't done and have what they need, in order."""
@@ -174,7 +178,7 @@ class Plan:
             trial = self.chosen(arm.needs)
             stage = "tune" if job.seed in self.size.tuning else "main"
             return trial is not None and Job(stage, arm.needs, trial, "default", job.seed).key in self.lines
-        if job.stage == "guide" and job.arm != "base":
+        if job.stage in ("guide", "plausible") and job.arm != "base":
             trial = self.chosen(job.arm)
             return trial is not None and Job("main", job.arm, trial, "default", job.seed).key in self.lines
         return True
@@ -183,7 +187,7 @@ class Plan:
         """How many jobs there will be in all, as far as that is known."""
         size = self.size
         arms = len(size.arms or self.arms.ARMS) + 1
-        guided = len(GUIDED) * len(size.seeds)
+        guided = (len(GUIDED) + len(GUIDED_PLAUSIBLY)) * len(size.seeds)
         knobs = (len(size.knobs) if size.knobs else len(KNOBS) - 1) * len(DOSED) * size.knob_seeds
         return (
             arms * (size.trials * len(size.tuning) + len(size.seeds))
@@ -202,7 +206,7 @@ class Plan:
         needed = self.arms.ARMS[job.arm].needs if job.arm in self.arms.ARMS else None
         if needed:
             more["needs"] = (needed, self.chosen(needed))
-        if job.stage == "guide" and job.arm != "base":
+        if job.stage in ("guide", "plausible") and job.arm != "base":
             more["trial"] = self.chosen(job.arm)
         return more
 
@@ -210,7 +214,7 @@ class Plan:
 def run(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[str, Any]:
     """Do a job; the line that says what came of it. Runs in a process of its own pool."""
     wall, cpu = time.perf_counter(), time.process_time()
-    do: Callable[..., dict[str, Any]] = _guide if job.stage == "guide" else _fit
+    do: Callable[..., dict[str, Any]] = _guide if job.stage in ("guide", "plausible") else _fit
     line = {**asdict(job), **do(job, context, root, size)}
     return {**line, "cpu_s": round(time.process_time() - cpu, 2), "wall_s": round(time.perf_counter() - wall, 2)}
 
@@ -337,12 +341,13 @@ def _guide(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[st
     prompts, _ = measuring.held_out(folder)
     asker = measuring.Asker(tokenizer, None)
     sampler = measuring.Sampler(policy, asker, prompts, job.seed)
+    floor = PLAUSIBILITY if job.stage == "plausible" else None
     rows = []
-    for low in (GOALS[0], None):
+    for low in (GOALS[0], None) if floor is None else (GOALS[0],):
         for weight in WEIGHTS:
-            if weight == 0 and low is None:
+            if weight == 0 and (low is None or floor is not None):
                 continue
-            samples = sampler(GOALS[-1], max(1, size.samples // 2), guidance=weight, low=low)
+            samples = sampler(GOALS[-1], max(1, size.samples // 2), guidance=weight, low=low, plausibility=floor)
             figures = measuring.figures_of(samples, base, asker, by_prompt=False)
             rows.append({"low": low, "weight": weight, **figures})
     return {"guided": rows}

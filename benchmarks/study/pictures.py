@@ -122,7 +122,7 @@ def guidance(pyplot: Any, results: Results, plan: Plan) -> Any:
     for arm, colour in zip(GUIDED, ("0.6", *COLOURS), strict=False):
         rows = guided(results, arm)
         for low, style in ((GOALS[0], "o-"), (None, "s--")):
-            mine = sorted((w, f) for of, w, f in rows if of == low or w == 0)  # type: ignore[type-var]
+            mine = sorted(((w, f) for of, w, f in rows if of == low or w == 0), key=lambda one: one[0])
             if len(mine) < 2:
                 continue
             drawn += 1

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.study import pictures
 from benchmarks.study.arms import ARMS
 from benchmarks.study.figures import Difference, Results, between
-from benchmarks.study.jobs import GUIDED, Plan, merit
+from benchmarks.study.jobs import GUIDED, GUIDED_PLAUSIBLY, PLAUSIBILITY, Plan, merit
 from benchmarks.study.settings import BINS, GOALS, Size
 from benchmarks.study.worlds import KNOBS
 
@@ -191,7 +191,6 @@ def claims_table(results: Results) -> str:
         ("H4: RA minus DPO of twice the steps", "ra", "dpo-2x", None),
         ("RA of twice the steps minus DPO of twice the steps", "ra-2x", "dpo-2x", None),
         ("RA minus DPO, both of four times the pairs and steps", "ra-4x", "dpo-4x", None),
-        ("RA + plain pairs minus DPO, both of four times the pairs and steps", "original-4x", "dpo-4x", None),
         ("RA + plain pairs minus DPO", "original", "dpo", None),
         ("H4: RA minus its data never swapped", "ra", "never-swapped", None),
         ("chosen half minus DPO", "chosen", "dpo", None),
@@ -256,20 +255,22 @@ def check_table(results: Results, plan: Plan) -> str:
 def guidance_table(results: Results) -> str:
     """Score and fluency by weight, means over seeds."""
     body = []
-    for arm in GUIDED:
-        for low, weight, figures in guided(results, arm):
-            body.append([
-                f"{title(arm, results)}, against {'no goal' if low is None else f'goal {low:g}'}", f"{weight:g}",
-                number(figures["score"]), percent(figures["ten"]), number(figures["tokens"], 1),
-                number(figures["base_nats_per_token"]),
-            ])  # fmt: skip
+    for arm in dict.fromkeys((*GUIDED, *GUIDED_PLAUSIBLY)):
+        for stage, floor in (("guide", ""), ("plausible", f", floor {PLAUSIBILITY:g}")):
+            for low, weight, figures in guided(results, arm, stage):
+                against = "no goal" if low is None else f"goal {low:g}"
+                body.append([
+                    f"{title(arm, results)}, against {against}{floor}", f"{weight:g}",
+                    number(figures["score"]), percent(figures["ten"]), number(figures["tokens"], 1),
+                    number(figures["base_nats_per_token"]),
+                ])  # fmt: skip
     return rows(["sampled from, at goal 10", "weight", "score", "10s", "tokens", "base nats/token"], body)
 
 
-def guided(results: Results, arm: str) -> list[tuple[float | None, float, dict[str, float]]]:
+def guided(results: Results, arm: str, stage: str = "guide") -> list[tuple[float | None, float, dict[str, float]]]:
     """(low goal, weight, mean figures) of an arm."""
     cells: dict[tuple[float | None, float], list[dict[str, float]]] = {}
-    for line in results.of("guide", arm).values():
+    for line in results.of(stage, arm).values():
         for row in line["guided"]:
             cells.setdefault((row["low"], row["weight"]), []).append(row)
     return [

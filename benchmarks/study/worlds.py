@@ -16,18 +16,18 @@ from rap_lightning.world.make import make_world
 #: Settings of the dose-response: name -> knobs of make_world. The first is the world of all other runs.
 KNOBS: dict[str, dict[str, Any]] = {
     "default": {},
-    "rarer top scores": {"best": 0.6},
-    "frequent top scores": {"best": 1.0},
-    "qualities lean high": {"lean": -0.7},
-    "some good losers": {"contrast": 0.6},
-    "hardly any good losers": {"contrast": 1.0},
     "noise 1": {"judge_noise": 1.0},
     "noise 2": {"judge_noise": 2.0},
     "noise 3": {"judge_noise": 3.0},
-    "on-policy pairs": {"on_policy": 1.0},
-    "base without goals": {"goal_share": 0.0},
+    "qualities lean high": {"lean": -0.7},
+    "frequent top scores": {"best": 1.0},
     "base that knows goals": {"goal_noise": 0.5},
+    "base without goals": {"goal_share": 0.0},
+    "on-policy pairs": {"on_policy": 1.0},
+    "hardly any good losers": {"contrast": 1.0},
+    "rarer top scores": {"best": 0.6},
     "four families": {"families": ["words", "numbers", "words-backwards", "numbers-backwards"]},
+    "some good losers": {"contrast": 0.6},
 }
 
 
