@@ -47,6 +47,30 @@ class Job:
         return f"{self.stage} {self.arm} {self.trial} {self.knobs} {self.seed}"
 
 
+def slim(line: dict[str, Any]) -> dict[str, Any]:
+    """The line as it is kept: without what no table reads, so that the file of results stays small.
+
+    Scores by prompt only as the arm is asked (of DPO at the best goal too); of tuning runs the figures of merit, and
+    what became of rejected responses.
+    """
+    best = f"{GOALS[-1]:g}"
+    kept = {**line, "conditions": {}} if "conditions" in line else dict(line)
+    for name, figures in line.get("conditions", {}).items():
+        rich = line["stage"] != "tune" and (name == line["asks"] or (name == best and line["arm"] == "dpo"))
+        short = ("score",) if line["stage"] == "tune" else (*figures,)
+        kept["conditions"][name] = {
+            key: [round(v, 1) for v in value] if key == "by_prompt" else value
+            for key, value in figures.items()
+            if key in short and (key != "by_prompt" or rich)
+        }
+    if line["stage"] == "tune" and "probe" in line:
+        changes = line["probe"]["changes"]
+        kept["probe"] = {"changes": {c: {"rejected": changes[c]["rejected"]} for c in ("none", "best")}}
+    elif line["stage"] == "knob":
+        kept.pop("probe", None)
+    return kept
+
+
 def key_of(line: dict[str, Any]) -> str:
     """Of a line of results."""
     return Job(*(line[name] for name in ("stage", "arm", "trial", "knobs", "seed"))).key
@@ -215,7 +239,7 @@ def run(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[str, 
     """Do a job; the line that says what came of it. Runs in a process of its own pool."""
     wall, cpu = time.perf_counter(), time.process_time()
     do: Callable[..., dict[str, Any]] = _guide if job.stage in ("guide", "plausible") else _fit
-    line = {**asdict(job), **do(job, context, root, size)}
+    line = slim({**asdict(job), **do(job, context, root, size)})
     return {**line, "cpu_s": round(time.process_time() - cpu, 2), "wall_s": round(time.perf_counter() - wall, 2)}
 
 

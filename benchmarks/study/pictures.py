@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.study.arms import ARMS
 from benchmarks.study.figures import Results, between
-from benchmarks.study.jobs import GUIDED, Plan, merit
-from benchmarks.study.settings import BINS, GOALS
+from benchmarks.study.jobs import GUIDED, Plan
+from benchmarks.study.settings import GOALS
 from benchmarks.study.worlds import KNOBS
 
 #: Colours that people who can't tell red from green can tell apart (Okabe and Ito).
@@ -84,33 +84,18 @@ def curves(pyplot: Any, results: Results, plan: Plan) -> Any:
 
 def unlearning(pyplot: Any, results: Results, plan: Plan) -> Any:
     """Good rejected responses against the score that was reached, every run of every arm."""
-    good = len(BINS) - 1
+    from benchmarks.study.report import unlearnt
+
     figure, axes = pyplot.subplots(figsize=(6.5, 4))
-    kinds = {"without goals": (0, []), "both goals (RA and its ways)": (1, []), "score-conditioned SFT": (2, []),
-             "chosen half only": (3, [])}  # fmt: skip
-    drawn = 0
-    for line in results.lines:
-        if line["stage"] not in ("tune", "main", "check") or "probe" not in line:
-            continue
-        condition = "none" if line["asks"] == "none" else "best"
-        change = line["probe"]["changes"][condition]["rejected"][good]
-        if change is None:
-            continue
-        kind = {"sft": "score-conditioned SFT", "chosen": "chosen half only"}.get(line["arm"])
-        if kind is None:
-            kind = "without goals" if line["asks"] == "none" else "both goals (RA and its ways)"
-            if line["arm"] in ("rejected", "never-swapped"):
-                continue
-        kinds[kind][1].append((merit(line), change))
-        drawn += 1
-    for kind, (colour, points) in kinds.items():
+    kinds = unlearnt(results)
+    for colour, (kind, points) in zip(COLOURS, kinds.items(), strict=False):
         x, y = [score for score, _ in points], [change for _, change in points]
-        axes.plot(x, y, "o", color=COLOURS[colour], markersize=4, alpha=0.7, label=kind)
+        axes.plot(x, y, "o", color=colour, markersize=4, alpha=0.7, label=kind)
     axes.axhline(0, color="0.5", linewidth=0.8)
     axes.set_xlabel("mean score, as the arm is asked for its best")
     axes.set_ylabel("change of log-probability of rejected\nresponses worth 6 or more (nats)")
     axes.legend(frameon=False, fontsize=8)
-    return figure if drawn else None
+    return figure if any(kinds.values()) else None
 
 
 def guidance(pyplot: Any, results: Results, plan: Plan) -> Any:

@@ -56,7 +56,7 @@ def work(plan: Plan, results: Path, root: Path, size: Size, workers: int, until:
                     continue
                 plan.lines[job.key] = line
                 with results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps(line, separators=(",", ":")) + "\n")
                 bar.update()
     except KeyboardInterrupt:
         for process in list((pool._processes or {}).values()):

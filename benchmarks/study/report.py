@@ -23,6 +23,7 @@ def write(output: Path, lines: dict[str, dict[str, Any]], size: Size) -> None:
     tables = {
         "arms": arms_table(results, plan),
         "likelihoods": likelihood_table(results),
+        "matched": matched_table(results),
         "claims": claims_table(results),
         "knobs": knobs_table(results, plan),
         "guidance": guidance_table(results),
@@ -179,6 +180,38 @@ def changed(lines: Sequence[dict[str, Any]], condition: str, side: str, bin_: in
         if value is not None:
             total, count = total + value * n, count + n
     return total / count if count else None
+
+
+def unlearnt(results: Results) -> dict[str, list[tuple[float, float]]]:
+    """(score as asked, change of good rejected responses as asked, nats) of every run, by kind of arm."""
+    kinds: dict[str, list[tuple[float, float]]] = {
+        "without goals": [], "both goals (RA and its ways)": [], "score-conditioned SFT": [], "chosen half only": [],
+    }  # fmt: skip
+    for line in results.lines:
+        if line["stage"] not in ("tune", "main", "check") or "probe" not in line:
+            continue
+        if line["arm"] in ("rejected", "never-swapped"):
+            continue
+        plain = line["asks"] == "none"
+        kind = {"sft": "score-conditioned SFT", "chosen": "chosen half only"}.get(line["arm"])
+        kind = kind or ("without goals" if plain else "both goals (RA and its ways)")
+        change = line["probe"]["changes"]["none" if plain else "best"]["rejected"][-1]
+        if change is not None:
+            kinds[kind].append((merit(line), change))
+    return kinds
+
+
+def matched_table(results: Results) -> str:
+    """Unlearning of good rejected responses by the score that a run reached."""
+    bands = ((5.0, 5.5), (5.5, 6.0), (6.0, 6.5), (6.5, 7.0), (7.0, 7.5), (7.5, 8.0))
+    body = []
+    for kind, points in unlearnt(results).items():
+        cells = []
+        for low, high in bands:
+            mine = [change for value, change in points if low <= value < high]
+            cells.append(f"{statistics.median(mine):+.1f} ({len(mine)})" if mine else "")
+        body.append([kind, *cells])
+    return rows(["median nats (runs), by score reached", *(f"{low:g}-{high:g}" for low, high in bands)], body)
 
 
 def claims_table(results: Results) -> str:
