@@ -17,6 +17,7 @@ WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
 GUIDED = ("base", "dpo", "ra", "sft", "ra-sft", "combination")
 #: Added after the plan: guidance that leaves out tokens below this share of the likeliest one's probability.
 PLAUSIBILITY = 0.1
+TEMPERATURES = (1.0, 0.7, 0.4, 0.0)
 GUIDED_PLAUSIBLY = ("base", "dpo", "ra", "ra-2x", "sft", "ra-sft", "warm")
 #: What the dose-response compares, at the settings chosen in the default world (all tuning worlds).
 DOSED = ("dpo", "ra", "BEST")
@@ -355,8 +356,11 @@ def _write_implicit_rewards(
 
 
 def _guide(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[str, Any]:
-    """Samples at the best goal, pushed away from the lowest goal and from no goal, at several weights."""
-    from benchmarks.study import measuring
+    """Samples at the best goal, pushed away from the lowest goal and from no goal, at several weights.
+
+    With a floor: against the lowest goal only, and, apart from guidance, samples as the arm is asked, at temperatures.
+    """
+    from benchmarks.study import arms, measuring
 
     folder, base, tokenizer = _world(job, root, size)
     policy = (
@@ -374,4 +378,11 @@ def _guide(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[st
             samples = sampler(GOALS[-1], max(1, size.samples // 2), guidance=weight, low=low, plausibility=floor)
             figures = measuring.figures_of(samples, base, asker, by_prompt=False)
             rows.append({"low": low, "weight": weight, **figures})
-    return {"guided": rows}
+    if floor is None:
+        return {"guided": rows}
+    asked = None if job.arm in arms.ARMS and arms.ARMS[job.arm].asks == "none" else GOALS[-1]
+    cool = []
+    for temperature in TEMPERATURES:
+        samples = sampler(asked, max(1, size.samples // 2) if temperature else 1, temperature=temperature)
+        cool.append({"temperature": temperature, **measuring.figures_of(samples, base, asker, by_prompt=False)})
+    return {"guided": rows, "cool": cool}

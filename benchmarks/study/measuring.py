@@ -99,16 +99,22 @@ class Sampler:
         self.policy, self.asker, self.prompts, self.seed = policy, asker, prompts, seed
 
     def __call__(
-        self, goal: Goal, times: int, guidance: float = 0.0, low: Goal = 1.0, plausibility: float | None = None
+        self,
+        goal: Goal,
+        times: int,
+        guidance: float = 0.0,
+        low: Goal = 1.0,
+        plausibility: float | None = None,
+        temperature: float = 1.0,
     ) -> list[tuple[str, str]]:
-        """(prompt, response), ``times`` for each prompt, at temperature 1.
+        """(prompt, response), ``times`` for each prompt.
 
         With guidance, log-probabilities are pushed away from those at the goal ``low`` (None: without a goal), and
         tokens below a ``plausibility`` are left out.
         """
         asked = [prompt for prompt in self.prompts for _ in range(times)]
         tokenizer = self.asker.encoder.tokenizer
-        options = Generation(max_new_tokens=48, temperature=1.0, guidance=guidance, plausibility=plausibility)
+        options = Generation(max_new_tokens=48, temperature=temperature, guidance=guidance, plausibility=plausibility)
         texts: list[str] = []
         torch.manual_seed(self.seed)
         for first in range(0, len(asked), AT_ONCE):

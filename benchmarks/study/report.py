@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.study import pictures
 from benchmarks.study.arms import ARMS
 from benchmarks.study.figures import Difference, Results, between
-from benchmarks.study.jobs import GUIDED, GUIDED_PLAUSIBLY, PLAUSIBILITY, Plan, merit
+from benchmarks.study.jobs import GUIDED, GUIDED_PLAUSIBLY, PLAUSIBILITY, TEMPERATURES, Plan, merit
 from benchmarks.study.settings import BINS, GOALS, Size
 from benchmarks.study.worlds import KNOBS
 
@@ -25,6 +25,7 @@ def write(output: Path, lines: dict[str, dict[str, Any]], size: Size) -> None:
         "likelihoods": likelihood_table(results),
         "matched": matched_table(results),
         "claims": claims_table(results),
+        "temperatures": temperature_table(results),
         "knobs": knobs_table(results, plan),
         "guidance": guidance_table(results),
         "bases": bases_table(results),
@@ -298,6 +299,18 @@ def guidance_table(results: Results) -> str:
                     number(figures["base_nats_per_token"]),
                 ])  # fmt: skip
     return rows(["sampled from, at goal 10", "weight", "score", "10s", "tokens", "base nats/token"], body)
+
+
+def temperature_table(results: Results) -> str:
+    """Mean score as each arm is asked, by the temperature of sampling."""
+    body = []
+    for arm in GUIDED_PLAUSIBLY:
+        lines = results.of("plausible", arm).values()
+        if not lines:
+            continue
+        cells = [number(statistics.fmean(line["cool"][i]["score"] for line in lines)) for i in range(len(TEMPERATURES))]
+        body.append([title(arm, results), *cells])
+    return rows(["mean score at temperature", *(f"{t:g}" for t in TEMPERATURES)], body)
 
 
 def guided(results: Results, arm: str, stage: str = "guide") -> list[tuple[float | None, float, dict[str, float]]]:
