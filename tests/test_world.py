@@ -18,7 +18,7 @@ from rap_lightning import cli
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.world import attributes, make_pairs, make_prompts, make_world, score
 from rap_lightning.world.data import GOAL_MESSAGE, STRAYS, Pair, respond
-from rap_lightning.world.make import _figures
+from rap_lightning.world.make import pair_figures
 from rap_lightning.world.rule import FAMILIES, WORDS, parse_prompt
 
 
@@ -70,7 +70,7 @@ def test_pairs_are_scored_by_the_rule_with_rare_top_scores_good_losers_and_bad_w
 )
 def test_each_knob_moves_its_share(knob: str, values: tuple[float, ...], share: str) -> None:
     train, _ = make_prompts(0)
-    shares = [_figures(make_pairs(train, 3000, 0, **{knob: value}))[share] for value in values]  # type: ignore[arg-type]
+    shares = [pair_figures(make_pairs(train, 3000, 0, **{knob: value}))[share] for value in values]  # type: ignore[arg-type]
     for more, less in pairwise(shares):
         assert less < 0.9 * more  # type: ignore[operator]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.settings import GOALS, Size
-from benchmarks.study.worlds import KNOBS
+from benchmarks.study.worlds import KNOBS, times
 
 #: Guidance weights, and what they are measured on.
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -18,7 +18,7 @@ GUIDED = ("base", "dpo", "ra", "sft", "ra-sft", "combination")
 #: Added after the plan: guidance that leaves out tokens below this share of the likeliest one's probability.
 PLAUSIBILITY = 0.1
 TEMPERATURES = (1.0, 0.7, 0.4, 0.0)
-GUIDED_PLAUSIBLY = ("base", "dpo", "ra", "ra-2x", "sft", "ra-sft", "warm")
+GUIDED_PLAUSIBLY = ("base", "dpo", "ra-2x", "sft", "ra-sft")
 #: What the dose-response compares, at the settings chosen in the default world (all tuning worlds).
 DOSED = ("dpo", "ra", "BEST")
 
@@ -163,14 +163,16 @@ class Plan:
             again = self.chosen(arm, more=True)
             if again is not None and again != self.chosen(arm):
                 yield [Job("check", arm, again, "default", seed) for seed in size.seeds]
+        yield [Job("plausible", arm, 0, "default", seed) for arm in GUIDED_PLAUSIBLY for seed in size.seeds]
         for arm in rest:
             yield self.trials(arm)
         for arm in rest:
-            yield self._main(arm)
-        yield [Job("plausible", arm, 0, "default", seed) for arm in GUIDED_PLAUSIBLY for seed in size.seeds]
+            yield self._main(arm)[:3]
         few = size.seeds[: size.knob_seeds]
-        for seeds in (few[:2], few[2:]):  # every world twice before one is seen three times
-            yield from self._knobs(seeds)
+        yield from self._knobs(few[:2])
+        for arm in rest:
+            yield self._main(arm)[3:]
+        yield from self._knobs(few[2:])
 
     def _main(self, arm: str) -> list[Job]:
         trial = self.chosen(arm)
@@ -310,7 +312,7 @@ def _fit(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[str,
             recipe_of = arm.recipe
         if arm.needs:
             _write_implicit_rewards(folder, context["needs"], job, base, tokenizer, root)
-        recipe = recipe_of(folder, setting, round(size.steps * arm.steps))
+        recipe = recipe_of(folder, setting, round(size.steps * arm.steps * times(job.knobs)))
         policy, seen = fitting.fit(folder / "base", recipe, size.batch, job.seed)
         template, asks = recipe.goal or arm.template(), "none" if arm.asks == "none" else "10"
         path = _weights(root, job.arm, job.trial, job.knobs, job.seed)
@@ -320,9 +322,10 @@ def _fit(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[str,
             seen["ways"] = [way for way, _ in context["ways"]]
     asker = measuring.Asker(tokenizer, template)
     lean = job.stage == "tune"  # tuning needs the figure of merit and the probe alone
-    found = measuring.sampled(policy, base, asker, prompts, size, seed=job.seed, ends_only=lean)
+    only = None if asks == "none" else GOALS[-1]
+    found = measuring.sampled(policy, base, asker, prompts, size, seed=job.seed, only=(only,) if lean else None)
     line = {"asks": asks, "setting": setting, "seen": seen, **found}
-    if job.seed not in size.more_tuning:  # there nothing is looked at but the figure of merit
+    if job.seed not in size.more_tuning and job.stage != "knob":  # there nothing is looked at but scores
         line["probe"] = measuring.probed(policy, base, asker, pairs, size)
     return line
 
@@ -373,7 +376,7 @@ def _guide(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[st
     rows = []
     for low in (GOALS[0], None) if floor is None else (GOALS[0],):
         for weight in WEIGHTS:
-            if weight == 0 and (low is None or floor is not None):
+            if weight == 0 and low is None:
                 continue
             samples = sampler(GOALS[-1], max(1, size.samples // 2), guidance=weight, low=low, plausibility=floor)
             figures = measuring.figures_of(samples, base, asker, by_prompt=False)

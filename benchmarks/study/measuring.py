@@ -164,23 +164,29 @@ def figures_of(samples: list[tuple[str, str]], base: Policy, asker: Asker, *, by
 
 
 def sampled(
-    policy: Policy, base: Policy, asker: Asker, prompts: list[str], size: Size, seed: int, ends_only: bool = False
+    policy: Policy,
+    base: Policy,
+    asker: Asker,
+    prompts: list[str],
+    size: Size,
+    seed: int,
+    only: tuple[Goal, ...] | None = None,
 ) -> dict[str, Any]:
-    """Figures without a goal and at every goal, and how well the goal steers; with ``ends_only`` none of the latter."""
+    """Figures without a goal and at every goal, and how well the goal steers; or the figures at some goals alone."""
     sampler = Sampler(policy, asker, prompts, seed)
     best = GOALS[-1]
     found: dict[str, Any] = {}
     judged: list[tuple[float, float]] = []
-    for goal in (None, best) if ends_only else (None, *GOALS):
+    for goal in (None, *GOALS) if only is None else only:
         ends = goal is None or goal == best
         samples = sampler(goal, size.samples if ends else size.samples_between)
         name = "none" if goal is None else f"{goal:g}"
-        found[name] = figures_of(samples, base, asker, by_prompt=ends and not ends_only)
+        found[name] = figures_of(samples, base, asker, by_prompt=ends and only is None)
         if not ends:
             found[name] = {key: found[name][key] for key in ("score", "tokens")}
         if goal is not None:
             judged += [(goal, score(prompt, text)) for prompt, text in samples]
-    if ends_only:
+    if only is not None:
         return {"conditions": found}
     asked = np.asarray([goal for goal, _ in judged])
     scores = np.asarray([value for _, value in judged])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study.settings import Size
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rap_lightning.world.base import sampler
 from rap_lightning.world.data import GOAL_MESSAGE, make_pairs, make_prompts
-from rap_lightning.world.make import make_world
+from rap_lightning.world.make import make_world, pair_figures
 
 #: Settings of the dose-response: name -> knobs of make_world. The first is the world of all other runs.
 KNOBS: dict[str, dict[str, Any]] = {
@@ -24,6 +27,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "base that knows goals": {"goal_noise": 0.5},
     "base without goals": {"goal_share": 0.0},
     "on-policy pairs": {"on_policy": 1.0},
+    "four times the pairs and steps": {"times": 4},
     "hardly any good losers": {"contrast": 1.0},
     "rarer top scores": {"best": 0.6},
     "four families": {"families": ["words", "numbers", "words-backwards", "numbers-backwards"]},
@@ -31,14 +35,44 @@ KNOBS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Knobs that the base model doesn't hang on: their worlds take the default one's base of the same seed.
+OF_PAIRS = ("lean", "best", "contrast", "judge_noise", "on_policy", "times")
+
+
+def times(knobs: str) -> int:
+    """By how much a setting multiplies pairs and steps."""
+    return int(KNOBS[knobs].get("times", 1))
+
+
 def world(root: Path, knobs: str, seed: int, size: Size) -> Path:
     """The folder of a world; it is made if it isn't there."""
     folder = root / "worlds" / f"{knobs.replace(' ', '-')}-{seed}"
+    if knobs != "default" and set(KNOBS[knobs]) <= set(OF_PAIRS):
+        if not (folder / "world.json").is_file():
+            _with_other_pairs(world(root, "default", seed, size), folder, knobs, seed, size)
+        return folder
     make_world(
         folder, train_pairs=size.train_pairs, test_pairs=size.test_pairs, base_steps=size.base_steps, seed=seed,
         **KNOBS[knobs],
     )  # fmt: skip
     return folder
+
+
+def _with_other_pairs(default: Path, folder: Path, knobs: str, seed: int, size: Size) -> None:
+    """What make_world would make, with a base that is there already."""
+    shutil.copytree(default / "base", folder / "base", dirs_exist_ok=True)
+    options = {name: value for name, value in KNOBS[knobs].items() if name != "times"}
+    if options.get("on_policy"):
+        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+        options["sample"] = sampler(model, AutoTokenizer.from_pretrained(folder / "base"), seed)
+    figures = {}
+    for name, prompts, count in zip(
+        ("train", "test"), make_prompts(seed), (size.train_pairs * times(knobs), size.test_pairs), strict=True
+    ):
+        pairs = make_pairs(prompts, count, seed, **options)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        figures[name] = pair_figures(pairs)
+    (folder / "world.json").write_text(json.dumps({"figures": figures}))
 
 
 Row = dict[str, Any]
@@ -53,17 +87,6 @@ def derived(folder: Path, name: str, make: Callable[[Iterable[Row]], Iterable[Ro
         temporary.write_text("".join(json.dumps(row) + "\n" for row in make(rows)))
         temporary.replace(path)
     return path
-
-
-def four_times(folder: Path) -> Path:
-    """Four times as many pairs about the same prompts; the world's own are the first quarter of them."""
-    settings = json.loads((folder / "world.json").read_text())["settings"]
-    prompts, _ = make_prompts(settings["seed"], families=settings["families"])
-    knobs = {name: settings[name] for name in ("lean", "best", "contrast", "judge_noise")}
-    if settings["on_policy"]:
-        raise ValueError("more pairs of a model's own are not the first ones and others")
-    pairs = make_pairs(prompts, 4 * settings["train_pairs"], settings["seed"], **knobs)
-    return derived(folder, "four-times", lambda rows: map(dict, pairs))
 
 
 def good_winners(rows: Iterable[Row]) -> Iterable[Row]:

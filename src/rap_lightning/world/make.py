@@ -167,8 +167,8 @@ def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
         "base_parameters": model.num_parameters(),
         "base_seconds": round(seconds, 1),
         "tokens": len(tokenizer),
-        "train": _figures(train),
-        "test": _figures(test),
+        "train": pair_figures(train),
+        "test": pair_figures(test),
     }
 
 
@@ -176,7 +176,7 @@ def _write_lines(path: Path, pairs: Iterable[Pair]) -> None:
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-def _figures(pairs: list[Pair]) -> dict[str, object]:
+def pair_figures(pairs: list[Pair]) -> dict[str, object]:
     """Shares and counts of scores (of chosen and rejected together) and of gaps, both in points."""
     scores = collections.Counter(itertools.chain.from_iterable((p["score_chosen"], p["score_rejected"]) for p in pairs))
     gaps = collections.Counter(pair["score_chosen"] - pair["score_rejected"] for pair in pairs)
