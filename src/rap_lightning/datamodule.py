@@ -24,13 +24,16 @@ from rap_lightning.batches.stream import StepShape, StreamedPairs, StreamLoader
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.generate import Generation, left_pad
+from rap_lightning.models.rated import rated
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.ingest import Rules, fit_scale
+from rap_lightning.preferences.judge import Judge, rated_goal
 from rap_lightning.preferences.mix import copies, stream_mixed
 from rap_lightning.preferences.pairs import BadRow
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, as_sources, having, splits_of
 from rap_lightning.preferences.stored import stored_pairs
@@ -78,6 +81,11 @@ class PreferenceDataModule(pl.LightningDataModule):
             stay plain ones over pairs; those by origin tell the halves apart.
         keep_original: also train on each pair without a goal.
         ties: a pair whose goals print the same: drop it, keep its chosen half only, or stop with an error.
+        rewards: a judge that gives every response its reward before training, in the place of the scores that the data
+            have or lack: ImplicitReward (the log-ratio of a trained DPO model and its base, for data without scores),
+            RewardModel, or any other that score takes. What is judged once is kept in ~/.cache/rap-lightning. Goals
+            then state how a reward ranks in the training split (QuantileScale), unless the goal's scale maps them
+            otherwise. Where rewards contradict the data's labels the higher reward wins, and they are counted.
         selection: which pairs are made of several responses to a prompt; by default the best against a random other,
             as in the paper (BestVsRandom; also BestVsWorst, AllPairs, AdjacentPairs).
         filters: what is left out on purpose; each filter counts what it removes.
@@ -116,6 +124,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         rejected_weight: float = 1.0,
         keep_original: bool = False,
         ties: Literal["drop", "chosen", "error"] = "drop",
+        rewards: Judge | None = None,
         selection: Selection | None = None,
         filters: Filters = Filters(),  # noqa: B008
         outside_scale: Literal["error", "drop", "clip"] = "error",
@@ -147,6 +156,12 @@ class PreferenceDataModule(pl.LightningDataModule):
                 raise ConfigError(f"--data.{name} must be at least {lowest}, found {value}")
         if shuffle_buffer is not None and not streaming:
             raise ConfigError("--data.shuffle_buffer has no effect without --data.streaming true; remove it.")
+        self.rewards, goal = rewards, rated_goal(rewards, goal)
+        if streaming and rewards is not None:
+            raise ConfigError(
+                f"--data.rewards {type(rewards).__name__} looks at all data before the first step, and a stream is "
+                "read while training on it. Score it beforehand: rap-lightning score."
+            )
         if streaming and goal is not None and goal.scale.needs_fit:
             raise ConfigError(
                 f"--data.goal.scale: {type(goal.scale).__name__} is fitted on the training split, which a stream shows "
@@ -184,6 +199,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         self._encoder: Encoder | None = None
         self._prompts: list[Prompt] = []
         self._unscored = False
+        self._tables: dict[str, RewardTable] = {}
 
     # -- preparing ------------------------------------------------------------------------------------------------
 
@@ -259,8 +275,22 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     def _fit_scale(self) -> None:
         """Take a scale's open numbers from the training split."""
-        if self.goal is not None and fit_scale(self.rules, self.sources, self.train_split, num_proc=self.num_proc):
+        if self.goal is None or not self.goal.scale.needs_fit:
+            return
+        if fit_scale(self._rules(self.train_split), self.sources, self.train_split, num_proc=self.num_proc):
             rank_zero_info(f"scale fitted on the training split: {self.goal.scale}")
+
+    def _rules(self, split: str) -> Rules:
+        """The rules for a split, with the judge's rewards of its responses where a judge gives them."""
+        if self.rewards is None:
+            return self.rules
+        if split not in self._tables:
+            first = self.trainer is None or self.trainer.local_rank == 0  # it has prepared the data for the others
+            self._tables[split], lines = rated(
+                self.rewards, self._having(split), split, self.rules, num_proc=self.num_proc, asks=first
+            )
+            rank_zero_info("\n".join(lines))
+        return replace(self.rules, rewards=self._tables[split])
 
     def _encode(self, split: str) -> tuple[EncodedPairs, list[DataReport]]:
         """The encoded pairs of all sources that have the split, each as often as its weight says."""
@@ -268,7 +298,7 @@ class PreferenceDataModule(pl.LightningDataModule):
 
         parts, reports = [], []
         for source in self._having(split):
-            table, report = stored_pairs(source, split, self.rules, num_proc=self.num_proc)
+            table, report = stored_pairs(source, split, self._rules(split), num_proc=self.num_proc)
             encoded = encode_pairs(
                 table,
                 self.encoder,

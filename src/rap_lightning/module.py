@@ -41,6 +41,8 @@ from rap_lightning.progress import random_state, recount, set_random_state, sett
 from rap_lightning.schedules import CosineWithWarmup, Schedule
 from rap_lightning.warm_up import WarmUp, check_strategy
 
+IMITATION = SFT()
+"""What a warm-up trains on."""
 AGREEMENT = 1e-3
 """Nats: in float32 a policy and the reference it starts from may differ by rounding, not by more."""
 
@@ -99,7 +101,7 @@ class PreferenceModule(pl.LightningModule):
         self.optimizer, self.schedule, self.generation = optimizer, schedule, generation
         if warm_up is not None:
             reference = warm_up.reference(reference, loss)
-        self.warm_up, self._imitation = warm_up, None if warm_up is None else SFT()
+        self.warm_up = warm_up
         self.reference = _resolve_reference(reference, loss, policy)
         self.policy: Policy | None = None
         terms = tuple(loss.term_names())
@@ -130,7 +132,7 @@ class PreferenceModule(pl.LightningModule):
     @property
     def active_loss(self) -> PreferenceLoss:
         """What the next step trains on: SFT during the warm-up, else the loss."""
-        return self._imitation if self._imitation is not None and self.warming_up else self.loss
+        return IMITATION if self.warming_up else self.loss
 
     # -- building -------------------------------------------------------------------------------------------------
 
@@ -247,7 +249,7 @@ class PreferenceModule(pl.LightningModule):
                 "the schedule needs to know how long the run is: set --trainer.max_steps, or --trainer.max_epochs "
                 "where the data are not streamed."
             )
-        if self.warm_up is not None and (self.warming_up or self.trainer.ckpt_path is not None):
+        if self.warm_up is not None and (self.warming_up or self._restored):
             check_strategy(self.trainer)
             scheduler = self.warm_up.scheduler(self.schedule, optimizer, int(steps))
         else:

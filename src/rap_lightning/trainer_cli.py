@@ -47,6 +47,7 @@ from rap_lightning.models.stored import Stored
 from rap_lightning.models.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
 from rap_lightning.nulls import refuse_nulls
+from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
@@ -56,7 +57,7 @@ from rap_lightning.together import Together, flat
 
 # jsonargparse knows a class by its short name once it has been imported
 SHORT_NAMES = (AdapterAsLoaded, Stored, Synchronised, FSDP2)
-OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule)
+OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule, Judge)
 
 CLASS_OPTIONS = {
     "--model.loss": PreferenceLoss,
@@ -65,6 +66,7 @@ CLASS_OPTIONS = {
     "--data.goal": GoalTemplate,
     "--data.goal.scale": RewardScale,
     "--data.selection": Selection,
+    "--data.rewards": Judge,
 }
 
 TRAINER_DEFAULTS: dict[str, Any] = {

@@ -121,6 +121,26 @@ def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id
     )
 
 
+def lay_out_responses(responses: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> Batch:
+    """Single responses, (prompt ids, response ids) each, for their log-probabilities alone, padded.
+
+    Segment i is response i, and ``lengths`` [n] are theirs; there are no pairs, so what belongs to pairs is empty.
+    """
+    sequences = [np.asarray([*prompt, *response], dtype=np.int64) for prompt, response in responses]
+    laid = _padded(sequences, pad_id)
+    cut = [(ids, len(one[0]), places) for ids, one, places in zip(sequences, responses, laid.places, strict=True)]
+    nothing = torch.zeros(0)
+    return Batch(
+        input_ids=laid.input_ids, position_ids=laid.position_ids, attention_mask=laid.attention_mask, forest=None,
+        predict_from=torch.cat([places[prompt - 1 : -1] for _, prompt, places in cut]),
+        target=torch.cat([torch.from_numpy(ids[prompt:]) for ids, prompt, _ in cut]),
+        segment=torch.cat([torch.full((len(ids) - prompt,), s) for s, (ids, prompt, _) in enumerate(cut)]),
+        lengths=torch.tensor([len(response) for _, response in responses]),
+        rewards=nothing, origin=nothing, weights=nothing, step_pairs=0, loss_weights=nothing, step_weight=0.0,
+        digests=(), pair_ids=(), goals=(),
+    )  # fmt: skip
+
+
 def _digest(ids: Any, prompt: int) -> bytes:
     return hashlib.sha256(b"%d:" % prompt + ids.tobytes()).digest()[:16]
 

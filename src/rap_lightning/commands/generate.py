@@ -66,8 +66,8 @@ def generate(
             (1 + w) log p(. | goal) - w log p(. | low). 0 samples plainly; at twice the time.
         against: the low goal, a number on the scale that goals state, or none for the prompt without a goal; by default
             the lowest of the scale.
-        plausibility: with guidance, leave out tokens whose probability at the goal is below this share of the likeliest
-            one's; by default none is left out.
+        plausibility: leave out tokens whose probability at the goal is below this share of the likeliest one's; by
+            default none is left out. Without guidance it is min-p, to compare guidance with.
         max_prompt_length: cut longer prompts, goal kept; by default only what the model's context has no room for.
         split: of the prompts; by default train, or the only one.
         column: of the prompts, where it has a name of its own.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from inspect import cleandoc
 from typing import Any, Literal
 
 from rap_lightning.class_names import check_class_names
 from rap_lightning.errors import ConfigError
+from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.baked import restore_own_template
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.ingest import Rules, fit_scale
 from rap_lightning.preferences.relabel import Mode, Relabelling
+from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, having
@@ -21,7 +24,9 @@ from rap_lightning.preferences.sources import Source, having
 command_line: list[str] = []
 """The command that runs, with its arguments, so that it can start others like itself."""
 
-CLASS_OPTIONS = {"--goal": GoalTemplate, "--goal.scale": RewardScale, "--selection": Selection}
+CLASS_OPTIONS = {
+    "--goal": GoalTemplate, "--goal.scale": RewardScale, "--selection": Selection, "--rewards": Judge
+}  # fmt: skip
 
 
 def make_rules(
@@ -45,12 +50,16 @@ def make_rules(
     )
 
 
-def fit_on_training_split(rules: Rules, sources: list[Source], splits: list[str], num_proc: int | None) -> bool:
+def fit_on_training_split(
+    rules: Rules, sources: list[Source], splits: list[str], num_proc: int | None,
+    rewards: Mapping[str, RewardTable] | None = None,
+) -> bool:  # fmt: skip
     """Take a scale's open numbers from the training split (or the only one); whether there were any."""
     if rules.goal is None or not rules.goal.scale.needs_fit:
         return False  # a source without a training split is then no fault
     split = "train" if "train" in splits or len(splits) > 1 else splits[0]
-    return fit_scale(rules, having(sources, split), split, num_proc=num_proc)
+    own = replace(rules, rewards=(rewards or {}).get(split))
+    return fit_scale(own, having(sources, split), split, num_proc=num_proc)
 
 
 def load_tokenizer(path: str) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -13,14 +14,17 @@ from urllib.parse import urlsplit
 from rap_lightning import __version__
 from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
 from rap_lightning.errors import ConfigError
+from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.chat import resolve_placement, shows_system
 from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.ingest import Rules, key_of, read_blocks
+from rap_lightning.preferences.judge import rated_goal
 from rap_lightning.preferences.mix import copies
 from rap_lightning.preferences.relabel import Mode
 from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, as_sources, fingerprint, having, splits_among
 from rap_lightning.preferences.written import Block, ShardedFolder, relabelled, shards_of
@@ -41,6 +45,7 @@ def relabel(
     relabel: Mode | None = None,
     keep_original: bool = False,
     ties: Literal["drop", "chosen", "error"] = "drop",
+    rewards: Judge | None = None,
     selection: Selection | None = None,
     filters: Filters = Filters(),  # noqa: B008
     outside_scale: Literal["error", "drop", "clip"] = "error",
@@ -69,6 +74,8 @@ def relabel(
         relabel: as in the data module: both, chosen, rejected, none or half.
         keep_original: also each pair without a goal.
         ties: a pair whose goals print the same: drop, keep its chosen half, or error.
+        rewards: a judge that gives every response its reward, in the place of the scores that the data have or lack, as
+            in the data module: ImplicitReward, RewardModel, ...
         selection: which pairs are made of several responses to a prompt.
         filters: what is left out on purpose.
         outside_scale: scores outside the goal's scale: error, drop or clip.
@@ -82,18 +89,24 @@ def relabel(
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{output} exists and is not empty. Name another folder, or remove it.")
     sources = as_sources(source)
+    goal = rated_goal(rewards, goal)
     rules = make_rules(
         goal, relabel, keep_original, ties, selection, filters, outside_scale, bad_rows, format, columns, seed,
         tool_turns=False,
     )  # fmt: skip
     placement, system_shown = _placement(rules, tokenizer)
     splits = [split] if split is not None else splits_among(sources)
-    fit_on_training_split(rules, sources, splits, num_proc)
+    tables = {} if rewards is None else _rated(rewards, sources, splits, rules, num_proc)
+    fit_on_training_split(rules, sources, splits, num_proc, tables)
     parts = [(name, one) for name in splits for one in having(sources, name)]
     prints = [fingerprint(one, name) for name, one in parts]
+    described = [table.describe() for table in tables.values()]
     folder = ShardedFolder(
         target,
-        key_of(rules, [*prints, repr(sources), repr(splits), placement, str(system_shown), str(seed), __version__]),
+        key_of(
+            rules,
+            [*prints, *described, repr(sources), repr(splits), placement, str(system_shown), str(seed), __version__],
+        ),
     )
     if there := folder.open():
         print(f"going on: {there} shards of an earlier run are there")
@@ -101,7 +114,8 @@ def relabel(
     shards = Counter[str]()
     for name, one in parts:
         report = DataReport(_public(one.path), name)
-        blocks: Iterator[Block] = read_blocks(one, name, rules, report, num_proc=num_proc)
+        own = replace(rules, rewards=tables.get(name))
+        blocks: Iterator[Block] = read_blocks(one, name, own, report, num_proc=num_proc)
         if one.weight != 1.0 and name in ("train", split):
             blocks = _weighted(blocks, one.weight, seed)
         for shard in shards_of(blocks):
@@ -113,6 +127,18 @@ def relabel(
         print("\n".join(report.lines()))
     folder.close(_card(rules, reports, placement))
     print(f"wrote {output}")
+
+
+def _rated(
+    judge: Judge, sources: list[Source], splits: list[str], rules: Rules, num_proc: int | None
+) -> dict[str, RewardTable]:
+    from rap_lightning.models.rated import rated  # torch is not to be waited for without need
+
+    tables = {}
+    for split in splits:
+        tables[split], lines = rated(judge, having(sources, split), split, rules, num_proc=num_proc)
+        print("\n".join(lines))
+    return tables
 
 
 def _placement(rules: Rules, tokenizer: str | None) -> tuple[Literal["system", "user"], bool]:

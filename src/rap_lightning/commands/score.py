@@ -16,6 +16,8 @@ def score(source: str, judge: Judge, output: str, split: str | None = None) -> i
 
     A language model as judge: --judge LLMJudge --judge.url http://localhost:8000/v1 --judge.model NAME
     A function of yours: --judge Function --judge.function my_judge.score
+    What a model trained with DPO prefers: --judge ImplicitReward --judge.model runs/dpo/hf --judge.base BASE
+    How fluent responses are to the base: --judge Likelihood --judge.model BASE
 
     Then: rap-lightning inspect --source scored.jsonl, and fit with --data.source scored.jsonl. A reward model's numbers
     have no fixed range: state goals by --data.goal.scale LinearScale or QuantileScale, which are fitted to them.
@@ -25,7 +27,7 @@ def score(source: str, judge: Judge, output: str, split: str | None = None) -> i
 
     Args:
         source: what generate wrote (shards are found), or prompts with completions to be scored anew.
-        judge: RewardModel, LLMJudge or Function, or a class of yours by import path.
+        judge: RewardModel, LLMJudge, Function, ImplicitReward or Likelihood, or a class of yours by import path.
         output: json lines to write. OUTPUT.meta.json holds the judge and its scale; one file never mixes two.
         split: of the source, where it has several.
     """

@@ -11,7 +11,7 @@ import torch
 
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.guidance import GoalGuidance, check_guidance
+from rap_lightning.models.guidance import GoalGuidance, PlausibilityFloor, check_guidance
 from rap_lightning.models.policy import Policy, evaluating
 
 
@@ -27,8 +27,8 @@ class Generation:
             (1 + w) log p(. | goal) - w log p(. | low); 0 samples plainly. It takes a second forward pass per token.
         against: the low goal, a number on the scale that goals state, or none for the prompt without a goal; by default
             the lowest of the scale.
-        plausibility: with guidance, leave out tokens whose probability under the asked goal is below this share of the
-            likeliest one's; by default none is left out.
+        plausibility: leave out tokens whose probability under the asked goal is below this share of the likeliest
+            one's; by default none is left out. Without guidance it is min-p, to compare guidance with.
     """
 
     max_new_tokens: int = 512
@@ -48,14 +48,22 @@ class Generation:
         if self.temperature == 0 and self.top_p < 1:
             raise ConfigError("generation.top_p has no effect at temperature 0; leave it out, or sample.")
         check_guidance(self.guidance, self.plausibility)
+        if self.plausibility is not None and self.guidance == 0 and self.temperature == 0:
+            raise ConfigError("guidance: plausibility has no effect at temperature 0 without guidance; leave it out.")
         if self.against is not None and self.guidance == 0:
             raise ConfigError("guidance: against has no effect without a guidance above 0; remove one of the two.")
 
     def settings(self) -> dict[str, Any]:
-        """The options in plain values; those of guidance only where there is guidance."""
+        """The options in plain values; those of guidance only where they change something."""
         options = dataclasses.asdict(self)
-        names = () if self.guidance else ("guidance", "against", "plausibility")
+        names = [] if self.guidance else ["guidance", "against"]
+        names += [] if self.plausibility is not None else ["plausibility"]
         return {name: value for name, value in options.items() if name not in names}
+
+    @property
+    def processes_logits(self) -> bool:
+        """Whether more is done with log-probabilities than temperature and top-p do."""
+        return self.guidance > 0 or self.plausibility is not None
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[dict[str, Any]]) -> PromptBatch:
@@ -101,10 +109,12 @@ def generate(policy: Policy, tokenizer: Any, batch: PromptBatch, options: Genera
     return texts
 
 
-def guidance_of(model: Any, against: PromptBatch | None, options: Generation) -> GoalGuidance | None:
+def guidance_of(
+    model: Any, against: PromptBatch | None, options: Generation
+) -> GoalGuidance | PlausibilityFloor | None:
     """The logits processor that ``options`` ask for; None where they ask for none, so that nothing is changed."""
     if options.guidance == 0:
-        return None
+        return None if options.plausibility is None else PlausibilityFloor(options.plausibility)
     if against is None:
         raise ConfigError(
             "guidance needs each prompt at the low goal too: batches of PreferenceDataModule.prompt_batch hold them."

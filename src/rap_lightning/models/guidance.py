@@ -46,8 +46,8 @@ class GoalGuidance:
         plausibility: α in (0, 1): a token whose probability under the goal is below α times that of the likeliest is
             excluded, as in contrastive decoding (Li et al. 2022, https://arxiv.org/abs/2210.15097, section 3.3). The
             difference of two log-probabilities can be large for a token that is next to impossible under both, and a
-            large w then picks it. None leaves all tokens in: a floor also cuts the tail off at a small w, where nothing
-            is wrong with it, and what it does would be taken for guidance.
+            large w then picks it. None leaves all tokens in: the floor changes sampling without guidance as well
+            (:class:`PlausibilityFloor`), and what it does would be taken for guidance.
         use_cache: keep keys and values of the second stream, where the model has such; without, each step computes the
             whole sequence again, to the same numbers but for rounding.
 
@@ -80,7 +80,7 @@ class GoalGuidance:
             scores: [R, V], logits or log-probabilities under the goal.
         """
         if self.weight == 0:
-            return scores
+            return scores if self.plausibility is None else PlausibilityFloor(self.plausibility)(input_ids, scores)
         scores = scores if scores.dtype == torch.float64 else scores.float()
         own = torch.log_softmax(scores, dim=-1)
         low = torch.log_softmax(self._logits(input_ids).to(own.dtype), dim=-1)
@@ -88,8 +88,7 @@ class GoalGuidance:
         guided = torch.where(own.isinf() | low.isinf(), own, own + self.weight * (own - low))
         if self.plausibility is None:
             return guided
-        floor = own.amax(dim=-1, keepdim=True) + math.log(self.plausibility)
-        return guided.masked_fill(own < floor, float("-inf"))
+        return guided.masked_fill(_implausible(own, self.plausibility), float("-inf"))
 
     @torch.no_grad()
     def _logits(self, input_ids: Tensor) -> Tensor:
@@ -129,11 +128,30 @@ class GoalGuidance:
         return torch.cat([ids, response], dim=1)
 
 
+class PlausibilityFloor:
+    """The floor of :class:`GoalGuidance` alone, a logits processor: what guidance with a floor is to be compared with.
+
+    It is min-p sampling (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082) before the temperature.
+
+    Args:
+        plausibility: α in (0, 1): tokens whose probability is below α times that of the likeliest are excluded.
+    """
+
+    def __init__(self, plausibility: float) -> None:
+        self.plausibility = plausibility
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[R, V] the scores, -inf where a token is excluded."""
+        return scores.masked_fill(_implausible(scores, self.plausibility), float("-inf"))
+
+
+def _implausible(scores: Tensor, plausibility: float) -> Tensor:
+    return scores < scores.amax(dim=-1, keepdim=True) + math.log(plausibility)
+
+
 def check_guidance(weight: float, plausibility: float | None) -> None:
     """Raise ConfigError where an option is out of its range or without effect."""
     if not 0 <= weight < float("inf"):
         raise ConfigError(f"guidance must be 0 or above and finite, found {weight}")
     if plausibility is not None and not 0 < plausibility < 1:
         raise ConfigError(f"guidance: plausibility must be above 0 and below 1, found {plausibility}")
-    if plausibility is not None and weight == 0:
-        raise ConfigError("guidance: plausibility has no effect without a guidance above 0; remove one of the two.")

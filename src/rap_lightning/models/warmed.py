@@ -8,6 +8,7 @@ from torch import Tensor
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.held import HeldWeights
 from rap_lightning.models.policy import Policy
+from rap_lightning.models.sharding import Sharding
 
 
 class Warmed(HeldWeights):
@@ -24,6 +25,13 @@ class Warmed(HeldWeights):
         super().__init__()
         self.steps = steps
         self._devices: dict[str, torch.device] = {}
+
+    def shard(self, sharding: Sharding) -> None:
+        """Refuse: the copy would have to be sharded as the policy is."""
+        raise ConfigError(
+            "--model.warm_up doesn't go with a sharded policy yet, where the loss needs a reference. Use DDP, or two "
+            "runs: --model.loss SFT, then another from its exported folder."
+        )
 
     @torch.no_grad()
     def follow(self, policy: Policy, step: int) -> None:

@@ -111,8 +111,9 @@ class Generator:
             raise ConfigError(f"--samples must be at least 1, found {samples}")
         if samples > 1 and generation.temperature == 0:
             raise ConfigError("--samples above 1 would give equal responses at temperature 0; sample, or ask for one.")
-        if generation.guidance and (reason := self.engine.no_guidance()):
-            raise ConfigError(f"--guidance: {reason}. Use --engine Transformers, or remove it.")
+        if generation.processes_logits and (reason := self.engine.no_guidance()):
+            option = "guidance" if generation.guidance else "plausibility"
+            raise ConfigError(f"--{option}: {reason}. Use --engine Transformers, or remove it.")
         if generation.guidance and any(goal.against is None for goal in asked):
             raise ConfigError("--guidance needs a goal to push away from: rap_lightning.onpolicy.goals.guided sets it.")
         if not self.engine.reads_ids:

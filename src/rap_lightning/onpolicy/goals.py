@@ -126,8 +126,8 @@ def resolve(option: GoalOption | None, record: Record | None, template: GoalTemp
         return Asked(None, None)
     if record is None and template is None:
         raise ConfigError(
-            f"--goal {option}: the model's folder has no goal.json, so how goals read isn't known. Name the template: "
-            "--template OverallGoal"
+            f"--goal {option}: the model's folder has no goal.json, so how goals read isn't known. Name the "
+            "template: --template OverallGoal"
         )
     if template is not None and template.scale.needs_fit:
         raise ConfigError("--template: the scale's open numbers can't be fitted here; give them (goal.json has them).")
@@ -161,8 +161,8 @@ def guided(
         return list(asked)
     if record is None and template is None:
         raise ConfigError(
-            "--guidance: the model's folder has no goal.json, so how the low goal reads isn't known. Name the template: "
-            "--template OverallGoal"
+            "--guidance: the model's folder has no goal.json, so how the low goal reads isn't known. Name the "
+            "template: --template OverallGoal"
         )
     if template is None and generation.against != "none":
         template = template_of(record or {})
@@ -170,8 +170,8 @@ def guided(
     placement = template.placement if template is not None else (record or {})["placement"]
     if {one.text for one in asked} == {text}:
         raise ConfigError(
-            f"--guidance has no effect: the goal that it pushes away from, {printed}, is the one that is asked for. Ask "
-            "for a higher --goal, or remove it."
+            f"--guidance has no effect: the goal that it pushes away from, {printed}, is the one that is asked for. "
+            "Ask for a higher --goal, or remove it."
         )
     low = Asked(text, printed, placement)
     return [replace(one, against=low) for one in asked]

@@ -115,6 +115,11 @@ class Model:
         name = self.place.resolve().name
         return {"path": name, "digest": digest.hexdigest()[:24]} | ({"base": self._base()} if self.is_adapter else {})
 
+    def began_with(self) -> tuple[str, str | None]:
+        """(path, adapter) of the policy that a checkpoint's run began with."""
+        options = self._checkpoint()["rap_lightning"]["policy"]
+        return str(options["path"]), options.get("adapter")
+
     def _config(self) -> Any:
         from rap_lightning.models.policy import PolicyConfig
         from rap_lightning.models.saved import config_of

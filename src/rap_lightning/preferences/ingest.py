@@ -33,6 +33,7 @@ from rap_lightning.preferences.parallel import in_order
 from rap_lightning.preferences.readers import Chunk, an_object
 from rap_lightning.preferences.relabel import Relabelling, is_tie
 from rap_lightning.preferences.report import DataReport, Tally, at
+from rap_lightning.preferences.rewards import CONTRADICTED, RewardTable
 from rap_lightning.preferences.seen import Seen
 from rap_lightning.preferences.select import BestVsRandom, Selection
 from rap_lightning.preferences.sources import Source, chunks_of
@@ -66,6 +67,8 @@ class Rules:
             of a known format.
         columns: new names for columns: {theirs: ours}.
         tool_turns: keep conversations with tool calls; without a chat template that shows them they can't be used.
+        rewards: a judge's, in the place of the scores that the data have or lack.
+        blind: scores are not looked at, whatever stands there: for a judge that is yet to give its own.
     """
 
     goal: GoalTemplate | None = field(default_factory=OverallGoal)
@@ -78,6 +81,8 @@ class Rules:
     format: str = "auto"
     columns: dict[str, str] | None = None
     tool_turns: bool = False
+    rewards: RewardTable | None = None
+    blind: bool = False
 
     def __post_init__(self) -> None:
         for option, least in (("outside_scale", "error"), ("ties", "drop")):
@@ -97,6 +102,18 @@ class Rules:
                 "every reward by its nearest end; remove it."
             )
 
+    @property
+    def scored(self) -> bool:
+        """Whether rows must have scores."""
+        return self.goal is not None and self.rewards is None
+
+    def unscored(self) -> Rules:
+        """The same rows, whatever scores they have: nothing is selected, filtered or relabelled."""
+        return Rules(
+            None, Relabelling("none"), bad_rows=self.bad_rows, format=self.format, columns=self.columns,
+            tool_turns=self.tool_turns, blind=True,
+        )  # fmt: skip
+
     def describe(self) -> str:
         """Everything that changes the pairs, for cache keys."""
         goal = self.goal.describe() if self.goal is not None else None
@@ -107,6 +124,10 @@ class Rules:
             self.relabelling, self.ties, selection, self.filters.describe(), self.outside_scale, self.bad_rows, adapter,
             self.columns, self.tool_turns,
         )  # fmt: skip
+        if self.rewards is not None:
+            return repr((goal, options, self.rewards.describe()))
+        if self.blind:
+            return repr((goal, options, "blind"))
         return repr((goal, options))
 
 
@@ -228,7 +249,7 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
         raise DataError(f"{source.path}: no row can be read. {facts}")
     name = source.format or rules.format
     attributes = rules.goal.attributes if rules.goal is not None else ()
-    scored = rules.goal is not None
+    scored = rules.scored
     if name not in ("auto", *(kind.name for kind in FORMATS)):
         adapt = _import(name)
         try:
@@ -246,6 +267,7 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
     else:
         found = next(kind for kind in FORMATS if kind.name == name)(attributes, scored)
         found.look(rows)
+    found.blind = rules.blind or rules.rewards is not None
     if found.paired and rules.selection is not None:
         raise ConfigError(f"selection has no effect on {source.path}: its rows are pairs already; remove it.")
     if found.paired and rules.filters.near_duplicates is not None:
@@ -429,6 +451,7 @@ def _fast_lane(chunk: Chunk, rules: Rules, row_format: RowFormat) -> bool:
         and not isinstance(chunk.payload, list)
         and not rules.columns
         and rules.relabelling.mode != "half"
+        and rules.rewards is None
         and replace(rules.filters, repeats="keep") == Filters()
         and fits(chunk.payload, rules.goal)
     )
@@ -473,7 +496,7 @@ def _ingest_row(
     try:
         if isinstance(rows, BadRow):
             raise rows
-        judged = row_format.read(rows)
+        judged = _read(rows, rules, row_format)
         pairs = list(_pairs(judged, rules, row_format, place, out))
     except BadRow as problem:
         for response in getattr(problem, "left_out", []):
@@ -536,7 +559,8 @@ def _checked(pair: Pair, better: Response, worse: Response, rules: Rules, out: I
     if rules.goal is not None and is_tie(pair, rules.goal):
         pair = _tied(pair, rules, out)
     if pair.exchanged:
-        out.report.note("repaired", EXCHANGED, pair.place, "score_chosen, score_rejected")
+        reason = EXCHANGED if rules.rewards is None else CONTRADICTED
+        out.report.note("repaired", reason, pair.place, "score_chosen, score_rejected")
     for text, side in zip(pair.responses, (better, worse), strict=True):
         if "\0" in text:
             out.report.note("noted", "U+0000 in the text, kept as it is", pair.place, side.column)
@@ -689,11 +713,44 @@ def _rewards(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> tuple
         try:
             if isinstance(rows, BadRow):
                 raise rows
-            rewards += [response.reward for response in row_format.read(rows).responses]
+            rewards += [response.reward for response in _read(rows, rules, row_format).responses]
         except BadRow as problem:
             if problem.stops:
                 report.problem("faults", problem, chunk.place(number))
     return report, rewards
+
+
+def _read(rows: list[Row], rules: Rules, row_format: RowFormat) -> Judged:
+    """A row's conversation and responses, with the rewards that count."""
+    judged = row_format.read(rows)
+    return judged if rules.rewards is None else rules.rewards.rate(judged)
+
+
+def read_judged(source: Source, split: str, rules: Rules, *, num_proc: int | None = None) -> Iterator[Judged]:
+    """The conversations of a split with all responses that can be used, in order, before anything is selected.
+
+    Raises:
+        DataError: a source that can't be read, rows of no known format, or a fault.
+    """
+    report = DataReport(source.path, split)
+    row_format, chunks = _opened(source, split, rules)
+    for part, judged in in_order(partial(_judged, rules=rules, row_format=row_format), chunks, num_proc):
+        report.add(part)
+        refuse_faults(report)
+        yield from judged
+
+
+def _judged(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> tuple[DataReport, list[Judged]]:
+    report, found = DataReport("", ""), []
+    for number, rows in _groups(chunk, rules, row_format):
+        try:
+            if isinstance(rows, BadRow):
+                raise rows
+            found.append(_read(rows, rules, row_format))
+        except BadRow as problem:
+            if problem.stops or (rules.bad_rows == "error" and not problem.by_choice):
+                report.problem("faults", problem, chunk.place(number))
+    return report, found
 
 
 def key_of(rules: Rules, prints: Sequence[str]) -> str:

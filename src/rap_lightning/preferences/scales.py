@@ -130,6 +130,14 @@ class LinearScale(RewardScale):
         return super().numbers() | {"judge_low": self.judge_low, "judge_high": self.judge_high}
 
 
+def for_unbounded(scale: RewardScale) -> RewardScale:
+    """A scale for rewards that have no range of their own: the same numbers, as ranks in the training split.
+
+    One that maps the judge's numbers is left as it is.
+    """
+    return QuantileScale(scale.low, scale.high, scale.decimals) if type(scale) is RewardScale else scale
+
+
 class QuantileScale(RewardScale):
     """Goals state how a reward ranks in the training split: 10 is the best there, 5.5 the median, on a scale of 1-10.
 

@@ -39,7 +39,7 @@ class Engine(ABC):
         """Look at what is known of the model before messages are sent; only for an engine that takes no ids."""
 
     def no_guidance(self) -> str:
-        """Why it can't sample with guidance (from ``request.against``, too); "" where it can."""
+        """Why it can't sample with guidance (from ``request.against``, too) or a floor; "" where it can."""
         return f"{type(self).__name__} doesn't say that it can"
 
     @abstractmethod

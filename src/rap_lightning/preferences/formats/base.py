@@ -35,6 +35,8 @@ class RowFormat(ABC):
 
     id_type: type = str
     """What prompt ids are, where there are any."""
+    blind: bool = False
+    """Scores are not looked at, whatever stands there: a judge's take their place."""
 
     def look(self, rows: Sequence[Row]) -> None:
         """Learn from the first rows what must hold for all."""
@@ -60,6 +62,10 @@ class RowFormat(ABC):
         if is_blank(text):
             raise BadRow(column, "an empty prompt", text)
         return text
+
+    def reward(self, value: Any, column: str) -> float:
+        """A score; nan where scores are not looked at."""
+        return float("nan") if self.blind else read_number(value, column)
 
     def wanted(self, scores: Any, column: str) -> tuple[float, ...]:
         """The further rewards that the goal template asks for, in its order."""
@@ -93,6 +99,7 @@ class Adapted(RowFormat):
 
     def read(self, rows: Sequence[Row]) -> Judged:
         """Adapt, then read."""
+        self.inner.blind = self.blind
         adapted = call_adapter(self.adapt, rows[0])
         if adapted is None:
             raise BadRow("row", "left out by your adapter", by_choice=True)

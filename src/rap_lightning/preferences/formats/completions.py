@@ -7,7 +7,7 @@ from typing import Any
 
 from rap_lightning.preferences.formats.base import Row, RowFormat
 from rap_lightning.preferences.formats.scored_pairs import as_turns, spoken_turns, tools_of
-from rap_lightning.preferences.pairs import BadRow, Judged, Response, is_blank, read_number, read_text
+from rap_lightning.preferences.pairs import BadRow, Judged, Response, is_blank, read_text
 
 TEXT_NAMES = ("response", "text", "content", "answer", "completion")
 SCORE_NAMES = ("overall_score", "score", "reward", "rating")
@@ -53,7 +53,7 @@ class ScoredCompletions(RowFormat):
         attributes = self.wanted(fields["scores"] if isinstance(fields.get("scores"), dict) else fields, where)
         if attributes and score_name not in fields:
             return Response(text, sum(attributes) / len(attributes), attributes, where)
-        return Response(text, read_number(fields.get(score_name), f"{where}.{score_name}"), attributes, where)
+        return Response(text, self.reward(fields.get(score_name), f"{where}.{score_name}"), attributes, where)
 
 
 class RankedAnswers(RowFormat):
@@ -86,8 +86,8 @@ class RankedAnswers(RowFormat):
     def _response(self, entry: Any, where: str, count: int) -> Response:
         fields = an_object(entry, where)
         text = response_text(fields.get("answer"), f"{where}.answer")
-        rank = read_number(fields.get("rank"), f"{where}.rank")
-        if not 1 <= rank <= count:
+        rank = self.reward(fields.get("rank"), f"{where}.rank")
+        if not self.blind and not 1 <= rank <= count:
             raise BadRow(f"{where}.rank", "a rank that is not from 1 to the number of answers", rank)
         return Response(text, count + 1 - rank, self.wanted(fields, where), where)
 

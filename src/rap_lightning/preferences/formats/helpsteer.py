@@ -8,7 +8,7 @@ from typing import Any
 from rap_lightning.preferences.formats.base import Row, RowFormat
 from rap_lightning.preferences.formats.completions import enough, read_each, response_text
 from rap_lightning.preferences.formats.scored_pairs import as_turns
-from rap_lightning.preferences.pairs import Judged, Response, read_number
+from rap_lightning.preferences.pairs import Judged, Response
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
@@ -42,5 +42,5 @@ class HelpSteer(RowFormat):
 
     def _response(self, row: Row, where: str) -> Response:
         text = response_text(row.get("response"), where)
-        reward = read_number(row.get("helpfulness"), "helpfulness")
+        reward = self.reward(row.get("helpfulness"), "helpfulness")
         return Response(text, reward, self.wanted(row, "row"), where)

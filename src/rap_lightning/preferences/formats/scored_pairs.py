@@ -112,6 +112,8 @@ class ScoredPairs(RowFormat):
             raise BadRow("prompt, chosen[0].content", "prompt is not what the conversation's user turn says")
 
     def _rewards(self, row: Row, side: str) -> tuple[float, tuple[float, ...]]:
+        if self.blind:
+            return float("nan"), ()
         attributes = self.wanted(row.get(f"scores_{side}"), f"scores_{side}")
         score = row.get(f"score_{side}")
         if not self.scored and score is None:

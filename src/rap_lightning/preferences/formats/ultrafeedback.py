@@ -38,6 +38,8 @@ class UltraFeedback(RowFormat):
     def _response(self, entry: Any, where: str) -> Response:
         fields = an_object(entry, where)
         text = response_text(fields.get("response"), f"{where}.response")
+        if self.blind:
+            return Response(text, column=where)
         overall = read_number(fields.get("overall_score"), f"{where}.overall_score")
         ratings = self._ratings(fields.get("annotations"), f"{where}.annotations")
         if overall == 10 and ratings and sum(ratings.values()) / len(ratings) <= 2:

@@ -1,0 +1,127 @@
+"""Rewards from elsewhere than the data: a judge's, found by what a response says and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rap_lightning.preferences.hashing import Hashes, hash_pair, hash_text, hash_turns
+from rap_lightning.preferences.pairs import BadRow, Judged, Message
+
+UNJUDGED = "the judge gave the response no reward"
+CONTRADICTED = "the judge's reward contradicts the label, exchanged so that the higher reward wins"
+
+
+def response_key(history: Sequence[Message], text: str) -> int:
+    """64 bits of a conversation and a response to it."""
+    return hash_pair(hash_turns(history), hash_text(text), 0)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How a judge's rewards stand to the labels of pairs.
+
+    Attributes:
+        agree: pairs whose chosen response has the higher reward; contradict: the rejected one; equal: neither.
+    """
+
+    agree: int = 0
+    contradict: int = 0
+    equal: int = 0
+
+    def line(self) -> str:
+        """For people."""
+        total = self.agree + self.contradict + self.equal
+        return (
+            f"of {total:,} labelled pairs the rewards agree with {self.agree:,} ({self.agree / total:.1%}) and "
+            f"contradict {self.contradict:,}, whose responses are exchanged: the higher reward wins"
+            + (f"; {self.equal:,} have equal rewards" if self.equal else "")
+        )
+
+
+class RewardTable:
+    """The rewards of a judge for the responses of a source.
+
+    Args:
+        path: of the file that :meth:`write` wrote; its arrays are read when they are first used, in each process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._found: dict[str, Any] | None = None
+
+    @staticmethod
+    def write(path: Path, rewards: dict[int, float], failed: int, labels: Labels) -> RewardTable:
+        """A table of rewards by :func:`response_key`; ``failed`` responses got none."""
+        keys = np.array(sorted(rewards), dtype=np.uint64)
+        values = np.array([rewards[int(key)] for key in keys], dtype=np.float64)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npz")
+        counts = np.array([failed, labels.agree, labels.contradict, labels.equal])
+        np.savez(partial, keys=keys, values=values, counts=counts)
+        partial.replace(path)
+        return RewardTable(path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_found": None}
+
+    def _arrays(self) -> dict[str, Any]:
+        if self._found is None:
+            with np.load(self.path, allow_pickle=False) as file:
+                self._found = {name: file[name] for name in ("keys", "values", "counts")}
+        return self._found
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """All rewards."""
+        found: NDArray[np.float64] = self._arrays()["values"]
+        return found
+
+    @property
+    def failed(self) -> int:
+        """Responses that got none."""
+        return int(self._arrays()["counts"][0])
+
+    @property
+    def labels(self) -> Labels:
+        """How the rewards stand to the labels."""
+        return Labels(*map(int, self._arrays()["counts"][1:]))
+
+    def describe(self) -> str:
+        """What tells it from another, for cache keys: its name is a digest of judge and data."""
+        return f"{self.path.stem} {self.failed}"
+
+    def reward(self, history: Sequence[Message], text: str) -> float:
+        """The reward of a response.
+
+        Raises:
+            KeyError: the judge gave it none.
+        """
+        keys: Hashes = self._arrays()["keys"]
+        wanted = np.uint64(response_key(history, text))
+        place = int(np.searchsorted(keys, wanted))
+        if place == len(keys) or keys[place] != wanted:
+            raise KeyError(text)
+        return float(self.values[place])
+
+    def rate(self, judged: Judged) -> Judged:
+        """The responses with the judge's rewards in the place of their own; those without one are left out.
+
+        Raises:
+            BadRow: a response of a pair got no reward.
+        """
+        rated, left_out = [], list(judged.left_out)
+        for response in judged.responses:
+            try:
+                rated.append(replace(response, reward=self.reward(judged.history, response.text), attributes=()))
+            except KeyError:
+                problem = BadRow(response.column, UNJUDGED)
+                if judged.paired:
+                    raise problem from None
+                left_out.append(problem)
+        return replace(judged, responses=rated, left_out=left_out)
