@@ -18,8 +18,9 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" "torch>=2.6,<2.14"
 	@touch $@
 
-demo: setup ## train on the embedded world and print how the goal steers (a few minutes on 2 cores)
-	$(BIN)/rap-lightning fit --config configs/quickstart.yaml
+demo: setup ## train plain DPO and reward-augmented DPO on the embedded world, and print how the goal steers (3 minutes)
+	$(BIN)/rap-lightning fit -c configs/quickstart.yaml -c configs/plain-dpo.yaml --trainer.default_root_dir runs/plain-dpo
+	$(BIN)/rap-lightning fit -c configs/quickstart.yaml --trainer.callbacks.beside runs/plain-dpo --trainer.default_root_dir runs/reward-augmented
 
 check: setup ## ruff and mypy
 	$(BIN)/ruff check .

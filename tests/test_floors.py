@@ -12,7 +12,7 @@ FLOORS = [
     {"batches"},
     {"losses"},
     {"models"},
-    {"metrics", "schedules", "warm_up", "progress", "planning"},
+    {"metrics", "schedules", "warm_up", "progress", "planning", "evaluation"},
     {"datamodule", "module"},
     {"strategies", "together"},
     {"callbacks"},

@@ -2,18 +2,24 @@
 
 import doctest
 import json
+import subprocess
 import sys
 from collections import Counter
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
+from random import Random
+from statistics import correlation, fmean, stdev
 
 import pytest
 
 from conftest import ROOT, pair_of
 from rap_lightning import cli
 from rap_lightning.preferences.goals import OverallGoal
-from rap_lightning.world import make_pairs, make_prompts, make_world, score
-from rap_lightning.world.data import GOAL_MESSAGE
+from rap_lightning.world import attributes, make_pairs, make_prompts, make_world, score
+from rap_lightning.world.data import GOAL_MESSAGE, STRAYS, Pair, respond
+from rap_lightning.world.make import pair_figures
+from rap_lightning.world.rule import FAMILIES, WORDS, parse_prompt
 
 
 @pytest.mark.parametrize("module", ["world.rule", "preferences.goals"])
@@ -52,6 +58,125 @@ def test_pairs_are_scored_by_the_rule_with_rare_top_scores_good_losers_and_bad_w
     assert sum(pair.rewards[0] <= 4 for pair in usable) > 50, "bad responses that won"
 
 
+@pytest.mark.parametrize(
+    ("knob", "values", "share"),
+    [
+        ("lean", (-0.5, 0.3, 2.0), "top_scores"),
+        ("lean", (-0.5, 0.3, 2.0), "good_losers"),
+        ("best", (1.0, 0.85, 0.7, 0.5), "top_scores"),
+        ("contrast", (0.0, 0.3, 0.6, 1.0), "good_losers"),
+        ("contrast", (0.0, 0.6, 1.0), "bad_winners"),
+    ],
+)
+def test_each_knob_moves_its_share(knob: str, values: tuple[float, ...], share: str) -> None:
+    train, _ = make_prompts(0)
+    shares = [pair_figures(make_pairs(train, 3000, 0, **{knob: value}))[share] for value in values]  # type: ignore[arg-type]
+    for more, less in pairwise(shares):
+        assert less < 0.9 * more  # type: ignore[operator]
+
+
+def test_a_noisy_judge_is_off_by_as_much_as_asked_and_still_says_who_won() -> None:
+    train, _ = make_prompts(0)
+    clean, noisy = make_pairs(train, 3000, 0), make_pairs(train, 3000, 0, judge_noise=2.0)
+    errors, parts = [], []
+    for pair in noisy:
+        assert pair["score_chosen"] >= pair["score_rejected"]
+        for side in ("chosen", "rejected"):
+            true = score(pair["prompt"], pair[side][-1]["content"])  # type: ignore[literal-required]
+            if 4 <= true <= 7:  # elsewhere the scale's ends cut the noise
+                errors.append(pair[f"score_{side}"] - true)  # type: ignore[literal-required]
+                exact = attributes(pair["prompt"], pair[side][-1]["content"])  # type: ignore[literal-required]
+                parts.append(pair[f"scores_{side}"]["order"] - exact["order"])  # type: ignore[literal-required]
+    assert len(errors) > 1000
+    assert 1.8 < stdev(errors) < 2.1
+    assert abs(fmean(errors)) < 0.15
+    assert correlation(errors, parts) < 0.1, "each number has noise of its own"
+
+    def texts(pairs: list[Pair]) -> list[set[str]]:
+        return [{pair["chosen"][-1]["content"], pair["rejected"][-1]["content"]} for pair in pairs]
+
+    assert texts(noisy) == texts(clean), "noise changes scores, never responses"
+
+
+def test_pairs_without_noise_carry_the_rules_attributes() -> None:
+    train, _ = make_prompts(0)
+    for pair in make_pairs(train, 50, 0):
+        assert pair["scores_rejected"] == attributes(pair["prompt"], pair["rejected"][-1]["content"])
+
+
+def test_as_many_pairs_as_asked_are_the_models_own() -> None:
+    train, _ = make_prompts(0)
+    calls: list[str] = []
+
+    def sample(prompts: list[str]) -> list[str]:
+        calls.extend(prompts)
+        return [f"own {i}" for i in range(len(prompts))]
+
+    pairs = make_pairs(train, 1000, 0, on_policy=0.3, sample=sample)
+    own = [p for p in pairs if p["chosen"][-1]["content"].startswith("own")]
+    assert all(p["rejected"][-1]["content"].startswith("own") for p in own)
+    assert 250 < len(own) < 350
+    assert calls == [p["prompt"] for p in own for _ in range(2)]
+    for pair, without in zip(pairs, make_pairs(train, 1000, 0), strict=True):
+        assert pair in own or pair == without, "the other pairs stay as they were"
+    with pytest.raises(ValueError, match="pass sample"):
+        make_pairs(train, 10, 0, on_policy=0.3)
+
+
+def test_four_families_have_their_prompts_and_perfect_answers() -> None:
+    counts = {}
+    for family in FAMILIES:
+        train, test = make_prompts(0, families=[family])
+        counts[family] = len(train) + len(test)
+        prompt = train[0]
+        assert parse_prompt(prompt).family == family
+        perfect = respond(prompt, 1.0, Random(0))
+        assert score(prompt, perfect) == 10.0
+        backwards = ", ".join(reversed(perfect.split(", ")))
+        assert score(prompt, backwards) < 10.0
+    assert counts == {"words": 144, "numbers": 48, "words-backwards": 144, "numbers-backwards": 48}
+    with pytest.raises(ValueError, match="different names"):
+        make_prompts(0, families=["letters"])
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [("lean", -1.0), ("best", 1.1), ("contrast", -0.1), ("judge_noise", -1.0), ("on_policy", 2.0), ("goal_share", 1.5)],
+)
+def test_a_knob_out_of_range_is_refused_before_anything_is_made(knob: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=knob):
+        make_world(tmp_path / "world", **{knob: value})  # type: ignore[arg-type]
+    assert not (tmp_path / "world").exists()
+
+
+def test_a_world_of_the_models_own_pairs_is_made_from_the_command_line(tmp_path: Path) -> None:
+    small = ["--base_steps", "20", "--train_pairs", "60", "--test_pairs", "10", "--goal_share", "0"]
+    knobs = ["--on_policy", "1", "--judge_noise", "1", "--families", "[words-backwards]"]
+    command = [sys.executable, "-m", "rap_lightning.world", str(tmp_path / "world"), *small, *knobs]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert made.returncode == 0, made.stderr
+    record = json.loads((tmp_path / "world/world.json").read_text())
+    assert record["settings"]["families"] == ["words-backwards"]
+    pairs = [json.loads(line) for line in (tmp_path / "world/train.jsonl").read_text().splitlines()]
+    assert all("reverse alphabetical" in pair["prompt"] for pair in pairs)
+    # a base of 20 steps writes nothing like the generator's lists
+    known = {word for words in WORDS.values() for word in words} | set(STRAYS)
+    strange = sum(not set(pair["chosen"][-1]["content"].split(", ")) <= known for pair in pairs)
+    assert strange > len(pairs) / 2
+    wrong = subprocess.run([*command, "--on_policy", "7"], capture_output=True, text=True, timeout=120, check=False)
+    assert wrong.returncode != 0
+    assert "on_policy must be from 0 to 1" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_a_world_from_before_there_were_knobs_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "world.json").write_text(
+        json.dumps({"settings": {"version": 1, "train_pairs": 2000, "test_pairs": 200, "base_steps": 600, "seed": 0}})
+    )
+    make_world(tmp_path)
+    assert "is there already" in capsys.readouterr().out
+
+
 def test_the_base_saw_the_goal_text_that_training_uses() -> None:
     assert GOAL_MESSAGE.format(goal=7.5) == OverallGoal().text(7.5)
     assert GOAL_MESSAGE.format(goal=8.0) == OverallGoal().text(8.0)
@@ -71,6 +196,25 @@ def test_the_quickstart_runs_and_prints_the_steering_table(
     for text in ("Asked for a score", "before", "after", "8.5", "The samples answer:"):
         assert text in printed
     assert (tmp_path / "runs/version_0/hf/model.safetensors").is_file()
+    record = json.loads((tmp_path / "runs/version_0/steering.json").read_text())
+    assert [record["goals"][0], record["goals"][-1], len(record["rows"])] == [1, 10, 7]
+    for row in record["rows"]:
+        assert row["score"] == score(row["prompt"], row["response"])
+        assert f"{row['before']['mean']:.2f}" in printed
+    # the other arm's run, with this one beside it, as `make demo` shows two
+    overlay = ["--config", str(ROOT / "configs/plain-dpo.yaml"), "--trainer.callbacks.beside", "runs/version_0"]
+    run = [*arguments[:3], *overlay, *arguments[3:], "--trainer.default_root_dir", "runs/dpo"]
+    monkeypatch.setattr(sys, "argv", ["rap-lightning", *run])
+    cli.main()
+    printed = capfd.readouterr().out
+    ours = json.loads((tmp_path / "runs/dpo/version_0/steering.json").read_text())
+    assert [row["before"] for row in ours["rows"]] == [row["before"] for row in record["rows"]], "one base, one seed"
+    assert "a sample of version_0" in printed
+    assert f"{record['rows'][3]['after']['mean']:.2f}" in printed
+    monkeypatch.setattr(sys, "argv", ["rap-lightning", *run, "--trainer.callbacks.samples", "95"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "their numbers don't compare" in capfd.readouterr().err
     world = json.loads((tmp_path / "runs/world/world.json").read_text())
     assert world["settings"]["base_steps"] == 30
     settings = {"train_pairs": 80, "test_pairs": 20, "base_steps": 30}

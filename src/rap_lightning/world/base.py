@@ -5,7 +5,7 @@ training goals were noisy. Steering well is left to preference training.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -177,6 +177,36 @@ def train_base(
     model.eval()
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
+
+
+def sampler(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, *, batch_size: int = 256
+) -> Callable[[list[str]], list[str]]:
+    """What writes a response to each prompt it is given, without a goal, as the model's generation config says.
+
+    Args:
+        model: from `train_base`.
+        tokenizer: from `train_tokenizer`.
+        seed: of the sampling; each call begins with it. Other random numbers are left as they were.
+        batch_size: prompts in a forward pass.
+    """
+
+    def sample(prompts: list[str]) -> list[str]:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
+        found: list[str] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for first in range(0, len(texts), batch_size):
+                part = tokenizer(
+                    texts[first : first + batch_size],
+                    add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
+                )  # fmt: skip
+                output = model.generate(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
+                found += tokenizer.batch_decode(output[:, part["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in found]
+
+    return sample
 
 
 def _batches(examples: Iterable[Example], size: int) -> Iterator[list[list[Message]]]:

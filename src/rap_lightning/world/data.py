@@ -4,16 +4,20 @@ A response starts from a perfect answer and gets faults, so its score comes from
 many faults is a matter of its quality. The two responses of a pair have qualities near each other, as two answers of
 one assistant would: that is why many losers are good (8 against 9) and many winners are bad (3 against 2), and those
 are what goals are learnt from. Qualities lean low, so that top scores are rare.
+
+How much of each there is can be set: `lean` and `best` (how rare top scores are), `contrast` (how few good losers and
+bad winners), `judge_noise` (how far the data's scores are from the rule's), `on_policy` (how many pairs a model itself
+wrote) and `families` (which kinds of prompts there are). docs/world.md has the shares that each setting gives.
 """
 
 import hashlib
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypedDict
 
-from rap_lightning.world.rule import COUNTS, NUMBERS, OPENINGS, WORDS, Task, parse_prompt, score
+from rap_lightning.world.rule import COUNTS, FAMILIES, OPENINGS, WORDS, Task, attributes, parse_prompt, score
 
 #: What the system message says before the goal, byte for byte.
 GOAL_MESSAGE = (
@@ -25,7 +29,10 @@ GOAL_MESSAGE = (
 STRAYS = ("brick", "cloud", "dust", "moon", "paper", "sock")
 #: The kinds of faults, each as often as it is to happen.
 FAULTS = ("stray", "stray", "stray", "stray", "move", "move", "repeat", "add", "drop")
-#: The highest quality in a pair: even then most responses have a fault, which keeps the score 10 rare.
+#: The families of prompts that the quickstart has.
+FAMILIES_BY_DEFAULT = ("words", "numbers")
+#: The highest quality in a pair, where nothing else is asked for: even then most responses have a fault, which keeps
+#: the score 10 rare.
 BEST = 0.85
 
 
@@ -40,7 +47,8 @@ class Pair(TypedDict):
     """A scored pair in the layout of HuggingFaceH4/ultrafeedback_binarized.
 
     `prompt_id` is the SHA-256 of the prompt in hexadecimal. `chosen` and `rejected` are a user turn and an assistant
-    turn. Scores are the rule's, 1 to 10, and `score_chosen >= score_rejected`.
+    turn. Scores are the judge's, 1 to 10, and `score_chosen >= score_rejected`. The judge is the rule, or the rule and
+    noise. `scores_chosen` and `scores_rejected` are its attributes.
     """
 
     prompt: str
@@ -49,6 +57,8 @@ class Pair(TypedDict):
     rejected: list[Message]
     score_chosen: float
     score_rejected: float
+    scores_chosen: dict[str, float]
+    scores_rejected: dict[str, float]
 
 
 class Example(TypedDict):
@@ -58,21 +68,29 @@ class Example(TypedDict):
     score: float
 
 
-def make_prompts(seed: int, test_share: float = 0.2) -> tuple[list[str], list[str]]:
+def make_prompts(
+    seed: int, test_share: float = 0.2, families: Sequence[str] = FAMILIES_BY_DEFAULT
+) -> tuple[list[str], list[str]]:
     """All prompts of the world in random order, cut into train and test: no prompt is in both.
 
     Args:
         seed: decides the order, and so the cut.
         test_share: part of the prompts that is kept for testing, between 0 and 1.
+        families: the kinds of prompts, keys of `rule.FAMILIES`, each at most once. Words have 144 prompts, numbers 48.
 
     Raises:
-        ValueError: `test_share` is not between 0 and 1, both excluded.
+        ValueError: `test_share` is not between 0 and 1, both excluded, or `families` is empty, repeats one, or names
+            one that there isn't.
     """
+    unknown = [family for family in families if family not in FAMILIES]
+    if unknown or not families or len(set(families)) != len(families):
+        raise ValueError(f"families must be different names of {', '.join(FAMILIES)}; got {list(families)}")
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must lie between 0 and 1, both excluded; got {test_share}")
+    asked = [(topic, backwards) for topics, _, backwards in map(FAMILIES.__getitem__, families) for topic in topics]
     prompts = [
-        Task(count, topic).prompt(opening)
-        for opening, count, topic in itertools.product(OPENINGS, COUNTS, [*WORDS, *NUMBERS])
+        Task(count, topic, backwards).prompt(opening)
+        for opening, count, (topic, backwards) in itertools.product(OPENINGS, COUNTS, asked)
     ]
     random.Random(f"prompts {seed}").shuffle(prompts)
     cut = round(test_share * len(prompts))
@@ -113,23 +131,76 @@ def respond(prompt: str, quality: float, rng: random.Random) -> str:
     return ", ".join(items)
 
 
-def make_pairs(prompts: list[str], count: int, seed: int, *, lean: float = 0.3, spread: float = 0.4) -> list[Pair]:
+def make_pairs(
+    prompts: list[str],
+    count: int,
+    seed: int,
+    *,
+    lean: float = 0.3,
+    spread: float = 0.4,
+    best: float = BEST,
+    contrast: float = 0.0,
+    judge_noise: float = 0.0,
+    on_policy: float = 0.0,
+    sample: Callable[[list[str]], list[str]] | None = None,
+) -> list[Pair]:
     """`count` scored pairs, going through `prompts` in turn as often as it takes.
 
     Args:
         prompts: prompts of this world, at least one.
         count: number of pairs.
-        seed: decides every response.
-        lean: how far qualities lean low. A pair's middle quality is `1 - u ** (1 / (1 + lean))`, u even in 0..1.
+        seed: decides every response that is not sampled, and the judge's noise.
+        lean: how far qualities lean low. A pair's middle quality is `1 - u ** (1 / (1 + lean))`, u even in 0..1; so
+            above -1.
         spread: how far, in quality, the two responses lie from the middle: the standard deviation of each.
+        best: the highest quality, 0 to 1: how rare top scores are.
+        contrast: how far the first response is drawn to the best quality and the second to the worst, 0 to 1: how few
+            good losers and bad winners there are. At 0 the two have equal chances.
+        judge_noise: standard deviation, in points, of what the judge adds to each score of the rule, the overall one
+            and the attributes, all apart. Overall scores stay half points from 1 to 10.
+        on_policy: part of the pairs whose responses both come from `sample`, 0 to 1; a seeded choice.
+        sample: writes a response to each of the prompts it is given; a model's own.
 
     Raises:
-        ValueError: there are no prompts, or one is not of this world.
+        ValueError: there are no prompts, one is not of this world, a number is out of its range, or there is no
+            `sample` where one is needed.
     """
     if not prompts:
         raise ValueError("make_pairs needs at least one prompt")
+    check_knobs(lean=lean, best=best, contrast=contrast, judge_noise=judge_noise, on_policy=on_policy)
+    if on_policy > 0 and sample is None:
+        raise ValueError("on_policy above 0 needs a model's responses: pass sample")
     rng = random.Random(f"pairs {seed}")
-    return [_pair(prompt, rng, lean, spread) for prompt in itertools.islice(itertools.cycle(prompts), count)]
+    asked = list(itertools.islice(itertools.cycle(prompts), count))
+    responses: list[tuple[str, str]] = []
+    for prompt in asked:
+        middle = _quality(rng, lean)
+        first, second = (
+            respond(prompt, (1 - contrast) * min(best, max(0.0, rng.gauss(middle, spread))) + contrast * end, rng)
+            for end in (best, 0.0)
+        )
+        responses.append((first, second))
+    if sample is not None and on_policy > 0:
+        chance = random.Random(f"on-policy {seed}")
+        own = [place for place in range(count) if chance.random() < on_policy]
+        texts = sample([asked[place] for place in own for _ in range(2)])
+        for i, place in enumerate(own):
+            responses[place] = (texts[2 * i], texts[2 * i + 1])
+    judge = _Judge(judge_noise, random.Random(f"judge {seed}"))
+    return [_pair(prompt, both, judge) for prompt, both in zip(asked, responses, strict=True)]
+
+
+def check_knobs(**knobs: float) -> None:
+    """Raise ValueError where a knob of `make_pairs` is out of its range; a check before anything is made."""
+    for name, value in knobs.items():
+        if name == "lean":
+            if not value > -1:
+                raise ValueError(f"lean must be above -1; got {value}")
+        elif name in ("judge_noise", "goal_noise"):
+            if not value >= 0:
+                raise ValueError(f"{name} must be 0 or above; got {value}")
+        elif not 0 <= value <= 1:
+            raise ValueError(f"{name} must be from 0 to 1; got {value}")
 
 
 def make_examples(
@@ -171,17 +242,35 @@ def vocabulary(prompts: Iterable[str]) -> list[str]:
     return [text for word in sorted(words) for text in (word, f" {word}")] * 4 + [GOAL_MESSAGE] * 20
 
 
-def _pair(prompt: str, rng: random.Random, lean: float, spread: float) -> Pair:
-    middle = _quality(rng, lean)
-    first, second = (respond(prompt, min(BEST, max(0.0, rng.gauss(middle, spread))), rng) for _ in range(2))
-    chosen, rejected = sorted((first, second), key=lambda response: score(prompt, response), reverse=True)
+class _Judge:
+    """The rule, and noise on every number it gives: one judgement of a response, not the same when asked again."""
+
+    def __init__(self, noise: float, rng: random.Random) -> None:
+        self.noise, self.rng = noise, rng
+
+    def __call__(self, prompt: str, response: str) -> tuple[float, dict[str, float]]:
+        """The overall score and the attributes."""
+        overall, parts = score(prompt, response), attributes(prompt, response)
+        if self.noise == 0:
+            return overall, parts
+        noisy = {
+            name: min(10.0, max(1.0, round(self.rng.gauss(value, self.noise), 6))) for name, value in parts.items()
+        }
+        return min(10.0, max(1.0, round(2 * self.rng.gauss(overall, self.noise)) / 2)), noisy
+
+
+def _pair(prompt: str, responses: tuple[str, str], judge: _Judge) -> Pair:
+    judged = [(*judge(prompt, response), response) for response in responses]
+    (won, won_parts, chosen), (lost, lost_parts, rejected) = sorted(judged, key=lambda one: one[0], reverse=True)
     return {
         "prompt": prompt,
         "prompt_id": hashlib.sha256(prompt.encode()).hexdigest(),
         "chosen": _turns(prompt, chosen),
         "rejected": _turns(prompt, rejected),
-        "score_chosen": score(prompt, chosen),
-        "score_rejected": score(prompt, rejected),
+        "score_chosen": won,
+        "score_rejected": lost,
+        "scores_chosen": won_parts,
+        "scores_rejected": lost_parts,
     }
 
 

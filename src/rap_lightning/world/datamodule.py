@@ -6,6 +6,7 @@ from typing import Any
 
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import DataError
+from rap_lightning.world.data import BEST, FAMILIES_BY_DEFAULT
 from rap_lightning.world.make import make_world
 
 
@@ -18,6 +19,15 @@ class WorldDataModule(PreferenceDataModule):
         test_pairs: scored pairs to validate on, about other prompts.
         base_steps: optimizer steps of the base model.
         world_seed: of prompts, pairs and base model.
+        families: kinds of prompts: words, numbers, words-backwards, numbers-backwards; by default the first two.
+        lean: how far qualities lean low, above -1; below 0 they lean high.
+        best: the highest quality of a response, 0 to 1: the lower, the rarer top scores (docs/world.md has shares).
+        contrast: how far a pair's responses are drawn apart, 0 to 1: the higher, the fewer good losers and bad winners.
+        judge_noise: standard deviation, in points, of the noise in the data's scores.
+        on_policy: part of the pairs that the base model itself wrote, 0 to 1.
+        goal_share: part of the base model's training examples that state a goal; at 0 it has never seen one.
+        goal_noise: by how many points (standard deviation) the last of these goals are off; the less, the better the
+            base knows goals.
         options: those of PreferenceDataModule.
     """
 
@@ -28,11 +38,22 @@ class WorldDataModule(PreferenceDataModule):
         test_pairs: int = 200,
         base_steps: int = 600,
         world_seed: int = 0,
+        families: list[str] | None = None,
+        lean: float = 0.3,
+        best: float = BEST,
+        contrast: float = 0.0,
+        judge_noise: float = 0.0,
+        on_policy: float = 0.0,
+        goal_share: float = 0.7,
+        goal_noise: float = 2.5,
         **options: Any,
     ) -> None:
         super().__init__(source, **options)
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "train_pairs": train_pairs, "test_pairs": test_pairs, "base_steps": base_steps, "seed": world_seed,
+            "families": FAMILIES_BY_DEFAULT if families is None else families, "lean": lean, "best": best,
+            "contrast": contrast, "judge_noise": judge_noise, "on_policy": on_policy,
+            "goal_share": goal_share, "goal_noise": goal_noise,
         }  # fmt: skip
 
     def prepare_data(self) -> None:

@@ -7,27 +7,61 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from rap_lightning.world.data import Pair, make_examples, make_pairs, make_prompts, vocabulary
+from rap_lightning.world.data import (
+    BEST,
+    FAMILIES_BY_DEFAULT,
+    Pair,
+    check_knobs,
+    make_examples,
+    make_pairs,
+    make_prompts,
+    vocabulary,
+)
 
 #: Raised whenever the same settings make another world, so that a folder from before is noticed.
 VERSION = 1
-#: Part of the base's examples that have a goal, and by how many points (standard deviation) the last goals are off.
-GOAL_SHARE, GOAL_NOISE = 0.7, 2.5
+#: The knobs as they stand in a world that was made before there were any.
+KNOBS: dict[str, Any] = {
+    "families": list(FAMILIES_BY_DEFAULT),
+    "lean": 0.3,
+    "best": BEST,
+    "contrast": 0.0,
+    "judge_noise": 0.0,
+    "on_policy": 0.0,
+    "goal_share": 0.7,
+    "goal_noise": 2.5,
+}
+#: From where on a score counts as top, a loser as good, and down from where a winner counts as bad, in points.
+TOP, GOOD, BAD = 9.0, 6.0, 4.0
 #: Examples in an optimizer step of the base.
 BATCH = 32
 
 
 def make_world(
-    root: str | Path, *, train_pairs: int = 2000, test_pairs: int = 200, base_steps: int = 600, seed: int = 0
+    root: str | Path,
+    *,
+    train_pairs: int = 2000,
+    test_pairs: int = 200,
+    base_steps: int = 600,
+    seed: int = 0,
+    families: Sequence[str] = FAMILIES_BY_DEFAULT,
+    lean: float = 0.3,
+    best: float = BEST,
+    contrast: float = 0.0,
+    judge_noise: float = 0.0,
+    on_policy: float = 0.0,
+    goal_share: float = 0.7,
+    goal_noise: float = 2.5,
 ) -> None:
     """Make the small world under `root`, or find it there.
 
     It writes `train.jsonl` and `test.jsonl` (scored pairs on disjoint prompts), `base/` (model and tokenizer, as
     `from_pretrained` reads them) and `world.json` (settings and figures). All of it appears at once, or nothing does.
-    A world with the same settings that is already there is left as it is.
+    A world with the same settings that is already there is left as it is. docs/world.md shows what the knobs do.
 
     Args:
         root: folder to make. It must not exist, or be empty, or hold a world with these settings.
@@ -35,21 +69,45 @@ def make_world(
         test_pairs: number of pairs to test on.
         base_steps: optimizer steps of the base model, 32 examples each. They take nearly all of the time.
         seed: decides prompts, pairs and base model.
+        families: kinds of prompts: words, numbers, words-backwards, numbers-backwards.
+        lean: how far qualities lean low, above -1; below 0 they lean high.
+        best: the highest quality of a response, 0 to 1: how rare top scores are.
+        contrast: how far the two responses of a pair are drawn to the ends of quality, 0 to 1: how few good losers and
+            bad winners there are.
+        judge_noise: standard deviation, in points, of the noise in the data's scores. The rule has none.
+        on_policy: part of the pairs that the base model itself wrote, at temperature 1 and without a goal, 0 to 1.
+        goal_share: part of the examples of the base model's training that state a goal; at 0 it has never seen one.
+        goal_noise: by how many points (standard deviation) the last of these goals are off; the less, the better the
+            base knows goals.
 
     Raises:
-        ValueError: a number is too small, `root` holds a world with other settings, or something that is no world.
+        ValueError: a number is out of its range, `root` holds a world with other settings, or something that is no
+            world.
     """
     root = Path(root)
-    settings = {
+    settings: dict[str, Any] = {
         "version": VERSION,
         "train_pairs": train_pairs,
         "test_pairs": test_pairs,
         "base_steps": base_steps,
         "seed": seed,
+        "families": list(families),
+        "lean": lean,
+        "best": best,
+        "contrast": contrast,
+        "judge_noise": judge_noise,
+        "on_policy": on_policy,
+        "goal_share": goal_share,
+        "goal_noise": goal_noise,
     }
     for name in ("train_pairs", "test_pairs", "base_steps"):
         if settings[name] < 1:
             raise ValueError(f"{name} must be at least 1; got {settings[name]}")
+    check_knobs(
+        lean=lean, best=best, contrast=contrast, judge_noise=judge_noise, on_policy=on_policy, goal_share=goal_share,
+        goal_noise=goal_noise,
+    )  # fmt: skip
+    make_prompts(seed, families=families)  # an unknown family is found before a folder is made
     if _is_there(root, settings):
         print(f"world: {root} is there already, with these settings")
         return
@@ -66,10 +124,10 @@ def make_world(
     print(f"world: wrote {root}")
 
 
-def _is_there(root: Path, settings: dict[str, int]) -> bool:
+def _is_there(root: Path, settings: dict[str, Any]) -> bool:
     record = root / "world.json"
     if record.is_file():
-        found = json.loads(record.read_text())["settings"]
+        found = KNOBS | json.loads(record.read_text())["settings"]
         if found != settings:
             raise ValueError(
                 f"{root} holds a world with other settings: {found}, not {settings}; choose another folder"
@@ -80,35 +138,37 @@ def _is_there(root: Path, settings: dict[str, int]) -> bool:
     return False
 
 
-def _fill(folder: Path, settings: dict[str, int]) -> dict[str, object]:
+def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
     # Here and not above: torch and transformers take seconds to import, which a world that is there need not pay.
-    from rap_lightning.world.base import new_model, train_base, train_tokenizer
-
-    seed = settings["seed"]
-    train_prompts, test_prompts = make_prompts(seed)
-    train = make_pairs(train_prompts, settings["train_pairs"], seed)
-    test = make_pairs(test_prompts, settings["test_pairs"], seed)
-    _write_lines(folder / "train.jsonl", train)
-    _write_lines(folder / "test.jsonl", test)
-    print(f"world: {len(train)} pairs to train on, {len(test)} to test on")
+    from rap_lightning.world.base import new_model, sampler, train_base, train_tokenizer
 
     start = time.perf_counter()
+    seed = settings["seed"]
+    train_prompts, test_prompts = make_prompts(seed, families=settings["families"])
     tokenizer = train_tokenizer(vocabulary(train_prompts))
     model = new_model(tokenizer, seed=seed)
-    steps = settings["base_steps"]
-    examples = make_examples(train_prompts, (steps + 2) * BATCH, seed, goal_share=GOAL_SHARE, goal_noise=GOAL_NOISE)
+    steps, goals = settings["base_steps"], {name: settings[name] for name in ("goal_share", "goal_noise")}
+    examples = make_examples(train_prompts, (steps + 2) * BATCH, seed, **goals)
     loss = train_base(model, tokenizer, examples, steps=steps, batch_size=BATCH)
     seconds = time.perf_counter() - start
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     print(f"world: base model of {model.num_parameters():,} weights, loss {loss:.2f}, in {seconds:.0f} s")
+
+    knobs = {name: settings[name] for name in ("lean", "best", "contrast", "judge_noise", "on_policy")}
+    sample = sampler(model, tokenizer, seed) if settings["on_policy"] > 0 else None
+    train = make_pairs(train_prompts, settings["train_pairs"], seed, sample=sample, **knobs)
+    test = make_pairs(test_prompts, settings["test_pairs"], seed, sample=sample, **knobs)
+    _write_lines(folder / "train.jsonl", train)
+    _write_lines(folder / "test.jsonl", test)
+    print(f"world: {len(train)} pairs to train on, {len(test)} to test on")
     return {
         "base_loss_nats_per_token": round(loss, 4),
         "base_parameters": model.num_parameters(),
         "base_seconds": round(seconds, 1),
         "tokens": len(tokenizer),
-        "train": _figures(train),
-        "test": _figures(test),
+        "train": pair_figures(train),
+        "test": pair_figures(test),
     }
 
 
@@ -116,13 +176,18 @@ def _write_lines(path: Path, pairs: Iterable[Pair]) -> None:
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-def _figures(pairs: list[Pair]) -> dict[str, object]:
-    """Counts of scores (of chosen and rejected together) and of gaps, both in points."""
+def pair_figures(pairs: list[Pair]) -> dict[str, object]:
+    """Shares and counts of scores (of chosen and rejected together) and of gaps, both in points."""
     scores = collections.Counter(itertools.chain.from_iterable((p["score_chosen"], p["score_rejected"]) for p in pairs))
     gaps = collections.Counter(pair["score_chosen"] - pair["score_rejected"] for pair in pairs)
+    total = len(pairs)
     return {
         "prompts": len({pair["prompt_id"] for pair in pairs}),
         "mean_score": round(statistics.fmean(scores.elements()), 3),
+        "top_scores": round(sum(scores[score] for score in scores if score >= TOP) / scores.total(), 4),
+        "good_losers": round(sum(pair["score_rejected"] >= GOOD for pair in pairs) / total, 4),
+        "bad_winners": round(sum(pair["score_chosen"] <= BAD for pair in pairs) / total, 4),
+        "ties": round(gaps[0] / total, 4),
         "scores": {f"{score:g}": scores[score] for score in sorted(scores)},
         "gaps": {f"{gap:g}": gaps[gap] for gap in sorted(gaps)},
     }

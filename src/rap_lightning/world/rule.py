@@ -10,7 +10,7 @@ Four shares between 0 and 1 are read off a response of m items to a prompt that 
 - `distinct`: different items, over m;
 - `count`: `1 - |m - n| / n`, never below 0;
 - `order`: items in place, over m. The first item is in place, and each later one that comes strictly after
-  its neighbour on the left (words by alphabet, numbers by size).
+  its neighbour on the left (words by alphabet, numbers by size; strictly before it where the prompt asks for that).
 
 The overall score is `1 + 9 * topic * distinct * count * (1 + order) / 2`, rounded to half points, quarters up. So it is
 10 only when everything is right, each fault costs its share of what is left (order at half weight), and garbage is
@@ -27,6 +27,12 @@ and "apple", "plum" and "tiger" are in place but "fig" is not, for it sorts befo
 5.5
 >>> score(asked, "apple, cherry, fig, lemon, plum"), score(asked, "Sorry, I can't."), score(asked, "")
 (10.0, 1.0, 1.0)
+
+There are four families of prompts, and each is judged like this: words in alphabetical order, numbers in rising order,
+and the same two backwards ("in reverse alphabetical order", "in falling order").
+
+>>> score("List 3 fruits in reverse alphabetical order.", "plum, fig, apple")
+10.0
 
 Half points, because goals are printed with at most one decimal: so there are 19 goals, few enough for each to be seen
 often.
@@ -59,33 +65,42 @@ OPENINGS = ("List", "Name", "Give me", "Show me", "Tell me", "Write")
 #: How many items the prompts of the data ask for. The rule itself reads any number from 1.
 COUNTS = range(3, 7)
 
-_PROMPT = re.compile(
-    rf"(?:{'|'.join(OPENINGS)}) ([1-9]\d*) "
-    rf"(?:({'|'.join(WORDS)}) in alphabetical order|({'|'.join(NUMBERS)}) in rising order)\."
-)
+#: Family of prompts -> its topics, the order it asks for, and whether that order is backwards.
+FAMILIES: dict[str, tuple[tuple[str, ...], str, bool]] = {
+    "words": (tuple(WORDS), "alphabetical", False),
+    "numbers": (tuple(NUMBERS), "rising", False),
+    "words-backwards": (tuple(WORDS), "reverse alphabetical", True),
+    "numbers-backwards": (tuple(NUMBERS), "falling", True),
+}
+
+#: The orders that run backwards.
+BACKWARDS = tuple(order for _, order, backwards in FAMILIES.values() if backwards)
+_TOPICS = "|".join(f"(?:{'|'.join(topics)}) in {order}" for topics, order, _ in FAMILIES.values())
+_PROMPT = re.compile(rf"(?:{'|'.join(OPENINGS)}) ([1-9]\d*) ({_TOPICS}) order\.")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a prompt asks for: `count` items, at least 1, of `topic`, a key of `WORDS` or `NUMBERS`."""
+    """What a prompt asks for: `count` items, at least 1, of `topic`, a key of `WORDS` or `NUMBERS`, maybe backwards."""
 
     count: int
     topic: str
+    backwards: bool = False
 
     @property
     def family(self) -> str:
-        """Which kind of prompt this is: `words` or `numbers`."""
-        return "numbers" if self.topic in NUMBERS else "words"
+        """Which kind of prompt this is, a key of `FAMILIES`."""
+        return next(name for name, (topics, _, b) in FAMILIES.items() if self.topic in topics and b == self.backwards)
 
     @property
     def items(self) -> tuple[str, ...]:
-        """All items on the topic, in order."""
-        return tuple(map(str, NUMBERS[self.topic])) if self.topic in NUMBERS else WORDS[self.topic]
+        """All items on the topic, in the order that is asked for."""
+        items = tuple(map(str, NUMBERS[self.topic])) if self.topic in NUMBERS else WORDS[self.topic]
+        return items[::-1] if self.backwards else items
 
     def prompt(self, opening: str = "List") -> str:
         """The prompt that asks for this, beginning with `opening`, one of `OPENINGS`."""
-        order = "rising" if self.topic in NUMBERS else "alphabetical"
-        return f"{opening} {self.count} {self.topic} in {order} order."
+        return f"{opening} {self.count} {self.topic} in {FAMILIES[self.family][1]} order."
 
 
 def parse_prompt(prompt: str) -> Task:
@@ -98,7 +113,8 @@ def parse_prompt(prompt: str) -> Task:
     match = _PROMPT.fullmatch(prompt.strip())
     if match is None:
         raise ValueError(f"not a prompt of this world: {prompt!r}; one looks like {Task(5, 'fruits').prompt()!r}")
-    return Task(count=int(match[1]), topic=match[2] or match[3])
+    topic, _, order = match[2].partition(" in ")
+    return Task(int(match[1]), topic, order in BACKWARDS)
 
 
 def attributes(prompt: str, response: str) -> dict[str, float]:
@@ -140,8 +156,13 @@ def _shares(task: Task, response: str) -> dict[str, float]:
         "topic": sum(item in on_topic for item in items) / len(items),
         "distinct": len(set(items)) / len(items),
         "count": max(0.0, 1 - abs(len(items) - task.count) / task.count),
-        "order": (1 + sum(_sort_key(left) < _sort_key(right) for left, right in pairwise(items))) / len(items),
+        "order": (1 + sum(_follows(left, right, task.backwards) for left, right in pairwise(items))) / len(items),
     }
+
+
+def _follows(left: str, right: str, backwards: bool) -> bool:
+    first, second = (right, left) if backwards else (left, right)
+    return _sort_key(first) < _sort_key(second)
 
 
 def _sort_key(item: str) -> tuple[int, str]:
