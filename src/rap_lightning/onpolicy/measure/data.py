@@ -25,12 +25,15 @@ TRAIN = "train"
 
 @dataclass
 class Evaluated:
-    """Attributes:
-    split: that the prompts are of.
-    histories: the prompts, as conversations.
-    pairs: theirs, in the order of the data, each once.
-    rewards: the lowest and highest reward of these pairs.
-    report: what became of the split's rows.
+    """Prompts and their pairs.
+
+    Attributes:
+        split: that the prompts are of.
+        histories: the prompts, as conversations.
+        pairs: theirs, in the order of the data, each once.
+        report: what became of the split's rows.
+        available: prompts in the split.
+        prompt_ids: of the prompts.
     """
 
     split: str

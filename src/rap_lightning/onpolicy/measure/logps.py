@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.report import DataReport
 
 LAYOUT = "tree"
+MAX_LENGTH = 1024
+"""The data module's default."""
 Key = tuple[str, str | None]
 """A pair's id, and the text of the goal in its prompt."""
 
@@ -38,11 +40,14 @@ class Likelihoods:
         """Pair id to the tokens of its two responses, end of turn included."""
         return {i.example.pair_id: (len(i.example.chosen_ids), len(i.example.rejected_ids)) for i in self.items}
 
-    def of(self, model: Model, path: Path, dtype: str, budget: int, what: str) -> dict[Key, tuple[float, float]]:
-        """Log-probabilities of both responses of every item under a model, in nats; what is there already is read.
+    def of(
+        self, model: Model, wanted: Container[Key], path: Path, dtype: str, budget: int, what: str
+    ) -> dict[Key, tuple[float, float]]:
+        """Log-probabilities of both responses of wanted items under a model, in nats; what is there already is read.
 
         Args:
             model: the policy, or its base.
+            wanted: which pairs under which goals.
             path: json lines.
             dtype: of the weights; log-probabilities are float32 whatever it is.
             budget: tokens in a forward pass.
@@ -53,14 +58,12 @@ class Likelihoods:
         """
         settings = self._settings(model, dtype)
         key = digest_of(settings)
-        ids = {id(item): digest_of(item.example.pair_id, item.text, key) for item in self.items}
+        items = {digest_of(*key_of(item), key): item for item in self.items if key_of(item) in wanted}
         with Ledger(path, settings) as ledger:
-            if any(ids[id(item)] not in ledger.done for item in self.items):
-                self._measure(model, ledger, ids, dtype, budget, what)
+            if not items.keys() <= ledger.done:
+                self._measure(model, ledger, items, dtype, budget, what)
         found = {row["id"]: row["logps"] for row in read_rows([path])}
-        return {
-            (item.example.pair_id, item.text): (found[ids[id(item)]][0], found[ids[id(item)]][1]) for item in self.items
-        }
+        return {key_of(item): (found[one][0], found[one][1]) for one, item in items.items()}
 
     def _settings(self, model: Model, dtype: str) -> dict[str, Any]:
         encoder = self.encoder
@@ -77,7 +80,7 @@ class Likelihoods:
         }
 
     def _measure(
-        self, model: Model, ledger: Ledger, ids: Mapping[int, str], dtype: str, budget: int, what: str
+        self, model: Model, ledger: Ledger, items: Mapping[str, AtGoal], dtype: str, budget: int, what: str
     ) -> None:
         import torch
 
@@ -88,24 +91,18 @@ class Likelihoods:
         check_head(policy)
         if reason := check_sharing(policy):
             print(f"{model.path} shares no prefixes: {reason}. Sequences go through it one at a time.")
-        done = sum(one in ledger.done for one in ids.values())
-        with Progress(what, len(self.items), done) as progress, torch.inference_mode():
-            for items in in_passes(self.items, LAYOUT, budget):
-                missing = [item for item in items if ids[id(item)] not in ledger.done]
+        ids = {id(item): one for one, item in items.items()}
+        with Progress(what, len(items), sum(one in ledger.done for one in items)) as progress, torch.inference_mode():
+            for together in in_passes(list(items.values()), LAYOUT, budget):
+                missing = [ids[id(item)] for item in together if ids[id(item)] not in ledger.done]
                 if not missing:
                     continue
                 # a pass that was finished in part is computed whole, so that its numbers are an uninterrupted run's
-                batch = batch_of(items, LAYOUT, pad_id=0).to(policy.device)
-                logps = list(two_by_two(policy.logps(batch).tolist()))
-                rows = {
-                    ids[id(item)]: {
-                        "id": ids[id(item)], "pair_id": item.example.pair_id, "goal": item.text, "logps": list(two),
-                        "tokens": [len(item.example.chosen_ids), len(item.example.rejected_ids)],
-                    }
-                    for item, two in zip(items, logps, strict=True)
-                }  # fmt: skip
-                ledger.append([rows[ids[id(item)]] for item in missing])
-                progress.add([_length(item) for item in missing])
+                batch = batch_of(together, LAYOUT, pad_id=0).to(policy.device)
+                logps = two_by_two(policy.logps(batch).tolist())
+                rows = {ids[id(item)]: _row(item, two) for item, two in zip(together, logps, strict=True)}
+                ledger.append([{"id": one, **rows[one]} for one in missing])
+                progress.add([_length(items[one]) for one in missing])
         del policy
         free_memory()
 
@@ -117,12 +114,27 @@ class Likelihoods:
             )
 
 
-def make_encoder(model: Model, template: Any, max_length: int) -> Encoder:
-    """As the data module makes it, for prompts and responses together of at most ``max_length`` tokens."""
+def make_encoder(model: Model, template: Any, max_length: int | None) -> Encoder:
+    """As the data module makes it, for prompts and responses together of at most ``max_length`` tokens.
+
+    By default what the data module takes, or the model's context where that is less.
+    """
     context = model.context()
-    if not 2 <= max_length <= context:
-        raise ConfigError(f"--max_length must be from 2 to what the model takes, {context:,}; found {max_length:,}.")
-    return Encoder(model.tokenizer(), template, max_length)
+    longest = min(MAX_LENGTH, context) if max_length is None else max_length
+    if not 2 <= longest <= context:
+        raise ConfigError(f"--max_length must be from 2 to what the model takes, {context:,}; found {longest:,}.")
+    return Encoder(model.tokenizer(), template, longest)
+
+
+def key_of(item: AtGoal) -> Key:
+    """What an item's log-probabilities are found by."""
+    return item.example.pair_id, item.text
+
+
+def _row(item: AtGoal, logps: tuple[float, float]) -> dict[str, Any]:
+    example = item.example
+    tokens = [len(example.chosen_ids), len(example.rejected_ids)]
+    return {"pair_id": example.pair_id, "goal": item.text, "logps": list(logps), "tokens": tokens}
 
 
 def _length(item: AtGoal) -> int:
