@@ -24,6 +24,8 @@ from rap_lightning.preferences.sources import Source, as_sources
 CLASSES: dict[str, type] = {"--judge": Judge, "--template": GoalTemplate, "--engine": Engine}
 GOALS = 7
 """Asked for by default, evenly over the scale."""
+LONGEST = 512
+"""Tokens of a response, by default."""
 
 
 def run(args: list[str]) -> int:
@@ -110,7 +112,8 @@ def evaluate(
         engine: Transformers, VLLM or Endpoint, or a class of yours by import path; Transformers by default.
         temperature: of sampling; 1 by default.
         top_p: sample from the likeliest tokens that hold this share of the probability; 1 by default.
-        max_new_tokens: longest response, in tokens; 512 by default.
+        max_new_tokens: longest response, in tokens; by default 512, or half of the model's context where that is
+            less.
         max_prompt_length: cut longer prompts, goal kept; by default only what the model's context has no room for.
         bins: of rewards, of equal width, for unlearning; 3 by default.
         scale_points: goals that discrimination reads scores from, evenly over the scale; 19 by default.
@@ -145,7 +148,7 @@ def evaluate(
         parts=wanted, explicit=parts is not None, left_out=left_out, judge=judge, engine=engine or Transformers(),
         goals=_goals(goals, known, own=template is None and goal_from is None),
         sampling=Generation(
-            512 if max_new_tokens is None else max_new_tokens, 1.0 if temperature is None else temperature,
+            _longest(max_new_tokens, engine, one, wanted), 1.0 if temperature is None else temperature,
             1.0 if top_p is None else top_p,
         ),
         samples=4 if samples is None else samples, greedy=greedy is not False, bins=3 if bins is None else bins,
@@ -254,6 +257,14 @@ def _refuse_idle(given: dict[str, Any], wanted: list[Part]) -> None:
                 f"--{idle[0]} has no effect without the part{'s' if len(parts) > 1 else ''} {', '.join(parts)}; remove "
                 "it, or give what they need."
             )
+
+
+def _longest(asked: int | None, engine: Engine | None, model: Model, wanted: list[Part]) -> int:
+    """Tokens of the longest response: by default half of the context may be prompt."""
+    if asked is not None or not set(wanted) & set(OF_SAMPLES):
+        return LONGEST if asked is None else asked
+    engine = engine or Transformers()
+    return min(LONGEST, engine.context(model) // 2) if engine.reads_ids else LONGEST
 
 
 def _output(output: str | None, model: Model) -> Path:
