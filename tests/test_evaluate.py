@@ -199,8 +199,14 @@ def test_a_run_that_was_killed_goes_on_to_the_same_files(
     assert a | {"seconds": 0} == b | {"seconds": 0}
 
 
+def found_base(path: Path) -> str:
+    base = recorded_base(Model(str(path)))
+    assert isinstance(base, Model), base
+    return base.path
+
+
 def test_the_base_is_the_one_that_the_run_began_with(run: Path, data: Path, tmp_path: Path) -> None:
-    assert recorded_base(Model(str(run / "hf"))) == str(run.parent / "base"), "found where the run was started"
+    assert found_base(run / "hf") == str(run.parent / "base"), "found where the run was started"
     module, batches = build(run.parent / "base", data, optimizer=sgd)
     trainer = make_trainer(tmp_path, limit_train_batches=2, limit_val_batches=0)
     trainer.fit(module, batches)
@@ -208,7 +214,7 @@ def test_the_base_is_the_one_that_the_run_began_with(run: Path, data: Path, tmp_
     folder.mkdir(parents=True)
     (folder.parent / "run.json").write_text("{}")
     trainer.save_checkpoint(folder / "last.ckpt")
-    assert recorded_base(Model(str(folder / "last.ckpt"))) == str((run.parent / "base").resolve())
+    assert found_base(folder / "last.ckpt") == str((run.parent / "base").resolve())
     args = ["--model", folder / "last.ckpt", "--source", data, "--parts", "[unlearning, discrimination]"]
     assert called(*args, "--scale_points", 4) == 0
     found = document(folder.parent / "evaluation")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -11,15 +11,12 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rap_lightning.callbacks.intervals import AtIntervals, Row
-from rap_lightning.callbacks.sampling import Goal, Sample, parts_of_fit, sample_at_goals
+from rap_lightning.callbacks.sampling import Goal, Judge, Sample, parts_of_fit, sample_at_goals
 from rap_lightning.callbacks.steering import SteeringTable
 from rap_lightning.callbacks.watchdog import Watchdog
 from rap_lightning.errors import ConfigError
 from rap_lightning.evaluation.statistics import curve_spearman
 from rap_lightning.preferences.grid import grid
-
-Judge = Callable[[str, str], float]
-"""(prompt, response) -> reward on the goal template's scale"""
 
 
 class GoalSamples(AtIntervals):

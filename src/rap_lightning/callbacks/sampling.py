@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from rap_lightning.models.generate import generate, left_pad
 from rap_lightning.module import PreferenceModule
 
 Goal = float | None
+Judge = Callable[[str, str], float]
+"""(prompt, response) -> reward on the goal template's scale"""
 
 
 @dataclass(frozen=True)

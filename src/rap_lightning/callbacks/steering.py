@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -11,12 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rap_lightning.callbacks.sampling import parts_of_fit, sample_at_goals
+from rap_lightning.callbacks.sampling import Judge, parts_of_fit, sample_at_goals
 from rap_lightning.callbacks.watchdog import Watchdog
 from rap_lightning.errors import ConfigError
-
-Judge = Callable[[str, str], float]
-"""(prompt, response) -> reward on the goal template's scale"""
 
 
 class SteeringTable(pl.Callback):

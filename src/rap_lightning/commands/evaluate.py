@@ -137,7 +137,8 @@ def evaluate(
             raise ConfigError(f"--{name} must be at least {lowest}, found {given[name]}")
     one = Model(model, revision, trust_remote_code)
     known = _template(one, template, goal_from)
-    wanted, left_out, found_base = _parts(parts, judge, known, _base(base, one, trust_remote_code), engine, one)
+    begun = recorded_base(one) if base is None else Model(base, None, trust_remote_code)
+    wanted, left_out, found_base = _parts(parts, judge, known, begun, engine, one)
     _refuse_idle(given, wanted)
     if temperature == 0:
         raise ConfigError("--temperature 0 would sample one response again and again; greedy ones are shown beside.")
@@ -157,7 +158,11 @@ def evaluate(
         dtype=dtype or "float32", token_budget=8192 if token_budget is None else token_budget, split=split, limit=limit,
         format=format, columns=columns, num_proc=num_proc, seed=seed,
     )  # fmt: skip
-    document, missing = evaluate_model(plan)
+    try:
+        document, missing = evaluate_model(plan)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with what is in {plan.output}")
+        raise
     show(document)
     print(f"{plan.output / 'evaluation.json'}: {document['seconds']:g} s")
     if missing:
@@ -197,17 +202,6 @@ def _goals(
             raise ConfigError(f"--goals must lie on the scale of {low:g} to {high:g}, found {outside[0]:g}")
     found: list[float | None] = [None] if "none" in goals else []
     return found + list(numbers)
-
-
-def _base(base: str | None, model: Model, trust_remote_code: bool) -> Model | str:
-    """The base; in words why there is none."""
-    path = base or (recorded_base(model) if model.place.exists() else None)
-    if path is None:
-        return "nothing says which model training began with. Name it with --base"
-    found = Model(path, None, trust_remote_code)
-    if base is None and not found.place.exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        return f"training began with {path}, which isn't here. Name where it is with --base"
-    return found
 
 
 def _parts(
