@@ -57,11 +57,10 @@ def run(case: dict[str, Any], output: Path) -> None:
     if case.get("measured"):
         from rap_lightning.callbacks import GoalSamples, LikelihoodProbe
 
-        saver["callbacks"] = [
-            *saver.get("callbacks", []),
-            GoalSamples(lambda prompt, response: len(response), prompts=3, every_n_steps=2),
-            LikelihoodProbe(pairs=8, every_n_steps=2),
-        ]
+        probes: list[Any] = [LikelihoodProbe(pairs=8, every_n_steps=2)]
+        if case["strategy"] != "fsdp2":  # from which nothing can be sampled
+            probes.append(GoalSamples(lambda prompt, response: len(response), prompts=3, every_n_steps=2))
+        saver["callbacks"] = [*saver.get("callbacks", []), *probes]
     trainer = make_trainer(
         output / name,
         strategy=strategy(case["strategy"], **case.get("strategy_options", {})),

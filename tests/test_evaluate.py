@@ -14,6 +14,7 @@ import torch
 
 from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning import cli
+from rap_lightning.models.policy import PolicyConfig
 from rap_lightning.onpolicy.lines import Ledger, line_of
 from rap_lightning.onpolicy.measure.base import recorded_base
 from rap_lightning.onpolicy.model import Model
@@ -222,6 +223,26 @@ def test_the_base_is_the_one_that_the_run_began_with(run: Path, data: Path, tmp_
     assert found["discrimination"]["goals"] == [1, 4, 7, 10]
     assert "samples" not in found
     assert "controllability" not in found
+
+
+def test_a_continued_adapter_is_compared_with_the_adapter_as_it_began(run: Path, data: Path, tmp_path: Path) -> None:
+    base = run.parent / "base"
+    first, batches = build(base, data, lora=True, optimizer=sgd)
+    make_trainer(tmp_path / "a", max_steps=2, limit_val_batches=0).fit(first, batches)
+    first.policy.model.save_pretrained(tmp_path / "adapter")
+    policy = PolicyConfig(str(base), adapter=str(tmp_path / "adapter"))
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    second, batches = build(base, data, policy=policy, optimizer=still)
+    trainer = make_trainer(tmp_path / "b", max_steps=1, limit_val_batches=0)
+    trainer.fit(second, batches)
+    trainer.save_checkpoint(tmp_path / "still.ckpt")
+    args = ["--model", tmp_path / "still.ckpt", "--source", data, "--parts", "[unlearning]", "--bins", 1]
+    assert called(*args, "--output", tmp_path / "out") == 0
+    assert document(tmp_path / "out")["base"] == str((tmp_path / "adapter").resolve())
+    assert called(*args, "--output", tmp_path / "bare", "--base", base) == 0
+    changes = [document(tmp_path / name)["unlearning"]["conditions"]["best"]["chosen"][0] for name in ("out", "bare")]
+    assert changes[0]["value"] == pytest.approx(0, abs=1e-5), "nothing was learnt since"
+    assert abs(changes[1]["value"]) > 1e-3, "the adapter itself had learnt something"
 
 
 def test_an_untrained_policy_has_unlearnt_nothing(run: Path, data: Path, tmp_path: Path) -> None:

@@ -147,10 +147,12 @@ def test_two_processes_measure_what_one_does(base: dict[str, Any]) -> None:  # n
     folder = Path(base["model"]).parent
     case = base | {"reference": "frozen", "measured": True}
     run(case | {"name": "measured-one", "ranks": 1, "strategy": "auto"}, folder)
-    start([case | {"name": "measured-two", "ranks": 2, "strategy": "ddp"}], 2, folder)
-    one, two = (next((folder / f"measured-{name}").rglob("likelihood.jsonl")) for name in ("one", "two"))
-    assert len(lines(one)) == len(lines(two)) > 20
-    for ours, theirs in zip(lines(one), lines(two), strict=True):
-        assert theirs == ours | {"change_nats": pytest.approx(ours["change_nats"], abs=1e-4)}
-    alone, shared = (lines(path.with_name("samples.jsonl")) for path in (one, two))
+    kinds = ("ddp", "fsdp2")
+    start([case | {"name": f"measured-{kind}", "ranks": 2, "strategy": kind} for kind in kinds], 2, folder)
+    one, *others = (next((folder / f"measured-{name}").rglob("likelihood.jsonl")) for name in ("one", *kinds))
+    for two in others:
+        assert len(lines(one)) == len(lines(two)) > 20
+        for ours, theirs in zip(lines(one), lines(two), strict=True):
+            assert theirs == ours | {"change_nats": pytest.approx(ours["change_nats"], abs=1e-4)}
+    alone, shared = (lines(path.with_name("samples.jsonl")) for path in (one, others[0]))
     assert [(r["step"], r["goal"], r["prompt"]) for r in alone] == [(r["step"], r["goal"], r["prompt"]) for r in shared]

@@ -183,7 +183,9 @@ def _named() -> Iterator[None]:
 def _restored(config: Any, saved: SavedPolicy, dtype: Any, path: str) -> Any:
     policy = config.build(dtype)
     result = policy.load_state_dict(saved.read(saved.names), strict=False)
-    missing = [n for n in result.missing_keys if config.lora is None or ".lora_" in n]
+    missing = [
+        n for n in result.missing_keys if not config.adapts or ".lora_" in n
+    ]  # of an adapter, the base isn't saved
     if missing or result.unexpected_keys:
         raise ConfigError(
             f"{path} doesn't fit the model at {config.path}: missing {missing[:3]}, unexpected "
