@@ -58,6 +58,13 @@ def run(case: dict[str, Any], output: Path) -> None:
 
         every = ModelCheckpoint(save, filename="{step}", every_n_train_steps=case.get("every", 2), save_top_k=-1)
         saver = {"enable_checkpointing": True, "callbacks": [every, *([ExportHF()] if case.get("export") else [])]}
+    if case.get("measured"):
+        from rap_lightning.callbacks import GoalSamples, LikelihoodProbe
+
+        probes: list[Any] = [LikelihoodProbe(pairs=8, every_n_steps=2)]
+        if case["strategy"] != "fsdp2":  # from which nothing can be sampled
+            probes.append(GoalSamples(lambda prompt, response: len(response), prompts=3, every_n_steps=2))
+        saver["callbacks"] = [*saver.get("callbacks", []), *probes]
     trainer = make_trainer(
         output / name,
         strategy=strategy(case["strategy"], ranks, case.get("strategy_options", {})),

@@ -199,12 +199,13 @@ def test_samples_without_a_goal_have_a_mean_and_no_part_in_the_curve() -> None:
 
 def test_extrapolation_counts_what_training_did_not_show() -> None:
     samples = Samples(["a", "a", "b", "c"], [10.0] * 4, [7.0, 8.5, 6.0, 9.5], [1] * 4)
-    found = extrapolation(samples, [10.0], {"a": 8.5, "b": 6.0}, 9.0, 10.0)
+    found = extrapolation(samples, [10.0], {"a": 8.5, "b": 6.0}, {"c": 9.6}, 9.0, 10.0)
     assert found["best_seen"][0]["value"] == pytest.approx(2 / 3), "at or above; c is not in training"
     assert found["best_seen"][0]["n"] == 2
+    assert found["best_known"][0]["value"] == 0
     assert found["p99"]["score"] == 9.0
     assert found["p99"]["share"][0]["value"] == pytest.approx(1 / 4)
-    unknown = extrapolation(samples, [10.0], {}, 10.0, 10.0)
+    unknown = extrapolation(samples, [10.0], {}, {}, 10.0, 10.0)
     assert unknown["best_seen"][0]["value"] is None
     assert "in training" in unknown["best_seen"][0]["why"]
     assert "nothing lies above" in unknown["p99"]["share"][0]["why"]

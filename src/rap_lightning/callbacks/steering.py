@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from rap_lightning.callbacks.folders import run_folder
+from rap_lightning.callbacks.sampling import Judge, parts_of_fit, sample_at_goals
 from rap_lightning.callbacks.watchdog import Watchdog
-from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.generate import generate
-from rap_lightning.module import PreferenceModule
 
 FILE = "steering.json"
 """What a run's table leaves in its folder."""
-
-Judge = Callable[[str, str], float]
-"""(prompt, response) -> reward on the goal template's scale"""
 
 
 class SteeringTable(pl.Callback):
@@ -75,32 +68,20 @@ class SteeringTable(pl.Callback):
             self._write(run_folder(trainer) / FILE, samples)
 
     def _sample(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[float, list[tuple[str, str, float]]]:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, PreferenceDataModule) or data.goal is None or not isinstance(module, PreferenceModule):
-            raise ConfigError("SteeringTable needs a PreferenceModule and data with a goal template")
-        assert module.policy is not None, "fit builds the policy"
+        ours, data = parts_of_fit(trainer, module, "SteeringTable")
+        if data.goal is None:
+            raise ConfigError("SteeringTable needs data with a goal template; remove it from the callbacks.")
         distinct = data.histories()
         histories = [distinct[i % len(distinct)] for i in range(self.samples)]
-        if module.device_mesh is not None:
-            raise ConfigError("SteeringTable can't sample from a sharded policy yet; remove it from the callbacks.")
-        tokenizer = module.tokenizer
-        prompts = [history[-1]["content"] for history in histories]
-        results = {}
-        lengths: list[int] = []
-        with isolate_rng():
-            torch.manual_seed(self.seed)
-            for goal in self.goals:
-                texts: list[str] = []
-                for first in range(0, len(histories), data.batch_size):
-                    part = histories[first : first + data.batch_size]
-                    batch = data.prompt_batch(part, goal, module.generation).to(module.device)
-                    texts += generate(module.policy, tokenizer, batch, module.generation)
-                results[goal] = [(p, t, self.judge(p, t)) for p, t in zip(prompts, texts, strict=True)]
-                lengths += [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        found = sample_at_goals(trainer, ours, data, histories, self.goals, self.seed, "SteeringTable")
+        lengths = [one.tokens for samples in found.values() for one in samples]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Watchdog):
                 callback.saw_samples(lengths, trainer.global_step)
-        return results
+        return {
+            goal: [(one.prompt, one.text, self.judge(one.prompt, one.text)) for one in found[goal]]
+            for goal in self.goals
+        }
 
     def _settings(self) -> dict[str, Any]:
         """What two runs must share to be shown beside each other."""

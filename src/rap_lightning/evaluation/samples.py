@@ -15,6 +15,9 @@ from rap_lightning.evaluation.figures import Bootstrap, Figure, Floats
 Goal = float | None
 """What was asked for; None: no goal in the prompt."""
 
+EQUAL = 1e-9
+"""Scores that differ by less are equal."""
+
 NO_SAMPLES = "no sample with a score at this goal"
 
 
@@ -111,48 +114,50 @@ def _argmax(curve: Any, bootstrap: Bootstrap, goals: Sequence[Goal], stated: lis
 def extrapolation(
     samples: Samples,
     goals: Sequence[Goal],
-    best_seen: Mapping[Hashable, float],
-    p99: float | None,
+    best_seen: Mapping[Any, float],
+    best_known: Mapping[Any, float],
+    p99: float,
     highest: float,
     seed: int = 0,
-    tolerance: float = 1e-9,
 ) -> dict[str, Any]:
     """How often do samples reach what training never showed, or hardly ever?
 
     - ``best_seen``: share of samples that score at least as high as the best response to their prompt in training;
+    - ``best_known``: the same against the best response to it in the data that are evaluated on, training or not;
     - ``p99``: share above the 99th percentile of all training rewards.
 
     Args:
-        samples: judged by the judge of the training data.
+        samples: judged by the judge of the data.
         goals: in the order of the lists that are returned.
         best_seen: prompt to the highest reward of its responses in training; prompts that are not there don't count.
-        p99: the percentile; None where training rewards aren't known.
+        best_known: the same of the evaluated data.
+        p99: the percentile.
         highest: the highest score that the judge can give.
         seed: of the bootstrap.
-        tolerance: scores that differ by less are equal.
     """
     goal, scores, _ = samples._columns(goals)
-    seen = np.asarray([best_seen.get(prompt, np.nan) for prompt in samples.prompts], dtype=np.float64)
-    known = np.isfinite(seen)
-    bootstrap = Bootstrap(samples.prompts, seed=seed)
-    why = "none of the prompts has a scored response in training"
-    reached = np.nan_to_num(scores >= seen - tolerance).astype(np.float64)
-    best = bootstrap.figures(
-        lambda w: statistics.means_by_goal(reached, w * known, goal, len(goals)), len(goals), why,
-        [known & (goal == i) for i in range(len(goals))],
-    )  # fmt: skip
-    result: dict[str, Any] = {"best_seen": [figure.as_dict() for figure in best]}
-    if p99 is None:
-        share = [Figure.missing("training rewards aren't known")] * len(goals)
-    elif p99 >= highest - tolerance:
-        share = [Figure.missing("the 99th percentile is the highest score there is: nothing lies above")] * len(goals)
-    else:
-        above = (scores > p99 + tolerance).astype(np.float64)
-        share = bootstrap.figures(
-            lambda w: statistics.means_by_goal(above, w, goal, len(goals)), len(goals), NO_SAMPLES,
-            [goal == i for i in range(len(goals))],
+    bootstrap, at = Bootstrap(samples.prompts, seed=seed), [goal == i for i in range(len(goals))]
+
+    def shares(hits: Floats, among: NDArray[np.bool_], why: str) -> list[dict[str, Any]]:
+        found = bootstrap.figures(
+            lambda w: statistics.means_by_goal(hits, w * among, goal, len(goals)), len(goals), why,
+            [among & here for here in at],
         )  # fmt: skip
-    return result | {"p99": {"score": p99, "share": [figure.as_dict() for figure in share]}}
+        return [figure.as_dict() for figure in found]
+
+    result: dict[str, Any] = {}
+    for name, best, where in (("best_seen", best_seen, "in training"), ("best_known", best_known, "in the data")):
+        bar = np.asarray([best.get(prompt, np.nan) for prompt in samples.prompts], dtype=np.float64)
+        known = np.isfinite(bar)
+        reached = known & (scores >= np.where(known, bar, np.inf) - EQUAL)
+        result[name] = shares(reached.astype(np.float64), known, f"none of the prompts has a scored response {where}")
+    if p99 >= highest - EQUAL:
+        why = "the 99th percentile is the highest score there is: nothing lies above"
+        share = [Figure.missing(why).as_dict()] * len(goals)
+    else:
+        above = (scores > p99 + EQUAL).astype(np.float64)
+        share = shares(above, np.ones(len(scores), dtype=bool), NO_SAMPLES)
+    return result | {"p99": {"score": p99, "share": share}}
 
 
 LENGTH_METHOD = (

@@ -76,7 +76,7 @@ class Model:
         from transformers import AutoConfig
 
         config, tokenizer = self._config(), self.tokenizer()
-        path = self._base() if self.is_adapter else config.path
+        path = self.adapter_base() if self.is_adapter else config.path
         text = AutoConfig.from_pretrained(
             path, revision=None if self.is_adapter else config.revision, trust_remote_code=self.trust_remote_code
         ).get_text_config()
@@ -119,11 +119,13 @@ class Model:
                     content.seek(-SAMPLE, 2)
                     digest.update(content.read())
         name = self.place.resolve().name
-        return {"path": name, "digest": digest.hexdigest()[:24]} | ({"base": self._base()} if self.is_adapter else {})
+        return {"path": name, "digest": digest.hexdigest()[:24]} | (
+            {"base": self.adapter_base()} if self.is_adapter else {}
+        )
 
     def began_with(self) -> tuple[str, str | None]:
         """(path, adapter) of the policy that a checkpoint's run began with."""
-        options = self._checkpoint()["rap_lightning"]["policy"]
+        options = self.trained_from()
         return str(options["path"]), options.get("adapter")
 
     def _config(self) -> Any:
@@ -142,7 +144,12 @@ class Model:
             self._saved = open_saved(self.place)
         return self._saved
 
-    def _base(self) -> str:
+    def trained_from(self) -> dict[str, Any]:
+        """Of a checkpoint, the recorded options of the policy that training began with."""
+        return dict(self._checkpoint().record["policy"])
+
+    def adapter_base(self) -> str:
+        """Of an adapter's folder, the base model that it names."""
         found = json.loads((self.place / "adapter_config.json").read_text(encoding="utf-8"))
         return str(found["base_model_name_or_path"])
 
@@ -155,7 +162,7 @@ class Model:
             raise ConfigError(
                 f"{self.path} has no adapter_model.safetensors; other formats can hold code, and aren't read."
             )
-        base = PolicyConfig(self._base(), trust_remote_code=self.trust_remote_code).load_model(dtype)
+        base = PolicyConfig(self.adapter_base(), trust_remote_code=self.trust_remote_code).load_model(dtype)
         return PeftModel.from_pretrained(base, str(self.place))
 
 
