@@ -74,13 +74,14 @@ def run(case: dict[str, Any], output: Path) -> None:
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=case.get("ckpt_path"), weights_only=True)
     state = full_state(module.policy)
+    draws = trainer.strategy.all_gather(torch.rand(1)).flatten().tolist()  # of each rank's own generator
     if trainer.is_global_zero:
-        (path,) = (output / name).rglob("metrics.csv")
+        path = max((output / name).rglob("metrics.csv"), key=lambda p: p.stat().st_mtime)
         with path.open() as file:
             rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         for row in rows:
             row.pop("pairs_per_second", None), row.pop("tokens_per_second", None)
-        torch.save({"rows": rows, "weights": state}, output / f"{name}.pt")
+        torch.save({"rows": rows, "weights": state, "draws": draws}, output / f"{name}.pt")
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ def test_two_sharded_processes_equal_one(base: dict[str, Any], tmp_path: Path) -
     start([c | {"name": f"2-{n}", "ranks": 2, "strategy": "fsdp2"} for n, c in chosen.items()], 2, tmp_path)
     for name in chosen:
         assert_same_run(tmp_path, f"1-{name}", f"2-{name}")
+        assert len(set(torch.load(tmp_path / f"2-{name}.pt")["draws"])) == 2, "random numbers of each rank's own"
 
 
 @pytest.mark.slow

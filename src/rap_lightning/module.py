@@ -452,6 +452,8 @@ class PreferenceModule(pl.LightningModule):
                 f"step of {accumulate}. Use a multiple of accumulate_grad_batches."
             )
         self._clock = time.perf_counter()
+        if self.global_rank > 0:  # weights began alike; dropout must not
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
         if self._resumed is not None:
             self._go_on(self._resumed)
             self._resumed = None

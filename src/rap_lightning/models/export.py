@@ -225,6 +225,7 @@ def _write_rest(folder: Path, model: Any, tokenizer: Any, leaving: Leaving) -> N
     generation.save_pretrained(folder)
     if leaving.goal is not None and leaving.goal_in_template:
         tokenizer = write_goals_by_itself(tokenizer, leaving.goal)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # of how it was loaded here, not of what it is
     tokenizer.save_pretrained(folder)
     if leaving.goal is not None:
         text = json.dumps(leaving.goal, indent=2, ensure_ascii=False) + "\n"
