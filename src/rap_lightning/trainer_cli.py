@@ -246,7 +246,21 @@ class _ParseOnly(PreferenceCLI):
         """Nothing is drawn."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        LightningCLI.parse_arguments(self, parser, args)
+        parser.exit_on_error = False  # its usage is hundreds of lines of fit's options
+        try:
+            LightningCLI.parse_arguments(self, parser, args)
+        except Exception as error:
+            text = str(error)
+            if "arguments are required" in text:
+                raise ConfigError(
+                    "expected a config that says which model and which data (--config CONFIG, or the options "
+                    f"--model.policy.path and --data.source). Found nothing for {text.rpartition(': ')[2]}."
+                ) from error
+            if text.startswith("File does not exist"):
+                raise ConfigError(
+                    f"--config: {text[0].lower()}{text[1:]}. Expected the path of a YAML file."
+                ) from error
+            raise _told(error) from error
 
     def instantiate_classes(self) -> None:
         """Without what belongs to the trainer: a strategy may need a GPU only to be made."""
