@@ -31,6 +31,7 @@ class Meter(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Nothing of a model is loaded yet."""
         self.found["process"] = resident("VmRSS")
+        self.found["files_before"] = resident("RssFile")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """What is there before the first step."""
@@ -52,6 +53,7 @@ class Meter(pl.Callback):
         if trainer.global_step < 2 or "resident" in self.found:
             return
         self.found["resident"] = resident("VmHWM")
+        self.found["files"] = resident("RssFile")
         self._profile.stop()
         self.found["traced"] = self.found["kept"] + most_allocated(self._profile) - 4 * MARK
         Path(f"{self.output}.{trainer.global_rank}.json").write_text(json.dumps(self.found))

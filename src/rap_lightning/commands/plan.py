@@ -177,7 +177,7 @@ class _Plan:
         model, why = blank_model(replace(source, adapter=None), self.kept)
         if model is None:
             raise ConfigError(f"plan can't build the reference {source.path} without its weights: {why}.")
-        return sum(p.nbytes for p in model.parameters())
+        return sum(int(p.nbytes) for p in model.parameters())
 
     @cached_property
     def text_config(self) -> Any:
@@ -246,7 +246,8 @@ class _Plan:
             "strategy": spread.kind, "ranks": spread.ranks, "shard": spread.shard, "layout": case.layout,
             "reference": case.reference, "precision": self.precision, "length": case.length,
             "bytes_per_rank": {**asdict(held), "total": held.total}, "room": self.room, "fits": fits,
-            "pass_tokens": step.tokens, "passes": case.passes, "pairs_per_step": self.data.batch_size * self.accumulate * spread.ranks, "tokens_per_step": tokens,
+            "pass_tokens": step.tokens, "passes": case.passes,
+            "pairs_per_step": self.data.batch_size * self.accumulate * spread.ranks, "tokens_per_step": tokens,
             "flops_per_step": step.flops * case.passes * spread.ranks, "longest_pair": longest,
         }  # fmt: skip
         if self.gpu is not None and self.precision.startswith("bf16"):  # the table's peaks are of bfloat16
