@@ -38,6 +38,7 @@ from rap_lightning.callbacks import (
 from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
 from rap_lightning.class_names import check_class_names
 from rap_lightning.datamodule import PreferenceDataModule
+from rap_lightning.deepspeed import refuse_in_config
 from rap_lightning.errors import ConfigError, UserError
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.checkpoints import newest_whole, refuse_damaged, run_key
@@ -96,6 +97,7 @@ class PreferenceCLI(LightningCLI):
         except Exception as error:
             raise _told(error) from error
         options = self.config[self.config["subcommand"]]
+        refuse_in_config(options)
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning would run what a local file has pickled
         for section, kind in (("model", PreferenceModule), ("data", PreferenceDataModule)):
@@ -261,6 +263,7 @@ class _ParseOnly(PreferenceCLI):
                     f"--config: {text[0].lower()}{text[1:]}. Expected the path of a YAML file."
                 ) from error
             raise _told(error) from error
+        refuse_in_config(self.config)
 
     def instantiate_classes(self) -> None:
         """Without what belongs to the trainer: a strategy may need a GPU only to be made."""

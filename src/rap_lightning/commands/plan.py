@@ -277,7 +277,7 @@ class _Plan:
         if spread.kind in ("single", "ddp") and spread.ranks > 1:
             sharded = replace(spread, kind="fsdp2", shard=spread.ranks)
             options.append(("--trainer.strategy fsdp2", self._memory(step, spread=sharded)))
-        if spread.kind in ("fsdp2", "zero3"):
+        if spread.kind == "fsdp2":
             wider = replace(spread, ranks=2 * spread.ranks, shard=2 * spread.shard)
             options.append((f"{2 * spread.ranks} devices instead of {spread.ranks}", self._memory(step, spread=wider)))
             if self.device == "cuda" and not spread.offload:
@@ -388,9 +388,6 @@ def _spread(strategy: Any, ranks: int, per_node: int, precision: str) -> Spread:
         return Spread("fsdp2", ranks, per_node, shard, bool(options.get("cpu_offload")), gather)
     if short == "modelparallelstrategy":
         return Spread("fsdp2", ranks, per_node, ranks)
-    if "deepspeed" in short:
-        stage = int(options.get("stage") or (3 if "3" in short else 2))
-        offload = bool(options.get("offload_optimizer")) or "offload" in short
-        kind: Kind = "zero3" if stage == 3 else "zero2"
-        return Spread(kind, ranks, per_node, ranks if stage == 3 else 1, offload, half)
-    raise ConfigError(f"plan doesn't know the strategy {name}: it knows auto, ddp, fsdp2 and deepspeed's.")
+    if "deepspeed" in short:  # other stages and offload are refused
+        return Spread("zero2", ranks, per_node, 1, gather=half)
+    raise ConfigError(f"plan doesn't know the strategy {name}: it knows auto, ddp, fsdp2 and deepspeed's stage 2.")

@@ -12,7 +12,7 @@ from typing import Literal
 from rap_lightning.planning.gpus import GPU
 from rap_lightning.planning.trace import Step
 
-Kind = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
+Kind = Literal["single", "ddp", "fsdp2", "zero2"]
 ReferenceKind = Literal["Frozen", "AdaptersOff", "AdapterAsLoaded", "Stored", "Synchronised", "none"]
 Device = Literal["cpu", "cuda"]
 LIVE = ("Frozen", "AdaptersOff", "AdapterAsLoaded", "Synchronised")
@@ -30,8 +30,8 @@ class Spread:
     Attributes:
         kind: which family of strategies.
         ranks: processes in all; ``per_node`` of them on each node.
-        shard: ranks that hold one copy together, under fsdp2 and zero3.
-        offload: optimizer (zero2) or everything sharded (fsdp2, zero3) lives in the host's memory.
+        shard: ranks that hold one copy together, under fsdp2.
+        offload: everything sharded lives in the host's memory, under fsdp2.
         gather: bytes per weight that travels, over bytes per weight that is kept.
         buckets_apart: under ddp, what is sent is a second copy of the gradients (gradient_as_bucket_view false).
     """
@@ -92,7 +92,7 @@ def memory(
     """
     from rap_lightning.models.logps import CHUNK_BYTES, KEPT_BYTES
 
-    sharded = spread.kind in ("fsdp2", "zero3")
+    sharded = spread.kind == "fsdp2"
     n = spread.shard if sharded else 1
     frozen = {
         "Frozen": step.weights if reference_weights is None else reference_weights, "Synchronised": step.gradients,
@@ -106,7 +106,7 @@ def memory(
     within, at_end = _gathered(step, spread, reference in LIVE) if sharded and n > 1 else (0.0, 0.0)
     # one of three moments is the worst: one within a pass; its end, when sharded gradients of the root are reduced; and
     # when the optimizer steps. What is whole for a while stands apart from the rest
-    moments = [
+    moments: list[tuple[float, float]] = [
         (buckets + before + step.peak(share if own > before else 0.0), within),
         (gradients, at_end),
         (gradients + step.update * share, 0.0),
@@ -115,14 +115,16 @@ def memory(
     activations = max(0.0, most - gradients)
     all_logits = step.response_tokens * vocabulary * 4
     logits = min(all_logits, KEPT_BYTES) + min(all_logits, CHUNK_BYTES)
+    weights = step.weights / n
+    if spread.kind == "zero2":  # DeepSpeed keeps weights as they travel, and each rank its part of them in full beside
+        weights = step.weights * spread.gather
+        states += step.gradients * share if spread.gather < 1 else 0.0
     held = Memory(
-        step.weights / n, min(gradients, most), states, frozen / n, gathered, activations,
+        weights, min(gradients, most), states, frozen / n, gathered, activations,
         min(logits, activations), PROCESS[device],
     )  # fmt: skip
     if not spread.offload or device == "cpu":
         return held
-    if spread.kind == "zero2":
-        return replace(held, optimizer=0.0, host=held.optimizer)
     away = held.weights + held.gradients + held.optimizer + held.reference
     return replace(held, weights=0.0, gradients=0.0, optimizer=0.0, reference=0.0, host=away)
 
@@ -179,7 +181,7 @@ def duration(
         seconds = 2 * step.gradients * ring(spread.ranks) / link
     elif spread.kind == "zero2":
         seconds = (passes * step.gradients + step.weights) * ring(spread.ranks) / link
-    elif spread.kind in ("fsdp2", "zero3"):
+    elif spread.kind == "fsdp2":
         gathers = passes * (2 * moved + (moved if live else 0))
         seconds = (gathers + passes * step.gradients) * ring(spread.shard) / near
         replicas = spread.ranks // spread.shard

@@ -253,15 +253,17 @@ def _worst(moments: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(kept)
 
 
-def _attention(q: Any, k: Any, v: Any, _: float = 0.0, causal: bool = False, **__: Any) -> int:
+def _attention(q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, **_: Any) -> int:
     """q k^T and p v, of which causality leaves half."""
     *heads, t, d = q.shape
-    return int(2 * math.prod(heads) * t * k.shape[-2] * (d + v.shape[-1]) * (0.5 if causal else 1))
+    return int(2 * math.prod(heads) * t * k.shape[-2] * (d + v.shape[-1]) * (0.5 if is_causal else 1))
 
 
-def _attention_backward(_: Any, q: Any, k: Any, v: Any, *rest: Any, **__: Any) -> int:
-    causal = bool(rest[3]) if len(rest) > 3 else False
-    return int(2.5 * _attention(q, k, v, 0.0, causal))
+def _attention_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, log_z: Any, dropout_p: float, is_causal: bool, **_: Any
+) -> int:
+    """Five products where the forward pass has two."""
+    return int(2.5 * _attention(q, k, v, dropout_p, is_causal))
 
 
 # torch's counter knows no CPU kernel of attention
