@@ -41,8 +41,8 @@ def refuse_in_config(options: Any) -> None:
     refuse(stage, offload, budget is not None, int(trainer.get("accumulate_grad_batches") or 1))
     if (options.get("guard") or {}).get("non_finite") == "skip":
         raise ConfigError(
-            "--guard.non_finite skip has no effect under DeepSpeed, which holds gradients where they can't be left out. "
-            f"Leave it out. {INSTEAD}."
+            "--guard.non_finite skip has no effect under DeepSpeed, which holds gradients where no step can be left "
+            f"out. Remove it. {INSTEAD}."
         )
 
 

@@ -252,17 +252,15 @@ class _ParseOnly(PreferenceCLI):
         try:
             LightningCLI.parse_arguments(self, parser, args)
         except Exception as error:
-            text = str(error)
-            if "arguments are required" in text:
+            told = _told(error)
+            if "arguments are required" in str(told):
                 raise ConfigError(
                     "expected a config that says which model and which data (--config CONFIG, or the options "
-                    f"--model.policy.path and --data.source). Found nothing for {text.rpartition(': ')[2]}."
+                    f"--model.policy.path and --data.source). Found nothing for {str(told).rpartition(': ')[2]}."
                 ) from error
-            if text.startswith("File does not exist"):
-                raise ConfigError(
-                    f"--config: {text[0].lower()}{text[1:]}. Expected the path of a YAML file."
-                ) from error
-            raise _told(error) from error
+            if (missing := str(told).partition("PathError: ")[2]).startswith("File does not exist"):
+                raise ConfigError(f"--config: {missing}. Expected the path of a YAML file.") from error
+            raise told from error
         refuse_in_config(self.config)
 
     def instantiate_classes(self) -> None:

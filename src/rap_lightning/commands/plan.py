@@ -19,7 +19,7 @@ from rap_lightning.models.policy import CHECKPOINTING_FROM, DTYPES, Lora, _load
 from rap_lightning.models.reference import Frozen
 from rap_lightning.models.sharded_load import blank_model
 from rap_lightning.module import PreferenceModule
-from rap_lightning.planning.estimate import LIVE, USABLE, Device, Kind, Memory, ReferenceKind, Spread, duration, memory
+from rap_lightning.planning.estimate import LIVE, USABLE, Device, Memory, ReferenceKind, Spread, duration, memory
 from rap_lightning.planning.gpus import GPU, GPUS, find_gpu
 from rap_lightning.planning.trace import Step, batch_of, trace
 from rap_lightning.trainer_cli import PreferenceCLI, parse_only

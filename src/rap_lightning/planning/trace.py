@@ -200,7 +200,7 @@ def trace(
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(alive.became_gradient)
         reference_flops = 0
-        with alive, _rows_at_once():
+        with alive, _rows_at_once(), _unpacked():
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
                 loss = policy(moved).sum()
                 if reference:
@@ -236,6 +236,20 @@ def _rows_at_once() -> Iterator[None]:
         yield
     finally:
         logps.ROWS_IN_CACHE = before
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """No mask for rows that hold one sequence each, as with real tensors: of fake ones transformers can't tell."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)
 
 
 def _bytes(tensors: Iterator[Tensor]) -> int:
