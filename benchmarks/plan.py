@@ -126,7 +126,7 @@ def row(name: str, found: dict[str, Any]) -> str:
     )
 
 
-HEAD = """| run | tokens in a pass | planned, GB | allocated by torch | off | planned, and the process | resident | off |
+HEAD = """| run | tokens in a pass | planned, GB | allocated by torch | off | planned with process | resident | off |
 |---|---:|---:|---:|---:|---:|---:|---:|"""
 
 
