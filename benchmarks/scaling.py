@@ -1,6 +1,6 @@
 """The tables and the picture of docs/scaling.md, from the same model as ``rap-lightning plan``.
 
-    python benchmarks/scaling.py > tables.md      # writes docs/scaling.svg
+    python benchmarks/scaling.py > tables.md      # writes docs/scaling.png
 
 Llama 3.1's shapes at 8B and 70B (their published configs), pairs of 1,024 tokens of which half is prompt, layout tree,
 bf16-mixed, gradient checkpointing. No weights are needed, and no GPU: nothing here is measured.
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from rap_lightning.models.policy import Lora, PolicyConfig
-from rap_lightning.planning.estimate import Spread, duration, memory
+from rap_lightning.planning.estimate import USABLE, Memory, ReferenceKind, Spread, Time, duration, memory
 from rap_lightning.planning.gpus import GPUS
 from rap_lightning.planning.trace import Step, batch_of, trace
 
@@ -25,7 +25,9 @@ SHAPES = {
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
 VOCABULARY, PAIRS, LENGTH = 128_256, 4, 1024
-GPU, ROOM, MFU, NETWORK = GPUS["h100-80gb"], 75.2, 0.4, 50.0
+GPU, MFU, NETWORK = GPUS["h100-80gb"], 0.4, 50.0
+ROOM = GPU.memory * USABLE
+RANKS = (1, 8, 16, 64, 256)
 
 
 def traced(size: str, lora: bool, folder: Path) -> Step:
@@ -39,90 +41,105 @@ def traced(size: str, lora: bool, folder: Path) -> Step:
     (path / "config.json").write_text(json.dumps(config))
     policy = PolicyConfig(str(path), gradient_checkpointing=True, lora=Lora() if lora else None)
     batch = batch_of("tree", PAIRS, LENGTH // 2, LENGTH // 2)
-    step = trace(policy, torch.bfloat16, batch, partial(torch.optim.AdamW, lr=1e-6), autocast=torch.bfloat16)
-    return Step(
-        **{
-            **vars(step),
-            **{n: 2 * vars(step)[n] for n in ("weights", "gradients", "optimizer", "largest_unit", "root")},
-        }
-    )
+    optimizer = partial(torch.optim.AdamW, lr=1e-6, fused=True)
+    return trace(policy, torch.bfloat16, batch, optimizer, autocast=torch.bfloat16).weighing(2)
 
 
 def spreads(ranks: int) -> dict[str, Spread]:
     """Strategies over so many devices, eight to a node."""
     per_node = min(ranks, 8)
-    found = {"ddp": Spread("ddp" if ranks > 1 else "single", ranks, per_node, 1, gather=1.0)}
-    found["fsdp2"] = Spread("fsdp2", ranks, per_node, ranks, gather=0.5)
+    found = {"ddp": Spread("ddp", ranks, per_node, 1), "fsdp2": Spread("fsdp2", ranks, per_node, ranks, gather=0.5)}
+    if ranks == 1:
+        return {"single": Spread("single", 1, 1, 1)}
     if ranks > 8:
         found["hsdp"] = Spread("fsdp2", ranks, per_node, 8, gather=0.5)
     return found
 
 
+def planned(step: Step, spread: Spread, reference: ReferenceKind) -> tuple[Memory, Time]:
+    """What a rank holds, and how long a step takes."""
+    return (
+        memory(step, spread, reference, VOCABULARY, "cuda"),
+        duration(step, spread, reference, 1, GPU, MFU, NETWORK),
+    )
+
+
 def main() -> None:
     """Print the tables and write the picture."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+    steps: dict[tuple[str, bool], Step] = {}
     with tempfile.TemporaryDirectory() as folder:
         for size in SHAPES:
             for lora in (False, True):
-                step = traced(size, lora, Path(folder))
-                reference = "AdaptersOff" if lora else "Frozen"
-                kind = f"{size} {'LoRA' if lora else 'full'}"
-                print(f"\n### {kind}, reference {reference}: {step.parameters / 1e9:.1f}B parameters\n")
-                head = "| GPUs | strategy | weights | gradients | optimizer | reference | gathered | activations |"
-                print(head + " total GB | fits 80 GB | sent per step, s | computing, s | tokens/s |")
-                print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
-                for ranks in (1, 8, 16, 64, 256):
-                    for name, spread in spreads(ranks).items():
-                        held = memory(step, spread, reference, VOCABULARY, "cuda")  # type: ignore[arg-type]
-                        time = duration(step, spread, reference, 1, GPU, MFU, NETWORK)  # type: ignore[arg-type]
-                        total = held.total / 1e9
-                        lines.setdefault(f"{kind} {name}", []).append((ranks, total))
-                        parts = (
-                            held.weights,
-                            held.gradients,
-                            held.optimizer,
-                            held.reference,
-                            held.gathered,
-                            held.activations,
-                        )
-                        cells = " | ".join(f"{part / 1e9:.1f}" for part in parts)
-                        fits = "yes" if total <= ROOM else "no"
-                        print(f"| {ranks} | {name} | {cells} | {total:.1f} | {fits} | {time.communication:.2f} | "
-                              f"{time.compute:.2f} | {step.tokens * ranks / time.step:,.0f} |")  # fmt: skip
-    Path(__file__).parent.parent.joinpath("docs", "scaling.svg").write_text(picture(lines))
+                steps[size, lora] = traced(size, lora, Path(folder))
+    tables(steps)
+    picture(steps, Path(__file__).parent.parent / "docs" / "scaling.png")
 
 
-def picture(lines: dict[str, list[tuple[int, float]]]) -> str:
-    """Memory of a rank over the number of GPUs, both logarithmic."""
-    from math import log2, log10
+def references(lora: bool) -> tuple[ReferenceKind, ...]:
+    return ("AdaptersOff",) if lora else ("Frozen", "Stored")
 
-    width, height, left, top, right, bottom = 720, 430, 60, 30, 170, 50
-    x = lambda n: left + (width - left - right) * log2(n) / 8  # noqa: E731
-    y = lambda gb: top + (height - top - bottom) * (1 - (log10(gb) - 0.7) / 2.7)  # noqa: E731
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',  # noqa: E501
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="18">GB on each GPU, by plan (bf16-mixed, 4 pairs of 1,024 tokens)</text>',
-    ]
-    for gb in (5, 10, 20, 40, 80, 160, 320, 640, 1280):
-        stroke = "#c00" if gb == 80 else "#ddd"
-        out.append(f'<line x1="{left}" x2="{width - right}" y1="{y(gb):.1f}" y2="{y(gb):.1f}" stroke="{stroke}"/>')
-        out.append(f'<text x="{left - 6}" y="{y(gb) + 4:.1f}" text-anchor="end">{gb}</text>')
-    for n in (1, 8, 16, 64, 256):
-        out.append(f'<text x="{x(n):.1f}" y="{height - 28}" text-anchor="middle">{n}</text>')
-    out.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">GPUs (8 to a node)</text>'
-    )
-    colours = {"8B full": "#1f77b4", "8B LoRA": "#6baed6", "70B full": "#d95f02", "70B LoRA": "#fdae61"}
-    dashes = {"ddp": "2 3", "fsdp2": "", "hsdp": "7 3"}
-    for name, points in lines.items():
-        kind, _, strategy = name.rpartition(" ")
-        path = " ".join(f"{x(n):.1f},{y(min(gb, 2400)):.1f}" for n, gb in points)
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colours[kind]}" stroke-width="2" '
-                   f'stroke-dasharray="{dashes[strategy]}"/>')  # fmt: skip
-        n, gb = points[-1]
-        out.append(f'<text x="{x(n) + 6:.1f}" y="{y(min(gb, 2400)) + 4:.1f}" fill="{colours[kind]}">{name}</text>')
-    return "\n".join([*out, "</svg>", ""])
+
+def tables(steps: dict[tuple[str, bool], Step]) -> None:
+    """One for each model and kind of training."""
+    for (size, lora), step in steps.items():
+        for reference in references(lora):
+            kind = "LoRA" if lora else "full"
+            print(f"\n### {size} {kind}, reference {reference}: {step.parameters / 1e9:.1f}B parameters, "
+                  f"{step.trainable / 1e6:,.0f}M trained\n")  # fmt: skip
+            print("| GPUs | strategy | weights | gradients | optimizer | reference | gathered | activations "
+                  "| total GB | fits | travels, s | computes, s | pairs/s |")  # fmt: skip
+            print("|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|")
+            for ranks in RANKS:
+                for name, spread in spreads(ranks).items():
+                    held, time = planned(step, spread, reference)
+                    parts = (
+                        held.weights, held.gradients, held.optimizer, held.reference, held.gathered, held.activations
+                    )  # fmt: skip
+                    cells = " | ".join(f"{part / 1e9:.1f}" for part in parts)
+                    fits = held.total <= ROOM * 1e9
+                    pace = f"{PAIRS * ranks / time.step:,.0f}" if fits else ""
+                    print(f"| {ranks} | {name} | {cells} | {held.total / 1e9:.0f} | {'yes' if fits else 'no'} "
+                          f"| {time.communication:.2f} | {time.compute:.2f} | {pace} |")  # fmt: skip
+
+
+def picture(steps: dict[tuple[str, bool], Step], path: Path) -> None:
+    """Memory of a rank, and the share of time that computing could take, over the number of GPUs."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
+
+    colours = {"ddp": "#b2182b", "fsdp2": "#2166ac", "hsdp": "#1b7837"}
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.2), sharex=True, sharey="row", layout="constrained")
+    columns = [("8B", False, "8B, full"), ("70B", False, "70B, full"), ("70B", True, "70B, LoRA")]
+    for column, (size, lora, title) in enumerate(columns):
+        step, reference = steps[size, lora], references(lora)[-1]
+        top, bottom = axes[:, column]
+        for name, colour in colours.items():
+            points = [(n, *planned(step, spreads(n)[name], reference)) for n in RANKS if name in spreads(n)]
+            top.plot([n for n, *_ in points], [m.total / 1e9 for _, m, _ in points], "o-", color=colour, label=name)
+            pace = [(n, PAIRS / t.step) for n, m, t in points if m.total <= ROOM * 1e9]
+            bottom.plot(*zip(*pace, strict=True) if pace else ([], []), "o-", color=colour, label=name)
+        alone = planned(step, spreads(1)["single"], reference)[0].total / 1e9
+        top.plot([1], [alone], "s", color="#555555", label="one GPU")
+        top.axhline(ROOM, color="black", lw=1, ls="--")
+        top.text(250, ROOM * 1.06, "what an 80 GB GPU has", ha="right", fontsize=8)
+        top.set_title(f"{title}, reference {reference}", fontsize=10)
+        top.set(xscale="log", yscale="log")
+        bottom.set(xscale="log", xlabel="GPUs, eight to a node")
+        bottom.set_xticks(RANKS, [str(n) for n in RANKS])
+        bottom.minorticks_off()
+        top.yaxis.set_major_formatter(ScalarFormatter())
+        for ax in (top, bottom):
+            ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("GB on each GPU")
+    axes[1, 0].set_ylabel("pairs/s of each GPU\n(only what fits)")
+    axes[1, 0].set_ylim(bottom=0)
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle("Reckoned, not measured: H100s, pairs of 1,024 tokens, 4 on each, bf16-mixed, checkpointing",
+                    fontsize=11)  # fmt: skip
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

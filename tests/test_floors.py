@@ -12,7 +12,7 @@ FLOORS = [
     {"batches"},
     {"losses"},
     {"models"},
-    {"metrics", "schedules", "warm_up", "progress", "planning", "evaluation"},
+    {"metrics", "schedules", "warm_up", "progress", "planning", "evaluation", "deepspeed"},
     {"datamodule", "module"},
     {"strategies", "together"},
     {"callbacks"},

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBatch, TokenLogps
 from rap_lightning.batches.unrelated import unrelated
+from rap_lightning.deepspeed import refuse_in_trainer
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, SFT, PreferenceLoss
 from rap_lightning.losses.base import over_ranks
@@ -209,6 +210,7 @@ class PreferenceModule(pl.LightningModule):
 
     def _check_data(self) -> None:
         """Refuse data on which the loss would not mean what it says, before anything is loaded."""
+        refuse_in_trainer(self.trainer)
         data, name = getattr(self.trainer, "datamodule", None), type(self.loss).__name__
         size = getattr(data, "batch_size", None)
         if size is not None and size < self.loss.least_pairs:

@@ -39,6 +39,7 @@ from rap_lightning.callbacks import (
 from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
 from rap_lightning.class_names import check_class_names
 from rap_lightning.datamodule import PreferenceDataModule
+from rap_lightning.deepspeed import refuse_in_config
 from rap_lightning.errors import ConfigError, UserError
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.checkpoints import newest_whole, refuse_damaged, run_key
@@ -99,6 +100,7 @@ class PreferenceCLI(LightningCLI):
         except Exception as error:
             raise _told(error) from error
         options = self.config[self.config["subcommand"]]
+        refuse_in_config(options)
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning would run what a local file has pickled
         for section, kind in (("model", PreferenceModule), ("data", PreferenceDataModule)):
@@ -251,7 +253,20 @@ class _ParseOnly(PreferenceCLI):
         """Nothing is drawn."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        LightningCLI.parse_arguments(self, parser, args)
+        parser.exit_on_error = False  # its usage is hundreds of lines of fit's options
+        try:
+            LightningCLI.parse_arguments(self, parser, args)
+        except Exception as error:
+            told = _told(error)
+            if "arguments are required" in str(told):
+                raise ConfigError(
+                    "expected a config that says which model and which data (--config CONFIG, or the options "
+                    f"--model.policy.path and --data.source). Found nothing for {str(told).rpartition(': ')[2]}."
+                ) from error
+            if (missing := str(told).partition("PathError: ")[2]).startswith("File does not exist"):
+                raise ConfigError(f"--config: {missing}. Expected the path of a YAML file.") from error
+            raise told from error
+        refuse_in_config(self.config)
 
     def instantiate_classes(self) -> None:
         """Without what belongs to the trainer: a strategy may need a GPU only to be made."""

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json as jsonlib
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 
+from rap_lightning.batches.layouts import LAYOUTS
+from rap_lightning.batches.sampler import PairSize
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import CHECKPOINTING_FROM, DTYPES
+from rap_lightning.models.policy import CHECKPOINTING_FROM, DTYPES, Lora, _load
+from rap_lightning.models.reference import Frozen
+from rap_lightning.models.sharded_load import blank_model
 from rap_lightning.module import PreferenceModule
-from rap_lightning.planning.estimate import USABLE, Kind, Memory, ReferenceKind, Spread, duration, memory
+from rap_lightning.planning.estimate import LIVE, USABLE, Device, Memory, ReferenceKind, Spread, duration, memory
 from rap_lightning.planning.gpus import GPU, GPUS, find_gpu
 from rap_lightning.planning.trace import Step, batch_of, trace
 from rap_lightning.trainer_cli import PreferenceCLI, parse_only
@@ -25,6 +31,10 @@ Example: rap-lightning plan --config configs/llama-3.1-8b-instruct.yaml --device
 Takes every option of fit (rap-lightning fit --help), configs too, and those below. The model's real code runs one
 step on tensors without memory; what strategies add is reckoned (docs/scaling.md says what was measured)."""
 
+PRECISIONS = (
+    {"32-true": "32-true", "32": "32-true"} | {p: p for p in ("bf16-mixed", "bf16-true")} | {"bf16": "bf16-mixed"}
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -32,7 +42,7 @@ class Case:
 
     spread: Spread
     reference: ReferenceKind
-    device: Literal["cpu", "cuda"]
+    device: Device
     layout: str
     pairs: int
     passes: int
@@ -42,17 +52,23 @@ class Case:
 def run(args: list[str]) -> int:
     """Parse and print; 1 where the run doesn't fit."""
     own, rest = _parser().parse_known_args(args)
+    gpu = _gpu(own)
     for option, flag in (("devices", "--trainer.devices"), ("nodes", "--trainer.num_nodes")):
-        if getattr(own, option) is not None:
-            rest += [flag, str(getattr(own, option))]
+        count = getattr(own, option)
+        if count is not None and count < 1:
+            raise ConfigError(f"--{option} must be at least 1, found {count}")
+        rest += [] if count is None else [flag, str(count)]
+    if own.length is not None and own.length < 2:
+        raise ConfigError(f"--length must be at least 2 tokens, found {own.length}")
+    for option in ("prompt_share", "mfu"):
+        if not 0 < getattr(own, option) < 1:
+            raise ConfigError(f"--{option} is a share, above 0 and below 1; found {getattr(own, option):g}")
+    for option in ("memory", "teraflops", "network"):
+        if getattr(own, option) is not None and not getattr(own, option) > 0:
+            raise ConfigError(f"--{option} must be above 0, found {getattr(own, option):g}")
     cli = parse_only(rest)
     if not isinstance(cli.model, PreferenceModule):
         raise ConfigError("plan knows the runs of PreferenceModule and its subclasses.")
-    if own.length is not None and own.length < 2:
-        raise ConfigError(f"--length must be at least 2 tokens, found {own.length}")
-    if not 0 < own.prompt_share < 1 or not 0 < own.mfu <= 1:
-        raise ConfigError("--prompt_share and --mfu are shares, above 0 and below 1.")
-    gpu = _gpu(own)
     return _Plan(cli, gpu, own).print()
 
 
@@ -94,107 +110,135 @@ class _Plan:
         self.module: PreferenceModule = cli.model
         self.data, self.gpu, self.own = cli.datamodule, gpu, own
         trainer = cli.config["trainer"]
-        self.precision = str(trainer.get("precision") or "32-true")
-        if self.precision not in ("32-true", "32", "bf16-mixed", "bf16-true"):
-            raise ConfigError(f"plan knows the precisions 32-true, bf16-mixed and bf16-true, found {self.precision}")
-        per_node = trainer.get("devices")
-        per_node = 1 if per_node in (None, "auto", -1, "-1") else int(per_node)
+        self.precision = PRECISIONS.get(str(trainer.get("precision") or "32-true"), "")
+        if not self.precision:
+            raise ConfigError(f"plan knows the precisions {', '.join(PRECISIONS)}, found {trainer['precision']}")
+        self.device = _device(str(trainer.get("accelerator") or "auto"), gpu, own)
+        per_node, self.guessed = _devices(trainer.get("devices"))
         ranks = per_node * int(trainer.get("num_nodes") or 1)
         spread = _spread(trainer.get("strategy"), ranks, per_node, self.precision)
-        accumulate = int(trainer.get("accumulate_grad_batches") or 1)
+        self.accumulate = int(trainer.get("accumulate_grad_batches") or 1)
         length = own.length or self.data.max_length
         pairs, passes = self._packed(length)
         reference = cast(ReferenceKind, _reference_name(self.module))
-        self.accumulate = accumulate
-        self.case = Case(
-            spread, reference, "cpu" if gpu is None else "cuda", self.data.layout, pairs, passes * accumulate, length
-        )
-        self.config = self.module.policy_config
+        self.case = Case(spread, reference, self.device, self.data.layout, pairs, passes * self.accumulate, length)
+        # neither changes what a step takes by more than some rows of embeddings
+        self.config = replace(self.module.policy_config, rope=None, resize_embeddings=False)
         self.kept = DTYPES[self.config.dtype or ("bfloat16" if self.precision == "bf16-true" else "float32")]
 
     def _packed(self, length: int) -> tuple[int, int]:
         """Pairs in a forward pass, and passes in a batch."""
-        from rap_lightning.batches.layouts import LAYOUTS
-        from rap_lightning.batches.sampler import PairSize
-
         pairs, budget = self.data.batch_size, self.data.token_budget
         if budget is None:
             return pairs, 1
-        prompt, response = self._sizes(length)
-        size, count = PairSize(prompt, response, response), 1
-        tokens = LAYOUTS[self.data.layout].tokens
-        if tokens([size]) > budget:
+        one = self._tokens_of_one(length)
+        if one > budget:
             raise ConfigError(
-                f"--data.token_budget {budget:,} is below the {tokens([size]):,} tokens of one such pair."
+                f"--data.token_budget {budget:,} is below the {one:,} tokens of one pair of {length:,}, half of it "
+                "prompt. Raise it, lower --data.max_length, or plan for shorter pairs with --length."
             )
-        while count < pairs and tokens([size] * (count + 1)) <= budget:
-            count += 1
+        count = min(pairs, budget // one)
         return count, -(-pairs // count)
+
+    def _tokens_of_one(self, length: int) -> int:
+        """Tokens that a pair puts through the model, padding included; layouts make as many of each."""
+        prompt, response = self._sizes(length)
+        return LAYOUTS[self.data.layout].tokens([PairSize(prompt, response, response)])
 
     def _sizes(self, length: int) -> tuple[int, int]:
         prompt = min(max(1, round(length * self.own.prompt_share)), length - 1)
         return prompt, length - prompt
 
-    def _trace(self, length: int, *, checkpointing: bool | None = None) -> Step:
-        """Of one forward pass; weights counted as they are kept."""
-        autocast = torch.bfloat16 if self.precision == "bf16-mixed" else None
-        config = self.config if checkpointing is None else replace(self.config, gradient_checkpointing=checkpointing)
+    def _trace(self, length: int, *, pairs: int | None = None, **changes: Any) -> Step:
+        """Of one forward pass; weights counted as they are kept. ``changes`` are of the policy's config."""
         # gathered in bfloat16, weights are cast before layers see them, and no cast copies are kept
         dtype = torch.bfloat16 if self.case.spread.gather == 0.5 else self.kept
-        batch = batch_of(self.case.layout, self.case.pairs, *self._sizes(length))
-        step = trace(config, dtype, batch, self.module.optimizer, autocast=autocast)
-        factor = self.kept.itemsize / dtype.itemsize
-        if factor == 1:
-            return step
-        return replace(
-            step, weights=int(step.weights * factor), gradients=int(step.gradients * factor),
-            optimizer=int(step.optimizer * factor), largest_unit=int(step.largest_unit * factor),
-            root=int(step.root * factor), timeline=tuple((a, int(g * factor)) for a, g in step.timeline),
+        batch = batch_of(self.case.layout, pairs or self.case.pairs, *self._sizes(length))
+        step = trace(
+            replace(self.config, **changes), dtype, batch, self.module.optimizer,
+            autocast=torch.bfloat16 if self.precision == "bf16-mixed" else None,
+            reference=self.case.reference in LIVE, foreach=self.device == "cuda",
         )  # fmt: skip
+        return step.weighing(self.kept.itemsize / dtype.itemsize)
 
     def _memory(self, step: Step, **changes: Any) -> Memory:
         case = replace(self.case, **changes)
-        return memory(step, case.spread, case.reference, self.vocabulary, case.device)
+        return memory(
+            step, case.spread, case.reference, self.vocabulary, case.device, passes=case.passes,
+            reference_weights=self.reference_weights,
+        )  # fmt: skip
+
+    @cached_property
+    def reference_weights(self) -> int | None:
+        """Bytes of a Frozen reference that is another model than the policy."""
+        if not isinstance(self.module.reference, Frozen) or self.module.reference.path is None:
+            return None
+        source = self.module.reference.source(self.config)
+        model, why = blank_model(replace(source, adapter=None), self.kept)
+        if model is None:
+            raise ConfigError(f"plan can't build the reference {source.path} without its weights: {why}.")
+        return sum(int(p.nbytes) for p in model.parameters())
+
+    @cached_property
+    def text_config(self) -> Any:
+        """Of the model."""
+        from transformers import AutoConfig
+
+        config = self.config
+        found = _load("model config", config.path, AutoConfig, config._source())
+        return found.get_text_config()
 
     @property
-    def room(self) -> float | None:
-        """Bytes for a rank."""
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return int(self.text_config.vocab_size)
+
+    @property
+    def room(self) -> float:
+        """Bytes for a rank: of a GPU, as given, or its share of this machine's memory."""
         if self.gpu is not None:
             return self.gpu.memory * 1e9 * USABLE
-        return self.own.memory * 1e9 if self.own.memory is not None else None
+        if self.own.memory is not None:
+            return float(self.own.memory * 1e9 * (USABLE if self.device == "cuda" else 1))
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.case.spread.per_node
 
     def print(self) -> int:
         """The report; 1 where the run doesn't fit."""
-        from transformers import AutoConfig
-
         if sys.stderr.isatty():
             print("tracing one step without weights ...", end="\r", file=sys.stderr, flush=True)
-        self.vocabulary = AutoConfig.from_pretrained(
-            self.config.path, revision=self.config.revision, trust_remote_code=self.config.trust_remote_code
-        ).get_text_config().vocab_size  # fmt: skip
         step = self._trace(self.case.length)
         held = self._memory(step)
         longest = self._longest(step, held)
-        fits = self.room is None or held.total <= self.room
+        fits = held.total <= self.room
         document = self._document(step, held, longest, fits)
-        document["advice"] = [] if fits else self._advice(step)
+        document["advice"] = [] if fits else self._advice(step, longest)
         if self.own.json:
             print(jsonlib.dumps(document))
         else:
             self._table(step, held, document)
         return int(not fits)
 
-    def _longest(self, step: Step, held: Memory) -> int | None:
-        """Tokens of the longest pairs, all of a batch, that fit: memory is a line over the length."""
-        if self.room is None:
-            return None
-        half = max(16, self.case.length // 2)
-        slope = (held.total - self._memory(self._trace(half)).total) / (self.case.length - half or 1)
-        if slope <= 0:
-            return None
-        return max(0, int(self.case.length + (self.room - held.total) / slope))
+    def _longest(self, step: Step, held: Memory) -> int:
+        """Tokens of the longest pairs, all of a batch, that fit, up to what the model takes; 0 where none does.
 
-    def _document(self, step: Step, held: Memory, longest: int | None, fits: bool) -> dict[str, Any]:
+        Memory is nearly a line over the length, so what a line says is traced once, and corrected by that.
+        """
+        limit = getattr(self.text_config, "max_position_embeddings", None) or 1 << 20
+        here, there = self.case.length, max(4, self.case.length // 2)
+        at_here, at_there = held.total, self._memory(self._trace(there)).total
+        slope = (at_here - at_there) / (here - there or 1)
+        if slope <= 0:  # nothing grows: another moment is the worst
+            return int(limit if at_here <= self.room else 0)
+        found = min(int(here + (self.room - at_here) / slope), limit)
+        if found < 4:
+            return 0
+        at_found = self._memory(self._trace(found)).total
+        if at_found <= self.room:
+            return found
+        slope = max(slope, (at_found - at_here) / (found - here or 1))
+        return max(0, int(found - (at_found - self.room) / slope))
+
+    def _document(self, step: Step, held: Memory, longest: int, fits: bool) -> dict[str, Any]:
         case, spread = self.case, self.case.spread
         tokens = step.tokens * case.passes * spread.ranks
         document: dict[str, Any] = {
@@ -202,6 +246,7 @@ class _Plan:
             "strategy": spread.kind, "ranks": spread.ranks, "shard": spread.shard, "layout": case.layout,
             "reference": case.reference, "precision": self.precision, "length": case.length,
             "bytes_per_rank": {**asdict(held), "total": held.total}, "room": self.room, "fits": fits,
+            "pass_tokens": step.tokens, "passes": case.passes,
             "pairs_per_step": self.data.batch_size * self.accumulate * spread.ranks, "tokens_per_step": tokens,
             "flops_per_step": step.flops * case.passes * spread.ranks, "longest_pair": longest,
         }  # fmt: skip
@@ -213,9 +258,9 @@ class _Plan:
             }  # fmt: skip
         return document
 
-    def _advice(self, step: Step) -> list[str]:
-        """Changes that make it fit, or help most."""
-        case, spread, room = self.case, self.case.spread, self.room or 0.0
+    def _advice(self, step: Step, longest: int) -> list[str]:
+        """Changes that make it fit, or help most, each alone, with what it comes to."""
+        case, spread = self.case, self.case.spread
         options: list[tuple[str, Memory]] = []
         if case.reference == "Frozen":
             options.append(("--model.reference Stored", self._memory(step, reference="Stored")))
@@ -223,35 +268,34 @@ class _Plan:
         if checkpoints is None:
             checkpoints = step.parameters >= CHECKPOINTING_FROM
         if not checkpoints:
-            again = self._trace(case.length, checkpointing=True)
+            again = self._trace(case.length, gradient_checkpointing=True)
             options.append(("--model.policy.gradient_checkpointing true", self._memory(again)))
+        if not self.config.adapts:
+            adapter = self._trace(case.length, lora=Lora())
+            kind: ReferenceKind = "AdaptersOff" if case.reference == "Frozen" else case.reference
+            options.append(("--model.policy.lora.r 16 (an adapter is trained)", self._memory(adapter, reference=kind)))
         if spread.kind in ("single", "ddp") and spread.ranks > 1:
             sharded = replace(spread, kind="fsdp2", shard=spread.ranks)
             options.append(("--trainer.strategy fsdp2", self._memory(step, spread=sharded)))
-        if spread.kind in ("fsdp2", "zero3"):
+        if spread.kind == "fsdp2":
             wider = replace(spread, ranks=2 * spread.ranks, shard=2 * spread.shard)
             options.append((f"{2 * spread.ranks} devices instead of {spread.ranks}", self._memory(step, spread=wider)))
-            if self.gpu is not None and not spread.offload:
-                options.append(
-                    (
-                        "--trainer.strategy.cpu_offload true (slow)",
-                        self._memory(step, spread=replace(spread, offload=True)),
-                    )
-                )
+            if self.device == "cuda" and not spread.offload:
+                away = replace(spread, offload=True)
+                options.append(("--trainer.strategy.cpu_offload true (slow)", self._memory(step, spread=away)))
         if case.pairs > 1:
-            smaller = step.timeline and replace(
-                step, timeline=tuple((int(a / case.pairs), g) for a, g in step.timeline)
-            )
-            if smaller:
-                options.append(("--data.token_budget of one pair", self._memory(smaller)))
+            one = self._trace(case.length, pairs=1)
+            budget = self._tokens_of_one(case.length)
+            text = f"--data.token_budget {budget:,} (a pair in each pass; the same gradients)".replace(",", "")
+            options.append((text, self._memory(one, passes=case.pairs * case.passes)))
         lines = [
-            f"{text}: {held.total / 1e9:.1f} GB" + (", fits" if held.total <= room else "")
+            f"{text}: {held.total / 1e9:.1f} GB" + (", fits" if held.total <= self.room else "")
             for text, held in sorted(options, key=lambda option: option[1].total)
         ]
-        if self.config.lora is None:
-            lines.append(
-                "--model.policy.lora.r 16: no gradients and optimizer state but the adapter's, no second model"
-            )
+        if longest:
+            lines.append(f"--data.max_length {longest}, fits")
+        if not any(line.endswith("fits") for line in lines):
+            lines.append("none of these is enough alone: put some together")
         return lines
 
     def _table(self, step: Step, held: Memory, document: dict[str, Any]) -> None:
@@ -263,11 +307,15 @@ class _Plan:
               f"({step.trainable / step.parameters:.2%})")  # fmt: skip
         print(f"{spread.kind} over {shape}; reference {case.reference}; layout {case.layout}; {self.precision}; "
               f"{case.length:,} tokens each, {case.pairs} in a forward pass, {case.passes} passes a step")  # fmt: skip
+        if self.guessed:
+            print("devices: auto, which a plan can't ask: 1 is meant. Say how many with --devices")
         print("\nmemory of a rank at the worst moment, GB")
         for name in ("weights", "gradients", "optimizer", "reference", "gathered", "activations", "process"):
             note = f"  (logits at most {held.logits / 1e9:.2f})" if name == "activations" else ""
             print(f"  {name:<12}{getattr(held, name) / 1e9:>9.2f}{note}")
-        room = f" of {self.room / 1e9:.1f}" if self.room is not None else ""
+        room = f" of {self.room / 1e9:.1f}"
+        if self.gpu is None and self.own.memory is None:
+            room += ", this machine's" + (f" for each of {spread.per_node}" if spread.per_node > 1 else "")
         print(f"  {'total':<12}{held.total / 1e9:>9.2f}{room}" + ("" if document["fits"] else "   DOES NOT FIT"))
         if held.host:
             print(f"  {'on the host':<12}{held.host / 1e9:>9.2f} for each rank")
@@ -280,10 +328,36 @@ class _Plan:
                   f"{self.own.mfu:.0%} of {self.gpu.teraflops:g} TFLOP/s, {document['communication_seconds']:.2f} s "
                   f"travelling meanwhile), {document['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
             print(f"figures of the GPU: {self.gpu.source}")
-        if document["longest_pair"] is not None:
-            print(f"longest pairs that fit: about {document['longest_pair']:,} tokens")
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        at_limit = ", the longest that the model takes" if document["longest_pair"] == limit else ""
+        print(f"longest pairs that fit: about {document['longest_pair']:,} tokens{at_limit}")
         if document["advice"]:
             print("\nto make it fit:\n" + "\n".join(f"  {line}" for line in document["advice"]))
+
+
+def _device(accelerator: str, gpu: GPU | None, own: argparse.Namespace) -> Device:
+    """What the run is on, by its config and what was asked."""
+    if accelerator == "cpu" and gpu is not None:
+        raise ConfigError(
+            "--gpu and --teraflops are for GPUs, and the config says --trainer.accelerator cpu. Remove one of the two."
+        )
+    if accelerator in ("gpu", "cuda") and gpu is None and own.memory is None:
+        raise ConfigError(
+            f"the config asks for --trainer.accelerator {accelerator}: say which with --gpu ({', '.join(GPUS)}), or "
+            "give --memory in GB."
+        )
+    return "cpu" if gpu is None and accelerator not in ("gpu", "cuda") else "cuda"
+
+
+def _devices(asked: Any) -> tuple[int, bool]:
+    """Devices of a node, and whether their number is not said and taken to be 1."""
+    if asked in (None, "auto", -1, "-1"):
+        return 1, asked in ("auto", -1, "-1")
+    numbers = asked if isinstance(asked, list) else str(asked).split(",")
+    count = len(numbers) if isinstance(asked, list) or len(numbers) > 1 else int(numbers[0])
+    if count < 1:
+        raise ConfigError(f"--trainer.devices must be at least 1, found {asked}")
+    return count, False
 
 
 def _reference_name(module: PreferenceModule) -> str:
@@ -301,9 +375,10 @@ def _spread(strategy: Any, ranks: int, per_node: int, precision: str) -> Spread:
     short = name.rpartition(".")[2].lower()
     half = 0.5 if precision == "bf16-mixed" else 1.0
     if short == "auto":
-        return Spread("single" if ranks == 1 else "ddp", ranks, per_node, 1)
+        return Spread("single" if ranks == 1 else "ddp", ranks, per_node, 1, buckets_apart=ranks > 1)
     if short in ("ddpstrategy", "singledevicestrategy") or short.startswith("ddp"):
-        return Spread("ddp" if ranks > 1 else "single", ranks, per_node, 1)
+        apart = not options.get("gradient_as_bucket_view")
+        return Spread("ddp" if ranks > 1 else "single", ranks, per_node, 1, buckets_apart=apart and ranks > 1)
     if short == "fsdp2":
         gather = {"bfloat16": 0.5 if precision != "bf16-true" else 1.0, "float32": 1.0}.get(
             str(options.get("gather")), half
@@ -314,9 +389,6 @@ def _spread(strategy: Any, ranks: int, per_node: int, precision: str) -> Spread:
         return Spread("fsdp2", ranks, per_node, shard, bool(options.get("cpu_offload")), gather)
     if short == "modelparallelstrategy":
         return Spread("fsdp2", ranks, per_node, ranks)
-    if "deepspeed" in short:
-        stage = int(options.get("stage") or (3 if "3" in short else 2))
-        offload = bool(options.get("offload_optimizer")) or "offload" in short
-        kind: Kind = "zero3" if stage == 3 else "zero2"
-        return Spread(kind, ranks, per_node, ranks if stage == 3 else 1, offload, half)
-    raise ConfigError(f"plan doesn't know the strategy {name}: it knows auto, ddp, fsdp2 and deepspeed's.")
+    if "deepspeed" in short:  # other stages and offload are refused
+        return Spread("zero2", ranks, per_node, 1, gather=half)
+    raise ConfigError(f"plan doesn't know the strategy {name}: it knows auto, ddp, fsdp2 and deepspeed's stage 2.")

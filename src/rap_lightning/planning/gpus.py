@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from rap_lightning.errors import ConfigError
 
@@ -46,8 +47,11 @@ def find_gpu(name: str) -> GPU:
         ConfigError: it isn't in the table.
     """
     if name.lower() not in GPUS:
+        begun = [known for known in GPUS if known.startswith(name.lower())]
+        near = begun or get_close_matches(name.lower(), GPUS, 1)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(
-            f"--gpu {name}: not in the table, which has {', '.join(GPUS)}. For another, give --memory (GB) and "
+            f"--gpu {name}: not in the table.{hint} It has {', '.join(GPUS)}. For another, give --memory (GB) and "
             "--teraflops (dense bfloat16)."
         )
     return GPUS[name.lower()]

@@ -6,10 +6,11 @@ adapters, gradient checkpointing, layouts, chunked head, optimizer. So nothing i
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from rap_lightning.batches.dataset import Example
 from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
+from rap_lightning.models import logps
 from rap_lightning.models.policy import Policy, PolicyConfig, evaluating
 from rap_lightning.models.sharded_load import blank_model
 
@@ -40,12 +42,12 @@ class Step:
         weights, gradients, optimizer: of the policy.
         largest_unit: weights of the largest decoder layer.
         root: weights outside of the layers: embeddings, head, last norm.
-        activations: everything else alive at the worst moment, if gradients weighed nothing.
         timeline: (activations, gradients) alive together, those moments that no other exceeds in both.
+        update: what the optimizer makes beside its state, at most, and throws away.
         tokens: that go through the model.
         response_tokens: that meet the vocabulary.
         flops: of the policy's forward and backward pass, what is computed again included.
-        reference_flops: of a forward pass alone.
+        reference_flops: of a forward pass alone; 0 where the reference needs none.
     """
 
     parameters: int
@@ -56,6 +58,7 @@ class Step:
     largest_unit: int
     root: int
     timeline: tuple[tuple[int, int], ...]
+    update: int
     tokens: int
     response_tokens: int
     flops: int
@@ -65,14 +68,27 @@ class Step:
         """Activations and gradients at the worst moment, where a gradient weighs ``gradients`` of its size."""
         return max(int(activations + gradients * grads) for activations, grads in self.timeline)
 
+    def weighing(self, factor: float) -> Step:
+        """The same step with weights of ``factor`` times the bytes, and everything that has their dtype."""
+        scaled = {
+            name: int(getattr(self, name) * factor)
+            for name in ("weights", "gradients", "optimizer", "largest_unit", "root", "update")
+        }
+        return replace(self, timeline=tuple((a, int(g * factor)) for a, g in self.timeline), **scaled)
+
 
 class _Alive(TorchDispatchMode):
-    """Bytes of every storage that an operation made and that still lives."""
+    """Bytes of every storage that an operation made and that still lives; and the operations, counted.
+
+    torch's FlopCounterMode can't be used beside it: its hooks on modules keep what checkpointed layers compute again
+    until the backward pass ends.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0
+        self.now = self.most = 0
         self.gradients = 0
+        self.flops = 0
         self.moments: list[tuple[int, int]] = []
         self._known: dict[int, Any] = {}
 
@@ -84,6 +100,9 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        count = _FLOPS.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor)
@@ -102,6 +121,7 @@ class _Alive(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, gone)
         self.now += size
+        self.most = max(self.most, self.now)
         self.note()
 
     def note(self) -> None:
@@ -154,7 +174,7 @@ def batch_of(layout: str, pairs: int, prompt: int, response: int) -> Batch:
 
 def trace(
     config: PolicyConfig, dtype: torch.dtype, batch: Batch, optimizer: Callable[[Any], Any],
-    *, autocast: torch.dtype | None = None,
+    *, autocast: torch.dtype | None = None, reference: bool = True, foreach: bool = False,
 ) -> Step:  # fmt: skip
     """Run a step on fake tensors.
 
@@ -164,8 +184,10 @@ def trace(
         batch: of one forward pass.
         optimizer: makes one of the trainable parameters.
         autocast: dtype of mixed precision.
+        reference: whether a reference's forward pass comes between the policy's passes.
+        foreach: whether optimizers that leave it open update all weights at once, as they do on a GPU.
     """
-    with fake_policy(config, dtype) as (policy, mode), torch.autocast("cpu", autocast, enabled=autocast is not None):
+    with fake_policy(config, dtype) as (policy, mode):
         moved = batch._map(mode.from_tensor)
         parameters = list(policy.parameters())
         trainable = [p for p in parameters if p.requires_grad]
@@ -177,26 +199,57 @@ def trace(
         )
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(alive.became_gradient)
-        flops = FlopCounterMode(display=False, custom_mapping=_attention_flops())
-        with alive, flops:
-            loss = policy(moved).sum()
-            with torch.no_grad(), evaluating(policy):
-                before = flops.get_total_flops()
-                policy(moved)
-                reference_flops = flops.get_total_flops() - before
+        reference_flops = 0
+        with alive, _rows_at_once(), _unpacked():
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                loss = policy(moved).sum()
+                if reference:
+                    before = alive.flops
+                    with torch.no_grad(), evaluating(policy):
+                        policy(moved)
+                    reference_flops = alive.flops - before
             torch.autograd.backward(loss)
-        total = flops.get_total_flops() - reference_flops
-        made = optimizer(trainable)
-        made.step()
+            made, moments = optimizer(trainable), _worst(alive.moments)
+            for group in made.param_groups if foreach else []:
+                if group.get("foreach", False) is None and not group.get("fused"):
+                    group["foreach"] = True
+            alive.most = alive.now
+            made.step()
         state = _bytes(v for s in made.state.values() for v in s.values() if isinstance(v, Tensor))
-        weights = _bytes(iter(parameters))
+        weights, gradients = _bytes(iter(parameters)), _bytes(iter(trainable))
         return Step(
             parameters=sum(p.numel() for p in parameters), trainable=sum(p.numel() for p in trainable),
-            weights=weights, gradients=_bytes(iter(trainable)), optimizer=state,
-            largest_unit=max(units, default=0), root=weights - sum(units),
-            timeline=_worst(alive.moments), tokens=int(batch.input_ids.numel()), response_tokens=len(batch.target),
-            flops=total, reference_flops=reference_flops,
+            weights=weights, gradients=gradients, optimizer=state,
+            largest_unit=max(units, default=0), root=weights - sum(units), timeline=moments,
+            update=max(0, alive.most - gradients - state),
+            tokens=int(batch.input_ids.numel()), response_tokens=len(batch.target),
+            flops=alive.flops - reference_flops, reference_flops=reference_flops,
         )  # fmt: skip
+
+
+@contextmanager
+def _rows_at_once() -> Iterator[None]:
+    """The head looks at logits a few rows at a time, for a CPU's cache: thousands of views, which weigh nothing."""
+    before = logps.ROWS_IN_CACHE
+    logps.ROWS_IN_CACHE = 1 << 30
+    try:
+        yield
+    finally:
+        logps.ROWS_IN_CACHE = before
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """No mask for rows that hold one sequence each, as with real tensors: of fake ones transformers can't tell."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)
 
 
 def _bytes(tensors: Iterator[Tensor]) -> int:
@@ -214,18 +267,18 @@ def _worst(moments: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(kept)
 
 
-def _attention_flops() -> dict[Any, Any]:
-    """torch's counter knows no CPU kernel of attention: q k^T and p v, of which causality leaves half."""
+def _attention(q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, **_: Any) -> int:
+    """q k^T and p v, of which causality leaves half."""
+    *heads, t, d = q.shape
+    return int(2 * math.prod(heads) * t * k.shape[-2] * (d + v.shape[-1]) * (0.5 if is_causal else 1))
 
-    def forward(q: Any, k: Any, v: Any, _: float = 0.0, causal: bool = False, **__: Any) -> int:
-        *heads, t, d = q
-        count = 1
-        for size in heads:
-            count *= size
-        return int(2 * count * t * k[-2] * (d + v[-1]) * (0.5 if causal else 1))
 
-    def backward(_: Any, q: Any, k: Any, v: Any, *rest: Any, **__: Any) -> int:
-        causal = bool(rest[3]) if len(rest) > 3 else False
-        return int(2.5 * forward(q, k, v, 0.0, causal))
+def _attention_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, log_z: Any, dropout_p: float, is_causal: bool, **_: Any
+) -> int:
+    """Five products where the forward pass has two."""
+    return int(2.5 * _attention(q, k, v, dropout_p, is_causal))
 
-    return {_cpu_flash: forward, _cpu_flash_backward: backward}
+
+# torch's counter knows no CPU kernel of attention
+_FLOPS: dict[Any, Any] = flop_registry | {_cpu_flash: _attention, _cpu_flash_backward: _attention_backward}
