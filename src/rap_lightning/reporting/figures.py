@@ -1,0 +1,264 @@
+"""Draws panels with matplotlib: as SVG whose colours are the page's, and as PNG for slides."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.reporting.panels import Panel, Picture, Series
+from rap_lightning.reporting.text import clean, short
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", "h", ">", "*")
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)))
+COLOURS = ("#1b61c9", "#b8500a", "#17774a", "#a8327a", "#6747c2", "#0b7285", "#85560f", "#525c69")
+"""On white; a page in the dark has its own. With 8 of them, 12 markers and 3 dashes, 24 runs look different."""
+
+WIDTH, HEIGHT = 3.9, 2.7  # inches of a panel; on a phone's width its text is still 11 px high
+
+
+@dataclass(frozen=True)
+class Ink:
+    """Colours of what is drawn."""
+
+    text: str
+    quiet: str
+    grid: str
+    ground: str
+    runs: tuple[str, ...]
+
+    def run(self, index: int) -> str:
+        """A run's colour."""
+        return self.runs[index % len(self.runs)]
+
+
+PAPER = Ink("#1c2430", "#5b6675", "#e3e7ec", "#ffffff", COLOURS)
+_NAMED = Ink("#000001", "#000002", "#000003", "#000004", tuple(f"#0000{16 + i:02x}" for i in range(len(COLOURS))))
+"""Stand-ins in an SVG, which become the page's CSS variables."""
+
+_VARIABLES = {_NAMED.text: "--ink", _NAMED.quiet: "--quiet", _NAMED.grid: "--rule", _NAMED.ground: "--ground"} | {
+    colour: f"--run-{i}" for i, colour in enumerate(_NAMED.runs)
+}
+
+
+def require_matplotlib() -> None:
+    """Raise ConfigError, which says what to install, where matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "report draws with matplotlib, which isn't installed here. Install it: pip install 'rap-lightning[report]'"
+        ) from error
+
+
+def svg(panel: Panel, name: str, limits: tuple[float, float] | None) -> str:
+    """A panel as an SVG element with the page's colours and font, and ids of its own.
+
+    Args:
+        panel: what to draw.
+        name: makes ids unique in the page.
+        limits: of y, where the panels of a picture share it.
+    """
+    from matplotlib.figure import Figure
+
+    with _style(_NAMED, salt=name):
+        figure = Figure(figsize=(WIDTH, HEIGHT))
+        axes = figure.add_axes(_place(panel))
+        _draw(axes, panel, _NAMED, limits)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"#0000[0-9a-f]{2}", lambda found: f"var({_VARIABLES[found[0]]})", text)
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--font)", text)
+    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', _opening, text, count=1)
+
+
+def _opening(found: re.Match[str]) -> str:
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{found[1]}" aria-hidden="true" focusable="false">'
+    )
+
+
+def png(picture: Picture, names: list[str]) -> bytes:
+    """A picture with its title, its sentence and its legend, on white, at twice a page's size."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    columns = min(2, len(picture.panels))
+    rows = math.ceil(len(picture.panels) / columns)
+    keys = math.ceil(len(picture.runs) / 3)
+    width, tall = WIDTH * max(columns, 1.5), HEIGHT + 0.25
+    top, bottom = 0.5, 0.15 + 0.22 * keys
+    height = rows * tall + top + bottom
+    with _style(PAPER, salt=picture.name):
+        figure = Figure(figsize=(width, height))
+        figure.text(0.12 / width, 1 - 0.3 / height, picture.title, weight="bold", size=12)
+        for i, panel in enumerate(picture.panels):
+            left, low, wide, high = _place(panel)
+            across = (width - columns * WIDTH) / 2 + i % columns * WIDTH
+            up = height - top - (i // columns + 1) * tall
+            place = ((across + left * WIDTH) / width, (up + low * HEIGHT) / height, wide * WIDTH / width,
+                     high * HEIGHT / height)  # fmt: skip
+            axes = figure.add_axes(place)
+            _draw(axes, panel, PAPER, limits(picture, panel))
+            figure.text((across + 0.12) / width, (up + HEIGHT + 0.05) / height, panel.title, weight="bold")
+        handles = [
+            Line2D([], [], color=PAPER.run(i), marker=MARKERS[i % 12], linestyle=_dash(i), label=short(names[i], 40))
+            for i in picture.runs
+        ]
+        figure.legend(handles=handles, loc="lower center", ncols=min(3, len(handles)), frameon=False)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+    return file.getvalue()
+
+
+def marker(run: int) -> tuple[str, str]:
+    """The path of a run's marker in a box from -1 to 1, for the legend, and its line's dashes."""
+    from matplotlib.markers import MarkerStyle
+    from matplotlib.path import Path
+
+    style = MarkerStyle(MARKERS[run % len(MARKERS)])
+    path = style.get_path().transformed(style.get_transform())
+    drawn = []
+    for points, code in path.iter_segments(curves=True, simplify=False):
+        numbers = " ".join(f"{2 * value * (-1 if i % 2 else 1):.3f}" for i, value in enumerate(points))
+        drawn.append({Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C"}.get(code, "Z") + (
+            "" if code == Path.CLOSEPOLY else numbers))  # fmt: skip
+    dash = _dash(run)
+    return "".join(drawn), "" if dash == "solid" else " ".join(str(2 * part) for part in dash[1])
+
+
+def limits(picture: Picture, panel: Panel) -> tuple[float, float] | None:
+    """Ends of the value axis: the panel's own, or those of all panels where the picture shares them."""
+    if panel.limits is not None or not picture.shared or panel.by_run:
+        return panel.limits
+    values = [end for one in picture.panels for series in one.series for end in _span(series)]
+    values += [level for one in picture.panels for level, _ in one.levels]
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or abs(low) * 0.1 or 1.0
+    return low - room, high + room
+
+
+def _span(series: Series) -> tuple[float, ...]:
+    """Lowest and highest value, intervals included; of dense lines without the odd spike, which would flatten all."""
+    ends = sorted(end for _, y in series.points for end in (y.value, y.low, y.high) if end is not None)
+    cut = len(ends) // 100 if series.style == "bare" else 0
+    return (ends[cut], ends[-1 - cut]) if ends else ()
+
+
+def _place(panel: Panel) -> tuple[float, float, float, float]:
+    """Left, bottom, width and height of the axes within a panel."""
+    return (0.36, 0.19, 0.6, 0.72) if panel.by_run else (0.12, 0.19, 0.85, 0.68)
+
+
+def _draw(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    if panel.by_run:
+        _dots(axes, panel, ink, ends)
+    else:
+        _lines(axes, panel, ink, ends)
+        axes.text(0, 1.04, panel.y, transform=axes.transAxes, color=ink.quiet, ha="left", va="bottom")
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=panel.whole))
+        if panel.whole:
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        if panel.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel(panel.x, loc="right")
+    axes.grid(axis="x" if panel.by_run else "y")
+    axes.set_axisbelow(True)
+
+
+def _lines(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) -> None:
+    if panel.identity is not None:
+        low, high = panel.identity
+        axes.plot([low, high], [low, high], color=ink.quiet, linestyle=(0, (4, 3)), linewidth=1)
+        axes.annotate("score = goal", (high, high), (-4, -1), textcoords="offset points", color=ink.quiet, ha="right",
+                      va="top", size=8)  # fmt: skip
+    shown = panel.runs
+    spread = max((x for one in panel.series for x in one.x), default=0) - min(
+        (x for one in panel.series for x in one.x), default=0
+    )
+    for one in panel.series:
+        points = one.points
+        if not points:
+            continue
+        colour, xs = ink.run(one.run), [x for x, _ in points]
+        ys = [y.value for _, y in points]
+        if one.style == "bare":
+            axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.55)
+            continue
+        aside = (shown.index(one.run) - (len(shown) - 1) / 2) * spread * 0.008  # intervals stand beside each other
+        every = max(1, len(points) // 8)
+        errors = [[_reach(y.value, y.low) for _, y in points], [_reach(y.high, y.value) for _, y in points]]
+        axes.errorbar([x + aside for x in xs], ys, yerr=errors if any(map(any, errors)) else None, color=colour,
+                      marker=MARKERS[one.run % len(MARKERS)], markevery=every, linestyle=_dash(one.run),
+                      elinewidth=1, capsize=2, markeredgecolor=ink.ground, markeredgewidth=0.6)  # fmt: skip
+        if one.named:
+            axes.annotate(one.what, (xs[-1], ys[-1]), (0, 6), textcoords="offset points", color=ink.text, ha="right",
+                          va="bottom", size=8)  # fmt: skip
+    if ends is not None:
+        axes.set_ylim(*ends)
+    for level, name in panel.levels:
+        axes.axhline(level, color=ink.quiet, linewidth=1, zorder=1)
+        axes.annotate(name, (1, level), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      color=ink.quiet, ha="right", va="bottom", size=8)  # fmt: skip
+
+
+def _dots(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) -> None:
+    for one in panel.series:
+        if not one.points:
+            continue
+        place, figure = one.points[0]
+        errors = [[_reach(figure.value, figure.low)], [_reach(figure.high, figure.value)]]
+        axes.errorbar([figure.value], [place], xerr=errors, color=ink.run(one.run), capsize=2, elinewidth=1.4,
+                      marker=MARKERS[one.run % len(MARKERS)], markersize=7, linestyle="none")  # fmt: skip
+    names = [short(clean(one.what)) for one in panel.series]
+    axes.set_yticks([one.x[0] for one in panel.series], names)
+    axes.set_ylim(max(one.x[0] for one in panel.series) + 0.6, -0.6)
+    axes.tick_params(axis="y", labelcolor=ink.text)
+    for level, name in panel.levels:
+        axes.axvline(level, color=ink.quiet, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        axes.annotate(name, (level, 1), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
+                      color=ink.quiet, ha="center", va="bottom", size=8)  # fmt: skip
+    if ends is not None:
+        axes.set_xlim(*ends)
+
+
+def _reach(high: float | None, low: float | None) -> float:
+    return max(0.0, high - low) if high is not None and low is not None else 0.0
+
+
+def _dash(run: int) -> Any:
+    return DASHES[run // len(COLOURS) % len(DASHES)]
+
+
+@contextmanager
+def _style(ink: Ink, salt: str) -> Iterator[None]:
+    from matplotlib import rc_context
+
+    options = {
+        "svg.fonttype": "none", "svg.hashsalt": salt, "svg.id": None, "text.parse_math": False, "font.size": 9,
+        "font.family": "DejaVu Sans", "text.color": ink.text, "axes.labelcolor": ink.quiet,
+        "axes.edgecolor": ink.quiet, "axes.linewidth": 0.8, "axes.facecolor": "none", "axes.spines.top": False,
+        "axes.spines.right": False, "figure.facecolor": ink.ground, "savefig.facecolor": ink.ground,
+        "savefig.edgecolor": "none", "xtick.color": ink.quiet, "ytick.color": ink.quiet, "xtick.major.size": 3,
+        "ytick.major.size": 0, "grid.color": ink.grid, "grid.linewidth": 0.8, "lines.linewidth": 1.7,
+        "lines.markersize": 6, "axes.unicode_minus": True, "path.simplify": True,
+    }  # fmt: skip
+    with rc_context(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
