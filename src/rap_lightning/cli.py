@@ -46,7 +46,18 @@ Useful everywhere: --print_config shows every option with its value; -c base.yam
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "plan", "inspect", "relabel", "generate", "score", "rounds", "evaluate", "export", "report")
+COMMANDS = (
+    *TRAINER_COMMANDS,
+    "plan",
+    "inspect",
+    "relabel",
+    "generate",
+    "score",
+    "rounds",
+    "evaluate",
+    "export",
+    "report",
+)
 
 
 def main(args: list[str] | None = None) -> None:

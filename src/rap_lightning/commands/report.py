@@ -32,6 +32,7 @@ def run(args: list[str]) -> int:
         _refuse(output)
     elif not _is_report(output):
         refuse_non_empty(output)
+    from rap_lightning.reporting.headline import headline
     from rap_lightning.reporting.page import PAGE, write
     from rap_lightning.reporting.read import read_runs
 
@@ -49,6 +50,7 @@ def run(args: list[str]) -> int:
     for one in runs:
         for note in one.notes:
             print(f"{one.name}: {note}", file=sys.stderr)
+    print(headline(runs).outcome)
     print(f"wrote {output / PAGE}, and {len(files) - 1} pictures beside it")
     return 0
 

@@ -148,7 +148,7 @@ def _controllability(result: Evaluation, part: dict[str, Any]) -> None:
         if (given := part.get(kind)) is None:
             continue
         given = _dict(given)
-        argmax = given.get("argmax") if isinstance(given.get("argmax"), dict) else {}
+        argmax = given["argmax"] if isinstance(given.get("argmax"), dict) else {}
         goal = as_number(argmax.get("goal"))
         shares = argmax.get("shares")
         share = None

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 from rap_lightning.errors import ConfigError
@@ -21,6 +22,9 @@ COLOURS = ("#1b61c9", "#b8500a", "#17774a", "#a8327a", "#6747c2", "#0b7285", "#8
 """On white; a page in the dark has its own. With 8 of them, 12 markers and 3 dashes, 24 runs look different."""
 
 WIDTH, HEIGHT = 3.9, 2.7  # inches of a panel; on a phone's width its text is still 11 px high
+STEPS = [1, 2, 2.5, 5, 10]  # of ticks
+TITLE = 46
+"""Characters of a panel's title that fit on one line of a PNG."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def svg(panel: Panel, name: str, limits: tuple[float, float] | None) -> str:
     from matplotlib.figure import Figure
 
     with _style(_NAMED, salt=name):
-        figure = Figure(figsize=(WIDTH, HEIGHT))
+        figure = Figure(figsize=(WIDTH, _height(panel)))
         axes = figure.add_axes(_place(panel))
         _draw(axes, panel, _NAMED, limits)
         file = io.StringIO()
@@ -96,22 +100,23 @@ def png(picture: Picture, names: list[str]) -> bytes:
 
     columns = min(2, len(picture.panels))
     rows = math.ceil(len(picture.panels) / columns)
-    keys = math.ceil(len(picture.runs) / 3)
-    width, tall = WIDTH * max(columns, 1.5), HEIGHT + 0.25
-    top, bottom = 0.5, 0.15 + 0.22 * keys
-    height = rows * tall + top + bottom
+    titles = [wrap(clean(panel.title), TITLE)[:2] for panel in picture.panels]
+    drawn = max(map(_height, picture.panels))
+    tall = drawn + 0.2 * max(map(len, titles)) + 0.15
+    top, bottom = 0.55, 0.2 + 0.22 * math.ceil(len(picture.runs) / 3)
+    width, height = WIDTH * max(columns, 1.5), rows * tall + top + bottom
     with _style(PAPER, salt=picture.name):
         figure = Figure(figsize=(width, height))
-        figure.text(0.12 / width, 1 - 0.3 / height, picture.title, weight="bold", size=12)
+        figure.text(0.12 / width, 1 - 0.35 / height, picture.title, weight="bold", size=12)
         for i, panel in enumerate(picture.panels):
-            left, low, wide, high = _place(panel)
             across = (width - columns * WIDTH) / 2 + i % columns * WIDTH
             up = height - top - (i // columns + 1) * tall
-            place = ((across + left * WIDTH) / width, (up + low * HEIGHT) / height, wide * WIDTH / width,
-                     high * HEIGHT / height)  # fmt: skip
-            axes = figure.add_axes(place)
+            left, low, wide, high = _place(panel)
+            place = (across + left * WIDTH) / width, (up + low * drawn) / height
+            axes = figure.add_axes((*place, wide * WIDTH / width, high * drawn / height))
             _draw(axes, panel, PAPER, limits(picture, panel))
-            figure.text((across + 0.12) / width, (up + HEIGHT + 0.05) / height, panel.title, weight="bold")
+            figure.text((across + 0.12) / width, (up + drawn + 0.02) / height, "\n".join(titles[i]), weight="bold",
+                        va="bottom")  # fmt: skip
         handles = [
             Line2D([], [], color=PAPER.run(i), marker=MARKERS[i % 12], linestyle=_dash(i), label=short(names[i], 40))
             for i in picture.runs
@@ -153,14 +158,22 @@ def limits(picture: Picture, panel: Panel) -> tuple[float, float] | None:
 
 def _span(series: Series) -> tuple[float, ...]:
     """Lowest and highest value, intervals included; of dense lines without the odd spike, which would flatten all."""
-    ends = sorted(end for _, y in series.points for end in (y.value, y.low, y.high) if end is not None)
+    ends = sorted(series.ends)
     cut = len(ends) // 100 if series.style == "bare" else 0
     return (ends[cut], ends[-1 - cut]) if ends else ()
 
 
 def _place(panel: Panel) -> tuple[float, float, float, float]:
     """Left, bottom, width and height of the axes within a panel."""
-    return (0.36, 0.19, 0.6, 0.72) if panel.by_run else (0.12, 0.19, 0.85, 0.68)
+    if panel.by_run:
+        height = _height(panel)
+        return 0.36, 0.5 / height, 0.6, (height - 0.75) / height
+    return 0.12, 0.19, 0.85, 0.68
+
+
+def _height(panel: Panel) -> float:
+    """Inches; of dots beneath each other, as many as there are runs."""
+    return 0.95 + 0.32 * len(panel.series) if panel.by_run else HEIGHT
 
 
 def _draw(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) -> None:
@@ -170,13 +183,13 @@ def _draw(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) -
         _dots(axes, panel, ink, ends)
     else:
         _lines(axes, panel, ink, ends)
-        axes.text(0, 1.04, panel.y, transform=axes.transAxes, color=ink.quiet, ha="left", va="bottom")
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=panel.whole))
+        axes.text(0, 1.04, panel.axis, transform=axes.transAxes, color=ink.quiet, ha="left", va="bottom")
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS, integer=panel.whole))
         if panel.whole:
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        if panel.percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if panel.percent:
+        (axes.xaxis if panel.by_run else axes.yaxis).set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel(panel.x, loc="right")
     axes.grid(axis="x" if panel.by_run else "y")
     axes.set_axisbelow(True)
@@ -186,8 +199,6 @@ def _lines(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) 
     if panel.identity is not None:
         low, high = panel.identity
         axes.plot([low, high], [low, high], color=ink.quiet, linestyle=(0, (4, 3)), linewidth=1)
-        axes.annotate("score = goal", (high, high), (-4, -1), textcoords="offset points", color=ink.quiet, ha="right",
-                      va="top", size=8)  # fmt: skip
     shown = panel.runs
     spread = max((x for one in panel.series for x in one.x), default=0) - min(
         (x for one in panel.series for x in one.x), default=0
@@ -208,14 +219,13 @@ def _lines(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) 
                       marker=MARKERS[one.run % len(MARKERS)], markevery=every, linestyle=_dash(one.run),
                       elinewidth=1, capsize=2, markeredgecolor=ink.ground, markeredgewidth=0.6)  # fmt: skip
         if one.named:
-            axes.annotate(one.what, (xs[-1], ys[-1]), (0, 6), textcoords="offset points", color=ink.text, ha="right",
-                          va="bottom", size=8)  # fmt: skip
+            below = any((other.points[-1][1].value or 0) > (ys[-1] or 0) for other in panel.series if other.points)
+            axes.annotate(one.what, (xs[-1], ys[-1]), (0, -7 if below else 7), textcoords="offset points", size=8,
+                          color=ink.text, ha="right", va="top" if below else "bottom")  # fmt: skip
     if ends is not None:
         axes.set_ylim(*ends)
-    for level, name in panel.levels:
+    for level, _ in panel.levels:
         axes.axhline(level, color=ink.quiet, linewidth=1, zorder=1)
-        axes.annotate(name, (1, level), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      color=ink.quiet, ha="right", va="bottom", size=8)  # fmt: skip
 
 
 def _dots(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) -> None:
@@ -251,7 +261,7 @@ def _style(ink: Ink, salt: str) -> Iterator[None]:
     from matplotlib import rc_context
 
     options = {
-        "svg.fonttype": "none", "svg.hashsalt": salt, "svg.id": None, "text.parse_math": False, "font.size": 9,
+        "svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 9,
         "font.family": "DejaVu Sans", "text.color": ink.text, "axes.labelcolor": ink.quiet,
         "axes.edgecolor": ink.quiet, "axes.linewidth": 0.8, "axes.facecolor": "none", "axes.spines.top": False,
         "axes.spines.right": False, "figure.facecolor": ink.ground, "savefig.facecolor": ink.ground,

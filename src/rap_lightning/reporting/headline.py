@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class Headline:
 
 def headline(runs: list[Run]) -> Headline:
     """From the figures alone; nothing is said that no figure shows."""
-    scored = [run for run in runs if _at_best(run) is not None]
+    scored = [run for run in runs if _at(run) is not None]
     apart = _apart(scored)
     if not scored:
         outcome, details = _from_validation(runs)
@@ -38,49 +39,39 @@ def headline(runs: list[Run]) -> Headline:
     return Headline(outcome, details, [*apart, *_caveats(runs)])
 
 
-def _at_best(run: Run) -> tuple[float, Estimate] | None:
-    """The highest goal and the score it brings."""
+def _at(run: Run, which: Callable[[list[float]], float] = max) -> tuple[float, Estimate] | None:
+    """The highest goal, or the lowest, and the score it brings."""
     found = run.evaluation
     if found is None or found.sampled is None or not found.goals:
         return None
-    at = found.goals.index(max(found.goals))
-    figure = found.sampled.mean[at]
-    return (found.goals[at], figure) if figure.value is not None else None
-
-
-def _at_lowest(run: Run) -> tuple[float, Estimate] | None:
-    found = run.evaluation
-    if found is None or found.sampled is None or len(found.goals) < 2:
-        return None
-    at = found.goals.index(min(found.goals))
-    figure = found.sampled.mean[at]
-    return (found.goals[at], figure) if figure.value is not None else None
+    goal = which(found.goals)
+    figure = found.sampled.mean[found.goals.index(goal)]
+    return (goal, figure) if figure.value is not None else None
 
 
 def _compared(runs: list[Run]) -> str:
-    ranked = sorted(((run, _at_best(run)) for run in runs), key=lambda one: -(one[1][1].value or 0) if one[1] else 0)
+    ranked = sorted(((run, _at(run)) for run in runs), key=lambda one: -(one[1][1].value or 0) if one[1] else 0)
     (first, best), (second, next_best) = ranked[:2]
     assert best is not None
     assert next_best is not None
     (goal, high), (_, low) = best, next_best
-    values = f"{number(high.value)} against {number(low.value)}"
+    asked, values = f"Asked for a score of {number(goal)}", f"{number(high.value)} against {number(low.value)}"
+    of = f"of {second.name}{', the next' if len(runs) > 2 else ''}"
     if high.low is None or low.high is None:
-        return f"Asked for a score of {number(goal)}, {first.name} scores highest: {values} of {second.name}, without intervals."
+        return f"{asked}, {first.name} scores highest: {values} {of}, without intervals."
     if high.low > low.high:
-        return f"Asked for a score of {number(goal)}, {first.name} scores highest: {values} of {second.name}."
-    return (
-        f"Asked for a score of {number(goal)}, {first.name} and {second.name} can't be told apart: {values}, "
-        "with intervals that overlap."
-    )
+        return f"{asked}, {first.name} scores highest: {values} {of}."
+    return f"{asked}, {first.name} and {second.name} can't be told apart: {values}, with intervals that overlap."
 
 
 def _steers(run: Run) -> str:
-    best, lowest = _at_best(run), _at_lowest(run)
+    best, lowest = _at(run), _at(run, min)
     assert best is not None
-    if lowest is None:
+    if lowest is None or lowest[0] == best[0]:
         return f"{run.name} scores {estimate(best[1])} when asked for {number(best[0])}."
     (high_goal, high), (low_goal, low) = best, lowest
-    change = f"from {number(low.value)} to {number(high.value)} as the goal goes from {number(low_goal)} to {number(high_goal)}"
+    goals = f"as the goal goes from {number(low_goal)} to {number(high_goal)}"
+    change = f"from {number(low.value)} to {number(high.value)} {goals}"
     if None in (high.low, high.high, low.low, low.high):
         return f"{run.name}: the mean score goes {change}, without intervals."
     if (high.low or 0) > (low.high or 0):
@@ -91,7 +82,7 @@ def _steers(run: Run) -> str:
 
 
 def _ends(run: Run) -> list[str]:
-    best = _at_best(run)
+    best = _at(run)
     assert best is not None
     return [f"At the best goal: {estimate(best[1])}, a 95% interval over {best[1].n or 'its'} prompts."]
 
@@ -105,7 +96,9 @@ def _from_validation(runs: list[Run]) -> tuple[str, list[str]]:
     details = ["That is about ranking given responses, not about writing better ones: evaluate to know."]
     modes = {run.relabel for run, value in found if value is not None}
     if len(modes) > 1:
-        details.append("The runs hold out pairs of different kinds (with and without goals), so these shares don't compare.")
+        details.append(
+            "The runs hold out pairs of different kinds (with and without goals), so these shares don't compare."
+        )
     return f"Of the pairs held out, so many are ranked right: {listed(told)}.", details
 
 
@@ -140,7 +133,9 @@ def _caveats(runs: list[Run]) -> list[str]:
     steps = {run.step for run in runs if run.step}
     if len(steps) > 1:
         told = listed([f"{run.name} {run.step:,}" for run in runs if run.step])
-        found.append(f"The runs took different numbers of optimizer steps ({told}): more training may explain a difference.")
+        found.append(
+            f"The runs took different numbers of optimizer steps ({told}): more training may explain a difference."
+        )
     bases = {str((run.facts.get("base_model") or {}).get("name")) for run in runs if run.facts.get("base_model")}
     if len(bases) > 1:
         found.append(f"The runs began with different models: {listed(sorted(bases))}.")
@@ -148,7 +143,8 @@ def _caveats(runs: list[Run]) -> list[str]:
         found.append("The runs word their goals by different templates.")
     if all(run.record.get("seed") is not None for run in runs):
         found.append(
-            "Intervals are over prompts. How much a run changes with its seed is not in them: repeat each with other seeds."
+            "Intervals are over prompts. How much a run changes with its seed is not in them: repeat each with other "
+            "seeds."
         )
     return found
 
@@ -168,5 +164,3 @@ def describe(run: Run) -> str:
     if run.facts.get("adapter"):
         told.append(f"LoRA r={run.facts['adapter'].get('r')}")
     return ", ".join(one for one in told if one)
-
-

@@ -14,7 +14,7 @@ from rap_lightning import __version__
 from rap_lightning.reporting import figures, tables
 from rap_lightning.reporting.headline import headline
 from rap_lightning.reporting.panels import Picture
-from rap_lightning.reporting.parts import Part, evaluate_command, parts
+from rap_lightning.reporting.parts import Part, all_parts, evaluate_command
 from rap_lightning.reporting.read import Run
 from rap_lightning.reporting.text import clean, short
 
@@ -29,8 +29,8 @@ def write(runs: list[Run], folder: Path) -> list[Path]:
     The same run folders give the same bytes: the page has no date and no random ids.
     """
     names = [run.name for run in runs]
-    all_parts = parts(runs)
-    pictures = [picture for part in all_parts for picture in part.pictures]
+    parts = all_parts(runs)
+    pictures = [picture for part in parts for picture in part.pictures]
     drawn: dict[str, list[dict[str, Any]]] = {}
     written = []
     with tqdm(pictures, "drawing", delay=2, file=sys.stderr, leave=False, disable=None) as progress:
@@ -40,7 +40,7 @@ def write(runs: list[Run], folder: Path) -> list[Path]:
             path.write_bytes(figures.png(picture, names))
             written.append(path)
     page = folder / PAGE
-    page.write_text(_html(runs, names, all_parts, drawn), encoding="utf-8")
+    page.write_text(_html(runs, names, parts, drawn), encoding="utf-8")
     return [page, *written]
 
 
@@ -48,11 +48,11 @@ def _panels(picture: Picture, names: list[str]) -> list[dict[str, Any]]:
     shown = []
     for i, panel in enumerate(picture.panels):
         drawing = figures.svg(panel, f"{picture.name}-{i}", figures.limits(picture, panel))
-        shown.append({"title": panel.title, "svg": Markup(drawing), "alt": clean(panel.alt(names), 4000)})  # noqa: S704
+        shown.append({"title": panel.title, "svg": Markup(drawing), "alt": clean(panel.alt(names), 4000)})
     return shown
 
 
-def _html(runs: list[Run], names: list[str], all_parts: list[Part], drawn: dict[str, list[dict[str, Any]]]) -> str:
+def _html(runs: list[Run], names: list[str], parts: list[Part], drawn: dict[str, list[dict[str, Any]]]) -> str:
     environment = Environment(
         loader=PackageLoader("rap_lightning.reporting", ""), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -62,9 +62,9 @@ def _html(runs: list[Run], names: list[str], all_parts: list[Part], drawn: dict[
     config_runs, config_rows = tables.config_rows(runs)
     version_runs, version_rows, versions = tables.version_rows(runs)
     return environment.get_template("page.html.jinja").render(
-        version=__version__, made_by=Markup(MADE_BY), names=names, cards=tables.run_rows(runs),  # noqa: S704
-        headline=headline(runs), parts=[part for part in all_parts if part.pictures],
-        lacking=_lacking(runs, all_parts, samples), drawn=drawn,
+        version=__version__, made_by=Markup(MADE_BY), names=names, cards=tables.run_rows(runs),
+        headline=headline(runs), parts=[part for part in parts if part.pictures],
+        lacking=_lacking(runs, parts, samples), drawn=drawn,
         marks=[figures.marker(i) for i in range(len(runs))], colours=len(figures.COLOURS), palette=figures.COLOURS,
         samples=samples, samples_told=samples_told, data=tables.data_groups(runs), config_runs=config_runs,
         config_rows=config_rows, costs=tables.cost_rows(runs), version_runs=version_runs, version_rows=version_rows,
@@ -72,10 +72,10 @@ def _html(runs: list[Run], names: list[str], all_parts: list[Part], drawn: dict[
     )  # fmt: skip
 
 
-def _lacking(runs: list[Run], all_parts: list[Part], samples: list[tables.SideBySide]) -> list[tuple[str, str, list[str]]]:
+def _lacking(runs: list[Run], parts: list[Part], samples: list[tables.SideBySide]) -> list[tuple[str, str, list[str]]]:
     """Parts that no run has files for: titles, why, commands; parts that the same commands bring stand together."""
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for part in all_parts:
+    for part in parts:
         if not part.pictures:
             groups.setdefault((part.lacking, tuple(part.commands)), []).append(part.title)
     if not samples:

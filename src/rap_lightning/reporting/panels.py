@@ -31,6 +31,11 @@ class Series:
     named: bool = False
 
     @property
+    def ends(self) -> list[float]:
+        """All values, and the ends of their intervals."""
+        return [end for _, y in self.points for end in (y.value, y.low, y.high) if end is not None]
+
+    @property
     def points(self) -> list[tuple[float, Estimate]]:
         """Those that have a value."""
         return [(x, y) for x, y in zip(self.x, self.y, strict=True) if y.value is not None]
@@ -67,6 +72,12 @@ class Panel:
     def runs(self) -> list[int]:
         """The runs that it shows."""
         return sorted({one.run for one in self.series if one.points})
+
+    @property
+    def axis(self) -> str:
+        """What stands above y: its name, and what the lines to compare with are, which would be in the way inside."""
+        lines = ["dashed: score = goal"] if self.identity is not None else []
+        return "; ".join([self.y, *lines, *(f"line at {number(at, self.percent)}: {name}" for at, name in self.levels)])
 
     def alt(self, names: list[str]) -> str:
         """The picture in words, for those who don't see it."""

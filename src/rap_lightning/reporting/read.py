@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.reporting.curves import Curves, as_number, read_curves
@@ -19,9 +21,6 @@ from rap_lightning.reporting.text import clean
 
 MARKS = ("metrics.csv", "run.json", "evaluation/evaluation.json", "evaluation.json")
 """A folder with one of these is a run."""
-
-ONE_ORIGIN = {"none": "unconditioned", "chosen": "chosen-goal", "rejected": "rejected-goal"}
-"""How a run's pairs read that were relabelled in one way only, so that metrics.csv doesn't split them."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,16 @@ def read_runs(given: list[str]) -> list[Run]:
     names = _names(named)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two runs are called {twice[0]}: give each a name of its own, as NAME=FOLDER.")
-    return [_run(folder, name, i) for i, ((folder, _), name) in enumerate(zip(named, names, strict=True))]
+    runs = []
+    progress = tqdm(
+        zip(named, names, strict=True), "reading", len(names), delay=2, file=sys.stderr, leave=False, disable=None
+    )
+    for index, ((folder, _), name) in enumerate(progress):
+        try:
+            runs.append(_run(folder, name, index))
+        except OSError as error:
+            raise DataError(f"{folder} can't be read: {error.strerror} ({error.filename})") from error
+    return runs
 
 
 def _named(given: str) -> tuple[Path, str | None]:
@@ -165,7 +173,9 @@ def _run(folder: Path, name: str, index: int) -> Run:
     run.data = [part for part in data if isinstance(part, dict)] if isinstance(data, list) else []
     if (path := folder / "metrics.csv").is_file():
         run.curves = read_curves(path)
-    evaluated = next((p for p in (folder / "evaluation" / "evaluation.json", folder / "evaluation.json") if p.is_file()), None)
+    evaluated = next(
+        (p for p in (folder / "evaluation" / "evaluation.json", folder / "evaluation.json") if p.is_file()), None
+    )
     if evaluated is not None:
         run.evaluation = read_evaluation(evaluated)
     _read_samples(run)
@@ -176,7 +186,9 @@ def _run(folder: Path, name: str, index: int) -> Run:
 
 def _note(run: Run) -> None:
     if run.record and run.record.get("finished") is None:
-        run.notes.append(f"has not ended: it is still running, or was stopped; the last step logged is {run.step or 0:,}")
+        run.notes.append(
+            f"has not ended: it is still running, or was stopped; the last step logged is {run.step or 0:,}"
+        )
     if run.curves is not None:
         if run.curves.broken:
             run.notes.append(f"{run.curves.broken:,} line(s) of metrics.csv can't be read, cut off perhaps; left out")
@@ -246,9 +258,7 @@ def _read_likelihood(run: Run) -> None:
         if None in numbers:
             continue
         step, low, high, change = (float(value) for value in numbers if value is not None)
-        run.likelihood.append(
-            Probe(int(step), str(line.get("condition")), str(line.get("role")), low, high, change)
-        )
+        run.likelihood.append(Probe(int(step), str(line.get("condition")), str(line.get("role")), low, high, change))
 
 
 def as_dict(value: Any) -> dict[str, Any]:

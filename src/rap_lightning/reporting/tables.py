@@ -20,6 +20,7 @@ ByValue = tuple[str, list[tuple[str, list[int]]]]
 PROMPTS, GOALS = 3, 4
 """How many are shown side by side."""
 
+COUNTS = {"rows_read": "rows read", "pairs_kept": "pairs kept", "relabelled_pairs": "training pairs"}
 REASONS = {
     "dropped": "dropped", "truncated": "truncated", "repaired": "repaired", "left_out": "left out", "noted": "noted",
     "faults": "fault",
@@ -75,7 +76,9 @@ def samples(runs: list[Run]) -> tuple[list[SideBySide], str]:
         cells = [(number(goal), [_cell(by_prompt[prompt][goal].get(i), i) for i in sorted(of_run)]) for goal in few]
         shown.append(SideBySide(clean(prompt), cells))
     greedy = all(one.greedy for found in of_run.values() for one in found)
-    told = f"{len(shown)} of {len(by_prompt):,} prompts, up to {GOALS} goals each; the first sample of each, not the best"
+    told = (
+        f"{len(shown)} of {len(by_prompt):,} prompts, up to {GOALS} goals each; the first sample of each, not the best"
+    )
     return shown, told + (", by greedy decoding." if greedy else ".")
 
 
@@ -113,7 +116,7 @@ def data_groups(runs: list[Run]) -> list[dict[str, Any]]:
 def _split(part: dict[str, Any]) -> dict[str, Any]:
     counts = [
         (label, f"{part[key]:,}" if isinstance(part.get(key), int) else "–")
-        for key, label in (("rows_read", "rows read"), ("pairs_kept", "pairs kept"), ("relabelled_pairs", "training pairs"))
+        for key, label in COUNTS.items()
     ]  # fmt: skip
     reasons = []
     for kind, word in REASONS.items():
@@ -148,7 +151,10 @@ def cost_rows(runs: list[Run]) -> list[tuple[int, list[tuple[str, str]]]]:
         if run.seconds is not None:
             found.append(("wall time of fit", duration(run.seconds)))
         if run.curves is not None:
-            for name, label in (("pairs_per_second", "pairs a second (median)"), ("tokens_per_second", "tokens a second (median)")):
+            for name, label in (
+                ("pairs_per_second", "pairs a second (median)"),
+                ("tokens_per_second", "tokens a second (median)"),
+            ):
                 if values := [value for _, value in run.curves.values.get(name, [])]:
                     found.append((label, number(median(values))))
         memory = as_dict(run.record.get("peak_memory"))
@@ -158,7 +164,8 @@ def cost_rows(runs: list[Run]) -> list[tuple[int, list[tuple[str, str]]]]:
         devices = run.record.get("devices")
         if isinstance(devices, list) and devices:
             processes = run.record.get("processes", 1)
-            found.append(("on", f"{clean(', '.join(sorted(set(map(str, devices)))), 60)}, {processes} process(es)"))
+            told = f"{processes} processes" if processes != 1 else "one process"
+            found.append(("on", f"{clean(', '.join(sorted(set(map(str, devices)))), 60)}, {told}"))
         seconds = run.evaluation.about.get("seconds") if run.evaluation is not None else None
         if isinstance(seconds, int | float):
             found.append(("evaluation", duration(seconds)))
@@ -170,7 +177,11 @@ def cost_rows(runs: list[Run]) -> list[tuple[int, list[tuple[str, str]]]]:
 def version_rows(runs: list[Run]) -> tuple[list[int], list[ByValue], list[tuple[str, str]]]:
     """Versions that the runs have in common, and rows of those in which they differ."""
     having = [run for run in runs if run.record]
-    names = ["python", "git commit", *dict.fromkeys([*CHIEF, *(n for run in having for n in as_dict(run.record.get("packages")))])]
+    names = [
+        "python",
+        "git commit",
+        *dict.fromkeys([*CHIEF, *(n for run in having for n in as_dict(run.record.get("packages")))]),
+    ]
     differing: list[ByValue] = []
     common: list[tuple[str, str]] = []
     for name in names:

@@ -1,0 +1,96 @@
+"""What the parts of the page share."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from rap_lightning.reporting.evaluation import Estimate, Evaluation
+from rap_lightning.reporting.panels import Panel, Picture, Series
+from rap_lightning.reporting.read import Run
+from rap_lightning.reporting.text import number
+
+CONDITIONS = {
+    "none": "no goal in the prompt",
+    "own": "each asked for its own score",
+    "best": "asked for the best score",
+    "worst": "asked for the worst score",
+}
+Scale = tuple[float, float] | None
+
+
+@dataclass
+class Part:
+    """A part of the page. Without pictures it is only named, with the way to get it."""
+
+    name: str
+    title: str
+    about: str
+    pictures: list[Picture] = field(default_factory=list)
+    lacking: str = ""
+    commands: list[str] = field(default_factory=list)
+
+
+def evaluate_command(run: Run) -> str:
+    """What to type to get a run's evaluation."""
+    return f"rap-lightning evaluate --model {shlex.quote(str(run.folder / 'hf'))}"
+
+
+def evaluated(runs: list[Run]) -> list[tuple[Run, Evaluation]]:
+    """The runs that have an evaluation."""
+    return [(run, run.evaluation) for run in runs if run.evaluation is not None]
+
+
+def evaluation_part(part: Part, runs: list[Run], has: Callable[[Evaluation], object]) -> Part:
+    """A part of evaluation.json: runs that lack it are named at its first picture, or it is lacking as a whole."""
+    part.pictures = [picture for picture in part.pictures if picture.runs]
+    without = [run for run in runs if run.evaluation is None or not has(run.evaluation)]
+    if part.pictures:
+        for run in without:
+            why = "not evaluated" if run.evaluation is None else "its evaluation.json has no such part"
+            part.pictures[0].missing.append((run.index, why, evaluate_command(run)))
+    else:
+        part.lacking, part.commands = "no run has been evaluated for it", [evaluate_command(run) for run in without]
+    return part
+
+
+def scales(runs: list[Run]) -> list[Scale]:
+    """The reward scales of evaluated runs: scores on different ones never share axes."""
+    return list(dict.fromkeys(run.scale for run, _ in evaluated(runs)))
+
+
+def on_scale(scale: Scale, among: list[Scale]) -> str:
+    """Names the scale in a title, where there are several."""
+    return f", scale {number(scale[0])} to {number(scale[1])}" if len(among) > 1 and scale is not None else ""
+
+
+def room(scale: Scale, series: list[Series]) -> Scale:
+    """Limits of an axis of scores: the scale, and what lies outside it."""
+    if scale is None:
+        return None
+    ends = [end for one in series for end in one.ends]
+    margin = 0.03 * (scale[1] - scale[0])
+    return min([scale[0], *ends]) - margin, max([scale[1], *ends]) + margin
+
+
+def share_room(series: list[Series]) -> Scale:
+    """Limits of an axis of shares: from none to a little above the highest, never far above all."""
+    top = max((end for one in series for end in one.ends), default=0.0)
+    return (-0.03 * top, min(1.03, 1.15 * top)) if top > 0 else None
+
+
+def goal_panels(
+    runs: list[Run], figures: Callable[[Evaluation], Sequence[Estimate]], title: str, y: str, *,
+    shares: bool = False, scores: bool = False,
+) -> list[Panel]:  # fmt: skip
+    """A figure per goal: a panel for each scale that the runs' scores are on."""
+    among, panels = scales(runs), []
+    for scale in among:
+        group = [(run, found) for run, found in evaluated(runs) if run.scale == scale and figures(found)]
+        series = [Series(run.index, found.goals, figures(found)) for run, found in group]
+        limits = room(scale, series) if scores else share_room(series) if shares else None
+        identity = scale if scores else None
+        title_here, x = title + on_scale(scale, among), "goal: score asked for"
+        panels.append(Panel(title_here, x, y, series, identity=identity, percent=shares, limits=limits))
+    return [panel for panel in panels if panel.runs]
