@@ -22,6 +22,7 @@ COLOURS = ("#1b61c9", "#b8500a", "#17774a", "#a8327a", "#6747c2", "#0b7285", "#8
 """On white; a page in the dark has its own. With 8 of them, 12 markers and 3 dashes, 24 runs look different."""
 
 WIDTH, HEIGHT = 3.9, 2.7  # inches of a panel; on a phone's width its text is still 11 px high
+CROWD = 6  # runs in one panel; more are drawn finer
 STEPS = [1, 2, 2.5, 5, 10]  # of ticks
 TITLE = 46
 """Characters of a panel's title that fit on one line of a PNG."""
@@ -200,6 +201,7 @@ def _lines(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) 
         low, high = panel.identity
         axes.plot([low, high], [low, high], color=ink.quiet, linestyle=(0, (4, 3)), linewidth=1)
     shown = panel.runs
+    crowded = len(shown) > CROWD
     spread = max((x for one in panel.series for x in one.x), default=0) - min(
         (x for one in panel.series for x in one.x), default=0
     )
@@ -212,12 +214,16 @@ def _lines(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) 
         if one.style == "bare":
             axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.55)
             continue
-        aside = (shown.index(one.run) - (len(shown) - 1) / 2) * spread * 0.008  # intervals stand beside each other
+        step = min(0.008, 0.04 / len(shown)) * spread  # intervals stand beside each other
+        aside = (shown.index(one.run) - (len(shown) - 1) / 2) * step
         every = max(1, len(points) // 8)
         errors = [[_reach(y.value, y.low) for _, y in points], [_reach(y.high, y.value) for _, y in points]]
-        axes.errorbar([x + aside for x in xs], ys, yerr=errors if any(map(any, errors)) else None, color=colour,
-                      marker=MARKERS[one.run % len(MARKERS)], markevery=every, linestyle=_dash(one.run),
-                      elinewidth=1, capsize=2, markeredgecolor=ink.ground, markeredgewidth=0.6)  # fmt: skip
+        finer: dict[str, Any] = {"elinewidth": 0.8, "linewidth": 1.2, "markersize": 4} if crowded else {"capsize": 2}
+        axes.errorbar(
+            [x + aside for x in xs], ys, yerr=errors if any(map(any, errors)) else None, color=colour,
+            marker=MARKERS[one.run % len(MARKERS)], markevery=every, linestyle=_dash(one.run),
+            markeredgecolor=ink.ground, markeredgewidth=0.6, **({"elinewidth": 1} | finer),
+        )  # fmt: skip
         if one.named:
             below = any((other.points[-1][1].value or 0) > (ys[-1] or 0) for other in panel.series if other.points)
             axes.annotate(one.what, (xs[-1], ys[-1]), (0, -7 if below else 7), textcoords="offset points", size=8,
@@ -236,7 +242,7 @@ def _dots(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) -
         errors = [[_reach(figure.value, figure.low)], [_reach(figure.high, figure.value)]]
         axes.errorbar([figure.value], [place], xerr=errors, color=ink.run(one.run), capsize=2, elinewidth=1.4,
                       marker=MARKERS[one.run % len(MARKERS)], markersize=7, linestyle="none")  # fmt: skip
-    names = [short(clean(one.what)) for one in panel.series]
+    names = [short(clean(one.what), 17) for one in panel.series]
     axes.set_yticks([one.x[0] for one in panel.series], names)
     axes.set_ylim(max(one.x[0] for one in panel.series) + 0.6, -0.6)
     axes.tick_params(axis="y", labelcolor=ink.text)

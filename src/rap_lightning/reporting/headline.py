@@ -9,8 +9,12 @@ from typing import Any
 from rap_lightning.reporting.evaluation import Estimate
 from rap_lightning.reporting.panels import estimate
 from rap_lightning.reporting.read import Run
-from rap_lightning.reporting.text import listed, number
+from rap_lightning.reporting.text import isolated, listed, number
 
+MANY = 4
+"""More runs are told of in groups."""
+
+NOT_SHOWN = "No steering is shown"
 COMPARABLE = ("judge", "temperature", "prompts", "samples_per_prompt", "seed")
 """Two evaluations that differ in one of these measured different things."""
 
@@ -32,10 +36,13 @@ def headline(runs: list[Run]) -> Headline:
         outcome, details = _from_validation(runs)
     elif apart and len(scored) > 1:
         outcome = "The runs were evaluated in different ways, so their scores are not compared."
-        details = [_steers(run) for run in scored]
+        details = _steering(scored)
     else:
         outcome = _compared(scored) if len(scored) > 1 else _steers(scored[0])
-        details = [_steers(run) for run in scored] if len(scored) > 1 else _ends(scored[0])
+        details = _steering(scored) if len(scored) > 1 else _ends(scored[0])
+    without = [_name(run) for run in runs if run not in scored]
+    if scored and without:
+        details.append(f"Not evaluated: {listed(without)}.")
     return Headline(outcome, details, [*apart, *_caveats(runs)])
 
 
@@ -56,29 +63,12 @@ def _compared(runs: list[Run]) -> str:
     assert next_best is not None
     (goal, high), (_, low) = best, next_best
     asked, values = f"Asked for a score of {number(goal)}", f"{number(high.value)} against {number(low.value)}"
-    of = f"of {second.name}{', the next' if len(runs) > 2 else ''}"
+    of = f"of {_name(second)}{', the next' if len(runs) > 2 else ''}"
     if high.low is None or low.high is None:
-        return f"{asked}, {first.name} scores highest: {values} {of}, without intervals."
+        return f"{asked}, {_name(first)} scores highest: {values} {of}, without intervals."
     if high.low > low.high:
-        return f"{asked}, {first.name} scores highest: {values} {of}."
-    return f"{asked}, {first.name} and {second.name} can't be told apart: {values}, with intervals that overlap."
-
-
-def _steers(run: Run) -> str:
-    best, lowest = _at(run), _at(run, min)
-    assert best is not None
-    if lowest is None or lowest[0] == best[0]:
-        return f"{run.name} scores {estimate(best[1])} when asked for {number(best[0])}."
-    (high_goal, high), (low_goal, low) = best, lowest
-    goals = f"as the goal goes from {number(low_goal)} to {number(high_goal)}"
-    change = f"from {number(low.value)} to {number(high.value)} {goals}"
-    if None in (high.low, high.high, low.low, low.high):
-        return f"{run.name}: the mean score goes {change}, without intervals."
-    if (high.low or 0) > (low.high or 0):
-        return f"The goal steers {run.name}: its mean score rises {change}."
-    if (high.high or 0) < (low.low or 0):
-        return f"The goal steers {run.name} the wrong way: its mean score falls {change}."
-    return f"No steering is shown for {run.name}: its mean score goes {change}, with intervals that overlap."
+        return f"{asked}, {_name(first)} scores highest: {values} {of}."
+    return f"{asked}, {_name(first)} and {_name(second)} can't be told apart: {values}, with intervals that overlap."
 
 
 def _ends(run: Run) -> list[str]:
@@ -88,18 +78,64 @@ def _ends(run: Run) -> list[str]:
 
 
 def _from_validation(runs: list[Run]) -> tuple[str, list[str]]:
-    """Without evaluation, how many held-out pairs are ranked right."""
+    """Without evaluation: how many held-out pairs are ranked right, and what fit's own samples scored."""
     found = [(run, run.curves.last("val/rewards/accuracies")) for run in runs if run.curves is not None]
-    told = [f"{run.name} {number(value, True)}" for run, value in found if value is not None]
+    told = [f"{_name(run)} {number(value, True)}" for run, value in found if value is not None]
+    details = [_sampled_by_fit(run, run.curves.steering()) for run in runs if run.curves is not None]
+    details = [line for line in details if line]
     if not told:
-        return "What these runs write has not been evaluated yet; this page shows how they were trained.", []
-    details = ["That is about ranking given responses, not about writing better ones: evaluate to know."]
-    modes = {run.relabel for run, value in found if value is not None}
-    if len(modes) > 1:
-        details.append(
-            "The runs hold out pairs of different kinds (with and without goals), so these shares don't compare."
-        )
-    return f"Of the pairs held out, so many are ranked right: {listed(told)}.", details
+        return "What these runs write has not been evaluated yet; this page shows how they were trained.", details
+    details.append("Ranking given responses is not writing better ones; evaluate to know how good they are.")
+    return f"Not evaluated yet. Held-out pairs ranked right: {listed(told)}.", details
+
+
+def _sampled_by_fit(run: Run, points: list[tuple[float, float]]) -> str:
+    if len(points) < 2:
+        return ""
+    (low_goal, low), (high_goal, high) = points[0], points[-1]
+    goals = f"as the goal goes from {number(low_goal)} to {number(high_goal)}"
+    return f"{_name(run)}: the mean score of fit's few samples goes from {number(low)} to {number(high)} {goals}."
+
+
+def _steering(runs: list[Run]) -> list[str]:
+    """A sentence for each run; of many, one for each verdict."""
+    if len(runs) <= MANY:
+        return [_steers(run) for run in runs]
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        groups.setdefault(_verdict(run), []).append(_name(run))
+    return [f"{verdict}: {listed(names)}." for verdict, names in groups.items()]
+
+
+def _verdict(run: Run) -> str:
+    """Whether the scores at the lowest and the highest goal have intervals apart."""
+    best, lowest = _at(run), _at(run, min)
+    assert best is not None
+    if lowest is None or lowest[0] == best[0]:
+        return "Evaluated at one goal only"
+    high, low = best[1], lowest[1]
+    if high.low is None or high.high is None or low.low is None or low.high is None:
+        return "Without intervals"
+    return "The goal steers" if high.low > low.high else "Steered the wrong way" if high.high < low.low else NOT_SHOWN
+
+
+def _steers(run: Run) -> str:
+    best, lowest, verdict = _at(run), _at(run, min), _verdict(run)
+    assert best is not None
+    if lowest is None or lowest[0] == best[0]:
+        return f"{_name(run)} scores {estimate(best[1])} when asked for {number(best[0])}."
+    (high_goal, high), (low_goal, low) = best, lowest
+    goals = f"as the goal goes from {number(low_goal)} to {number(high_goal)}"
+    change = f"from {number(low.value)} to {number(high.value)} {goals}"
+    return {
+        "The goal steers": f"The goal steers {_name(run)}: its mean score rises {change}.",
+        "Steered the wrong way": f"The goal steers {_name(run)} the wrong way: its mean score falls {change}.",
+        NOT_SHOWN: f"{NOT_SHOWN} for {_name(run)}: its mean score goes {change}, with intervals that overlap.",
+    }.get(verdict, f"{_name(run)}: the mean score goes {change}, without intervals.")
+
+
+def _name(run: Run) -> str:
+    return isolated(run.name)
 
 
 def _apart(runs: list[Run]) -> list[str]:
@@ -108,7 +144,7 @@ def _apart(runs: list[Run]) -> list[str]:
     for name in ("scale", "highest goal", *COMPARABLE):
         values = [(run, _of(run, name)) for run in runs]
         if len({str(value) for _, value in values}) > 1:
-            shown = listed([f"{_plain(value)} ({run.name})" for run, value in values])
+            shown = listed([f"{_plain(value)} ({_name(run)})" for run, value in values])
             found.append(f"The evaluations differ in {name.replace('_', ' ')}: {shown}.")
     return found
 
@@ -127,14 +163,18 @@ def _plain(value: Any) -> str:
 
 
 def _caveats(runs: list[Run]) -> list[str]:
-    found = [f"{run.name}: {note}." for run in runs for note in run.notes]
+    found = [f"{_name(run)}: {note}." for run in runs for note in run.notes]
     if len(runs) < 2:
         return found
-    steps = {run.step for run in runs if run.step}
+    steps = sorted({run.step for run in runs if run.step})
     if len(steps) > 1:
-        told = listed([f"{run.name} {run.step:,}" for run in runs if run.step])
+        told = listed([f"{_name(run)} {run.step:,}" for run in runs if run.step])
+        told = told if len(runs) <= MANY else f"{steps[0]:,} to {steps[-1]:,}"
+        found.append(f"The runs took different numbers of steps ({told}): more training may explain a difference.")
+    if len({run.relabel for run in runs if run.curves is not None and run.relabel}) > 1:
         found.append(
-            f"The runs took different numbers of optimizer steps ({told}): more training may explain a difference."
+            "The runs hold out pairs of different kinds (with and without goals), so their shares ranked right don't "
+            "compare."
         )
     bases = {str((run.facts.get("base_model") or {}).get("name")) for run in runs if run.facts.get("base_model")}
     if len(bases) > 1:

@@ -146,7 +146,7 @@ def estimate(figure: Estimate, percent: bool = False) -> str:
     value = number(figure.value, percent)
     if figure.low is None:
         return value
-    return f"{value} ({number(figure.low, percent)} to {number(figure.high, percent)})"
+    return f"{value} ({number(figure.low, percent)}\u00a0to\u00a0{number(figure.high, percent)})"
 
 
 def _some(values: list[float]) -> list[float]:

@@ -131,12 +131,15 @@ def read_runs(given: list[str]) -> list[Run]:
 
 
 def _named(given: str) -> tuple[Path, str | None]:
-    name, equals, folder = given.partition("=")
-    if equals and not Path(given).exists():
-        if not name.strip() or not folder:
-            raise ConfigError(f"expected FOLDER or NAME=FOLDER, found {given!r}")
-        return Path(folder), name.strip()
-    return Path(given), None
+    """Folder and name; names and folders may have equals signs in them, so what is there decides where to cut."""
+    if "=" not in given or Path(given).exists():
+        return Path(given), None
+    cuts = [i for i, letter in enumerate(given) if letter == "="]
+    cut = next((i for i in cuts if Path(given[i + 1 :]).exists() and given[i + 1 :]), cuts[0])
+    name, folder = given[:cut].strip(), given[cut + 1 :]
+    if not name or not folder:
+        raise ConfigError(f"expected FOLDER or NAME=FOLDER, found {given!r}")
+    return Path(folder), name
 
 
 def _names(named: list[tuple[Path, str | None]]) -> list[str]:
@@ -158,9 +161,9 @@ def _refuse_no_run(folder: Path) -> None:
         raise DataError(f"{folder} doesn't exist. Give the folder of a run, such as runs/version_0.")
     around = next((up for up in folder.parents[:2] if any((up / mark).is_file() for mark in MARKS)), None)
     within = sorted(p.parent for p in folder.glob("*/metrics.csv")) if folder.is_dir() else []
-    hint = f"Do you mean {around}?" if around else f"Runs in it: {', '.join(map(str, within[:5]))}." if within else ""
+    hint = f" Do you mean {around}?" if around else f" Runs in it: {', '.join(map(str, within[:5]))}." if within else ""
     raise DataError(
-        f"{folder} is no run: expected a folder with one of {', '.join(MARKS)}, as fit and evaluate write them. {hint}"
+        f"{folder} is no run: expected a folder with one of {', '.join(MARKS)}, as fit and evaluate write them.{hint}"
     )
 
 

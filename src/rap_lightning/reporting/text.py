@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from unicodedata import bidirectional
 
-LONGEST = 600
+LONGEST = 420
 """Characters of a prompt or response that the page shows."""
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""Control characters, overrides of the direction of text (which would show it as it isn't), halves of characters."""
 
 
 def clean(text: object, longest: int = LONGEST) -> str:
@@ -19,6 +21,12 @@ def clean(text: object, longest: int = LONGEST) -> str:
     whole = str(text)
     shown = _CONTROL.sub("\ufffd", whole[:longest].replace("\r\n", "\n"))
     return shown if len(whole) <= longest else f"{shown.rstrip()} … ({len(whole):,} characters in all)"
+
+
+def isolated(name: str) -> str:
+    """A name within a sentence: one that is written from right to left doesn't turn what stands around it."""
+    turned = any(bidirectional(letter) in ("R", "AL") for letter in name)
+    return f"\u2068{name}\u2069" if turned else name
 
 
 def short(name: str, longest: int = 24) -> str:

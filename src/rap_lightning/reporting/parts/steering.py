@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rap_lightning.reporting.curves import as_number
 from rap_lightning.reporting.evaluation import Estimate, Evaluation, Steering
 from rap_lightning.reporting.panels import Panel, Picture, Series, estimate
 from rap_lightning.reporting.parts.base import (
@@ -27,7 +28,7 @@ KEY = (
 
 def steering(runs: list[Run]) -> Part:
     """Controllability of evaluation.json; without it, the table that fit printed; and samples.jsonl."""
-    heats = sorted({str(found.about.get("temperature")) for _, found in evaluated(runs) if found.sampled})
+    heats = sorted({_heat(found) for _, found in evaluated(runs) if found.sampled})
     panels = goal_panels(
         runs, lambda found: found.sampled.mean if found.sampled else [], f"sampled, temperature {' or '.join(heats)}",
         "mean score", scores=True,
@@ -36,7 +37,7 @@ def steering(runs: list[Run]) -> Part:
         runs, lambda found: found.greedy.mean if found.greedy else [], "greedy decoding", "mean score", scores=True
     )
     stats = [_summed_up(run, kind, one) for run, found in evaluated(runs) for kind, one in _kinds(found)]
-    head = ["run", "decoding", "Spearman", "slope", "best goal"]
+    head = ["run", "Spearman", "slope", "best goal"]
     picture = Picture("steering", "Score against goal", LOOK, panels, shared=False, stats=(head, stats), key=KEY)
     about = "The prompt asks for a score; a judge then scores what comes back."
     part = Part("steering", "Does the goal steer?", about, [picture])
@@ -47,6 +48,10 @@ def steering(runs: list[Run]) -> Part:
     return part
 
 
+def _heat(found: Evaluation) -> str:
+    return number(as_number(found.about.get("temperature")))
+
+
 def _kinds(found: Evaluation) -> list[tuple[str, Steering]]:
     return [(kind, one) for kind, one in (("sampled", found.sampled), ("greedy", found.greedy)) if one is not None]
 
@@ -54,7 +59,7 @@ def _kinds(found: Evaluation) -> list[tuple[str, Steering]]:
 def _summed_up(run: Run, kind: str, one: Steering) -> list[str]:
     sure = f" ({number(one.best_goal_share, True)})" if one.best_goal_share is not None else ""
     best = number(one.best_goal) + sure if one.best_goal is not None else "–"
-    return [run.name, kind, estimate(one.spearman), estimate(one.slope), best]
+    return [f"{run.name}, {kind}", estimate(one.spearman), estimate(one.slope), best]
 
 
 def _from_fit(runs: list[Run]) -> list[Picture]:
