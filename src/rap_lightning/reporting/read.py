@@ -17,7 +17,7 @@ from tqdm import tqdm
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.reporting.curves import Curves, as_number, read_curves
 from rap_lightning.reporting.evaluation import Evaluation, Sample, read_evaluation, sample_of
-from rap_lightning.reporting.text import clean
+from rap_lightning.reporting.text import clean, counted
 
 MARKS = ("metrics.csv", "run.json", "evaluation/evaluation.json", "evaluation.json")
 """A folder with one of these is a run."""
@@ -147,7 +147,7 @@ def _names(named: list[tuple[Path, str | None]]) -> list[str]:
     parts = [folder.resolve().parts for folder, _ in named]
     names = []
     for i, (folder, name) in enumerate(named):
-        others = [other for j, other in enumerate(parts) if j != i]
+        others = [other for j, other in enumerate(parts) if j != i and named[j][1] is None]
         ends = range(1, len(parts[i]) + 1)
         depth = next((k for k in ends if all(other[-k:] != parts[i][-k:] for other in others)), 1)
         names.append(clean(name or "/".join(parts[i][-depth:]) or str(folder), 80))
@@ -194,7 +194,9 @@ def _note(run: Run) -> None:
         )
     if run.curves is not None:
         if run.curves.broken:
-            run.notes.append(f"{run.curves.broken:,} line(s) of metrics.csv can't be read, cut off perhaps; left out")
+            run.notes.append(
+                f"{counted(run.curves.broken, 'line')} of metrics.csv left out: not to be read, cut off perhaps"
+            )
         for metric in ("loss", "val/loss"):
             if metric in run.curves.not_finite:
                 step = run.curves.not_finite[metric]
@@ -235,7 +237,7 @@ def _lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
             elif line.strip():
                 bad += 1
     if bad:
-        run.notes.append(f"{bad:,} line(s) of {name} can't be read, cut off perhaps; left out")
+        run.notes.append(f"{counted(bad, 'line')} of {name} left out: not to be read, cut off perhaps")
 
 
 def _read_samples(run: Run) -> None:

@@ -47,6 +47,11 @@ def number(value: float | None, percent: bool = False) -> str:
     return f"{value:.4f}" if "e" in shown and abs(value) > 1e-4 else shown
 
 
+def counted(count: int, what: str) -> str:
+    """``1 line``, ``2,000 lines``."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def listed(names: list[str]) -> str:
     """``a, b and c``."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
