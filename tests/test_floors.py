@@ -12,7 +12,7 @@ FLOORS = [
     {"batches"},
     {"losses"},
     {"models"},
-    {"metrics", "schedules", "progress", "planning"},
+    {"metrics", "schedules", "progress", "planning", "evaluation"},
     {"datamodule", "module"},
     {"strategies", "together"},
     {"callbacks"},

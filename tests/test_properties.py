@@ -193,7 +193,7 @@ def test_assembled_ids_are_those_of_whole_sequences(family: str, data: list[dict
     tokenizer = TOKENIZERS[family]
     pairs, _ = pairs_of(data)
     encode_pair = PairEncoder(Encoder(tokenizer, GOAL, 2000), Relabelling(keep_original=True))
-    jobs = [Job(pair.history, encode_pair._goal_texts(pair), pair.responses) for pair in pairs]
+    jobs = [Job(pair.history, encode_pair.goal_texts(pair), pair.responses) for pair in pairs]
     for pair, job, found in zip(pairs, jobs, Assembler(encode_pair.encoder).encode(jobs), strict=True):
         whole = encode_pair._whole(pair, job)
         if found is not None:

@@ -30,13 +30,18 @@ look at data (fast, no training):
   relabel    write the relabelled data as parquet:
                               rap-lightning relabel --source my-pairs/ --output relabelled/
 
-on-policy data and benchmarks:
+measure:
+  evaluate   does the goal steer? scores at each goal, unlearning, extrapolation, discrimination, length:
+                              rap-lightning evaluate --model RUN/hf --source my-pairs/ --judge RewardModel
+                              --judge.model RM
+             with --suite, answers for AlpacaEval 2, MT-Bench, Arena-Hard; lm-evaluation-harness:
+                              rap-lightning evaluate --suite AlpacaEval --model MODEL --output answers/
+
+on-policy data:
   generate   sample responses:  rap-lightning generate --prompts my-pairs/ --model MODEL --output samples.jsonl
   score      judge them:        rap-lightning score --source samples.jsonl --output scored.jsonl --judge RewardModel
                               --judge.model RM
   rounds     generate, score, select, relabel, fit, again:  rap-lightning rounds --config configs/rounds/world.yaml
-  evaluate   answers for AlpacaEval 2, MT-Bench, Arena-Hard; lm-evaluation-harness:
-                              rap-lightning evaluate --suite AlpacaEval --model MODEL --output answers/
 
 take away:
   report     one page that compares runs:  rap-lightning report ra=runs/version_0 dpo=runs/version_1
@@ -137,9 +142,9 @@ def _text_command(args: list[str]) -> int:
 
         return int(run(rounds, rest, name, classes=CLASSES))
     if name == "evaluate":
-        from rap_lightning.commands.evaluate import CLASSES, evaluate
+        from rap_lightning.commands.evaluate import run as evaluate
 
-        return int(run(evaluate, rest, name, classes=CLASSES))
+        return evaluate(rest)
     from rap_lightning.commands.export import export
 
     run(export, rest, name)

@@ -33,7 +33,7 @@ class PairEncoder:
 
     def __call__(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         """A row for each pair; one that can't be encoded says why in ``dropped``."""
-        jobs = [Job(pair.history, self._goal_texts(pair), pair.responses) for pair in pairs]
+        jobs = [Job(pair.history, self.goal_texts(pair), pair.responses) for pair in pairs]
         rows = []
         for pair, job, found in zip(pairs, jobs, self.assembler.encode(jobs), strict=True):
             row = None if found is None or pair.tools is not None else self._assembled(pair, found)
@@ -49,7 +49,8 @@ class PairEncoder:
             rows.append(row)
         return rows
 
-    def _goal_texts(self, pair: Pair) -> tuple[str | None, ...]:
+    def goal_texts(self, pair: Pair) -> tuple[str | None, ...]:
+        """What the pair's prompts ask for, in the order in which its row has them; None is the plain prompt."""
         goal = self.encoder.goal
         texts: list[str | None] = []
         for origin in self.relabelling.origins:

@@ -1,95 +1,304 @@
-"""``rap-lightning evaluate``: benchmarks."""
+"""``rap-lightning evaluate``: does the goal steer, and what did training do to the data's responses?"""
 
 from __future__ import annotations
 
-import re
+import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
+from rap_lightning.commands import suites
+from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
-from rap_lightning.onpolicy.goals import GoalOption
-from rap_lightning.onpolicy.suites import Suite
+from rap_lightning.onpolicy.goals import read_record, template_of
+from rap_lightning.onpolicy.judges import Judge
+from rap_lightning.onpolicy.measure.base import recorded_base, run_of
+from rap_lightning.onpolicy.measure.run import OF_LIKELIHOODS, OF_SAMPLES, PARTS, Part, Plan, evaluate_model
+from rap_lightning.onpolicy.measure.show import show
+from rap_lightning.onpolicy.model import Model
 from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.grid import grid
+from rap_lightning.preferences.sources import Source, as_sources
 
-CLASSES: dict[str, type] = {"--suite": Suite, "--template": GoalTemplate, "--engine": Engine}
+CLASSES: dict[str, type] = {"--judge": Judge, "--template": GoalTemplate, "--engine": Engine}
+GOALS = 7
+"""Asked for by default, evenly over the scale."""
+LONGEST = 512
+"""Tokens of a response, by default."""
+
+
+def run(args: list[str]) -> int:
+    """One verb for two things: a benchmark with ``--suite``, the goal-conditioned evaluation without."""
+    with_suite = _names(args, "suite")
+    function: Callable[..., int] = suites.answer_suite if with_suite else evaluate
+    other = evaluate if with_suite else suites.answer_suite
+    for name in _parameters(other) - _parameters(function):
+        if name != "suite" and _names(args, name):
+            raise ConfigError(
+                f"--{name} has no effect with --suite, which answers a benchmark; remove one of the two."
+                if with_suite
+                else f"--{name} is of benchmarks and has no effect without --suite; remove it, or name a suite."
+            )
+    return int(run_function(function, args, "evaluate", classes=suites.CLASSES if with_suite else CLASSES))
 
 
 def evaluate(
-    suite: Suite,
     model: str,
-    output: str,
-    name: str | None = None,
-    goal: GoalOption | None = None,
+    source: str | list[Source],
+    judge: Judge | None = None,
+    output: str | None = None,
+    base: str | None = None,
+    parts: list[Part] | None = None,
+    goals: list[float | Literal["none"]] | None = None,
     template: GoalTemplate | None = None,
     goal_from: str | None = None,
+    split: str | None = None,
+    limit: int = 100,
+    samples: int | None = None,
+    greedy: bool | None = None,
     engine: Engine | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     max_new_tokens: int | None = None,
     max_prompt_length: int | None = None,
-    limit: int | None = None,
+    bins: int | None = None,
+    scale_points: int | None = None,
+    max_length: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    token_budget: int | None = None,
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    num_proc: int | None = None,
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> int:
-    """Answer a benchmark at a goal, in the files that its judge's own tool reads.
+    """Measure what goals do in a model: figures with 95% intervals over prompts, on scored data.
 
-    Example: rap-lightning evaluate --suite AlpacaEval --model runs/version_0/hf --output answers/
+    Example: rap-lightning evaluate --model runs/version_0/hf --source my-pairs/ --judge RewardModel --judge.model RM
+    A function of yours judges: --judge Function --judge.function my_judge.score
+    A language model judges: --judge LLMJudge --judge.url http://localhost:8000/v1 --judge.model NAME
+    Benchmarks instead (AlpacaEval, MTBench, ArenaHard, LMEval): rap-lightning evaluate --suite AlpacaEval --help
 
-    Suites: AlpacaEval (model_outputs.json, judged where alpaca_eval is installed and a key is set), MTBench (FastChat's
-    answer file, two turns), ArenaHard (its answer file), LMEval (lm-evaluation-harness,
-    the goal as system instruction).
-    Questions come from the Hub, or from a file of yours: --suite.questions FILE. A run that was stopped goes on.
+    Parts:
+      controllability  mean score at each goal, Spearman, slope, and where the curve is highest; greedy beside it
+      unlearning       change of log-probability of the data's responses against the base, by reward, role and goal
+      extrapolation    share of samples that reach the best response in training, and the data's 99th percentile
+      discrimination   scores read off the policy (the goal under which it would write a response) against the judge's
+      length           tokens at each goal, and the scores as they would be at one length
+    By default all that can be measured; what can't be is named, with what it needs. Without a judge those of
+    log-probabilities are left.
+
+    A run that was stopped goes on when started again in the same way. It writes evaluation.json and samples.jsonl, and
+    ends with 1 where responses are left without a score.
 
     Args:
-        suite: AlpacaEval, MTBench, ArenaHard or LMEval, or a class of yours by import path.
         model: a Hugging Face folder or Hub id, an adapter's folder, or a checkpoint of fit; at an endpoint its name.
-        output: folder for answers and results.
-        name: of the model in the judge's tables; by default the folder's, with the goal.
-        goal: best, none, or a number on the scale that goals state. By default the best where the model has a
-            goal.json, otherwise none.
-        template: how goals read; by default as in the model's goal.json.
+        source: scored data in any format that fit reads, or a list of sources.
+        judge: RewardModel, LLMJudge or Function, or a class of yours by import path. Best the judge of the data.
+        output: folder for everything; by default RUN/evaluation, where the model lies in a run's folder.
+        base: the model that training began with; by default the one that the run, checkpoint or adapter names.
+        parts: which of the above.
+        goals: numbers on the scale that goals state, or none for no goal in the prompt; by default seven from its
+            lowest to its highest, and none alone where the model knows no goals (both with --template).
+        template: how goals read, where the model's folder has no goal.json; OverallGoal say.
         goal_from: a folder with a goal.json (or the file), where the model itself has none.
+        split: of the prompts; by default the first there is of validation, valid, val, test_prefs and test, or the
+            only one. Prompts of the training split show what training did to what it saw.
+        limit: at most so many prompts, drawn by the seed.
+        samples: responses for each prompt at each goal; 4 by default.
+        greedy: also the greedy response of each prompt at each goal; true by default.
         engine: Transformers, VLLM or Endpoint, or a class of yours by import path; Transformers by default.
-        temperature: of sampling, 0 by default; MTBench has its own.
+        temperature: of sampling; 1 by default.
         top_p: sample from the likeliest tokens that hold this share of the probability; 1 by default.
-        max_new_tokens: longest answer, in tokens; 2048 by default.
+        max_new_tokens: longest response, in tokens; by default 512, or half of the model's context where that is
+            less.
         max_prompt_length: cut longer prompts, goal kept; by default only what the model's context has no room for.
-        limit: at most this many questions (of each task).
-        seed: of sampling.
+        bins: of rewards, of equal width, for unlearning; 3 by default.
+        scale_points: goals that discrimination reads scores from, evenly over the scale; 19 by default.
+        max_length: tokens of prompt and response together, for log-probabilities; by default 1024, or
+            the model's context where that is less.
+        dtype: of the weights, for log-probabilities; float32 by default.
+        token_budget: tokens in one forward pass, for log-probabilities; 8192 by default. Memory and speed only.
+        format: of the rows, as for fit.
+        columns: new names for columns, {theirs: ours}.
+        num_proc: processes that share the reading.
+        seed: of the prompts' choice, of sampling and of the intervals.
         revision: of the model on the Hub: a branch, tag or commit.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
     from rap_lightning.models.generate import Generation
-    from rap_lightning.onpolicy.goals import read_record, resolve
-    from rap_lightning.onpolicy.model import Model
-    from rap_lightning.onpolicy.suites import MTBench
-    from rap_lightning.onpolicy.suites.base import Work
 
-    sampling = {
-        "engine": engine, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens,
-        "max_prompt_length": max_prompt_length,
-    }  # fmt: skip
-    if not suite.samples and (given := [option for option, value in sampling.items() if value is not None]):
-        raise ConfigError(
-            f"--{given[0]} has no effect with {type(suite).__name__}, which samples by itself; leave it out."
-        )
-    if isinstance(suite, MTBench) and temperature is not None:
-        raise ConfigError("--temperature has no effect with MTBench, whose categories have their own; leave it out.")
-    if template is not None and (goal_from is not None or goal == "none"):
-        raise ConfigError("--template has no effect beside --goal_from or --goal none; remove one of the two.")
-    source = Model(model, revision, trust_remote_code)
-    record = source.record() if goal_from is None else read_record(goal_from)
+    given = {name: value for name, value in locals().items() if name in _parameters(evaluate) and value is not None}
+    least = {"limit": 1, "samples": 1, "bins": 1, "scale_points": 2, "token_budget": 1, "num_proc": 1}
+    for name, lowest in least.items():
+        if name in given and given[name] < lowest:
+            raise ConfigError(f"--{name} must be at least {lowest}, found {given[name]}")
+    one = Model(model, revision, trust_remote_code)
+    known = _template(one, template, goal_from)
+    wanted, left_out, found_base = _parts(parts, judge, known, _base(base, one, trust_remote_code), engine, one)
+    _refuse_idle(given, wanted)
+    if temperature == 0:
+        raise ConfigError("--temperature 0 would sample one response again and again; greedy ones are shown beside.")
+    for part, why in left_out.items():
+        print(f"left out: {part}: {why}")
+    plan = Plan(
+        model=one, base=found_base, template=known, sources=as_sources(source), output=_output(output, one),
+        parts=wanted, explicit=parts is not None, left_out=left_out, judge=judge, engine=engine or Transformers(),
+        goals=_goals(goals, known, own=template is None and goal_from is None),
+        sampling=Generation(
+            _longest(max_new_tokens, engine, one, wanted), 1.0 if temperature is None else temperature,
+            1.0 if top_p is None else top_p,
+        ),
+        samples=4 if samples is None else samples, greedy=greedy is not False, bins=3 if bins is None else bins,
+        scale_points=19 if scale_points is None else scale_points,
+        max_length=max_length, max_prompt_length=max_prompt_length,
+        dtype=dtype or "float32", token_budget=8192 if token_budget is None else token_budget, split=split, limit=limit,
+        format=format, columns=columns, num_proc=num_proc, seed=seed,
+    )  # fmt: skip
+    document, missing = evaluate_model(plan)
+    show(document)
+    print(f"{plan.output / 'evaluation.json'}: {document['seconds']:g} s")
+    if missing:
+        print(f"{missing:,} responses have no score; the same command asks for them again")
+    return 1 if missing else 0
+
+
+def _template(model: Model, template: GoalTemplate | None, goal_from: str | None) -> GoalTemplate | None:
+    if template is not None:
+        if goal_from is not None:
+            raise ConfigError("--goal_from has no effect beside --template; remove one of the two.")
+        return template
+    record = model.record() if goal_from is None else read_record(goal_from)
     if goal_from is not None and record is None:
         raise ConfigError(f"--goal_from {goal_from}: no goal.json there")
-    asked = resolve(goal, record, template)
-    folder = source.place.resolve().name if source.place.exists() else model.rstrip("/").rpartition("/")[2]
-    own = name or re.sub(r"[^\w.-]", "-", folder + ("" if asked.printed is None else f"-goal-{asked.printed}"))
-    print(f"{own}, goal: {'none' if asked.text is None else asked.text.splitlines()[-1]}")
-    generation = Generation(
-        2048 if max_new_tokens is None else max_new_tokens, temperature or 0.0, 1.0 if top_p is None else top_p
-    )
-    work = Work(
-        source, own, asked, engine or Transformers(), generation, Path(output), max_prompt_length, limit, seed
-    )  # fmt: skip
-    return suite.run(work)
+    return None if record is None else template_of(record)
+
+
+def _goals(
+    goals: list[float | Literal["none"]] | None, template: GoalTemplate | None, *, own: bool
+) -> list[float | None]:
+    """The goals to ask for, none first, then from low to high."""
+    if goals is None:
+        if template is None:
+            return [None]
+        evenly: list[float | None] = list(grid(template.scale, GOALS))
+        return evenly if own else [None, *evenly]
+    numbers = sorted({float(goal) for goal in goals if goal != "none"})
+    if numbers and template is None:
+        raise ConfigError(
+            f"--goals {numbers[0]:g}: the model's folder has no goal.json, so how goals read isn't known. Name the "
+            "template: --template OverallGoal"
+        )
+    if template is not None:
+        low, high = template.scale.low, template.scale.high
+        if outside := [goal for goal in numbers if not low <= goal <= high]:
+            raise ConfigError(f"--goals must lie on the scale of {low:g} to {high:g}, found {outside[0]:g}")
+    found: list[float | None] = [None] if "none" in goals else []
+    return found + list(numbers)
+
+
+def _base(base: str | None, model: Model, trust_remote_code: bool) -> Model | str:
+    """The base; in words why there is none."""
+    path = base or (recorded_base(model) if model.place.exists() else None)
+    if path is None:
+        return "nothing says which model training began with. Name it with --base"
+    found = Model(path, None, trust_remote_code)
+    if base is None and not found.place.exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        return f"training began with {path}, which isn't here. Name where it is with --base"
+    return found
+
+
+def _parts(
+    asked: list[Part] | None, judge: Judge | None, template: GoalTemplate | None, base: Model | str,
+    engine: Engine | None, model: Model,
+) -> tuple[list[Part], dict[str, str], Model | None]:  # fmt: skip
+    """What is measured, what is left out and why, and the base where it is needed."""
+    reasons: dict[str, str] = {}
+    if judge is None:
+        reasons |= dict.fromkeys(OF_SAMPLES, "nobody judges the samples. Name a --judge")
+    if isinstance(base, str):
+        reasons["unlearning"] = base
+    if template is None:
+        reasons["discrimination"] = "the model knows no goals (no goal.json). Name how they read with --template"
+    if engine is not None and not engine.reads_ids and not model.place.exists():
+        where = f"{type(engine).__name__} gives no log-probabilities of texts. Give the model's folder as --model"
+        reasons |= dict.fromkeys(OF_LIKELIHOODS, where)
+    if asked is not None:
+        if not asked:
+            raise ConfigError("--parts: name at least one, or leave it out.")
+        if refused := [part for part in asked if part in reasons]:
+            raise ConfigError(f"--parts {refused[0]}: {reasons[refused[0]]}.")
+    wanted: list[Part] = [part for part in PARTS if part in (asked or PARTS) and part not in reasons]
+    left_out = {part: why for part, why in reasons.items() if asked is None}
+    if not wanted:
+        raise ConfigError("nothing can be measured. " + " ".join(f"{part}: {why}." for part, why in left_out.items()))
+    needed = base if "unlearning" in wanted and isinstance(base, Model) else None
+    return wanted, left_out, needed
+
+
+OPTIONS_OF: dict[tuple[Part, ...], tuple[str, ...]] = {
+    OF_SAMPLES: (
+        "judge", "goals", "samples", "greedy", "engine", "temperature", "top_p", "max_new_tokens", "max_prompt_length",
+    ),
+    OF_LIKELIHOODS: ("max_length", "dtype", "token_budget"),
+    ("unlearning",): ("base", "bins"),
+    ("discrimination",): ("scale_points",),
+}  # fmt: skip
+
+
+def _refuse_idle(given: dict[str, Any], wanted: list[Part]) -> None:
+    for parts, options in OPTIONS_OF.items():
+        if set(parts) & set(wanted):
+            continue
+        if idle := [option for option in options if option in given]:
+            raise ConfigError(
+                f"--{idle[0]} has no effect without the part{'s' if len(parts) > 1 else ''} {', '.join(parts)}; remove "
+                "it, or give what they need."
+            )
+
+
+def _longest(asked: int | None, engine: Engine | None, model: Model, wanted: list[Part]) -> int:
+    """Tokens of the longest response: by default half of the context may be prompt."""
+    if asked is not None or not set(wanted) & set(OF_SAMPLES):
+        return LONGEST if asked is None else asked
+    engine = engine or Transformers()
+    return min(LONGEST, engine.context(model) // 2) if engine.reads_ids else LONGEST
+
+
+def _output(output: str | None, model: Model) -> Path:
+    if output is not None:
+        return Path(output)
+    run = run_of(model)
+    if run is None:
+        raise ConfigError("--output: name a folder; only a model within a run's folder has one of its own.")
+    return run / "evaluation"
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def _names(args: list[str], option: str) -> bool:
+    """Whether a command line, or a config that it names, gives an option."""
+    flag = f"--{option}"
+    if any(arg == flag or arg.startswith((f"{flag}=", f"{flag}.")) for arg in args):
+        return True
+    return option in _config_keys(args)
+
+
+def _config_keys(args: list[str]) -> set[str]:
+    import yaml
+
+    keys: set[str] = set()
+    for place, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name in ("-c", "--config"):
+            path = value if equals else (args[place + 1] if place + 1 < len(args) else "")
+            try:
+                found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except (OSError, yaml.YAMLError, UnicodeDecodeError):
+                continue  # the parser says what is wrong with it
+            keys |= set(found) if isinstance(found, dict) else set()
+    return keys

@@ -7,10 +7,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy import goals
+
+if TYPE_CHECKING:
+    from rap_lightning.models.saved import SavedPolicy
 
 SAMPLE = 1 << 20  # bytes at either end of a weights file that its digest reads: training changes all of them
 
@@ -19,7 +22,7 @@ class Model:
     """Where a model is, what is known of it, and how it is loaded. Nothing is loaded before it is asked for.
 
     Args:
-        path: folder, Hub id, or a .ckpt file that fit wrote.
+        path: folder, Hub id, or what fit wrote as .ckpt: a file, or a folder of shards.
         revision: of a Hub id.
         trust_remote_code: run Python code that comes with the model.
     """
@@ -29,12 +32,12 @@ class Model:
         self.place = Path(path).expanduser()
         if revision is not None and self.place.exists():
             raise ConfigError("--revision has no effect on a model that lies here; leave it out.")
-        self._saved: dict[str, Any] | None = None
+        self._saved: SavedPolicy | None = None
         self._tokenizer: Any = None
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is a file that fit wrote."""
+        """Whether it is a checkpoint of fit."""
         return self.path.endswith(".ckpt")
 
     @property
@@ -45,7 +48,7 @@ class Model:
     def record(self) -> goals.Record | None:
         """What the model knows of goals."""
         if self.is_checkpoint:
-            found: goals.Record | None = self._checkpoint()["rap_lightning"].get("goal")
+            found: goals.Record | None = self._checkpoint().record.get("goal")
             return found
         return goals.read_record(self.path)
 
@@ -73,7 +76,7 @@ class Model:
         from transformers import AutoConfig
 
         config, tokenizer = self._config(), self.tokenizer()
-        path = self._base() if self.is_adapter else config.path
+        path = self.adapter_base() if self.is_adapter else config.path
         text = AutoConfig.from_pretrained(
             path, revision=None if self.is_adapter else config.revision, trust_remote_code=self.trust_remote_code
         ).get_text_config()
@@ -101,8 +104,10 @@ class Model:
         """What tells this model from another: name, and digest of its files' sizes, beginnings and ends."""
         if not self.place.exists():
             return {"path": self.path, "revision": self.revision}
+        kinds = (".safetensors", ".json", ".jinja", ".bin")
         files = [self.place] if self.place.is_file() else sorted(
-            f for f in self.place.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".bin")
+            f for f in (self.place.rglob("*") if self.is_checkpoint else self.place.iterdir())
+            if f.is_file() and (self.is_checkpoint or f.suffix in kinds)
         )  # fmt: skip
         digest = hashlib.sha256()
         for file in files:
@@ -113,7 +118,9 @@ class Model:
                     content.seek(-SAMPLE, 2)
                     digest.update(content.read())
         name = self.place.resolve().name
-        return {"path": name, "digest": digest.hexdigest()[:24]} | ({"base": self._base()} if self.is_adapter else {})
+        return {"path": name, "digest": digest.hexdigest()[:24]} | (
+            {"base": self.adapter_base()} if self.is_adapter else {}
+        )
 
     def _config(self) -> Any:
         from rap_lightning.models.policy import PolicyConfig
@@ -121,17 +128,22 @@ class Model:
 
         if not self.is_checkpoint:
             return PolicyConfig(self.path, self.revision, trust_remote_code=self.trust_remote_code)
-        options = self._checkpoint()["rap_lightning"]["policy"]
+        options = self._checkpoint().record["policy"]
         return config_of(options, self.place, trust_remote_code=self.trust_remote_code)
 
-    def _checkpoint(self) -> dict[str, Any]:
-        from rap_lightning.models.checkpoints import read_checkpoint
+    def _checkpoint(self) -> SavedPolicy:
+        from rap_lightning.models.saved import open_saved
 
         if self._saved is None:
-            self._saved = read_checkpoint(self.place)
+            self._saved = open_saved(self.place)
         return self._saved
 
-    def _base(self) -> str:
+    def trained_from(self) -> dict[str, Any]:
+        """Of a checkpoint, the recorded options of the policy that training began with."""
+        return dict(self._checkpoint().record["policy"])
+
+    def adapter_base(self) -> str:
+        """Of an adapter's folder, the base model that it names."""
         found = json.loads((self.place / "adapter_config.json").read_text(encoding="utf-8"))
         return str(found["base_model_name_or_path"])
 
@@ -144,7 +156,7 @@ class Model:
             raise ConfigError(
                 f"{self.path} has no adapter_model.safetensors; other formats can hold code, and aren't read."
             )
-        base = PolicyConfig(self._base(), trust_remote_code=self.trust_remote_code).load_model(dtype)
+        base = PolicyConfig(self.adapter_base(), trust_remote_code=self.trust_remote_code).load_model(dtype)
         return PeftModel.from_pretrained(base, str(self.place))
 
 
@@ -168,10 +180,9 @@ def _named() -> Iterator[None]:
         raise ConfigError(str(error).replace("--model.policy.path", "--model")) from error
 
 
-def _restored(config: Any, saved: dict[str, Any], dtype: Any, path: str) -> Any:
+def _restored(config: Any, saved: SavedPolicy, dtype: Any, path: str) -> Any:
     policy = config.build(dtype)
-    state = {n.removeprefix("policy."): v for n, v in saved["state_dict"].items() if n.startswith("policy.")}
-    result = policy.load_state_dict(state, strict=False)
+    result = policy.load_state_dict(saved.read(saved.names), strict=False)
     missing = [n for n in result.missing_keys if config.lora is None or ".lora_" in n]
     if missing or result.unexpected_keys:
         raise ConfigError(

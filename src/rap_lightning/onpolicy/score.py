@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -172,10 +172,32 @@ def score_file(source: str, output: Path, judge: Judge, split: str | None = None
             f"{output} was changed since it was written, and scoring again would write over that. Name another output."
         )
     items = {c.item.id: c.item for group in groups for c in group.candidates}
-    ledger_path = output.with_name(output.name + ".verdicts.jsonl")
+    verdicts, before, failed = judged(items, output.with_name(output.name + ".verdicts.jsonl"), judge, quiet)
+    lost = output.with_name(output.name + ".failed.jsonl")
+    if failed:
+        write_lines(lost, failed)
+    else:
+        lost.unlink(missing_ok=True)
+    return _write(output, groups, verdicts, judge, counts, before, failed, quiet)
+
+
+def judged(
+    items: Mapping[str, Item], path: Path, judge: Judge, quiet: bool = False
+) -> tuple[dict[str, dict[str, Any]], int, list[dict[str, Any]]]:
+    """Verdicts by the items' ids, those of earlier runs among them; how many were there; what could not be judged.
+
+    Args:
+        items: by their ids.
+        path: json lines of verdicts, appended as they come.
+        judge: who judges what isn't there yet.
+        quiet: show no progress.
+
+    Raises:
+        ConfigError: the verdicts there are another judge's.
+    """
     failed: list[dict[str, Any]] = []
     judge.counts.clear()
-    with Ledger(ledger_path, _plain(judge.settings())) as ledger:
+    with Ledger(path, _plain(judge.settings())) as ledger:
         left = [item for item in items.values() if item.id not in ledger.done]
         before = len(items) - len(left)
         with Progress("score", len(items), before, shown=not quiet) as progress:
@@ -192,13 +214,7 @@ def score_file(source: str, output: Path, judge: Judge, split: str | None = None
                     {"id": v.id, "response": items[v.id].response, "error": v.error} for v in verdicts if v.error
                 ]
                 progress.add([0] * len(good))
-    lost = output.with_name(output.name + ".failed.jsonl")
-    if failed:
-        write_lines(lost, failed)
-    else:
-        lost.unlink(missing_ok=True)
-    verdicts_by_id = {row["id"]: row for row in read_rows([ledger_path])}
-    return _write(output, groups, verdicts_by_id, judge, counts, before, failed, quiet)
+    return {row["id"]: row for row in read_rows([path])}, before, failed
 
 
 def _write(

@@ -1,0 +1,124 @@
+"""Figures with an interval: the bootstrap over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
+Statistic: TypeAlias = Callable[[Floats], Floats]
+"""[R, M] weights of M observations -> [R] or [R, K] values; nan where there is none."""
+
+LEVEL = 0.95
+RESAMPLES = 2000
+AT_ONCE = 1 << 22  # weights in memory at a time
+DEFINED = 0.9  # share of the resamples in which a statistic must exist for an interval
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its 95% interval.
+
+    Attributes:
+        value: None where it can't be computed.
+        low, high: ends of the percentile bootstrap interval; None where there is none.
+        n: prompts that it rests on.
+        why: what is missing, where value or interval is None.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    why: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; ``why`` only where there is something to say."""
+        plain: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        return plain if self.why is None else plain | {"why": self.why}
+
+    @classmethod
+    def missing(cls, why: str, n: int = 0) -> Figure:
+        """A figure that can't be computed."""
+        return cls(None, n=n, why=why)
+
+
+class Bootstrap:
+    """Resamples prompts, with all their observations.
+
+    A resample in which a prompt was drawn k times is the data with its observations weighted by k, so statistics are
+    functions of weights. All figures of one Bootstrap share their resamples.
+    Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 13 (percentile interval).
+
+    Args:
+        prompts: of each of the M observations, its prompt: any value that tells prompts apart.
+        resamples: how many.
+        seed: of the resampling.
+    """
+
+    def __init__(self, prompts: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = 0) -> None:
+        numbers: dict[Hashable, int] = {}
+        of_prompt = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+        self.prompt_of = np.asarray(of_prompt, dtype=np.int64)
+        self.prompts, self.resamples = len(numbers), resamples
+        if self.prompts:
+            rng = np.random.default_rng(seed)
+            even = np.full(self.prompts, 1 / self.prompts)
+            self._counts = rng.multinomial(self.prompts, even, size=resamples).astype(np.float64)
+
+    def figure(self, statistic: Statistic, why: str, among: NDArray[np.bool_] | None = None) -> Figure:
+        """A statistic that gives one number, with its interval.
+
+        Args:
+            statistic: of weights.
+            why: said where it gives none.
+            among: [M], the observations that it looks at; all by default.
+        """
+        return self.figures(lambda weights: statistic(weights)[:, None], 1, why, [among])[0]
+
+    def figures(
+        self, statistic: Statistic, count: int, why: str, among: Sequence[NDArray[np.bool_] | None] | None = None
+    ) -> list[Figure]:
+        """A statistic that gives ``count`` numbers ([R, M] -> [R, count]), each with its interval.
+
+        ``among`` says for each which observations it looks at, to count their prompts.
+        """
+        masks = list(among or [None] * count)
+        if not self.prompts:
+            return [Figure.missing(why)] * count
+        values = self._of(statistic, np.ones((1, len(self.prompt_of))))[0]
+        spread = self.spread(statistic) if np.isfinite(values).any() and self.prompts > 1 else None
+        return [
+            self._one(float(value), None if spread is None else spread[:, i], masks[i], why)
+            for i, value in enumerate(values)
+        ]
+
+    def spread(self, statistic: Statistic) -> Floats:
+        """[resamples, K]: the statistic of every resample, nan where it has none."""
+        rows = max(1, AT_ONCE // max(len(self.prompt_of), 1))
+        parts = [
+            self._of(statistic, self._counts[first : first + rows][:, self.prompt_of])
+            for first in range(0, self.resamples, rows)
+        ]
+        return np.concatenate(parts)
+
+    @staticmethod
+    def _of(statistic: Statistic, weights: Floats) -> Floats:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(statistic(weights), dtype=np.float64)
+
+    def _one(self, value: float, spread: Floats | None, among: NDArray[np.bool_] | None, why: str) -> Figure:
+        n = len(np.unique(self.prompt_of if among is None else self.prompt_of[among]))
+        if not np.isfinite(value):
+            return Figure.missing(why, n)
+        if n < 2 or spread is None:
+            return Figure(value, n=n, why="no interval: it rests on one prompt")
+        defined = spread[np.isfinite(spread)]
+        if len(defined) < DEFINED * self.resamples:
+            return Figure(value, n=n, why=f"no interval: {n} prompts are too few, many resamples have no such figure")
+        low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return Figure(value, float(low), float(high), n)

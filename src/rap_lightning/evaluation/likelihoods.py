@@ -1,0 +1,159 @@
+"""Figures of log-probabilities: what was unlearnt, and whether the policy knows good from bad."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rap_lightning.evaluation import statistics
+from rap_lightning.evaluation.figures import Bootstrap, Floats
+
+ROLES = ("chosen", "rejected")
+CONDITIONS = ("none", "best", "worst", "own")
+"""Which goal stands in the prompt: none, the best, the worst, or the response's own."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """M responses of the data: those of pair i stand at 2i (chosen, the higher reward) and 2i + 1 (rejected).
+
+    Attributes:
+        prompts: of each, its prompt: any value that tells prompts apart.
+        rewards: the judge's.
+        tokens: response tokens, end of turn included.
+    """
+
+    prompts: Sequence[Hashable]
+    rewards: Sequence[float]
+    tokens: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if not len(self.prompts) == len(self.rewards) == len(self.tokens) or len(self.prompts) % 2:
+            raise ValueError("Responses: two of each pair, with as many rewards and lengths")
+
+    @property
+    def chosen(self) -> NDArray[np.bool_]:
+        """[M]: which are chosen."""
+        found: NDArray[np.bool_] = np.arange(len(self.prompts)) % 2 == 0
+        return found
+
+
+def bins_of(low: float, high: float, count: int) -> list[tuple[float, float]]:
+    """Rewards from ``low`` to ``high`` in bins of equal width; the last one includes its upper end."""
+    edges = np.linspace(low, high, count + 1)
+    return [(float(a), float(b)) for a, b in pairwise(edges)]
+
+
+def bin_numbers(rewards: Sequence[float], bins: Sequence[tuple[float, float]]) -> NDArray[np.int64]:
+    """[M]: the bin of each reward; what lies outside counts to the nearest end."""
+    edges = np.asarray([low for low, _ in bins[1:]])
+    numbers: NDArray[np.int64] = np.searchsorted(edges, np.asarray(rewards), side="right")
+    return numbers
+
+
+def unlearning(
+    responses: Responses, changes: Mapping[str, Sequence[float]], bins: Sequence[tuple[float, float]], seed: int = 0
+) -> dict[str, Any]:
+    """Mean change of a response's log-probability against the base, by reward bin and role.
+
+    Args:
+        responses: of the data.
+        changes: condition to [M] policy minus base log-probabilities, both of the same prompt, in nats.
+        bins: of rewards, [low, high).
+        seed: of the bootstrap.
+
+    Returns:
+        ``conditions``: condition to role to a figure per bin, in nats a response; ``per_token``: the same of each
+        response's change divided by its tokens.
+    """
+    number, chosen = bin_numbers(responses.rewards, bins), responses.chosen
+    tokens = np.asarray(responses.tokens, dtype=np.float64)
+    bootstrap = Bootstrap(responses.prompts, seed=seed)
+
+    def table(divisor: Floats) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for condition, change in changes.items():
+            values = np.asarray(change, dtype=np.float64) / divisor
+            found[condition] = {}
+            for role in ROLES:
+                mine = chosen if role == "chosen" else ~chosen
+                figures = bootstrap.figures(
+                    lambda w, v=values, m=mine: statistics.means_by_goal(v, w * m, number, len(bins)),  # type: ignore[misc]
+                    len(bins),
+                    f"no {role} response with such a reward",
+                    [mine & (number == i) for i in range(len(bins))],
+                )
+                found[condition][role] = [figure.as_dict() for figure in figures]
+        return found
+
+    return {
+        "unit": "nats",
+        "bins": [list(one) for one in bins],
+        "conditions": table(np.ones_like(tokens)),
+        "per_token": table(np.maximum(tokens, 1)),
+    }
+
+
+def read_off(logps: Floats, goals: Floats) -> Floats:
+    """[M]: the goal under which each response is most likely; the mean of them where several are.
+
+    Args:
+        logps: [M, G], log-probability of each response under each goal.
+        goals: [G].
+    """
+    top = logps == logps.max(1, keepdims=True)
+    found: Floats = (top * goals).sum(1) / top.sum(1)
+    return found
+
+
+DISCRIMINATION_METHOD = (
+    "a response's score is read off as the goal under which its log-probability is highest (taking a response's mean "
+    "over goals away changes nothing); centred: after each goal's mean over all responses was taken away"
+)
+
+
+def discrimination(responses: Responses, logps: Floats, goals: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """The inverse task: does the policy, asked under which goal it would write a response, know what it is worth?
+
+    - ``spearman``: rank correlation of the score that is read off with the judge's;
+    - ``pair_accuracy``: how often the better response of a pair is read as better; ties count half, and pairs that the
+      judge finds equal are left out;
+    - ``centred``: both again, after the mean over responses has been taken from each goal's log-probabilities. A goal
+      that makes every text more likely then no longer wins everywhere.
+
+    Args:
+        responses: of the data.
+        logps: [M, G], log-probability of each response under each goal, in nats.
+        goals: [G].
+        seed: of the bootstrap.
+    """
+    bootstrap = Bootstrap(responses.prompts, seed=seed)
+    asked = np.asarray(goals, dtype=np.float64)
+    centred = logps - logps.mean(0, keepdims=True) if len(logps) else logps
+    return {
+        **_discrimination(responses, read_off(logps, asked), bootstrap),
+        "centred": _discrimination(responses, read_off(centred, asked), bootstrap),
+        "method": DISCRIMINATION_METHOD,
+        "goals": [float(goal) for goal in goals],
+    }
+
+
+def _discrimination(responses: Responses, read: Floats, bootstrap: Bootstrap) -> dict[str, Any]:
+    rewards = np.asarray(responses.rewards, dtype=np.float64)
+    differ = np.repeat(rewards[0::2] != rewards[1::2], 2)
+    right = np.sign(read[0::2] - read[1::2]) * np.sign(rewards[0::2] - rewards[1::2])
+    hits = np.repeat((right + 1) / 2, 2)
+    first = differ & responses.chosen  # a pair counts once
+    return {
+        "spearman": bootstrap.figure(
+            lambda w: statistics.spearman(read, rewards, w), "every response is read as the same, or judged as the same"
+        ).as_dict(),
+        "pair_accuracy": bootstrap.figure(
+            lambda w: statistics.mean(hits, w * first), "the judge finds every pair equal", first
+        ).as_dict(),
+    }

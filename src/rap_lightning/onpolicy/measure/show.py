@@ -1,0 +1,141 @@
+"""An evaluation for people: tables on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+Figures = Sequence[dict[str, Any]]
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print the tables of a document."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    if "controllability" in document or "length" in document or "extrapolation" in document:
+        console.print(_by_goal(document))
+    for line in _curve(document):
+        console.print(line, soft_wrap=True)
+    if "unlearning" in document:
+        console.print(_unlearning(document))
+    for line in _discrimination(document):
+        console.print(line, soft_wrap=True)
+    for part, why in document["left_out"].items():
+        console.print(f"left out: {part}: {why}", soft_wrap=True, markup=False)
+
+
+def _by_goal(document: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    control, length, beyond = (document.get(part, {}) for part in ("controllability", "length", "extrapolation"))
+    columns: list[tuple[str, Figures, int]] = []
+    if control:
+        columns.append((f"score at temperature {document['temperature']:g}", control["sampled"]["mean"], 2))
+    if "greedy" in control:
+        columns.append(("greedy", control["greedy"]["mean"], 2))
+    if length:
+        columns += [("score at one length", length["controlled"], 2), ("tokens", length["tokens"], 1)]
+    if beyond:
+        columns += [
+            ("reach best seen", beyond["best_seen"], 2), ("reach best known", beyond["best_known"], 2),
+            (f"above {beyond['p99']['score']:.3g} (p99)", beyond["p99"]["share"], 2),
+        ]  # fmt: skip
+    prompts, samples = document["prompts"], document["samples_per_prompt"]
+    table = Table(
+        title=f"Asked for a goal, what comes back: {prompts:,} prompts, {samples} samples each",
+        caption="mean [95% interval over prompts]; judge: " + str(document["judge"]), caption_justify="left",
+    )  # fmt: skip
+    table.add_column("goal", justify="right")
+    shown = [
+        (name, figures, places) for name, figures, places in columns if any(f["value"] is not None for f in figures)
+    ]
+    for name, _, _ in shown:
+        table.add_column(name, justify="right")
+    for number, goal in enumerate(document["goals"]):
+        label = "none" if goal is None else f"{goal:g}"
+        table.add_row(label, *(one(figures[number], places) for _, figures, places in shown))
+    return table
+
+
+def _curve(document: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, part in document.get("controllability", {}).items():
+        if part["argmax"] is None:
+            lines.append(f"{name}: no curve: {part['spearman'].get('why', '')}")
+            continue
+        peak = part["argmax"]["goal"]
+        share = part["argmax"]["shares"][document["goals"].index(peak)]
+        lines.append(
+            f"{name}: Spearman of goal and mean score {one(part['spearman'], 2)}, of single scores "
+            f"{one(part['spearman_samples'], 2)}; slope {one(part['slope'], 2)}; highest at goal {peak:g}"
+            + (f" (in {share:.0%} of resamples)" if share is not None else "")
+        )
+    if "length" in document:
+        lines.append(f"a response twice as long scores {one(document['length']['slope'], 2, sign=True)} within a goal")
+    missing = {
+        figures[0]["why"]
+        for figures in (
+            [document["extrapolation"][name] for name in ("best_seen", "best_known")]
+            + [document["extrapolation"]["p99"]["share"]]
+            if "extrapolation" in document
+            else []
+        )
+        if all(figure["value"] is None for figure in figures) and figures
+    }
+    return lines + [f"not shown: {why}" for why in sorted(missing)]
+
+
+def _unlearning(document: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    part = document["unlearning"]
+    table = Table(
+        title=f"Change of log-probability against {document['base']}, nats a response (nats a token)",
+        caption="good rejected responses far below 0: unlearnt; bad chosen ones above 0: imitated. Both prompts alike.",
+        caption_justify="left",
+    )
+    table.add_column("reward")
+    table.add_column("role")
+    names = {"none": "no goal", "best": "best goal", "worst": "worst goal", "own": "its own goal"}
+    for condition in part["conditions"]:
+        table.add_column(names[condition], justify="right")
+    table.add_column("prompts", justify="right")
+    for number, (low, high) in reversed(list(enumerate(part["bins"]))):
+        for role in ("chosen", "rejected"):
+            cells = []
+            for condition in part["conditions"]:
+                a_token = part["per_token"][condition][role][number]["value"]
+                cell = one(part["conditions"][condition][role][number], 1, sign=True)
+                cells.append(cell + (f" ({a_token:+.2f})" if a_token is not None else ""))
+            n = part["conditions"]["none"][role][number]["n"]
+            table.add_row(f"{low:.3g} to {high:.3g}" if role == "chosen" else "", role, *cells, f"{n:,}")
+    return table
+
+
+def _discrimination(document: dict[str, Any]) -> list[str]:
+    part = document.get("discrimination")
+    if part is None:
+        return []
+    centred = part["centred"]
+    return [
+        f"scores read off the policy (likeliest of {len(part['goals'])} goals): Spearman with the judge's "
+        f"{one(part['spearman'], 2)}, pairs told apart {one(part['pair_accuracy'], 2)}; "
+        f"centred {one(centred['spearman'], 2)} and {one(centred['pair_accuracy'], 2)}"
+    ]
+
+
+def one(figure: dict[str, Any], places: int, *, sign: bool = False) -> str:
+    """A figure with its interval, as far as they are known.
+
+    >>> one({"value": 1.234, "low": 1.0, "high": 2.0}, 1), one({"value": None}, 2)
+    ('1.2 [1.0, 2.0]', '-')
+    """
+    if figure["value"] is None:
+        return "-"
+    plus = "+" if sign else ""
+    text = f"{figure['value']:{plus}.{places}f}"
+    if figure["low"] is None:
+        return text
+    return f"{text} [{figure['low']:.{places}f}, {figure['high']:.{places}f}]"
