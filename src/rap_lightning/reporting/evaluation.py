@@ -11,6 +11,10 @@ from typing import Any
 from rap_lightning.reporting.curves import as_number
 
 VERSION = 1
+ABOUT = (
+    "model", "base", "judge", "temperature", "top_p", "max_new_tokens", "prompts", "split", "samples_per_prompt", "seed",
+    "seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Steering:
-    """How scores follow goals: a mean per goal, and what sums the curve up."""
+    """How scores follow goals: a mean per goal, the mean where none was asked for, and what sums the curve up."""
 
     mean: list[Estimate]
+    unasked: Estimate | None
     spearman: Estimate
     slope: Estimate
     best_goal: float | None
@@ -52,12 +57,13 @@ class Evaluation:
     """The parts that the file has; the others are None or empty.
 
     Attributes:
-        about: model, base, judge, temperature, prompts, samples_per_prompt, seed, seconds.
+        about: model, base, judge, how was sampled, prompts, seed, seconds.
         scale: lowest and highest reward.
-        goals: that were asked for, low to high; figures by goal are parallel to it.
+        goals: numbers that were asked for, low to high; figures by goal are parallel to it.
         sampled, greedy: controllability.
         bins, unlearning: reward bins; (condition, role) -> change in nats per bin.
-        best_seen, p99, p99_score: extrapolation: shares per goal, and the score that is the 99th percentile.
+        best_seen, best_known, p99, p99_score: extrapolation: shares per goal (of the best response in training, of the
+            best in the evaluated data, above the 99th percentile), and the score that is that percentile.
         discrimination: spearman and pair_accuracy.
         tokens, controlled: length per goal, and the score with length held constant.
         faults: what was left out, and why.
@@ -71,6 +77,7 @@ class Evaluation:
     bins: list[tuple[float, float]] = field(default_factory=list)
     unlearning: dict[tuple[str, str], list[Estimate]] = field(default_factory=dict)
     best_seen: list[Estimate] = field(default_factory=list)
+    best_known: list[Estimate] = field(default_factory=list)
     p99: list[Estimate] = field(default_factory=list)
     p99_score: float | None = None
     discrimination: dict[str, Estimate] = field(default_factory=dict)
@@ -78,12 +85,22 @@ class Evaluation:
     controlled: list[Estimate] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    all_goals: list[float | None] = field(default_factory=list)
+    """With None for no goal in the prompt, as the lists of the file are parallel to them."""
 
     @property
     def empty(self) -> bool:
         """Whether it has nothing to show."""
-        parts = (self.sampled, self.greedy, self.unlearning, self.best_seen, self.p99, self.discrimination, self.tokens)
-        return not any((*parts, self.controlled, self.samples))
+        of_samples = (
+            self.sampled,
+            self.greedy,
+            self.best_seen,
+            self.best_known,
+            self.p99,
+            self.tokens,
+            self.controlled,
+        )
+        return not any((*of_samples, self.unlearning, self.discrimination, self.samples))
 
 
 class _Unfit(Exception):
@@ -110,14 +127,14 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _parsed(found: dict[str, Any]) -> Evaluation:
-    about = ("model", "base", "judge", "temperature", "prompts", "samples_per_prompt", "seed", "seconds")
-    result = Evaluation({key: found[key] for key in about if found.get(key) is not None})
+    result = Evaluation({key: found[key] for key in ABOUT if found.get(key) is not None})
     scale = found.get("scale")
     if isinstance(scale, dict):
         low, high = as_number(scale.get("low")), as_number(scale.get("high"))
         result.scale = (low, high) if low is not None and high is not None and low < high else None
-    goals = [as_number(goal) for goal in found.get("goals") or [] if not isinstance(goal, dict | list)]
-    result.goals = [goal for goal in goals if goal is not None]
+    goals = found.get("goals")
+    result.all_goals = [as_number(goal) for goal in goals] if isinstance(goals, list) else []
+    result.goals = [goal for goal in result.all_goals if goal is not None]
     fills: dict[str, Callable[[Evaluation, dict[str, Any]], None]] = {
         "controllability": _controllability,
         "unlearning": _unlearning,
@@ -137,6 +154,11 @@ def _parsed(found: dict[str, Any]) -> Evaluation:
         result.samples = [_sample(one) for one in _list(found.get("samples") or [])]
     except _Unfit as error:
         result.faults.append(f"samples in evaluation.json are left out: {error}")
+    result.faults += [f"{name} not measured: {why}" for name, why in _texts(found.get("left_out"))]
+    result.faults += [text for name, text in _texts(found) if name == "note"]
+    without = as_number(found["trouble"].get("without_score")) if isinstance(found.get("trouble"), dict) else None
+    if without:
+        result.faults.append(f"{without:,.0f} sampled responses have no score")
     if result.empty and not result.faults:
         result.faults.append("evaluation.json has none of the parts that are shown")
     return result
@@ -152,10 +174,11 @@ def _controllability(result: Evaluation, part: dict[str, Any]) -> None:
         goal = as_number(argmax.get("goal"))
         shares = argmax.get("shares")
         share = None
-        if goal in result.goals and isinstance(shares, list) and len(shares) == len(result.goals):
-            share = as_number(shares[result.goals.index(goal)])
+        if goal in result.goals and isinstance(shares, list) and len(shares) == len(result.all_goals):
+            share = as_number(shares[result.all_goals.index(goal)])
         mean = _by_goal(result, given, "mean")
-        both[kind] = Steering(mean, _estimate(given, "spearman"), _estimate(given, "slope"), goal, share)
+        at_none = _as_estimate(given["mean"][result.all_goals.index(None)]) if None in result.all_goals else None
+        both[kind] = Steering(mean, at_none, _estimate(given, "spearman"), _estimate(given, "slope"), goal, share)
     result.sampled, result.greedy = both.get("sampled"), both.get("greedy")
 
 
@@ -174,10 +197,10 @@ def _unlearning(result: Evaluation, part: dict[str, Any]) -> None:
 
 
 def _extrapolation(result: Evaluation, part: dict[str, Any]) -> None:
-    best_seen = _by_goal(result, part, "best_seen") if part.get("best_seen") is not None else []
+    best = {name: _by_goal(result, part, name) for name in ("best_seen", "best_known") if part.get(name) is not None}
     if (p99 := part.get("p99")) is not None:
         result.p99, result.p99_score = _by_goal(result, _dict(p99), "share"), as_number(p99.get("score"))
-    result.best_seen = best_seen
+    result.best_seen, result.best_known = best.get("best_seen", []), best.get("best_known", [])
 
 
 def _discrimination(result: Evaluation, part: dict[str, Any]) -> None:
@@ -191,7 +214,13 @@ def _length(result: Evaluation, part: dict[str, Any]) -> None:
 
 
 def _by_goal(result: Evaluation, part: dict[str, Any], name: str) -> list[Estimate]:
-    return _estimates(part.get(name), len(result.goals), name, "goals")
+    """The figures at goals that are numbers."""
+    figures = _estimates(part.get(name), len(result.all_goals), name, "goals")
+    return [figure for goal, figure in zip(result.all_goals, figures, strict=True) if goal is not None]
+
+
+def _texts(given: Any) -> list[tuple[str, str]]:
+    return [(str(k), v) for k, v in given.items() if isinstance(v, str)] if isinstance(given, dict) else []
 
 
 def _estimates(given: Any, wanted: int, name: str, of: str) -> list[Estimate]:

@@ -15,7 +15,9 @@ MANY = 4
 """More runs are told of in groups."""
 
 NOT_SHOWN = "No steering is shown"
-COMPARABLE = ("judge", "temperature", "prompts", "samples_per_prompt", "seed")
+COMPARABLE = (
+    "judge", "temperature", "top_p", "max_new_tokens", "prompts", "split", "samples_per_prompt", "seed"
+)  # fmt: skip
 """Two evaluations that differ in one of these measured different things."""
 
 
@@ -46,29 +48,34 @@ def headline(runs: list[Run]) -> Headline:
     return Headline(outcome, details, [*apart, *_caveats(runs)])
 
 
-def _at(run: Run, which: Callable[[list[float]], float] = max) -> tuple[float, Estimate] | None:
-    """The highest goal, or the lowest, and the score it brings."""
+def _at(run: Run, which: Callable[[list[float]], float] = max) -> tuple[float | None, Estimate] | None:
+    """The highest goal, or the lowest, and the score it brings; None as the goal where none was ever asked for."""
     found = run.evaluation
-    if found is None or found.sampled is None or not found.goals:
+    if found is None or found.sampled is None:
         return None
-    goal = which(found.goals)
-    figure = found.sampled.mean[found.goals.index(goal)]
-    return (goal, figure) if figure.value is not None else None
+    goal = which(found.goals) if found.goals else None
+    figure = found.sampled.unasked if goal is None else found.sampled.mean[found.goals.index(goal)]
+    return (goal, figure) if figure is not None and figure.value is not None else None
 
 
 def _compared(runs: list[Run]) -> str:
-    ranked = sorted(((run, _at(run)) for run in runs), key=lambda one: -(one[1][1].value or 0) if one[1] else 0)
-    (first, best), (second, next_best) = ranked[:2]
-    assert best is not None
-    assert next_best is not None
-    (goal, high), (_, low) = best, next_best
-    asked, values = f"Asked for a score of {number(goal)}", f"{number(high.value)} against {number(low.value)}"
-    of = f"of {_name(second)}{', the next' if len(runs) > 2 else ''}"
+    """Who is ahead at the best goal, where intervals say so; a run that knows no goals takes part as it is."""
+    found = [(run, at[0], at[1]) for run in runs if (at := _at(run)) is not None]
+    (first, goal, high), (second, other, low) = sorted(found, key=lambda one: -(one[2].value or 0))[:2]
+    asked = "Asked for no score" if goal is other is None else f"Asked for a score of {number(goal or other)}"
+    values, of = f"{number(high.value)} against {number(low.value)}", f"of {_told(second, other, goal)}"
+    of += ", the next" if len(runs) > 2 else ""
+    ahead = _told(first, goal, other)
     if high.low is None or low.high is None:
-        return f"{asked}, {_name(first)} scores highest: {values} {of}, without intervals."
+        return f"{asked}, {ahead} scores highest: {values} {of}, without intervals."
     if high.low > low.high:
-        return f"{asked}, {_name(first)} scores highest: {values} {of}."
-    return f"{asked}, {_name(first)} and {_name(second)} can't be told apart: {values}, with intervals that overlap."
+        return f"{asked}, {ahead} scores highest: {values} {of}."
+    both = f"{ahead} and {_told(second, other, goal)}"
+    return f"{asked}, {both} can't be told apart: {values}, with intervals that overlap."
+
+
+def _told(run: Run, goal: float | None, other: float | None) -> str:
+    return f"{_name(run)} (asked for none)" if goal is None and other is not None else _name(run)
 
 
 def _ends(run: Run) -> list[str]:
@@ -83,10 +90,11 @@ def _from_validation(runs: list[Run]) -> tuple[str, list[str]]:
     told = [f"{_name(run)} {number(value, True)}" for run, value in found if value is not None]
     details = [_sampled_by_fit(run, run.curves.steering()) for run in runs if run.curves is not None]
     details = [line for line in details if line]
-    if not told:
-        return "What these runs write has not been evaluated yet; this page shows how they were trained.", details
-    details.append("Ranking given responses is not writing better ones; evaluate to know how good they are.")
-    return f"Not evaluated yet. Held-out pairs ranked right: {listed(told)}.", details
+    one = len(runs) == 1
+    if told:
+        details.append(f"Of held-out pairs, so many are ranked right: {listed(told)}.")
+        details.append("Ranking given responses is not writing better ones; evaluate to know how good they are.")
+    return f"What {'this run writes' if one else 'these runs write'} has not been evaluated yet.", details
 
 
 def _sampled_by_fit(run: Run, points: list[tuple[float, float]]) -> str:
@@ -112,7 +120,7 @@ def _verdict(run: Run) -> str:
     best, lowest = _at(run), _at(run, min)
     assert best is not None
     if lowest is None or lowest[0] == best[0]:
-        return "Evaluated at one goal only"
+        return "Evaluated without goals, or at one only"
     high, low = best[1], lowest[1]
     if high.low is None or high.high is None or low.low is None or low.high is None:
         return "Without intervals"
@@ -123,7 +131,8 @@ def _steers(run: Run) -> str:
     best, lowest, verdict = _at(run), _at(run, min), _verdict(run)
     assert best is not None
     if lowest is None or lowest[0] == best[0]:
-        return f"{_name(run)} scores {estimate(best[1])} when asked for {number(best[0])}."
+        asked = f"asked for {number(best[0])}" if best[0] is not None else "no goal is asked for"
+        return f"{_name(run)} scores {estimate(best[1])} when {asked}."
     (high_goal, high), (low_goal, low) = best, lowest
     goals = f"as the goal goes from {number(low_goal)} to {number(high_goal)}"
     change = f"from {number(low.value)} to {number(high.value)} {goals}"
@@ -142,7 +151,7 @@ def _apart(runs: list[Run]) -> list[str]:
     """In what the evaluations differ, so that their scores don't compare."""
     found = []
     for name in ("scale", "highest goal", *COMPARABLE):
-        values = [(run, _of(run, name)) for run in runs]
+        values = [(run, value) for run in runs if (value := _of(run, name)) is not None]
         if len({str(value) for _, value in values}) > 1:
             shown = listed([f"{_plain(value)} ({_name(run)})" for run, value in values])
             found.append(f"The evaluations differ in {name.replace('_', ' ')}: {shown}.")
@@ -152,7 +161,7 @@ def _apart(runs: list[Run]) -> list[str]:
 def _of(run: Run, name: str) -> Any:
     assert run.evaluation is not None
     if name == "highest goal":
-        return max(run.evaluation.goals)
+        return max(run.evaluation.goals, default=None)
     return run.scale if name == "scale" else run.evaluation.about.get(name)
 
 
@@ -181,7 +190,7 @@ def _caveats(runs: list[Run]) -> list[str]:
         found.append(f"The runs began with different models: {listed(sorted(bases))}.")
     if len({str(run.goal.get("template")) for run in runs if run.goal}) > 1:
         found.append("The runs word their goals by different templates.")
-    if all(run.record.get("seed") is not None for run in runs):
+    if any(run.evaluation is not None and not run.evaluation.empty for run in runs):
         found.append(
             "Intervals are over prompts. How much a run changes with its seed is not in them: repeat each with other "
             "seeds."
@@ -192,7 +201,8 @@ def _caveats(runs: list[Run]) -> list[str]:
 def describe(run: Run) -> str:
     """What a run is, in a few words."""
     if not run.facts:
-        return "evaluated only" if run.record == {} else "its run.json says nothing of the method"
+        evaluated = run.evaluation is not None and not run.evaluation.empty and run.curves is None
+        return "an evaluation without a run" if evaluated else "its method isn't known"
     loss = (run.facts.get("loss") or {}).get("shown", "")
     mode = run.relabel
     halves = {

@@ -79,7 +79,9 @@ def _lacking(runs: list[Run], parts: list[Part], samples: list[tables.SideBySide
         if not part.pictures:
             groups.setdefault((part.lacking, tuple(part.commands)), []).append(part.title)
     if not samples:
-        groups.setdefault(("no run has samples", tuple(map(evaluate_command, runs))), []).append("Samples side by side")
+        groups.setdefault(("no run has been evaluated for it", tuple(map(evaluate_command, runs))), []).append(
+            "Samples side by side"
+        )
     if not any(run.data for run in runs):
         groups.setdefault(("no run folder has a data_report.json, which fit writes", ()), []).append("The data report")
     if len(runs) > 1 and sum(bool(run.config) for run in runs) < 2:

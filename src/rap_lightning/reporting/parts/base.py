@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from rap_lightning.reporting.evaluation import Estimate, Evaluation
 from rap_lightning.reporting.panels import Panel, Picture, Series
-from rap_lightning.reporting.read import Run
+from rap_lightning.reporting.read import Run, as_dict
 from rap_lightning.reporting.text import number
 
 CONDITIONS = {
@@ -33,8 +33,17 @@ class Part:
 
 
 def evaluate_command(run: Run) -> str:
-    """What to type to get a run's evaluation."""
-    return f"rap-lightning evaluate --model {shlex.quote(str(run.folder / 'hf'))}"
+    """What to type to get a run's evaluation: on its own data, and by the judge of its samples, where that is known."""
+    data = as_dict(run.config.get("data"))
+    source = as_dict(data.get("init_args", data)).get("source")
+    source = source if isinstance(source, str) else "SCORED-DATA"
+    judge = "--judge RewardModel --judge.model MODEL"
+    for callback in as_dict(run.config.get("trainer")).get("callbacks") or []:
+        named = as_dict(as_dict(callback).get("init_args")).get("judge")
+        if isinstance(named, str):
+            judge = f"--judge Function --judge.function {shlex.quote(named)}"
+    model = shlex.quote(str(run.folder / "hf"))
+    return f"rap-lightning evaluate --model {model} --source {shlex.quote(source)} {judge}"
 
 
 def evaluated(runs: list[Run]) -> list[tuple[Run, Evaluation]]:
@@ -44,6 +53,7 @@ def evaluated(runs: list[Run]) -> list[tuple[Run, Evaluation]]:
 
 def evaluation_part(part: Part, runs: list[Run], has: Callable[[Evaluation], object]) -> Part:
     """A part of evaluation.json: runs that lack it are named at its first picture, or it is lacking as a whole."""
+    whys = list(dict.fromkeys(why for picture in part.pictures for _, why, _ in picture.missing))
     part.pictures = [picture for picture in part.pictures if picture.runs]
     without = [run for run in runs if run.evaluation is None or not has(run.evaluation)]
     if part.pictures:
@@ -51,8 +61,22 @@ def evaluation_part(part: Part, runs: list[Run], has: Callable[[Evaluation], obj
             why = "not evaluated" if run.evaluation is None else "its evaluation.json has no such part"
             part.pictures[0].missing.append((run.index, why, evaluate_command(run)))
     else:
-        part.lacking, part.commands = "no run has been evaluated for it", [evaluate_command(run) for run in without]
+        part.lacking = "; ".join(whys) or "no run has been evaluated for it"
+        part.commands = [evaluate_command(run) for run in without]
     return part
+
+
+def absent(
+    runs: list[Run], figures: Callable[[Evaluation], Sequence[Estimate]], what: str
+) -> list[tuple[int, str, str]]:
+    """The evaluated runs in which none of these figures could be computed, and why."""
+    found = []
+    for run, one in evaluated(runs):
+        shown = figures(one)
+        if shown and all(figure.value is None for figure in shown):
+            whys = dict.fromkeys(figure.why for figure in shown if figure.why)
+            found.append((run.index, f"{what}: {'; '.join(whys) or 'no figures'}", ""))
+    return found
 
 
 def scales(runs: list[Run]) -> list[Scale]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rap_lightning.reporting.panels import Panel, Picture, Series
-from rap_lightning.reporting.parts.base import Part, evaluated, evaluation_part, goal_panels
+from rap_lightning.reporting.parts.base import Part, absent, evaluated, evaluation_part, goal_panels
 from rap_lightning.reporting.read import Run
 from rap_lightning.reporting.text import number
 
@@ -14,15 +14,19 @@ def extrapolation(runs: list[Run]) -> Part:
     top = f"at or above {' or '.join(p99)}, the data's 99th percentile" if p99 else "at or above the 99th percentile"
     seen = "as good as the best seen for the prompt"
     panels = goal_panels(runs, lambda found: found.best_seen, seen, "share of samples", shares=True)
+    known = "as good as the best known for the prompt"
+    panels += goal_panels(runs, lambda found: found.best_known, known, "share of samples", shares=True)
     panels += goal_panels(runs, lambda found: found.p99, top, "share of samples", shares=True)
+    missing = absent(runs, lambda found: found.best_seen, seen) + absent(runs, lambda found: found.p99, top)
     picture = Picture(
         "extrapolation", "Responses as good as the best in training, or better",
         "Look at the right end: how often the best goal brings a response that training hardly ever, or never, showed.",
-        panels, shared=False,
+        panels, shared=False, missing=missing,
+        key="Best seen: the best response to the same prompt in training; best known: in the data that were evaluated on.",
     )  # fmt: skip
     about = "Shares of sampled responses, by the goal they were asked for."
     part = Part("extrapolation", "Does it go beyond its data?", about, [picture])
-    return evaluation_part(part, runs, lambda found: found.best_seen or found.p99)
+    return evaluation_part(part, runs, lambda found: found.best_seen or found.best_known or found.p99)
 
 
 def discrimination(runs: list[Run]) -> Part:
@@ -33,10 +37,16 @@ def discrimination(runs: list[Run]) -> Part:
         _dots(runs, "pair_accuracy", Panel("pairs ranked right", "share of pairs", "pairs ranked right", [],
               levels=((0.5, "guessing"),), limits=(-0.03, 1.03), percent=True, by_run=True)),
     ]  # fmt: skip
+    missing = [
+        (run.index, f"{name.replace('_', ' ')}: {figure.why or 'no figure'}", "")
+        for run, found in evaluated(runs)
+        for name, figure in found.discrimination.items()
+        if figure.value is None
+    ]
     picture = Picture(
         "discrimination", "Reading a score off the policy",
         "Look for dots far to the right of the dashed line: the policy knows good responses from bad ones.",
-        [panel for panel in panels if panel.runs], shared=False,
+        [panel for panel in panels if panel.runs], shared=False, missing=missing,
     )  # fmt: skip
     about = "The policy's own score of a response is the goal under which that response is likeliest."
     part = Part("discrimination", "Can it tell good from bad?", about, [picture])

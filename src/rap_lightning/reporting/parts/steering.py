@@ -10,8 +10,9 @@ from rap_lightning.reporting.parts.base import (
     evaluate_command,
     evaluated,
     evaluation_part,
-    goal_panels,
+    on_scale,
     room,
+    scales,
 )
 from rap_lightning.reporting.read import Run
 from rap_lightning.reporting.text import number
@@ -20,22 +21,18 @@ LOOK = (
     "Look for a line that climbs along the dashed diagonal: there the policy writes what it is asked for; a flat line "
     "ignores the goal."
 )
+UNASKED = "asked for no score"
 KEY = (
     "Spearman: 1 where a higher goal always scores higher, 0 where goals change nothing. Slope: points of score per "
-    "point of goal. Best goal: the one with the highest mean score, and how sure that is (share of bootstrap draws)."
+    "point of goal. Best goal: the one with the highest mean score, and how sure that is (share of bootstrap draws). A level line from end to end: no goal in the prompt."
 )
 
 
 def steering(runs: list[Run]) -> Part:
     """Controllability of evaluation.json; without it, the table that fit printed; and samples.jsonl."""
     heats = sorted({_heat(found) for _, found in evaluated(runs) if found.sampled})
-    panels = goal_panels(
-        runs, lambda found: found.sampled.mean if found.sampled else [], f"sampled, temperature {' or '.join(heats)}",
-        "mean score", scores=True,
-    )  # fmt: skip
-    panels += goal_panels(
-        runs, lambda found: found.greedy.mean if found.greedy else [], "greedy decoding", "mean score", scores=True
-    )
+    panels = _panels(runs, "sampled", f"sampled, temperature {' or '.join(heats)}")
+    panels += _panels(runs, "greedy", "greedy decoding")
     stats = [_summed_up(run, kind, one) for run, found in evaluated(runs) for kind, one in _kinds(found)]
     head = ["run", "Spearman", "slope", "best goal"]
     picture = Picture("steering", "Score against goal", LOOK, panels, shared=False, stats=(head, stats), key=KEY)
@@ -46,6 +43,31 @@ def steering(runs: list[Run]) -> Part:
         part.pictures.extend(_from_fit(runs))
     part.pictures.extend(_over_time(runs))
     return part
+
+
+def _panels(runs: list[Run], kind: str, title: str) -> list[Panel]:
+    """Scores against goals, for each scale; a run's score without any goal is a level line."""
+    among, panels = scales(runs), []
+    for scale in among:
+        curves = [
+            (run, found.goals, one)
+            for run, found in evaluated(runs)
+            for name, one in _kinds(found)
+            if run.scale == scale and name == kind
+        ]
+        series = [Series(run.index, goals, one.mean) for run, goals, one in curves if goals]
+        asked = [goal for _, goals, _ in curves for goal in goals]
+        ends = scale or (min(asked, default=0.0), max(asked, default=1.0))
+        series += [
+            Series(run.index, ends, [one.unasked] * 2, what=UNASKED)
+            for run, _, one in curves
+            if one.unasked is not None
+        ]
+        panels.append(
+            Panel(title + on_scale(scale, among), "goal: score asked for", "mean score", series, identity=scale,
+                  limits=room(scale, series))
+        )  # fmt: skip
+    return [panel for panel in panels if panel.runs]
 
 
 def _heat(found: Evaluation) -> str:
@@ -69,8 +91,8 @@ def _from_fit(runs: list[Run]) -> list[Picture]:
     if not found:
         return []
     series = [Series(run.index, [g for g, _ in points], [Estimate(s) for _, s in points]) for run, points in found]
-    scales = {run.scale for run, _ in found}
-    scale = next(iter(scales)) if len(scales) == 1 else None
+    among = {run.scale for run, _ in found}
+    scale = next(iter(among)) if len(among) == 1 else None
     panel = Panel(
         "samples taken by fit", "goal: score asked for", "mean score", series, identity=scale,
         limits=room(scale, series),
