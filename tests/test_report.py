@@ -1,4 +1,4 @@
-"""The report: what it reads from whole and broken run folders, what it says of it, and that no text gets out of hand."""
+"""The report: what it reads from whole and broken run folders, what it says, and that no text gets out of hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def figure(value: float, reach: float = 0.3, n: int = 96) -> dict[str, Any]:
 
 def evaluation(scores: list[float], **changes: Any) -> dict[str, Any]:
     steering = {
-        "mean": [figure(score) for score in scores], "spearman": figure(0.6, 0.1), "slope": figure(0.5, 0.1),
+        "mean": [figure(score) for score in scores], "spearman": figure(0.6, 0.1),
+        "slope": figure((scores[-1] - scores[0]) / 9, 0.1),
         "argmax": {"goal": 10, "shares": [0.0, 0.2, 0.8]},
     }  # fmt: skip
     shares = [figure(0.1, 0.05) for _ in GOALS]
@@ -74,10 +75,13 @@ def make_run(folder: Path, scores: list[float] | None = None, relabel: str = "bo
                   "base_model": {"name": "base"}},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(record | changes), encoding="utf-8")
-    report = [{"source": "data", "split": "train", "rows_read": 2000, "rows_kept": 1821, "pairs_kept": 1821,
-               "relabelled_pairs": 3642, "dropped": {"a tie": {"count": 179, "first": "line 7"}}, "truncated": {}}]  # fmt: skip
+    dropped = {"a tie": {"count": 179, "first": "line 7"}}
+    counts = {"rows_read": 2000, "rows_kept": 1821, "pairs_kept": 1821, "relabelled_pairs": 3642}
+    report = [{"source": "data", "split": "train", **counts, "dropped": dropped, "truncated": {}}]
     (folder / "data_report.json").write_text(json.dumps(report), encoding="utf-8")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"relabel": relabel}}}), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"data": {"init_args": {"relabel": relabel, "source": "data/pairs"}}}), encoding="utf-8"
+    )
     (folder / "goal.json").write_text(json.dumps({"template": "t", "scale": {"low": 1, "high": 10}}), encoding="utf-8")
     if scores is not None:
         (folder / "evaluation").mkdir()
@@ -230,24 +234,90 @@ def test_figures_without_a_value_keep_their_reason(tmp_path: Path) -> None:
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
-def test_the_headline_says_which_run_is_ahead_only_where_intervals_are_apart(tmp_path: Path) -> None:
+def test_the_headline_says_which_run_is_ahead_and_whether_that_is_sure(tmp_path: Path) -> None:
     ra, dpo = make_run(tmp_path / "ra", [2.0, 5.0, 8.0]), make_run(tmp_path / "dpo", [6.0, 6.1, 6.5], "none")
     near = make_run(tmp_path / "near", [6.0, 6.2, 8.2])
     assert outcome(ra, dpo) == "Asked for a score of 10, ra scores highest: 8 against 6.5 of dpo."
     assert outcome(dpo, ra) == outcome(ra, dpo)
-    assert "near and ra can't be told apart: 8.2 against 8, with intervals that overlap" in outcome(ra, near)
-    assert "ra scores highest: 8 against 6.5 of dpo, the next" in outcome(
-        ra, dpo, make_run(tmp_path / "w", [1, 1, 1.0])
-    )
+    assert "near scores highest: 8.2 against 8 of ra, but their intervals overlap, so this may be" in outcome(ra, near)
+    assert "8 against 6.5 of dpo, the next" in outcome(ra, dpo, make_run(tmp_path / "w", [1.0, 1.0, 1.0]))
     said = whole(ra, dpo)
-    assert "The goal steers ra: its mean score rises from 2 to 8 as the goal goes from 1 to 10." in said
+    assert "The goal steers ra: its mean score goes from 2 to 8 as the goal goes from 1 to 10, slope 0.667" in said
     assert "No steering is shown for dpo" in said
     assert "pairs of different kinds" in said
     assert "How much a run changes with its seed" in said
 
 
+def test_runs_are_compared_prompt_by_prompt_where_their_samples_are_there(tmp_path: Path) -> None:
+    ahead, behind = make_run(tmp_path / "a", [5.0, 5.0, 5.6]), make_run(tmp_path / "b", [5.0, 5.0, 5.5])
+    assert "may be chance" in outcome(ahead, behind)
+
+    def write(folder: Path, scores: list[float]) -> None:
+        rows = [
+            {"prompt_id": f"p{i}", "goal": goal, "score": score + extra, "greedy": False}
+            for i, score in enumerate(scores)
+            for goal in (1, 10)
+            for extra in (-1.0, 1.0)
+        ]
+        rows.append({"prompt_id": "p0", "goal": 10, "score": 1000.0, "greedy": True})  # greedy ones don't count
+        rows.append({"prompt_id": "p0", "goal": 10, "score": None, "greedy": False})
+        text = "\n".join(json.dumps(row) for row in rows)
+        (folder / "evaluation" / "samples.jsonl").write_text(text + "\n{cut o", encoding="utf-8")
+
+    noise = [float(i % 7) for i in range(40)]
+    write(behind, noise)
+    write(ahead, [value + 0.1 + 0.01 * (i % 3) for i, value in enumerate(noise)])
+    said = outcome(ahead, behind).replace("\u00a0", " ")
+    assert re.search(r"a scores highest: 5.6 against 5.5 of b, a difference of 0.11 \(0.10\d* to 0.11\d*\) on", said)
+    write(ahead, [value + (0.2 if i % 2 else -0.2) for i, value in enumerate(noise)])
+    assert "a and b can't be told apart: 5.6 against 5.5, a difference of" in outcome(ahead, behind)
+
+
+def test_a_run_that_knows_no_goals_is_compared_as_it_is(tmp_path: Path) -> None:
+    ra, plain = make_run(tmp_path / "ra", [2.0, 5.0, 8.0]), make_run(tmp_path / "plain", [6.0])
+    steering = {"mean": [figure(6.0)], "spearman": None, "slope": None, "argmax": None}
+    document = evaluation([6.0], goals=[None], controllability={"sampled": steering})
+    for part in ("extrapolation", "length"):
+        del document[part]
+    (plain / "evaluation" / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
+    assert outcome(ra, plain) == "Asked for a score of 10, ra scores highest: 8 against 6 of plain (asked for none)."
+    (panel, _) = all_parts(read_runs([str(ra), str(plain)]))[0].pictures[0].panels
+    level = panel.series[1]
+    assert (level.run, list(level.x), [y.value for y in level.y]) == (1, [1, 10], [6.0, 6.0])
+
+
+def test_figures_at_no_goal_stand_beside_those_at_goals(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [2.0, 5.0, 8.0])
+    document = evaluation([7.0, 2.0, 5.0, 8.0], goals=[None, *GOALS])
+    document["controllability"]["sampled"]["argmax"]["shares"] = [None, 0.0, 0.2, 0.8]
+    document["length"]["tokens"] = [figure(float(i)) for i in range(4)]
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
+    found = read_runs([str(run)])[0].evaluation
+    assert found is not None
+    assert found.sampled is not None
+    assert found.sampled.unasked is not None
+    assert [y.value for y in found.sampled.mean] == [2, 5, 8]
+    assert (found.sampled.unasked.value, found.sampled.best_goal_share) == (7, 0.8)
+    assert [y.value for y in found.tokens] == [1, 2, 3]
+    assert any(fault.startswith("extrapolation") for fault in found.faults)  # three figures for four goals
+
+
+def test_what_could_not_be_measured_says_why(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [2.0, 5.0, 8.0])
+    nothing = [{"value": None, "why": "no prompt of training"} for _ in GOALS]
+    document = evaluation([2.0, 5.0, 8.0], extrapolation={"best_seen": nothing}, left_out={"unlearning": "no base"})
+    del document["unlearning"]
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
+    parts = {part.name: part for part in all_parts(read_runs([str(run)]))}
+    assert not parts["extrapolation"].pictures
+    assert "no prompt of training" in parts["extrapolation"].lacking
+    assert "unlearning not measured: no base" in whole(run)
+    assert any("pair accuracy: no pairs" in why for _, why, _ in parts["discrimination"].pictures[0].missing)
+
+
 def test_a_score_that_falls_with_the_goal_is_called_so(tmp_path: Path) -> None:
-    assert "the wrong way: its mean score falls from 8 to 2" in outcome(make_run(tmp_path / "run", [8.0, 5.0, 2.0]))
+    said = outcome(make_run(tmp_path / "run", [8.0, 5.0, 2.0]))
+    assert "the wrong way: its mean score goes from 8 to 2" in said
 
 
 @pytest.mark.parametrize(
@@ -283,12 +353,15 @@ def test_scores_on_different_scales_never_share_axes(tmp_path: Path) -> None:
 
 def test_without_an_evaluation_nothing_is_said_of_what_runs_write(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "ra"), make_run(tmp_path / "dpo", relabel="none")]
-    assert outcome(*runs) == "Not evaluated yet. Held-out pairs ranked right: ra 60% and dpo 60%."
+    assert outcome(*runs) == "What these runs write has not been evaluated yet."
+    assert "so many are ranked right: ra 60% and dpo 60%" in whole(*runs)
     parts = {part.name: part for part in all_parts(read_runs([str(run) for run in runs]))}
     assert parts["training"].pictures
     for name in ("steering", "unlearning", "extrapolation", "discrimination", "length"):
         assert not parts[name].pictures
-        assert parts[name].commands == [f"rap-lightning evaluate --model {run}/hf" for run in runs]
+        assert [command.split(" --judge")[0] for command in parts[name].commands] == [
+            f"rap-lightning evaluate --model {run}/hf --source data/pairs" for run in runs
+        ]
 
 
 def test_curves_are_split_by_origin_and_unsplit_runs_stand_where_their_pairs_belong(tmp_path: Path) -> None:
@@ -401,13 +474,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
             json.dumps(evaluation([2.0 + i, 5.0, 8.0 - i], samples=found)), encoding="utf-8"
         )
         (folder / "config.yaml").write_text(yaml.safe_dump({HOSTILE: {"key": HOSTILE + str(i)}}), encoding="utf-8")
-        (folder / "samples.jsonl").write_text(
-            "\n".join(json.dumps({"step": s, "goal": g, "prompt": "p", "response": "r", "score": g * s / 10, "tokens": 1})
-                      for s in (0, 10) for g in GOALS), encoding="utf-8")  # fmt: skip
-        (folder / "likelihood.jsonl").write_text(
-            "\n".join(json.dumps({"step": s, "condition": "none", "role": role, "low": 1, "high": 10, "n": 5,
-                                  "change_nats": -s / 10}) for s in (0, 10) for role in ("chosen", "rejected")),
-            encoding="utf-8")  # fmt: skip
+        sample = {"prompt": "p", "response": "r", "tokens": 1}
+        lines = [sample | {"step": step, "goal": g, "score": g * step / 10} for step in (0, 10) for g in GOALS]
+        (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        probe = {"condition": "none", "low": 1, "high": 10, "n": 5}
+        lines = [
+            probe | {"step": step, "role": role, "change_nats": -step / 10}
+            for step in (0, 10)
+            for role in ("chosen", "rejected")
+        ]
+        (folder / "likelihood.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     for output in ("first", "second"):
         done = report(f"{HOSTILE[4:]}={root / 'ra'}", root / "dpo", "--output", root / output)
         assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rap_lightning.reporting.evaluation import Estimate
+from rap_lightning.reporting.paired import difference
 from rap_lightning.reporting.panels import estimate
 from rap_lightning.reporting.read import Run
 from rap_lightning.reporting.text import isolated, listed, number
@@ -14,7 +15,7 @@ from rap_lightning.reporting.text import isolated, listed, number
 MANY = 4
 """More runs are told of in groups."""
 
-NOT_SHOWN = "No steering is shown"
+STEERS, WRONG_WAY, NOT_SHOWN = "The goal steers", "Steered the wrong way", "No steering is shown"
 COMPARABLE = (
     "judge", "temperature", "top_p", "max_new_tokens", "prompts", "split", "samples_per_prompt", "seed"
 )  # fmt: skip
@@ -63,15 +64,20 @@ def _compared(runs: list[Run]) -> str:
     found = [(run, at[0], at[1]) for run in runs if (at := _at(run)) is not None]
     (first, goal, high), (second, other, low) = sorted(found, key=lambda one: -(one[2].value or 0))[:2]
     asked = "Asked for no score" if goal is other is None else f"Asked for a score of {number(goal or other)}"
-    values, of = f"{number(high.value)} against {number(low.value)}", f"of {_told(second, other, goal)}"
-    of += ", the next" if len(runs) > 2 else ""
-    ahead = _told(first, goal, other)
+    ahead, behind = _told(first, goal, other), _told(second, other, goal)
+    values = f"{number(high.value)} against {number(low.value)}"
+    of = f"{values} of {behind}{', the next' if len(runs) > 2 else ''}"
+    apart = difference(first.scores.get(goal, {}), second.scores.get(other, {}))
+    if apart is not None and apart.low is not None and apart.high is not None:
+        by = f"a difference of {estimate(apart)} on the same prompts"
+        if apart.low > 0 or apart.high < 0:
+            return f"{asked}, {ahead} scores highest: {of}, {by}."
+        return f"{asked}, {ahead} and {behind} can't be told apart: {values}, {by}."
     if high.low is None or low.high is None:
-        return f"{asked}, {ahead} scores highest: {values} {of}, without intervals."
+        return f"{asked}, {ahead} scores highest: {of}, without intervals."
     if high.low > low.high:
-        return f"{asked}, {ahead} scores highest: {values} {of}."
-    both = f"{ahead} and {_told(second, other, goal)}"
-    return f"{asked}, {both} can't be told apart: {values}, with intervals that overlap."
+        return f"{asked}, {ahead} scores highest: {of}."
+    return f"{asked}, {ahead} scores highest: {of}, but their intervals overlap, so this may be chance."
 
 
 def _told(run: Run, goal: float | None, other: float | None) -> str:
@@ -116,31 +122,34 @@ def _steering(runs: list[Run]) -> list[str]:
 
 
 def _verdict(run: Run) -> str:
-    """Whether the scores at the lowest and the highest goal have intervals apart."""
-    best, lowest = _at(run), _at(run, min)
-    assert best is not None
-    if lowest is None or lowest[0] == best[0]:
+    """Whether the slope of score over goal is surely above, or below, zero."""
+    assert run.evaluation is not None
+    assert run.evaluation.sampled is not None
+    slope = run.evaluation.sampled.slope
+    if len(run.evaluation.goals) < 2:
         return "Evaluated without goals, or at one only"
-    high, low = best[1], lowest[1]
-    if high.low is None or high.high is None or low.low is None or low.high is None:
-        return "Without intervals"
-    return "The goal steers" if high.low > low.high else "Steered the wrong way" if high.high < low.low else NOT_SHOWN
+    if slope.low is None or slope.high is None:
+        return "Without an interval of the slope"
+    return STEERS if slope.low > 0 else WRONG_WAY if slope.high < 0 else NOT_SHOWN
 
 
 def _steers(run: Run) -> str:
     best, lowest, verdict = _at(run), _at(run, min), _verdict(run)
+    assert run.evaluation is not None
+    assert run.evaluation.sampled is not None
     assert best is not None
     if lowest is None or lowest[0] == best[0]:
         asked = f"asked for {number(best[0])}" if best[0] is not None else "no goal is asked for"
         return f"{_name(run)} scores {estimate(best[1])} when {asked}."
     (high_goal, high), (low_goal, low) = best, lowest
     goals = f"as the goal goes from {number(low_goal)} to {number(high_goal)}"
-    change = f"from {number(low.value)} to {number(high.value)} {goals}"
+    change = f"its mean score goes from {number(low.value)} to {number(high.value)} {goals}"
+    slope = f"slope {estimate(run.evaluation.sampled.slope)}"
     return {
-        "The goal steers": f"The goal steers {_name(run)}: its mean score rises {change}.",
-        "Steered the wrong way": f"The goal steers {_name(run)} the wrong way: its mean score falls {change}.",
-        NOT_SHOWN: f"{NOT_SHOWN} for {_name(run)}: its mean score goes {change}, with intervals that overlap.",
-    }.get(verdict, f"{_name(run)}: the mean score goes {change}, without intervals.")
+        STEERS: f"{STEERS} {_name(run)}: {change}, {slope}.",
+        WRONG_WAY: f"The goal steers {_name(run)} the wrong way: {change}, {slope}.",
+        NOT_SHOWN: f"{NOT_SHOWN} for {_name(run)}: {change}, {slope}.",
+    }.get(verdict, f"{_name(run)}: {change}, without an interval of the slope.")
 
 
 def _name(run: Run) -> str:

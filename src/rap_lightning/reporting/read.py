@@ -17,6 +17,7 @@ from tqdm import tqdm
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.reporting.curves import Curves, as_number, read_curves
 from rap_lightning.reporting.evaluation import Evaluation, Sample, read_evaluation, sample_of
+from rap_lightning.reporting.paired import Scores, read_scores
 from rap_lightning.reporting.text import clean, counted
 
 MARKS = ("metrics.csv", "run.json", "evaluation/evaluation.json", "evaluation.json")
@@ -44,7 +45,8 @@ class Run:
         config, record, goal: config.yaml, run.json, goal.json; empty where there is none.
         data: data_report.json, a dict per split and source.
         curves: of metrics.csv, None without one.
-        samples: of samples.jsonl, those of the last step; steering: step -> goal -> mean score.
+        scores: of evaluate's samples, to compare runs prompt by prompt.
+        samples: of fit's samples.jsonl, those of the last step; steering: step -> goal -> mean score.
         likelihood: likelihood.jsonl.
         notes: what is odd about the folder.
     """
@@ -58,6 +60,7 @@ class Run:
     data: list[dict[str, Any]] = field(default_factory=list)
     curves: Curves | None = None
     evaluation: Evaluation | None = None
+    scores: Scores = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     steering: dict[int, dict[float, float]] = field(default_factory=dict)
     likelihood: list[Probe] = field(default_factory=list)
@@ -181,6 +184,7 @@ def _run(folder: Path, name: str, index: int) -> Run:
     )
     if evaluated is not None:
         run.evaluation = read_evaluation(evaluated)
+        run.scores = read_scores(evaluated.with_name("samples.jsonl"))
     _read_samples(run)
     _read_likelihood(run)
     _note(run)

@@ -22,7 +22,7 @@ def extrapolation(runs: list[Run]) -> Part:
         "extrapolation", "Responses as good as the best in training, or better",
         "Look at the right end: how often the best goal brings a response that training hardly ever, or never, showed.",
         panels, shared=False, missing=missing,
-        key="Best seen: the best response to the same prompt in training; best known: in the data that were evaluated on.",
+        key="Best seen: the best response to the same prompt in training; best known: in the evaluated data.",
     )  # fmt: skip
     about = "Shares of sampled responses, by the goal they were asked for."
     part = Part("extrapolation", "Does it go beyond its data?", about, [picture])

@@ -24,7 +24,8 @@ LOOK = (
 UNASKED = "asked for no score"
 KEY = (
     "Spearman: 1 where a higher goal always scores higher, 0 where goals change nothing. Slope: points of score per "
-    "point of goal. Best goal: the one with the highest mean score, and how sure that is (share of bootstrap draws). A level line from end to end: no goal in the prompt."
+    "point of goal. Best goal: the one with the highest mean score, and how sure that is (share of bootstrap draws). "
+    "A level line from end to end: no goal in the prompt."
 )
 
 

@@ -45,7 +45,7 @@ def _panels(runs: list[Run], *conditions: str) -> list[Panel]:
                 if (condition, role) in found.unlearning
             ]
             title = f"{role} responses; {CONDITIONS[condition]}"
-            panels.append(Panel(title, "reward of the response", Y, series, levels=LEVEL))
+            panels.append(Panel(title, "reward of the response (middle of its bin)", Y, series, levels=LEVEL))
     return [panel for panel in panels if panel.runs]
 
 
