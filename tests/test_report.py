@@ -608,18 +608,39 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
     assert "pip install 'rap-lightning[report]'" in done.stderr
 
 
+PROBE = """<!doctype html><iframe src="first/index.html" width="{width}" height="800"></iframe>
+<pre id="found"></pre>
+<script>
+onload = () => {{
+  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+  const wide = [...page.querySelectorAll("body *")].filter(
+    e => !e.closest(".scroll") && !e.closest("svg") && e.getBoundingClientRect().right > {width} + 1);
+  const style = frames[0].getComputedStyle(page.body);
+  document.getElementById("found").textContent = JSON.stringify({{
+    scrolls: root.scrollWidth, wide: wide.map(e => e.tagName), ground: style.backgroundColor, ink: style.color}});
+}};
+</script>"""
+
+
 @pytest.mark.slow
-def test_a_browser_shows_the_page_without_errors_at_a_phones_width(pages: Path) -> None:
+@pytest.mark.parametrize(("width", "scheme"), [(375, "light"), (375, "dark"), (1280, "light")])
+def test_a_browser_shows_the_page_at_a_phones_width_in_light_and_dark(pages: Path, width: int, scheme: str) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium here: the page was not looked at in a browser")
-    page = pages / "first" / "index.html"
+    probe = pages / f"probe-{width}-{scheme}.html"
+    probe.write_text(PROBE.format(width=width), encoding="utf-8")
     shown = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=375,812", "--enable-logging=stderr",
-         f"--user-data-dir={pages / 'profile'}", f"--screenshot={pages / 'shot.png'}", "--dump-dom", page.as_uri()],
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width + 100},900",
+         "--enable-logging=stderr", "--allow-file-access-from-files", f"--user-data-dir={pages / 'profile'}",
+         f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", "--virtual-time-budget=5000",
+         "--dump-dom", probe.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert shown.returncode == 0
-    assert "alert" not in {tag for tag, _ in Page(shown.stdout).tags}
+    found = re.search(r'<pre id="found">(.+?)</pre>', shown.stdout)
+    assert found is not None, shown.stderr[-2000:]
+    seen = json.loads(found[1])
+    assert seen["scrolls"] <= width, f"wider than the screen: {seen['wide']}"
+    assert seen["wide"] == []
+    assert seen["ground"] == ("rgb(18, 22, 28)" if scheme == "dark" else "rgb(255, 255, 255)")
     assert "CONSOLE" not in shown.stderr
-    assert (pages / "shot.png").stat().st_size > 5000
