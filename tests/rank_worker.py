@@ -54,6 +54,14 @@ def run(case: dict[str, Any], output: Path) -> None:
 
         every = ModelCheckpoint(save, filename="{step}", every_n_train_steps=2, save_top_k=-1)
         saver = {"enable_checkpointing": True, "callbacks": [every]}
+    if case.get("measured"):
+        from rap_lightning.callbacks import GoalSamples, LikelihoodProbe
+
+        saver["callbacks"] = [
+            *saver.get("callbacks", []),
+            GoalSamples(lambda prompt, response: len(response), prompts=3, every_n_steps=2),
+            LikelihoodProbe(pairs=8, every_n_steps=2),
+        ]
     trainer = make_trainer(
         output / name,
         strategy=strategy(case["strategy"], **case.get("strategy_options", {})),

@@ -133,23 +133,24 @@ def test_an_obedient_model_has_a_spearman_of_1(run: Path, data: Path, tmp_path: 
     args += ["--judge", "Function", "--judge.function", "rigged.face_value", "--judge.scale", "[1, 10]"]
     assert called(*args, "--goals", "[none, 10, 1, 4.5]") == 0
     found = document(tmp_path)
-    assert found["goals"] == [None, 1, 4.5, 10]
+    assert found["goals"] == [1, 4.5, 10]
     for decoding in ("sampled", "greedy"):
         part = found["controllability"][decoding]
         for name in ("spearman", "spearman_samples", "slope"):
             assert part[name] == {"value": pytest.approx(1), "low": pytest.approx(1), "high": pytest.approx(1), "n": 12}
-        assert [figure["value"] for figure in part["mean"]] == [5, 1, 4.5, 10]
-        assert part["argmax"] == {"goal": 10, "shares": [None, 0, 0, 1]}
+        assert [figure["value"] for figure in part["mean"]] == [1, 4.5, 10]
+        assert part["argmax"] == {"goal": 10, "shares": [0, 0, 1]}
+        assert found["without_goal"]["controllability"][decoding]["mean"]["value"] == 5
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     best = [row["score_chosen"] for row in rows]
-    known = found["extrapolation"]["best_known"]
+    known = [found["without_goal"]["extrapolation"]["best_known"], *found["extrapolation"]["best_known"]]
     assert [figure["value"] for figure in known] == pytest.approx(
         [np.mean([value >= b for b in best]) for value in (5, 1, 4.5, 10)]
     )
-    assert found["extrapolation"]["best_seen"][3]["n"] == 3, "three of the prompts are in training"
+    assert found["extrapolation"]["best_seen"][2]["n"] == 3, "three of the prompts are in training"
     assert found["extrapolation"]["training"] == {"split": "train", "responses": 46, "prompts_seen": 3}
-    assert [figure["value"] for figure in found["length"]["tokens"]] == [5.5] * 4
-    assert [figure["value"] for figure in found["length"]["controlled"]] == pytest.approx([5, 1, 4.5, 10])
+    assert [figure["value"] for figure in found["length"]["tokens"]] == [5.5] * 3
+    assert [figure["value"] for figure in found["length"]["controlled"]] == pytest.approx([1, 4.5, 10])
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 12 * 4 * (4 + 1)
     assert {(row["goal"], row["score"]) for row in lines} == {(None, 5.0), (1, 1.0), (4.5, 4.5), (10, 10.0)}
@@ -231,13 +232,17 @@ def test_a_model_without_goals_is_sampled_without_one(run: Path, data: Path, tmp
     args = ["--model", run.parent / "base", "--source", data, *JUDGE, *FEW]
     assert called(*args, "--output", tmp_path / "plain") == 0
     found = document(tmp_path / "plain")
-    assert found["goals"] == [None]
+    assert found["goals"] == []
+    assert found["without_goal"]["controllability"]["sampled"]["mean"]["n"] == 12
     assert "two goals" in found["controllability"]["sampled"]["spearman"]["why"]
     assert "--template" in found["left_out"]["discrimination"]
     assert "--base" in found["left_out"]["unlearning"]
     assert "left out: unlearning: nothing says which model" in capsys.readouterr().out
     assert called(*args, "--output", tmp_path / "both", "--template", "OverallGoal") == 0
-    assert document(tmp_path / "both")["goals"] == [None, 1, 2.5, 4, 5.5, 7, 8.5, 10]
+    both = document(tmp_path / "both")
+    assert both["goals"] == [1, 2.5, 4, 5.5, 7, 8.5, 10]
+    same = both["without_goal"]["controllability"]["greedy"]["mean"]
+    assert same == found["without_goal"]["controllability"]["greedy"]["mean"]
 
 
 def test_responses_that_cannot_be_judged_are_counted_and_asked_for_again(run: Path, data: Path, tmp_path: Path) -> None:

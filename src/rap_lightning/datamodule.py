@@ -26,14 +26,15 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.generate import left_pad
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
+from rap_lightning.preferences.hashing import hash_text
 from rap_lightning.preferences.ingest import Rules, fit_scale
 from rap_lightning.preferences.mix import copies, stream_mixed
-from rap_lightning.preferences.pairs import BadRow
+from rap_lightning.preferences.pairs import BadRow, Pair
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, as_sources, having, splits_of
-from rap_lightning.preferences.stored import stored_pairs
+from rap_lightning.preferences.stored import as_pair, stored_pairs
 from rap_lightning.progress import batches_done
 
 VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
@@ -421,6 +422,24 @@ class PreferenceDataModule(pl.LightningDataModule):
             for row in table.select_columns(["history"]):
                 seen.setdefault(row["history"], None)
         return [json.loads(history) for history in seen]
+
+    def scored_pairs(self, split: str, limit: int, seed: int) -> list[Pair]:
+        """At most ``limit`` scored pairs of a split, drawn by the seed and their content alone, in the data's order.
+
+        Raises:
+            ConfigError: the split is a stream.
+        """
+        if self.streaming and split == self.train_split:
+            raise ConfigError(f"the split {split} is a stream, which shows each pair once; name a --data.val_split.")
+        found: dict[str, Pair] = {}
+        for source in self._having(split):
+            table, _ = stored_pairs(source, split, self.rules, num_proc=self.num_proc)
+            ids = table.select_columns(["id"])[:]["id"]
+            first = {one: row for row, one in reversed(list(enumerate(ids)))}
+            drawn = sorted(first, key=lambda one: hash_text(f"{seed} {one}"))[:limit]
+            found |= {one: as_pair(table[first[one]]) for one in sorted(drawn, key=first.__getitem__)}
+        kept = set(sorted(found, key=lambda one: hash_text(f"{seed} {one}"))[:limit])
+        return [pair for one, pair in found.items() if one in kept]
 
     def _load_prompts(self) -> list[tuple[list[int], dict[str, Any]]]:
         source = self.predict.source

@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -489,6 +490,15 @@ class PreferenceModule(pl.LightningModule):
         self._log(values, prefix="", bar_too=bar_too)
         if self._whole_step:
             self._whole_step |= {"window": metrics.sums_so_far(), "seconds": 0.0}
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """For callbacks: time spent within is no training time, as of validation."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._clock += time.perf_counter() - begin
 
     def on_validation_end(self) -> None:
         """Time spent on validation is no training time."""

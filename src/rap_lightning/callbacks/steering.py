@@ -7,17 +7,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rap_lightning.callbacks.sampling import parts_of_fit, sample_at_goals
 from rap_lightning.callbacks.watchdog import Watchdog
-from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.generate import generate, left_pad
-from rap_lightning.module import PreferenceModule
 
 Judge = Callable[[str, str], float]
 """(prompt, response) -> reward on the goal template's scale"""
@@ -52,33 +48,20 @@ class SteeringTable(pl.Callback):
             self._print(trainer, pl_module, samples)
 
     def _sample(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[float, list[tuple[str, str, float]]]:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, PreferenceDataModule) or data.goal is None or not isinstance(module, PreferenceModule):
-            raise ConfigError("SteeringTable needs a PreferenceModule and data with a goal template")
-        assert module.policy is not None, "fit builds the policy"
+        ours, data = parts_of_fit(trainer, module, "SteeringTable")
+        if data.goal is None:
+            raise ConfigError("SteeringTable needs data with a goal template; remove it from the callbacks.")
         distinct = data.histories()
         histories = [distinct[i % len(distinct)] for i in range(self.samples)]
-        if module.device_mesh is not None:
-            raise ConfigError("SteeringTable can't sample from a sharded policy yet; remove it from the callbacks.")
-        tokenizer = module.tokenizer
-        prompts = [history[-1]["content"] for history in histories]
-        results = {}
-        lengths: list[int] = []
-        with isolate_rng():
-            torch.manual_seed(self.seed)
-            for goal in self.goals:
-                texts: list[str] = []
-                ids = data.encode_prompts(histories, goal)
-                for first in range(0, len(ids), data.batch_size):
-                    part = ids[first : first + data.batch_size]
-                    batch = left_pad(part, data.pad_id, [{}] * len(part)).to(module.device)
-                    texts += generate(module.policy, tokenizer, batch, module.generation)
-                results[goal] = [(p, t, self.judge(p, t)) for p, t in zip(prompts, texts, strict=True)]
-                lengths += [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        found = sample_at_goals(trainer, ours, data, histories, self.goals, self.seed, "SteeringTable")
+        lengths = [one.tokens for samples in found.values() for one in samples]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Watchdog):
                 callback.saw_samples(lengths, trainer.global_step)
-        return results
+        return {
+            goal: [(one.prompt, one.text, self.judge(one.prompt, one.text)) for one in found[goal]]
+            for goal in self.goals
+        }
 
     def _print(self, trainer: pl.Trainer, module: Any, samples: dict[float, list[Any]]) -> None:
         options, count = module.generation, len(next(iter(samples.values())))

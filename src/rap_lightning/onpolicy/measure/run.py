@@ -114,6 +114,7 @@ def evaluate_model(plan: Plan) -> tuple[dict[str, Any], int]:
             )  # fmt: skip
         write_lines(plan.output / "samples.jsonl", sampled.rows)
         document |= _of_samples(plan, sampled, evaluated, seen)
+        _set_goalless_apart(document)
     if set(plan.parts) & set(OF_LIKELIHOODS):
         document |= _of_likelihoods(plan, evaluated, work)
     if sampled is not None:
@@ -202,6 +203,34 @@ def _of_samples(plan: Plan, sampled: Sampled, evaluated: data.Evaluated, seen: d
     if "length" in plan.parts:
         document["length"] = evaluation.length(drawn, plan.goals, plan.seed)
     return document
+
+
+BY_GOAL = {
+    "controllability": (("sampled", "mean"), ("greedy", "mean")),
+    "extrapolation": (("best_seen",), ("best_known",), ("p99", "share")),
+    "length": (("tokens",), ("controlled",)),
+}
+"""Where in the document lists parallel to ``goals`` stand."""
+
+
+def _set_goalless_apart(document: dict[str, Any]) -> None:
+    """Move the figures without a goal out of the lists by goal, into ``without_goal``; goals are numbers then."""
+    if None not in document["goals"]:
+        return
+    place = document["goals"].index(None)
+    document["goals"] = [goal for goal in document["goals"] if goal is not None]
+    apart: dict[str, Any] = {}
+    for part, lists in BY_GOAL.items():
+        for path in lists if part in document else ():
+            holder, target = document[part], apart.setdefault(part, {})
+            for key in path[:-1]:
+                holder, target = holder.get(key), target.setdefault(key, {})
+            if holder is not None:
+                target[path[-1]] = holder[path[-1]].pop(place)
+    for decoding in document.get("controllability", {}).values():
+        if decoding["argmax"] is not None:
+            decoding["argmax"]["shares"].pop(place)
+    document["without_goal"] = apart
 
 
 def _foreign(scores: Sequence[float], evaluated: data.Evaluated) -> str | None:

@@ -29,34 +29,40 @@ def show(document: dict[str, Any]) -> None:
 def _by_goal(document: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    control, length, beyond = (document.get(part, {}) for part in ("controllability", "length", "extrapolation"))
     columns: list[tuple[str, Figures, int]] = []
-    if control:
-        columns.append((f"score at temperature {document['temperature']:g}", control["sampled"]["mean"], 2))
-    if "greedy" in control:
-        columns.append(("greedy", control["greedy"]["mean"], 2))
-    if length:
-        columns += [("score at one length", length["controlled"], 2), ("tokens", length["tokens"], 1)]
-    if beyond:
-        columns += [
-            ("reach best seen", beyond["best_seen"], 2), ("reach best known", beyond["best_known"], 2),
-            (f"above {beyond['p99']['score']:.3g} (p99)", beyond["p99"]["share"], 2),
-        ]  # fmt: skip
+    for title, path, places in (
+        (f"score at temperature {document['temperature']:g}", ("controllability", "sampled", "mean"), 2),
+        ("greedy", ("controllability", "greedy", "mean"), 2),
+        ("score at one length", ("length", "controlled"), 2),
+        ("tokens", ("length", "tokens"), 1),
+        ("reach best seen", ("extrapolation", "best_seen"), 2),
+        ("reach best known", ("extrapolation", "best_known"), 2),
+        ("above p99", ("extrapolation", "p99", "share"), 2),
+    ):
+        figures = _at(document, path)
+        without = _at(document.get("without_goal", {}), path)
+        if figures is not None:
+            columns.append((title, ([] if without is None else [without]) + figures, places))
     prompts, samples = document["prompts"], document["samples_per_prompt"]
     table = Table(
         title=f"Asked for a goal, what comes back: {prompts:,} prompts, {samples} samples each",
         caption="mean [95% interval over prompts]; judge: " + str(document["judge"]), caption_justify="left",
     )  # fmt: skip
     table.add_column("goal", justify="right")
-    shown = [
-        (name, figures, places) for name, figures, places in columns if any(f["value"] is not None for f in figures)
-    ]
+    shown = [column for column in columns if any(figure["value"] is not None for figure in column[1])]
     for name, _, _ in shown:
         table.add_column(name, justify="right")
-    for number, goal in enumerate(document["goals"]):
-        label = "none" if goal is None else f"{goal:g}"
+    labels = [*(["none"] if "without_goal" in document else []), *(f"{goal:g}" for goal in document["goals"])]
+    for number, label in enumerate(labels):
         table.add_row(label, *(one(figures[number], places) for _, figures, places in shown))
     return table
+
+
+def _at(document: dict[str, Any], path: Sequence[str]) -> Any:
+    found: Any = document
+    for key in path:
+        found = None if found is None else found.get(key)
+    return found
 
 
 def _curve(document: dict[str, Any]) -> list[str]:
@@ -74,16 +80,9 @@ def _curve(document: dict[str, Any]) -> list[str]:
         )
     if "length" in document:
         lines.append(f"a response twice as long scores {one(document['length']['slope'], 2, sign=True)} within a goal")
-    missing = {
-        figures[0]["why"]
-        for figures in (
-            [document["extrapolation"][name] for name in ("best_seen", "best_known")]
-            + [document["extrapolation"]["p99"]["share"]]
-            if "extrapolation" in document
-            else []
-        )
-        if all(figure["value"] is None for figure in figures) and figures
-    }
+    beyond = [_at(document, ("extrapolation", *path)) or [] for path in (("best_seen",), ("best_known",))]
+    beyond.append(_at(document, ("extrapolation", "p99", "share")) or [])
+    missing = {figures[0]["why"] for figures in beyond if figures and all(f["value"] is None for f in figures)}
     return lines + [f"not shown: {why}" for why in sorted(missing)]
 
 

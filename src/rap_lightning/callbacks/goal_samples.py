@@ -1,0 +1,126 @@
+"""How goals come to steer: samples at each goal, now and then during fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from rap_lightning.callbacks.intervals import AtIntervals, Row
+from rap_lightning.callbacks.sampling import Goal, Sample, parts_of_fit, sample_at_goals
+from rap_lightning.callbacks.steering import SteeringTable
+from rap_lightning.callbacks.watchdog import Watchdog
+from rap_lightning.errors import ConfigError
+from rap_lightning.evaluation.statistics import curve_spearman
+from rap_lightning.preferences.grid import grid
+
+Judge = Callable[[str, str], float]
+"""(prompt, response) -> reward on the goal template's scale"""
+
+
+class GoalSamples(AtIntervals):
+    """Samples responses to some validation prompts at each goal, into ``samples.jsonl`` in the run's folder.
+
+    A line is ``{"step", "goal", "prompt", "response", "score", "tokens"}``; the score is null without a judge. Logged
+    are ``samples/goal-G/score`` and ``.../tokens``, and ``samples/spearman``, the rank correlation of goals and mean
+    scores. How responses are sampled is the module's ``generation``.
+
+    Args:
+        judge: a function of (prompt, response), by import path, that gives the reward; by default nobody judges.
+        goals: rewards to ask for; by default four from the lowest to the highest of the scale. Without a goal template
+            prompts are answered without a goal.
+        prompts: distinct validation prompts.
+        samples: responses for each prompt at each goal.
+        every_n_steps: optimizer steps between two samplings; also before the first step and after the last.
+        seed: of the sampling, the same every time; the run's own random numbers are left as they were.
+    """
+
+    file: ClassVar[str] = "samples.jsonl"
+
+    def __init__(
+        self, judge: Judge | None = None, goals: Sequence[float] | None = None, prompts: int = 8, samples: int = 1,
+        every_n_steps: int = 100, seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(every_n_steps)
+        if prompts < 1 or samples < 1 or (goals is not None and not len(goals)):
+            raise ConfigError("GoalSamples needs at least one prompt, one sample and one goal")
+        self.judge, self.goals, self.prompts, self.samples, self.seed = judge, goals, prompts, samples, seed
+        self._asked: list[Goal] = []
+        self._histories: list[Any] = []
+        self._failed = False
+
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Settle what is asked for."""
+        ours, data = parts_of_fit(trainer, module, "GoalSamples")
+        if data.goal is None:
+            if self.goals is not None:
+                raise ConfigError("GoalSamples: goals have no effect with --data.goal null; remove one of the two.")
+            self._asked = [None]
+        else:
+            scale = data.goal.scale
+            asked = sorted(map(float, self.goals)) if self.goals is not None else grid(scale, 4)
+            if outside := [goal for goal in asked if not scale.low <= goal <= scale.high]:
+                raise ConfigError(
+                    f"GoalSamples: goals must lie on the scale of {scale.low:g} to {scale.high:g}, found {outside[0]:g}"
+                )
+            self._asked = list(asked)
+        self._histories = [history for history in data.histories()[: self.prompts] for _ in range(self.samples)]
+        if self.samples > 1 and ours.generation.temperature == 0:
+            raise ConfigError("GoalSamples: samples above 1 would be equal at generation.temperature 0.")
+
+    def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[list[Row], dict[str, float]]:
+        """Sample, and judge on rank zero."""
+        ours, data = parts_of_fit(trainer, module, "GoalSamples")
+        found = sample_at_goals(trainer, ours, data, self._histories, self._asked, self.seed, "GoalSamples")
+        self._tell_watchdog(trainer, found)
+        if not trainer.is_global_zero:
+            return [], {}
+        rows = [
+            {"goal": goal, "prompt": one.prompt, "response": one.text, "score": self._score(one), "tokens": one.tokens}
+            for goal, samples in found.items() for one in samples
+        ]  # fmt: skip
+        return rows, self._metrics(rows, trainer.global_step)
+
+    def _score(self, sample: Sample) -> float | None:
+        if self.judge is None:
+            return None
+        try:
+            return float(self.judge(sample.prompt, sample.text))
+        except Exception as error:  # whatever a user's judge raises must not end a run
+            if not self._failed:
+                rank_zero_warn(f"GoalSamples: the judge raised {type(error).__name__}: {error}; such scores are null")
+            self._failed = True
+            return None
+
+    def _metrics(self, rows: list[Row], step: int) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        means: list[float] = []
+        for goal in self._asked:
+            mine = [row for row in rows if row["goal"] == goal]
+            name = "samples/no-goal" if goal is None else f"samples/goal-{goal:g}"
+            metrics[f"{name}/tokens"] = fmean(row["tokens"] for row in mine)
+            if scores := [row["score"] for row in mine if row["score"] is not None]:
+                metrics[f"{name}/score"] = fmean(scores)
+                means.append(fmean(scores))
+        if len(means) == len(self._asked) > 1:
+            rank = float(curve_spearman(np.asarray(self._asked, dtype=np.float64), np.asarray([means]))[0])
+            if np.isfinite(rank):  # not where all means are equal
+                metrics["samples/spearman"] = rank
+        if means:
+            scores_of = {name: value for name, value in metrics.items() if name.endswith("/score")}
+            shown = "  ".join(f"{name.split('/')[1]}: {value:.2f}" for name, value in scores_of.items())
+            rank_zero_info(f"samples at step {step}, mean scores  {shown}")
+        return metrics
+
+    def _tell_watchdog(self, trainer: pl.Trainer, found: dict[Goal, list[Sample]]) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, SteeringTable) for callback in callbacks):
+            return  # whose samples are others, and may be longer
+        lengths = [one.tokens for samples in found.values() for one in samples]
+        for callback in callbacks:
+            if isinstance(callback, Watchdog):
+                callback.saw_samples(lengths, trainer.global_step)

@@ -1,0 +1,156 @@
+"""Callbacks that measure during fit: they change nothing, and a resumed run goes on with their lines."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from conftest import build, make_trainer, sgd
+from rank_worker import run
+from rap_lightning.callbacks import Checkpoints, GoalSamples, LikelihoodProbe
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.generate import Generation
+from rap_lightning.models.policy import Lora, PolicyConfig
+from rap_lightning.preferences.goals import OverallGoal
+from rap_lightning.schedules import ConstantWithWarmup
+from test_evaluate import logps_by_hand
+from test_strategies import base, start  # noqa: F401
+
+SHORT = {"optimizer": sgd, "schedule": ConstantWithWarmup(), "generation": Generation(max_new_tokens=8)}
+
+
+def length(prompt: str, response: str) -> float:
+    return float(len(response))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def probes() -> list[Any]:
+    return [
+        GoalSamples(length, goals=[1, 10], prompts=3, samples=2, every_n_steps=2),
+        LikelihoodProbe(pairs=6, bins=2, every_n_steps=2),
+    ]
+
+
+def fit(folder: Path, model: Path, data: Path, *callbacks: Any, ckpt: Path | None = None, **options: Any) -> Any:
+    """Six optimizer steps of 2 x 4 pairs, in the folder itself."""
+    trainer_options = options.pop("trainer", {})
+    module, loaded = build(model, data, **(SHORT | options))
+    trainer = make_trainer(
+        folder, logger=CSVLogger(folder, name="", version=""), accumulate_grad_batches=2, limit_val_batches=0,
+        callbacks=list(callbacks), **({"max_epochs": 1} | trainer_options),
+    )  # fmt: skip
+    trainer.fit(module, loaded, ckpt_path=ckpt, weights_only=True)
+    return module
+
+
+def test_lines_come_at_optimizer_steps_and_nothing_else_changes(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    policy = lambda: PolicyConfig(str(tiny), lora=Lora(r=4, dropout=0.3), dropout=True)  # noqa: E731
+    plain = fit(tmp_path / "plain", tiny, pairs_folder, policy=policy())
+    probed = fit(tmp_path / "probed", tiny, pairs_folder, *probes(), policy=policy())
+    for name, weight in plain.policy.state_dict().items():
+        assert torch.equal(weight, probed.policy.state_dict()[name]), name
+    samples = lines(tmp_path / "probed" / "samples.jsonl")
+    assert [row["step"] for row in samples] == [step for step in (0, 2, 4, 6) for _ in range(2 * 3 * 2)]
+    assert set(samples[0]) == {"step", "goal", "prompt", "response", "score", "tokens"}
+    assert {row["goal"] for row in samples} == {1, 10}
+    assert all(row["score"] == len(row["response"]) and 1 <= row["tokens"] <= 8 for row in samples)
+    likelihood = lines(tmp_path / "probed" / "likelihood.jsonl")
+    assert sorted({row["step"] for row in likelihood}) == [0, 2, 4, 6]
+    assert {row["change_nats"] for row in likelihood if row["step"] == 0} == {0.0}
+    assert any(abs(row["change_nats"]) > 1e-3 for row in likelihood if row["step"] == 6)
+    with (tmp_path / "probed" / "metrics.csv").open() as file:
+        logged = [(int(row["step"]), row) for row in csv.DictReader(file)]
+    by_hand = {
+        "samples/goal-10/score": [r["score"] for r in samples if r["step"] == 4 and r["goal"] == 10],
+        "samples/goal-1/tokens": [r["tokens"] for r in samples if r["step"] == 4 and r["goal"] == 1],
+    }
+    for row in likelihood:
+        if row["step"] == 4:
+            name = f"likelihood/{row['condition']}/{row['role']}/{row['low']:g}-{row['high']:g}"
+            by_hand[name] = [row["change_nats"]]
+    assert len(by_hand) > 8
+    for name, values in by_hand.items():
+        (found,) = [float(row[name]) for step, row in logged if step == 4 and row[name]]
+        assert found == pytest.approx(np.mean(values)), name
+
+
+def test_the_probe_is_what_the_models_own_logits_say(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    module = fit(tmp_path, tiny, pairs_folder, LikelihoodProbe(pairs=99, bins=1, every_n_steps=3))
+    module.policy.model.save_pretrained(tmp_path / "trained")
+    module.tokenizer.save_pretrained(tmp_path / "trained")
+    rows = lines(pairs_folder / "test.jsonl")
+    last = {(r["condition"], r["role"]): r for r in lines(tmp_path / "likelihood.jsonl") if r["step"] == 6}
+    text = OverallGoal().text
+    for role in ("chosen", "rejected"):
+        for condition in ("none", "best", "own"):
+            changes = []
+            for row in rows:
+                goal = {"none": None, "best": text(10), "own": text(row[f"score_{role}"])}[condition]
+                history, response = row[role][:-1], row[role][-1]["content"]
+                after, before = (logps_by_hand(f, history, goal, response) for f in (tmp_path / "trained", tiny))
+                changes.append(after - before)
+            assert last[condition, role]["n"] == 9
+            assert last[condition, role]["change_nats"] == pytest.approx(np.mean(changes), abs=1e-3)
+
+
+def test_a_resumed_run_goes_on_with_the_lines(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fit(whole, tiny, pairs_folder, *probes())
+    saver = Checkpoints(parts / "checkpoints", filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    fit(parts, tiny, pairs_folder, *probes(), saver, trainer={"enable_checkpointing": True})
+    with (parts / "samples.jsonl").open("a") as file:
+        file.write('{"step": 6, "go')  # as a kill leaves it
+    fit(parts, tiny, pairs_folder, *probes(), ckpt=parts / "checkpoints" / "step=3.ckpt")
+    for name in ("samples.jsonl", "likelihood.jsonl"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_new_run_does_not_go_on_with_anothers_lines(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        fit(tmp_path, tiny, pairs_folder, *probes(), trainer={"max_steps": 1})
+    assert len(lines(tmp_path / "samples.jsonl")) == 2 * 2 * 3 * 2
+
+
+def test_a_judge_that_raises_ends_no_run(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    def picky(prompt: str, response: str) -> float:
+        raise ValueError("not today")
+
+    with pytest.warns(UserWarning, match="the judge raised ValueError: not today"):
+        fit(tmp_path, tiny, pairs_folder, GoalSamples(picky, prompts=1), trainer={"max_steps": 1})
+    assert {row["score"] for row in lines(tmp_path / "samples.jsonl")} == {None}
+
+
+def test_data_without_goals_are_sampled_without_one_and_have_no_rewards(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    fit(tmp_path, tiny, pairs_folder, GoalSamples(length, prompts=2), goal=None, trainer={"max_steps": 1})
+    assert {row["goal"] for row in lines(tmp_path / "samples.jsonl")} == {None}
+    with pytest.raises(ConfigError, match="needs the judge's rewards"):
+        fit(tmp_path / "b", tiny, pairs_folder, LikelihoodProbe(), goal=None, trainer={"max_steps": 1})
+    with pytest.raises(ConfigError, match="goals have no effect with"):
+        fit(tmp_path / "c", tiny, pairs_folder, GoalSamples(goals=[1]), goal=None, trainer={"max_steps": 1})
+    with pytest.raises(ConfigError, match="must lie on the scale of 1 to 10, found 0"):
+        fit(tmp_path / "d", tiny, pairs_folder, GoalSamples(goals=[0, 5]), trainer={"max_steps": 1})
+
+
+def test_two_processes_measure_what_one_does(base: dict[str, Any]) -> None:  # noqa: F811
+    folder = Path(base["model"]).parent
+    case = base | {"reference": "frozen", "measured": True}
+    run(case | {"name": "measured-one", "ranks": 1, "strategy": "auto"}, folder)
+    start([case | {"name": "measured-two", "ranks": 2, "strategy": "ddp"}], 2, folder)
+    one, two = (next((folder / f"measured-{name}").rglob("likelihood.jsonl")) for name in ("one", "two"))
+    assert len(lines(one)) == len(lines(two)) > 20
+    for ours, theirs in zip(lines(one), lines(two), strict=True):
+        assert theirs == ours | {"change_nats": pytest.approx(ours["change_nats"], abs=1e-4)}
+    alone, shared = (lines(path.with_name("samples.jsonl")) for path in (one, two))
+    assert [(r["step"], r["goal"], r["prompt"]) for r in alone] == [(r["step"], r["goal"], r["prompt"]) for r in shared]
