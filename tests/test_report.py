@@ -275,8 +275,9 @@ def test_runs_are_compared_prompt_by_prompt_where_their_samples_are_there(tmp_pa
 
 def test_a_run_that_knows_no_goals_is_compared_as_it_is(tmp_path: Path) -> None:
     ra, plain = make_run(tmp_path / "ra", [2.0, 5.0, 8.0]), make_run(tmp_path / "plain", [6.0])
-    steering = {"mean": [figure(6.0)], "spearman": None, "slope": None, "argmax": None}
-    document = evaluation([6.0], goals=[None], controllability={"sampled": steering})
+    steering = {"spearman": None, "slope": None, "argmax": None}
+    document = evaluation([6.0], goals=[], controllability={"sampled": steering | {"mean": []}})
+    document["without_goal"] = {"controllability": {"sampled": {"mean": figure(6.0)}}}
     for part in ("extrapolation", "length"):
         del document[part]
     (plain / "evaluation" / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
@@ -286,20 +287,20 @@ def test_a_run_that_knows_no_goals_is_compared_as_it_is(tmp_path: Path) -> None:
     assert (level.run, list(level.x), [y.value for y in level.y]) == (1, [1, 10], [6.0, 6.0])
 
 
-def test_figures_at_no_goal_stand_beside_those_at_goals(tmp_path: Path) -> None:
+def test_scores_without_a_goal_stand_beside_those_at_goals(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [2.0, 5.0, 8.0])
-    document = evaluation([7.0, 2.0, 5.0, 8.0], goals=[None, *GOALS])
-    document["controllability"]["sampled"]["argmax"]["shares"] = [None, 0.0, 0.2, 0.8]
-    document["length"]["tokens"] = [figure(float(i)) for i in range(4)]
+    apart = {"controllability": {"sampled": {"mean": figure(7.0)}, "greedy": {"mean": None}}}
+    document = evaluation([2.0, 5.0, 8.0], without_goal=apart)
+    document["samples"].append({"prompt": "List fruits.", "goal": None, "response": "unasked", "score": 7, "tokens": 1})
     (run / "evaluation" / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
-    found = read_runs([str(run)])[0].evaluation
+    runs = read_runs([str(run)])
+    found = runs[0].evaluation
     assert found is not None
     assert found.sampled is not None
     assert found.sampled.unasked is not None
-    assert [y.value for y in found.sampled.mean] == [2, 5, 8]
     assert (found.sampled.unasked.value, found.sampled.best_goal_share) == (7, 0.8)
-    assert [y.value for y in found.tokens] == [1, 2, 3]
-    assert any(fault.startswith("extrapolation") for fault in found.faults)  # three figures for four goals
+    assert [one.run for one in all_parts(runs)[0].pictures[0].panels[0].series] == [0, 0]
+    assert [goal for goal, _ in samples(runs)[0][0].goals] == ["no score", "1", "5.5", "10"]
 
 
 def test_what_could_not_be_measured_says_why(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,6 @@ class Evaluation:
     controlled: list[Estimate] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    all_goals: list[float | None] = field(default_factory=list)
-    """With None for no goal in the prompt, as the lists of the file are parallel to them."""
 
     @property
     def empty(self) -> bool:
@@ -132,9 +130,8 @@ def _parsed(found: dict[str, Any]) -> Evaluation:
     if isinstance(scale, dict):
         low, high = as_number(scale.get("low")), as_number(scale.get("high"))
         result.scale = (low, high) if low is not None and high is not None and low < high else None
-    goals = found.get("goals")
-    result.all_goals = [as_number(goal) for goal in goals] if isinstance(goals, list) else []
-    result.goals = [goal for goal in result.all_goals if goal is not None]
+    goals = [as_number(goal) for goal in found["goals"]] if isinstance(found.get("goals"), list) else []
+    result.goals = [goal for goal in goals if goal is not None]
     fills: dict[str, Callable[[Evaluation, dict[str, Any]], None]] = {
         "controllability": _controllability,
         "unlearning": _unlearning,
@@ -154,6 +151,7 @@ def _parsed(found: dict[str, Any]) -> Evaluation:
         result.samples = [_sample(one) for one in _list(found.get("samples") or [])]
     except _Unfit as error:
         result.faults.append(f"samples in evaluation.json are left out: {error}")
+    _without_goal(result, found.get("without_goal"))
     result.faults += [f"{name} not measured: {why}" for name, why in _texts(found.get("left_out"))]
     result.faults += [text for name, text in _texts(found) if name == "note"]
     without = as_number(found["trouble"].get("without_score")) if isinstance(found.get("trouble"), dict) else None
@@ -174,12 +172,20 @@ def _controllability(result: Evaluation, part: dict[str, Any]) -> None:
         goal = as_number(argmax.get("goal"))
         shares = argmax.get("shares")
         share = None
-        if goal in result.goals and isinstance(shares, list) and len(shares) == len(result.all_goals):
-            share = as_number(shares[result.all_goals.index(goal)])
+        if goal in result.goals and isinstance(shares, list) and len(shares) == len(result.goals):
+            share = as_number(shares[result.goals.index(goal)])
         mean = _by_goal(result, given, "mean")
-        at_none = _as_estimate(given["mean"][result.all_goals.index(None)]) if None in result.all_goals else None
-        both[kind] = Steering(mean, at_none, _estimate(given, "spearman"), _estimate(given, "slope"), goal, share)
+        both[kind] = Steering(mean, None, _estimate(given, "spearman"), _estimate(given, "slope"), goal, share)
     result.sampled, result.greedy = both.get("sampled"), both.get("greedy")
+
+
+def _without_goal(result: Evaluation, apart: Any) -> None:
+    """The scores of prompts without a goal, which stand apart from the lists by goal."""
+    part = apart.get("controllability") if isinstance(apart, dict) else None
+    for kind in ("sampled", "greedy"):
+        given, steering = part.get(kind) if isinstance(part, dict) else None, getattr(result, kind)
+        if isinstance(given, dict) and steering is not None:
+            setattr(result, kind, replace(steering, unasked=_as_estimate(given.get("mean"))))
 
 
 def _unlearning(result: Evaluation, part: dict[str, Any]) -> None:
@@ -214,9 +220,7 @@ def _length(result: Evaluation, part: dict[str, Any]) -> None:
 
 
 def _by_goal(result: Evaluation, part: dict[str, Any], name: str) -> list[Estimate]:
-    """The figures at goals that are numbers."""
-    figures = _estimates(part.get(name), len(result.all_goals), name, "goals")
-    return [figure for goal, figure in zip(result.all_goals, figures, strict=True) if goal is not None]
+    return _estimates(part.get(name), len(result.goals), name, "goals")
 
 
 def _texts(given: Any) -> list[tuple[str, str]]:

@@ -22,6 +22,12 @@ PAGE = "index.html"
 MADE_BY = '<meta name="generator" content="rap-lightning report'
 """By which a page of ours is known."""
 
+PROBES = (
+    ("samples.jsonl", "GoalSamples", "Score while training went on"),
+    ("likelihood.jsonl", "LikelihoodProbe", "Likelihood while training went on"),
+)
+"""Files of fit's callbacks, and what they would show."""
+
 
 def write(runs: list[Run], folder: Path) -> list[Path]:
     """Write the page and its pictures into a folder that exists; the files written.
@@ -82,6 +88,10 @@ def _lacking(runs: list[Run], parts: list[Part], samples: list[tables.SideBySide
         groups.setdefault(("no run has been evaluated for it", tuple(map(evaluate_command, runs))), []).append(
             "Samples side by side"
         )
+    for name, callback, title in PROBES:
+        if not any((run.folder / name).is_file() for run in runs):
+            how = f"rap-lightning fit --config CONFIG --trainer.callbacks+=rap_lightning.callbacks.{callback}"
+            groups.setdefault((f"no run folder has a {name}, which a callback writes", (how,)), []).append(title)
     if not any(run.data for run in runs):
         groups.setdefault(("no run folder has a data_report.json, which fit writes", ()), []).append("The data report")
     if len(runs) > 1 and sum(bool(run.config) for run in runs) < 2:

@@ -63,17 +63,23 @@ def samples(runs: list[Run]) -> tuple[list[SideBySide], str]:
     of_run = {index: found for index, found in of_run.items() if found}
     if not of_run:
         return [], ""
-    by_prompt: dict[str, dict[float, dict[int, Sample]]] = {}
+    by_prompt: dict[str, dict[float | None, dict[int, Sample]]] = {}
     for index, found in of_run.items():
         for one in found:
-            if one.goal is not None:
-                by_prompt.setdefault(one.prompt, {}).setdefault(one.goal, {}).setdefault(index, one)
+            by_prompt.setdefault(one.prompt, {}).setdefault(one.goal, {}).setdefault(index, one)
     common = sorted(by_prompt, key=lambda prompt: -_shared(by_prompt[prompt]))  # stable: else in the file's order
     shown = []
     for prompt in common[:PROMPTS]:
-        goals = sorted(by_prompt[prompt])
-        few = sorted({goals[round(i * (len(goals) - 1) / (GOALS - 1))] for i in range(GOALS)})
-        cells = [(number(goal), [_cell(by_prompt[prompt][goal].get(i), i) for i in sorted(of_run)]) for goal in few]
+        goals = sorted(goal for goal in by_prompt[prompt] if goal is not None)
+        few: list[float | None] = [None] if None in by_prompt[prompt] else []
+        few += sorted({goals[round(i * (len(goals) - 1) / (GOALS - 1))] for i in range(GOALS)}) if goals else []
+        cells = [
+            (
+                "no score" if goal is None else number(goal),
+                [_cell(by_prompt[prompt][goal].get(i), i) for i in sorted(of_run)],
+            )
+            for goal in few
+        ]
         shown.append(SideBySide(clean(prompt), cells))
     greedy = all(one.greedy for found in of_run.values() for one in found)
     told = (
@@ -88,7 +94,7 @@ def _samples_of(run: Run) -> list[Sample]:
     return [one for one in evaluated if not one.greedy] or evaluated or run.samples
 
 
-def _shared(goals: dict[float, dict[int, Sample]]) -> int:
+def _shared(goals: dict[float | None, dict[int, Sample]]) -> int:
     return sum(len(by_run) for by_run in goals.values())
 
 
