@@ -569,6 +569,17 @@ def test_text_and_lines_have_contrast_in_light_and_dark(pages: Path) -> None:
                 assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{name} on {ground}"
 
 
+def test_a_run_may_be_called_anything_in_a_picture() -> None:
+    pytest.importorskip("matplotlib", reason="the report draws with matplotlib: pip install 'rap-lightning[report]'")
+    from rap_lightning.reporting.evaluation import Estimate
+    from rap_lightning.reporting.figures import svg
+    from rap_lightning.reporting.panels import Panel, Series
+
+    series = [Series(0, [0], [Estimate(0.5)], what="#0000ff $x_1$<b>")]
+    drawn = svg(Panel("t", "x", "y", series, by_run=True), "name", None)
+    assert "#0000ff $x_1$&lt;b&gt;" in drawn
+
+
 def test_twenty_four_runs_have_each_a_look_of_their_own() -> None:
     from rap_lightning.reporting.figures import COLOURS, DASHES, MARKERS
 

@@ -82,9 +82,14 @@ def svg(panel: Panel, name: str, limits: tuple[float, float] | None) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"#0000[0-9a-f]{2}", lambda found: f"var({_VARIABLES[found[0]]})", text)
+    text = re.sub(r"#0000[0-9a-f]{2}", _variable, text)
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--font)", text)
     return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', _opening, text, count=1)
+
+
+def _variable(found: re.Match[str]) -> str:
+    name = _VARIABLES.get(found[0])
+    return found[0] if name is None else f"var({name})"  # a run may be called #0000ff
 
 
 def _opening(found: re.Match[str]) -> str:
@@ -119,7 +124,7 @@ def png(picture: Picture, names: list[str]) -> bytes:
             figure.text((across + 0.12) / width, (up + drawn + 0.02) / height, "\n".join(titles[i]), weight="bold",
                         va="bottom")  # fmt: skip
         handles = [
-            Line2D([], [], color=PAPER.run(i), marker=MARKERS[i % 12], linestyle=_dash(i), label=short(names[i], 40))
+            Line2D([], [], color=PAPER.run(i), marker=_marker(i), linestyle=_dash(i), label=short(names[i], 40))
             for i in picture.runs
         ]
         figure.legend(handles=handles, loc="lower center", ncols=min(3, len(handles)), frameon=False)
@@ -133,7 +138,7 @@ def marker(run: int) -> tuple[str, str]:
     from matplotlib.markers import MarkerStyle
     from matplotlib.path import Path
 
-    style = MarkerStyle(MARKERS[run % len(MARKERS)])
+    style = MarkerStyle(_marker(run))
     path = style.get_path().transformed(style.get_transform())
     drawn = []
     for points, code in path.iter_segments(curves=True, simplify=False):
@@ -221,7 +226,7 @@ def _lines(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) 
         finer: dict[str, Any] = {"elinewidth": 0.8, "linewidth": 1.2, "markersize": 4} if crowded else {"capsize": 2}
         axes.errorbar(
             [x + aside for x in xs], ys, yerr=errors if any(map(any, errors)) else None, color=colour,
-            marker=MARKERS[one.run % len(MARKERS)], markevery=every, linestyle=_dash(one.run),
+            marker=_marker(one.run), markevery=every, linestyle=_dash(one.run),
             markeredgecolor=ink.ground, markeredgewidth=0.6, **({"elinewidth": 1} | finer),
         )  # fmt: skip
         if one.named:
@@ -241,7 +246,7 @@ def _dots(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) -
         place, figure = one.points[0]
         errors = [[_reach(figure.value, figure.low)], [_reach(figure.high, figure.value)]]
         axes.errorbar([figure.value], [place], xerr=errors, color=ink.run(one.run), capsize=2, elinewidth=1.4,
-                      marker=MARKERS[one.run % len(MARKERS)], markersize=7, linestyle="none")  # fmt: skip
+                      marker=_marker(one.run), markersize=7, linestyle="none")  # fmt: skip
     names = [short(clean(one.what), 17) for one in panel.series]
     axes.set_yticks([one.x[0] for one in panel.series], names)
     axes.set_ylim(max(one.x[0] for one in panel.series) + 0.6, -0.6)
@@ -258,13 +263,17 @@ def _reach(high: float | None, low: float | None) -> float:
     return max(0.0, high - low) if high is not None and low is not None else 0.0
 
 
+def _marker(run: int) -> str:
+    return MARKERS[run % len(MARKERS)]
+
+
 def _dash(run: int) -> Any:
     return DASHES[run // len(COLOURS) % len(DASHES)]
 
 
 @contextmanager
 def _style(ink: Ink, salt: str) -> Iterator[None]:
-    from matplotlib import rc_context
+    from matplotlib import style
 
     options = {
         "svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 9,
@@ -275,6 +284,6 @@ def _style(ink: Ink, salt: str) -> Iterator[None]:
         "ytick.major.size": 0, "grid.color": ink.grid, "grid.linewidth": 0.8, "lines.linewidth": 1.7,
         "lines.markersize": 6, "axes.unicode_minus": True, "path.simplify": True,
     }  # fmt: skip
-    with rc_context(options), warnings.catch_warnings():
+    with style.context(["default", options]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield

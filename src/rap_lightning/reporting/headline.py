@@ -85,8 +85,11 @@ def _told(run: Run, goal: float | None, other: float | None) -> str:
 
 
 def _ends(run: Run) -> list[str]:
+    """The figure at the best goal, of a run that stands alone."""
     best = _at(run)
     assert best is not None
+    if best[1].low is None:
+        return [f"At the best goal: {estimate(best[1])}, without an interval."]
     return [f"At the best goal: {estimate(best[1])}, a 95% interval over {best[1].n or 'its'} prompts."]
 
 
