@@ -267,10 +267,11 @@ def test_runs_are_compared_prompt_by_prompt_where_their_samples_are_there(tmp_pa
     noise = [float(i % 7) for i in range(40)]
     write(behind, noise)
     write(ahead, [value + 0.1 + 0.01 * (i % 3) for i, value in enumerate(noise)])
-    said = outcome(ahead, behind).replace("\u00a0", " ")
-    assert re.search(r"a scores highest: 5.6 against 5.5 of b, a difference of 0.11 \(0.10\d* to 0.11\d*\) on", said)
+    assert outcome(ahead, behind) == "Asked for a score of 10, a scores highest: 5.6 against 5.5 of b."
+    said = whole(ahead, behind).replace("\u00a0", " ")
+    assert re.search(r"On the same 40 prompts the difference is 0.11 \(0.10\d* to 0.11\d*\)", said)
     write(ahead, [value + (0.2 if i % 2 else -0.2) for i, value in enumerate(noise)])
-    assert "a and b can't be told apart: 5.6 against 5.5, a difference of" in outcome(ahead, behind)
+    assert "a and b can't be told apart: 5.6 against 5.5." in outcome(ahead, behind)
 
 
 def test_a_run_that_knows_no_goals_is_compared_as_it_is(tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def limits(picture: Picture, panel: Panel) -> tuple[float, float] | None:
     if not values:
         return None
     low, high = min(values), max(values)
-    room = 0.06 * (high - low) or abs(low) * 0.1 or 1.0
+    named = any(series.named for one in picture.panels for series in one.series)  # which takes a line of text
+    room = (0.18 if named else 0.06) * (high - low) or abs(low) * 0.1 or 1.0
     return low - room, high + room
 
 

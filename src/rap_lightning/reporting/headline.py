@@ -40,9 +40,11 @@ def headline(runs: list[Run]) -> Headline:
     elif apart and len(scored) > 1:
         outcome = "The runs were evaluated in different ways, so their scores are not compared."
         details = _steering(scored)
+    elif len(scored) > 1:
+        outcome, details = _compared(scored)
+        details += _steering(scored)
     else:
-        outcome = _compared(scored) if len(scored) > 1 else _steers(scored[0])
-        details = _steering(scored) if len(scored) > 1 else _ends(scored[0])
+        outcome, details = _steers(scored[0], short=True), _ends(scored[0])
     without = [_name(run) for run in runs if run not in scored]
     if scored and without:
         details.append(f"Not evaluated: {listed(without)}.")
@@ -59,7 +61,7 @@ def _at(run: Run, which: Callable[[list[float]], float] = max) -> tuple[float | 
     return (goal, figure) if figure is not None and figure.value is not None else None
 
 
-def _compared(runs: list[Run]) -> str:
+def _compared(runs: list[Run]) -> tuple[str, list[str]]:
     """Who is ahead at the best goal, where intervals say so; a run that knows no goals takes part as it is."""
     found = [(run, at[0], at[1]) for run in runs if (at := _at(run)) is not None]
     (first, goal, high), (second, other, low) = sorted(found, key=lambda one: -(one[2].value or 0))[:2]
@@ -69,15 +71,15 @@ def _compared(runs: list[Run]) -> str:
     of = f"{values} of {behind}{', the next' if len(runs) > 2 else ''}"
     apart = difference(first.scores.get(goal, {}), second.scores.get(other, {}))
     if apart is not None and apart.low is not None and apart.high is not None:
-        by = f"a difference of {estimate(apart)} on the same prompts"
+        told = f"On the same {apart.n} prompts the difference is {estimate(apart)}, a 95% interval."
         if apart.low > 0 or apart.high < 0:
-            return f"{asked}, {ahead} scores highest: {of}, {by}."
-        return f"{asked}, {ahead} and {behind} can't be told apart: {values}, {by}."
+            return f"{asked}, {ahead} scores highest: {of}.", [told]
+        return f"{asked}, {ahead} and {behind} can't be told apart: {values}.", [told]
     if high.low is None or low.high is None:
-        return f"{asked}, {ahead} scores highest: {of}, without intervals."
+        return f"{asked}, {ahead} scores highest: {of}, without intervals.", []
     if high.low > low.high:
-        return f"{asked}, {ahead} scores highest: {of}."
-    return f"{asked}, {ahead} scores highest: {of}, but their intervals overlap, so this may be chance."
+        return f"{asked}, {ahead} scores highest: {of}.", []
+    return f"{asked}, {ahead} scores highest: {of}, but their intervals overlap, so this may be chance.", []
 
 
 def _told(run: Run, goal: float | None, other: float | None) -> str:
@@ -90,7 +92,16 @@ def _ends(run: Run) -> list[str]:
     assert best is not None
     if best[1].low is None:
         return [f"At the best goal: {estimate(best[1])}, without an interval."]
-    return [f"At the best goal: {estimate(best[1])}, a 95% interval over {best[1].n or 'its'} prompts."]
+    found = [f"At the best goal: {estimate(best[1])}, a 95% interval over {best[1].n or 'its'} prompts."]
+    if _verdict(run) in (STEERS, WRONG_WAY, NOT_SHOWN):
+        found.append(f"Slope: {_slope(run)} points of score per point of goal.")
+    return found
+
+
+def _slope(run: Run) -> str:
+    assert run.evaluation is not None
+    assert run.evaluation.sampled is not None
+    return estimate(run.evaluation.sampled.slope)
 
 
 def _from_validation(runs: list[Run]) -> tuple[str, list[str]]:
@@ -136,10 +147,8 @@ def _verdict(run: Run) -> str:
     return STEERS if slope.low > 0 else WRONG_WAY if slope.high < 0 else NOT_SHOWN
 
 
-def _steers(run: Run) -> str:
+def _steers(run: Run, short: bool = False) -> str:
     best, lowest, verdict = _at(run), _at(run, min), _verdict(run)
-    assert run.evaluation is not None
-    assert run.evaluation.sampled is not None
     assert best is not None
     if lowest is None or lowest[0] == best[0]:
         asked = f"asked for {number(best[0])}" if best[0] is not None else "no goal is asked for"
@@ -147,11 +156,11 @@ def _steers(run: Run) -> str:
     (high_goal, high), (low_goal, low) = best, lowest
     goals = f"as the goal goes from {number(low_goal)} to {number(high_goal)}"
     change = f"its mean score goes from {number(low.value)} to {number(high.value)} {goals}"
-    slope = f"slope {estimate(run.evaluation.sampled.slope)}"
+    change += "" if short else f", slope {_slope(run)}"
     return {
-        STEERS: f"{STEERS} {_name(run)}: {change}, {slope}.",
-        WRONG_WAY: f"The goal steers {_name(run)} the wrong way: {change}, {slope}.",
-        NOT_SHOWN: f"{NOT_SHOWN} for {_name(run)}: {change}, {slope}.",
+        STEERS: f"{STEERS} {_name(run)}: {change}.",
+        WRONG_WAY: f"The goal steers {_name(run)} the wrong way: {change}.",
+        NOT_SHOWN: f"{NOT_SHOWN} for {_name(run)}: {change}.",
     }.get(verdict, f"{_name(run)}: {change}, without an interval of the slope.")
 
 
