@@ -20,6 +20,7 @@ FLOORS = [
     {"class_names", "nulls"},
     {"onpolicy"},
     {"trainer_cli"},
+    {"reporting"},
     {"commands"},
     {"cli"},
 ]

@@ -44,13 +44,25 @@ on-policy data:
   rounds     generate, score, select, relabel, fit, again:  rap-lightning rounds --config configs/rounds/world.yaml
 
 take away:
+  report     one page that compares runs:  rap-lightning report ra=runs/version_0 dpo=runs/version_1
   export     a checkpoint as a Hugging Face folder:  rap-lightning export --checkpoint LAST.ckpt --output DIR
 
 Useful everywhere: --print_config shows every option with its value; -c base.yaml -c overlay.yaml stacks configs.
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "plan", "inspect", "relabel", "generate", "score", "rounds", "evaluate", "export")
+COMMANDS = (
+    *TRAINER_COMMANDS,
+    "plan",
+    "inspect",
+    "relabel",
+    "generate",
+    "score",
+    "rounds",
+    "evaluate",
+    "export",
+    "report",
+)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -80,6 +92,10 @@ def main(args: list[str] | None = None) -> None:
             from rap_lightning.commands.plan import run as plan
 
             sys.exit(plan(args[1:]))
+        elif args[0] == "report":
+            from rap_lightning.commands.report import run as report
+
+            sys.exit(report(args[1:]))
         elif code := _text_command(args):
             sys.exit(code)
     except UserError as error:

@@ -54,12 +54,17 @@ def _git(folder: Path, *args: str) -> str | None:
     return done.stdout.rstrip("\n")
 
 
+def names_secret(option: str) -> bool:
+    """Whether an option's value must not be shown, by its name."""
+    return _SECRET.search(option) is not None
+
+
 def command_line(args: Sequence[str]) -> str:
     """The command as it was given, for a shell; values of options that name a secret are left out."""
     shown, hide = [], False
     for arg in args:
         name, equals, _ = arg.partition("=")
-        secret = name.startswith("-") and _SECRET.search(name) is not None
+        secret = name.startswith("-") and names_secret(name)
         shown.append("***" if hide else f"{name}=***" if secret and equals else arg)
         hide = secret and not equals and not hide
     return shlex.join(shown)

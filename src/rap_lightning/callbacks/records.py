@@ -27,7 +27,8 @@ class RunRecord(pl.Callback):
     """Writes what a run comes from, and what it was fed, into its folder.
 
     - ``run.json``: where the run comes from (versions of all packages, the commit of the folder it was started in and
-      whether files differ from it, seeds, machine), the command, a line that repeats it, and what a model card says;
+      whether files differ from it, seeds, machine), the command, a line that repeats it, the highest memory of rank
+      zero's process and device, and what a model card says;
     - ``data_report.json``: rows read, kept, dropped, repaired and truncated, with reasons;
     - ``goal.json``: the goal template, with the numbers its scale was fitted to.
 
@@ -58,6 +59,7 @@ class RunRecord(pl.Callback):
 
     def _write_run(self, trainer: pl.Trainer, module: pl.LightningModule, finished: str | None) -> None:
         run = {**self._origin, "finished": finished, "facts": run_facts(trainer, module)}
+        run["peak_memory"] = peak_memory()
         _write(run_folder(trainer) / "run.json", run)
 
     def on_save_checkpoint(
@@ -96,6 +98,19 @@ def _repeat(here: Path, folder: Path) -> str | None:
         return None
     shown = os.path.relpath(config, here) if config.is_relative_to(here) else str(config)
     return f"cd {shlex.quote(str(here))} && rap-lightning fit --config {shlex.quote(shown)}"
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes that this process and its device held at their highest; what the system doesn't tell is left out."""
+    found = {}
+    if sys.platform != "win32":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found["host_bytes"] = peak if sys.platform == "darwin" else peak * 1024
+    if torch.cuda.is_available():
+        found["device_bytes"] = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return found
 
 
 def _now() -> str:
