@@ -41,11 +41,25 @@ on-policy data and benchmarks:
 take away:
   export     a checkpoint as a Hugging Face folder:  rap-lightning export --checkpoint LAST.ckpt --output DIR
 
+for your editor:
+  schema     completes and checks configs:  rap-lightning schema --output rap-lightning.schema.json
+
 Useful everywhere: --print_config shows every option with its value; -c base.yaml -c overlay.yaml stacks configs.
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "plan", "inspect", "relabel", "generate", "score", "rounds", "evaluate", "export")
+COMMANDS = (
+    *TRAINER_COMMANDS,
+    "plan",
+    "inspect",
+    "relabel",
+    "generate",
+    "score",
+    "rounds",
+    "evaluate",
+    "export",
+    "schema",
+)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -124,6 +138,10 @@ def _text_command(args: list[str]) -> int:
         from rap_lightning.commands.evaluate import CLASSES, evaluate
 
         return int(run(evaluate, rest, name, classes=CLASSES))
+    if name == "schema":
+        from rap_lightning.commands.schema import schema
+
+        return int(run(schema, rest, name))
     from rap_lightning.commands.export import export
 
     run(export, rest, name)
