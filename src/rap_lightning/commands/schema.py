@@ -55,7 +55,7 @@ def config_schema() -> dict[str, Any]:
     return dict(_optional(made))
 
 
-class _Schema(ParserJsonschema):  # type: ignore[misc]
+class _Schema(ParserJsonschema):
     """jsonargparse's, in which a class may also be named by its short name, or be the user's own."""
 
     def subclass_def(self, class_type: Any, action: Any) -> dict[str, Any]:
