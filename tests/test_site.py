@@ -30,7 +30,12 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere(site: Pa
 
 def test_the_api_page_has_signatures_and_docstrings(site: Path) -> None:
     text = re.sub(r"<[^>]+>", "", (site / "api" / "index.html").read_text(encoding="utf-8"))
-    for expected in ("PreferenceModule", "label_smoothing", "strength of the implicit reward, per nat", "QuantileScale"):
+    for expected in (
+        "PreferenceModule",
+        "label_smoothing",
+        "strength of the implicit reward, per nat",
+        "QuantileScale",
+    ):
         assert expected in text
 
 
