@@ -1,8 +1,8 @@
 """What README and docs show is run: each command, each config, each piece of Python.
 
-A block that isn't run says why in a comment on the line above it: ``<!-- not run: REASON -->``. Of the blocks of a page the
-commands run in the order of the page, in one folder, with a tiny model in the place of those on the Hub. Other pages may
-use the run that README makes.
+A block that isn't run says why in a comment on the line above it: ``<!-- not run: REASON -->``. Of the blocks of a
+page the commands run in the order of the page, in one folder, with a tiny model in the place of those on the Hub. Other
+pages may use the run that README makes.
 """
 
 import ast
@@ -120,6 +120,9 @@ def small(args: list[str]) -> list[str]:
         given = set(args)
         args += [part for key, value in zip(short[::2], short[1::2], strict=True) if key not in given
                  for part in (key, value)]  # fmt: skip
+    if "configs/quickstart.yaml" in args:
+        args += "--data.train_pairs 40 --data.test_pairs 8 --data.base_steps 5 --trainer.max_steps 1".split()
+        args += ["--trainer.callbacks", "null"]
     if args[0] in ("generate", "predict", "evaluate"):
         args += ["--max_new_tokens", "8"] if args[0] != "predict" else ["--model.generation.max_new_tokens", "8"]
     return args
