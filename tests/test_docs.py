@@ -121,7 +121,16 @@ def small(args: list[str]) -> list[str]:
         args += [part for key, value in zip(short[::2], short[1::2], strict=True) if key not in given
                  for part in (key, value)]  # fmt: skip
     if "configs/quickstart.yaml" in args:
-        args += "--data.train_pairs 40 --data.test_pairs 8 --data.base_steps 5 --trainer.max_steps 1".split()
+        args += [
+            "--data.train_pairs",
+            "40",
+            "--data.test_pairs",
+            "8",
+            "--data.base_steps",
+            "5",
+            "--trainer.max_steps",
+            "1",
+        ]
         args += ["--trainer.callbacks", "null"]
     if args[0] in ("generate", "predict", "evaluate"):
         args += ["--max_new_tokens", "8"] if args[0] != "predict" else ["--model.generation.max_new_tokens", "8"]
