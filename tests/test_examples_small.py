@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,3 +70,17 @@ def test_a_judge_of_ones_own_scores_a_file(tmp_path: Path) -> None:
             "--judge.function", "my_judge.brevity", cwd=tmp_path)  # fmt: skip
     (line,) = (tmp_path / "scored.jsonl").read_text().splitlines()
     assert [c["overall_score"] for c in json.loads(line)["completions"]] == [10.0, 6.0]
+
+
+def test_the_notebook_runs_from_top_to_bottom_and_its_goals_steer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "steering.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert all(cell.get("outputs", []) == [] for cell in cells), "outputs go stale; run it to see them"
+    space: dict[str, Any] = {"__name__": "notebook"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)
+    curve = space["curve"]
+    assert curve[10] > curve[1] + 1
