@@ -6,24 +6,16 @@ from pathlib import Path
 from conftest import ROOT
 
 SOURCE = ROOT / "src" / "rap_lightning"
-FLOORS = [
-    {"errors", "provenance", "alike"},
-    {"preferences"},
-    {"batches"},
-    {"losses"},
-    {"models"},
-    {"metrics", "schedules", "warm_up", "progress", "planning", "evaluation", "deepspeed"},
-    {"datamodule", "module"},
-    {"strategies", "together"},
-    {"callbacks"},
-    {"world"},
-    {"class_names", "nulls"},
-    {"onpolicy"},
-    {"trainer_cli"},
-    {"reporting"},
-    {"commands"},
-    {"cli"},
-]
+
+
+def floors() -> list[set[str]]:
+    """The picture in CONTRIBUTING.md, lowest line first."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    picture = text.split("<!-- the house -->\n```text\n")[1].split("\n```")[0]
+    return [set(line.split("  ")[0].split(", ")) for line in reversed(picture.splitlines())]
+
+
+FLOORS = floors()
 
 
 def floor_of(name: str) -> int:
@@ -57,3 +49,9 @@ def test_lower_floors_know_no_lightning() -> None:
             text = path.read_text(encoding="utf-8")
             assert "import lightning" not in text, path
             assert "from lightning" not in text, path
+
+
+def test_the_picture_of_the_house_shows_every_room_once() -> None:
+    rooms = {path.name.removesuffix(".py") for path in SOURCE.iterdir() if not path.name.startswith(("_", "py.typed"))}
+    shown = [name for floor in FLOORS for name in floor]
+    assert sorted(shown) == sorted(rooms)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pickle import UnpicklingError
 
 from rap_lightning import __version__
-from rap_lightning.errors import DataError, UserError
+from rap_lightning.errors import UserError
 
 HELP = f"""rap-lightning {__version__}: reward-augmented preference alignment on Lightning
 
@@ -47,6 +48,9 @@ take away:
   report     one page that compares runs:  rap-lightning report ra=runs/version_0 dpo=runs/version_1
   export     a checkpoint as a Hugging Face folder:  rap-lightning export --checkpoint LAST.ckpt --output DIR
 
+for your editor:
+  schema     completes and checks configs:  rap-lightning schema --output rap-lightning.schema.json
+
 Useful everywhere: --print_config shows every option with its value; -c base.yaml -c overlay.yaml stacks configs.
 """
 
@@ -62,6 +66,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "report",
+    "schema",
 )
 
 
@@ -88,16 +93,10 @@ def main(args: list[str] | None = None) -> None:
             from rap_lightning.trainer_cli import run
 
             run(args)
-        elif args[0] == "plan":
-            from rap_lightning.commands.plan import run as plan
-
-            sys.exit(plan(args[1:]))
-        elif args[0] == "report":
-            from rap_lightning.commands.report import run as report
-
-            sys.exit(report(args[1:]))
-        elif code := _text_command(args):
-            sys.exit(code)
+        else:  # each command is a module, so that none pays for the imports of another
+            command = import_module(f"rap_lightning.commands.{args[0]}")
+            if code := command.run(args[1:]):
+                sys.exit(code)
     except UserError as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
@@ -109,46 +108,6 @@ def main(args: list[str] | None = None) -> None:
         if not _is_lightnings_refusal(error):
             raise
         sys.exit(_fail(str(error)))
-
-
-def _text_command(args: list[str]) -> int:
-    """Run a command that needs no trainer; its modules are imported here, so that none pays for another."""
-    from rap_lightning.commands.options import run
-
-    name, rest = args[0], args[1:]
-    if name == "inspect":
-        from rap_lightning.commands.inspect import inspect
-
-        try:
-            return int(run(inspect, rest, name, flags=("json",)))
-        except DataError as error:
-            _fail(str(error))
-            return 1
-    if name == "relabel":
-        from rap_lightning.commands.relabel import relabel
-
-        run(relabel, rest, name)
-        return 0
-    if name == "generate":
-        from rap_lightning.commands.generate import CLASSES, generate
-
-        return int(run(generate, rest, name, classes=CLASSES))
-    if name == "score":
-        from rap_lightning.commands.score import CLASSES, score
-
-        return int(run(score, rest, name, classes=CLASSES))
-    if name == "rounds":
-        from rap_lightning.commands.rounds import CLASSES, rounds
-
-        return int(run(rounds, rest, name, classes=CLASSES))
-    if name == "evaluate":
-        from rap_lightning.commands.evaluate import run as evaluate
-
-        return evaluate(rest)
-    from rap_lightning.commands.export import export
-
-    run(export, rest, name)
-    return 0
 
 
 def _is_lightnings_refusal(error: Exception) -> bool:

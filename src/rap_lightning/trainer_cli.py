@@ -277,6 +277,28 @@ class _ParseOnly(PreferenceCLI):
         self.model, self.datamodule = made["model"], made["data"]
 
 
+def fit_parser() -> LightningArgumentParser:
+    """The parser of fit's options, without their values: nothing is read or loaded."""
+    _fresh_defaults_for_new_classes()
+    _quieten()
+    parser: LightningArgumentParser = _ParserOnly(**_cli_options(["fit"]) | {"args": []})._subcommand_parsers["fit"]
+    return parser
+
+
+class _ParserOnly(PreferenceCLI):
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = Namespace(subcommand="fit", fit=Namespace())
+
+    def instantiate_classes(self) -> None:
+        """Nothing is made."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
 def _cli_options(args: list[str]) -> dict[str, Any]:
     sections = _sections_with_class(args)
     return {

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
-from rap_lightning.errors import ConfigError
+from rap_lightning.commands.options import run as run_function
+from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.census import Census
 from rap_lightning.preferences.chat import with_goal
 from rap_lightning.preferences.columns import PairColumns
@@ -27,6 +28,16 @@ from rap_lightning.preferences.sources import Source, as_sources, having, splits
 MEASURED = 20_000  # pairs that are tokenised
 LOT = 250  # pairs that are tokenised at a time
 SHOWN = 300  # characters of a response
+
+
+def run(args: list[str]) -> int:
+    """Parse and look; 1 where fit would stop at the data."""
+    try:
+        return int(run_function(inspect, args, "inspect", flags=("json",)))
+    except DataError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def inspect(

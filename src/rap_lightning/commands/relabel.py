@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from rap_lightning import __version__
 from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
+from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.chat import resolve_placement, shows_system
@@ -34,6 +35,12 @@ WHAT = (
     "rejected-goal: the loser's reward is the goal, and the loser is chosen",
     "unconditioned: no goal, the winner is chosen",
 )
+
+
+def run(args: list[str]) -> int:
+    """Parse and relabel."""
+    run_function(relabel, args, "relabel")
+    return 0
 
 
 def relabel(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.goals import GoalOption
@@ -15,6 +16,11 @@ from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.select import Selection
 
 CLASSES: dict[str, type] = {"--goal": GoalTemplate, "--engine": Engine, "--judge": Judge, "--selection": Selection}
+
+
+def run(args: list[str]) -> int:
+    """Parse and run."""
+    return int(run_function(rounds, args, "rounds", classes=CLASSES))
 
 
 def rounds(

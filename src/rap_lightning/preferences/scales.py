@@ -85,10 +85,12 @@ class LinearScale(RewardScale):
     """The judge's range stretched onto the numbers that goals state: a reward model's -20 to 5, say, onto 1 to 10.
 
     Args:
-        low, high: the lowest and highest number that goals state.
+        low: the lowest number that goals state.
+        high: the highest.
         decimals: as for RewardScale.
-        judge_low, judge_high: the judge's range; null takes the lowest and highest reward of the training split.
-            Rewards beyond them are stated as the nearest end.
+        judge_low: lower end of the judge's range; null takes the lowest reward of the training split. Rewards beyond an
+            end are stated as that end.
+        judge_high: its upper end; null takes the highest reward of the training split.
     """
 
     def __init__(
@@ -144,7 +146,8 @@ class QuantileScale(RewardScale):
     For judges whose numbers crowd together or have no fixed range.
 
     Args:
-        low, high: the lowest and highest number that goals state.
+        low: the lowest number that goals state.
+        high: the highest.
         decimals: as for RewardScale.
         knots: the rewards at equally spaced quantiles, lowest first; null takes 101 of the training split.
     """

@@ -1,0 +1,120 @@
+"""``rap-lightning schema``: what a config of fit may hold, for editors that complete and check YAML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jsonargparse._completions_jsonschema import ParserJsonschema, new_object
+from jsonargparse._typehints import get_all_subclass_paths
+from jsonargparse._util import get_import_path
+
+from rap_lightning.commands.options import run as run_function
+from rap_lightning.errors import ConfigError
+
+DESCRIBED = ("rap_lightning.", "lightning.pytorch.", "torch.optim.")
+"""Packages whose classes are described with their options. Of others, and of yours, any option is accepted."""
+
+
+def run(args: list[str]) -> int:
+    """Parse and write."""
+    return int(run_function(schema, args, "schema"))
+
+
+def schema(output: str | None = None) -> int:
+    """Write the JSON schema of fit's configs, so that an editor completes keys, shows their help and marks mistakes.
+
+    Example: rap-lightning schema --output rap-lightning.schema.json
+
+    Then begin a config with the line  # yaml-language-server: $schema=rap-lightning.schema.json  (VS Code's YAML
+    extension, and every editor with yaml-language-server). Classes are known by their short names and import paths;
+    those of your own are accepted with any options, for the schema can't know them.
+
+    Args:
+        output: file to write; by default the schema is printed.
+    """
+    text = json.dumps(config_schema(), indent=1) + "\n"
+    if output is None:
+        print(text, end="")
+        return 0
+    path = Path(output)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {output}: can't be written: {error.strerror}. Name a file in a folder.") from error
+    print(f"wrote {path}: begin a config with  # yaml-language-server: $schema={path}")
+    return 0
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON schema (2020-12) of fit's configs: the parser's own options, nothing kept by hand."""
+    from rap_lightning.trainer_cli import fit_parser
+
+    made = _Schema().generate(fit_parser())
+    made["title"] = "rap-lightning fit"
+    named = {"anyOf": [{"required": ["class_path"]}, {"required": ["init_args"]}]}  # an overlay may give either alone
+    for section in ("model", "data"):  # either the options, or a class of one's own with its options
+        own = _Schema.named(made["properties"][section])
+        options = made["properties"][section]
+        made["properties"][section] = {"if": named, "then": own, "else": options}
+    # a config of which only a part is given is a config: overlays are stacked, and flags fill what is missing
+    return dict(_optional(made))
+
+
+class _Schema(ParserJsonschema):
+    """jsonargparse's, in which a class may also be named by its short name, or be the user's own."""
+
+    def subclass_def(self, class_type: Any, action: Any) -> dict[str, Any]:
+        paths = [path for path in _subclasses(class_type) if path.startswith(DESCRIBED)]
+        spec = self.unknown_class_path_schema()
+        named: list[str] = []
+        cases = []
+        for path in paths:
+            package, short = path.partition(".")[0], path.rpartition(".")[2]
+            name = {"pattern": rf"^({package}\.(.*\.)?)?{short}$"}  # packages show a class at more than one path
+            named += [short, path]
+            options = self.class_path_schema(path, action)["properties"]["init_args"]
+            cases.append(
+                {
+                    "if": {"properties": {"class_path": name}, "required": ["class_path"]},
+                    "then": {"properties": {"init_args": options}},
+                }
+            )
+        if cases:
+            spec["properties"]["class_path"] = {"anyOf": [{"enum": named}, {"type": "string"}]}
+            spec["allOf"] = cases
+        text = {"anyOf": [{"enum": named}, {"type": "string"}]} if named else {"type": "string"}
+        # of the class that is there by default, the options may stand alone
+        return {"anyOf": [text, spec, {"type": "object", "not": {"required": ["class_path"]}}]}
+
+    @staticmethod
+    def named(options: dict[str, Any]) -> dict[str, Any]:
+        """A class by import path; it has the options of the section's own class, and maybe others."""
+        known = {**options, "additionalProperties": True}
+        properties = {"class_path": {"type": "string"}, "init_args": known, "dict_kwargs": {"type": "object"}}
+        return {**new_object(), "properties": properties}
+
+    def class_parser_schema(self, class_type: Any, action: Any, description: str | None = None) -> dict[str, Any]:
+        path = class_type if isinstance(class_type, str) else str(get_import_path(class_type))
+        if not path.startswith(DESCRIBED):
+            return {"type": "object"}
+        found: dict[str, Any] = super().class_parser_schema(class_type, action, description)
+        return found
+
+
+def _subclasses(kind: Any) -> list[str]:
+    try:
+        return list(get_all_subclass_paths(kind))
+    except TypeError:  # a type of types has no list of subclasses
+        return []
+
+
+def _optional(node: Any) -> Any:
+    """Without what must be there, apart from the name of a class."""
+    if isinstance(node, dict):
+        rest = {key: _optional(value) for key, value in node.items() if key != "required" or isinstance(value, dict)}
+        if node.get("required") and "class_path" in node["required"]:
+            rest["required"] = ["class_path"]
+        return rest
+    return [_optional(value) for value in node] if isinstance(node, list) else node
