@@ -36,7 +36,7 @@ def options(base: dict[str, Any], root: Path, ranks: int, *more: str, batch_size
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three_processes(tmp_path: Path) -> None:
     if not processes.can_two_hosts():
         pytest.skip("two network hosts need root, iproute2 and shared/tools/two-nodes.sh")
@@ -82,7 +82,7 @@ def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three
         arguments = options(base, tmp_path / name, ranks, *more, batch_size=size)
         done = subprocess.run(
             [sys.executable, *FIT, *arguments], cwd=tmp_path, env=processes.environment(),
-            capture_output=True, text=True, timeout=240,
+            capture_output=True, text=True, timeout=400,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     whole = hf(tmp_path / "whole")
