@@ -111,7 +111,7 @@ def picture(steps: dict[tuple[str, bool], Step], path: Path) -> None:
     from matplotlib.ticker import ScalarFormatter
 
     colours = {"ddp": "#b2182b", "fsdp2": "#2166ac", "hsdp": "#1b7837"}
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6.2), sharex=True, sharey="row", layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.2), sharex=True, layout="constrained")
     columns = [("8B", False, "8B, full"), ("70B", False, "70B, full"), ("70B", True, "70B, LoRA")]
     for column, (size, lora, title) in enumerate(columns):
         step, reference = steps[size, lora], references(lora)[-1]
@@ -126,7 +126,7 @@ def picture(steps: dict[tuple[str, bool], Step], path: Path) -> None:
         top.axhline(ROOM, color="black", lw=1, ls="--")
         top.text(250, ROOM * 1.06, "what an 80 GB GPU has", ha="right", fontsize=8)
         top.set_title(f"{title}, reference {reference}", fontsize=10)
-        top.set(xscale="log", yscale="log")
+        top.set(xscale="log", yscale="log", ylim=(8, 1600))
         bottom.set(xscale="log", xlabel="GPUs, eight to a node")
         bottom.set_xticks(RANKS, [str(n) for n in RANKS])
         bottom.minorticks_off()
@@ -135,7 +135,8 @@ def picture(steps: dict[tuple[str, bool], Step], path: Path) -> None:
             ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("GB on each GPU")
     axes[1, 0].set_ylabel("pairs/s of each GPU\n(only what fits)")
-    axes[1, 0].set_ylim(bottom=0)
+    for ax in axes[1]:
+        ax.set_ylim(0, 1.25 * ax.dataLim.ymax)
     axes[0, 0].legend(fontsize=8)
     figure.suptitle("Reckoned, not measured: H100s, pairs of 1,024 tokens, 4 on each, bf16-mixed, checkpointing",
                     fontsize=11)  # fmt: skip

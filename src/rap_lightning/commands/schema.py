@@ -111,10 +111,14 @@ def _subclasses(kind: Any) -> list[str]:
 
 
 def _optional(node: Any) -> Any:
-    """Without what must be there, apart from the name of a class."""
+    """Without what must be there, apart from the name of a class and from conditions."""
     if isinstance(node, dict):
-        rest = {key: _optional(value) for key, value in node.items() if key != "required" or isinstance(value, dict)}
-        if node.get("required") and "class_path" in node["required"]:
+        rest = {
+            key: value if key == "if" else _optional(value)
+            for key, value in node.items()
+            if key != "required" or isinstance(value, dict)
+        }
+        if "class_path" in node.get("required", ()):
             rest["required"] = ["class_path"]
         return rest
     return [_optional(value) for value in node] if isinstance(node, list) else node
