@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ def sample(
     """
     runs = [("sampled.jsonl", sampling, samples)]
     if greedy:
-        runs.append(("greedy.jsonl", type(sampling)(sampling.max_new_tokens, 0.0, 1.0), 1))
+        runs.append(("greedy.jsonl", replace(sampling, temperature=0.0, top_p=1.0), 1))
     missing, counts, drawn = 0, Counter[str](), []
     for name, generation, count in runs:
         outcome = generator.run(histories, folder / name, asked, generation, count, seed)

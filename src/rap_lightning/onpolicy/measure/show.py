@@ -37,7 +37,11 @@ def _by_goal(document: dict[str, Any]) -> Any:
         ("tokens", ("length", "tokens"), 1),
         ("reach best seen", ("extrapolation", "best_seen"), 2),
         ("reach best known", ("extrapolation", "best_known"), 2),
-        ("above p99", ("extrapolation", "p99", "share"), 2),
+        (
+            f"above {document['extrapolation']['p99']['score']:.3g} (p99)" if "extrapolation" in document else "",
+            ("extrapolation", "p99", "share"),
+            2,
+        ),
     ):
         figures = _at(document, path)
         without = _at(document.get("without_goal", {}), path)
