@@ -603,8 +603,9 @@ class PreferenceModule(pl.LightningModule):
         exact = self.policy_config.resolve_dtype() == torch.float32 and "bf16" not in str(self.trainer.precision)
         if exact and not largest <= AGREEMENT:
             raise ConfigError(
-                f"policy and reference should be equal before the loss's first step, but a response of pair "
-                f"{batch.pair_ids[0]} differs by {largest:.3g} nats. Is dropout on, or has the policy been changed?"
+                f"policy and reference should be equal before the first step{' after the warm-up' if first else ''}, "
+                f"but a response of pair {batch.pair_ids[0]} differs by {largest:.3g} nats. Is dropout on, or has the "
+                "policy been changed?"
             )
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
