@@ -302,15 +302,23 @@ def guidance_table(results: Results) -> str:
 
 
 def temperature_table(results: Results) -> str:
-    """Mean score as each arm is asked, by the temperature of sampling."""
+    """Mean score as each arm is asked, by the temperature of sampling, and in how many seeds it is above DPO's there."""
+    dpo = results.of("plausible", "dpo")
     body = []
     for arm in GUIDED_PLAUSIBLY:
-        lines = results.of("plausible", arm).values()
+        lines = results.of("plausible", arm)
         if not lines:
             continue
-        cells = [number(statistics.fmean(line["cool"][i]["score"] for line in lines)) for i in range(len(TEMPERATURES))]
+        cells = []
+        for i in range(len(TEMPERATURES)):
+            scores = {seed: line["cool"][i]["score"] for seed, line in lines.items()}
+            both = [seed for seed in scores if seed in dpo]
+            ahead = sum(scores[seed] > dpo[seed]["cool"][i]["score"] for seed in both)
+            cells.append(
+                number(statistics.fmean(scores.values())) + (f" ({ahead}/{len(both)})" if arm != "dpo" else "")
+            )
         body.append([title(arm, results), *cells])
-    return rows(["mean score at temperature", *(f"{t:g}" for t in TEMPERATURES)], body)
+    return rows(["mean score (seeds above DPO) at temperature", *(f"{t:g}" for t in TEMPERATURES)], body)
 
 
 def guided(results: Results, arm: str, stage: str = "guide") -> list[tuple[float | None, float, dict[str, float]]]:
