@@ -19,6 +19,6 @@ def test_the_highest_memory_of_the_process_is_recorded_in_bytes() -> None:
 
     before = peak_memory()["host_bytes"]
     held = np.ones(before // 8 + 2**23)  # more than there ever was, every page written
-    assert peak_memory()["host_bytes"] >= before + 2**25 < held.nbytes + before
+    assert peak_memory()["host_bytes"] >= before + 2**25
     del held
     assert peak_memory()["host_bytes"] >= before + 2**25, "the highest, not what is held now"
