@@ -10,3 +10,15 @@ def test_the_command_is_recorded_without_secrets_and_with_all_numbers() -> None:
         "fit --data.token_budget 4096 --model.generation.max_new_tokens=32 "
         "--hub_token '***' '--x.api_key=***' --x.password '***'"
     )
+
+
+def test_the_highest_memory_of_the_process_is_recorded_in_bytes() -> None:
+    import numpy as np
+
+    from rap_lightning.callbacks.records import peak_memory
+
+    before = peak_memory()["host_bytes"]
+    held = np.ones(before // 8 + 2**23)  # more than there ever was, every page written
+    assert peak_memory()["host_bytes"] >= before + 2**25
+    del held
+    assert peak_memory()["host_bytes"] >= before + 2**25, "the highest, not what is held now"
