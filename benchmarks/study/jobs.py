@@ -19,8 +19,6 @@ GUIDED = ("base", "dpo", "ra", "sft", "ra-sft", "combination")
 PLAUSIBILITY = 0.1
 TEMPERATURES = (1.0, 0.7, 0.4, 0.0)
 GUIDED_PLAUSIBLY = ("base", "dpo", "ra-2x", "sft", "ra-sft")
-#: What the dose-response compares, at the settings chosen in the default world (all tuning worlds).
-DOSED = ("dpo", "ra", "BEST")
 
 
 @dataclass(frozen=True)
@@ -128,14 +126,11 @@ class Plan:
         return first, second
 
     def best_conditioned(self) -> str | None:
-        """Of the ways whose setting was chosen in all tuning worlds, the best there: the third of the dose-response."""
-        names = [name for name in self.arms.CHECKED if name in (*self.arms.WAYS, "combination")]
-        if self.size.arms is not None:
-            names = [name for name in names if name in (*self.size.arms, "combination")]
-        scores = {name: self.tuned(name, more=True) for name in names}
+        """The third arm of the dose-response: the better of two ways, chosen in all tuning worlds."""
+        scores = {name: self.tuned(name, more=True) for name in self.arms.DOSED}
         if any(score is None for score in scores.values()):
             return None
-        return max(names, key=lambda name: scores[name] or 0)
+        return max(scores, key=lambda name: scores[name] or 0)
 
     def waves(self) -> Iterable[list[Job]]:
         """All jobs that can be named by now, the most telling first."""
@@ -156,13 +151,7 @@ class Plan:
         yield self._main("combination")
         yield [Job("guide", arm, 0, "default", seed) for arm in GUIDED for seed in size.seeds]
         yield [Job("base", "base", 0, "default", seed) for seed in size.more_tuning]
-        checked = [arm for arm in self.arms.CHECKED if arm in (*names, "combination")]
-        for arm in checked:
-            yield self.trials(arm, more=True) if self.chosen(arm) is not None else []
-        for arm in checked:
-            again = self.chosen(arm, more=True)
-            if again is not None and again != self.chosen(arm):
-                yield [Job("check", arm, again, "default", seed) for seed in size.seeds]
+        yield from self._check([arm for arm in self.arms.CHECKED if arm in names])
         yield [Job("plausible", arm, 0, "default", seed) for arm in GUIDED_PLAUSIBLY for seed in size.seeds]
         for arm in rest:
             yield self.trials(arm)
@@ -173,6 +162,15 @@ class Plan:
         for arm in rest:
             yield self._main(arm)[3:]
         yield from self._knobs(few[2:])
+        yield from self._check([arm for arm in self.arms.CHECKED_LAST if arm in (*names, "combination")])
+
+    def _check(self, arms: list[str]) -> Iterable[list[Job]]:
+        for arm in arms:
+            yield self.trials(arm, more=True) if self.chosen(arm) is not None else []
+        for arm in arms:
+            again = self.chosen(arm, more=True)
+            if again is not None and again != self.chosen(arm):
+                yield [Job("check", arm, again, "default", seed) for seed in self.size.seeds]
 
     def _main(self, arm: str) -> list[Job]:
         trial = self.chosen(arm)
@@ -215,7 +213,8 @@ class Plan:
         size = self.size
         arms = len(size.arms or self.arms.ARMS) + 1
         guided = (len(GUIDED) + len(GUIDED_PLAUSIBLY)) * len(size.seeds)
-        knobs = (len(size.knobs) if size.knobs else len(KNOBS) - 1) * len(DOSED) * size.knob_seeds
+        knobs = (len(size.knobs) if size.knobs else len(KNOBS) - 1) * 3 * size.knob_seeds
+        checked = len((*self.arms.CHECKED, *self.arms.CHECKED_LAST)) * size.trials * len(size.more_tuning)
         return (
             arms * (size.trials * len(size.tuning) + len(size.seeds))
             + len((*size.tuning, *size.seeds))
