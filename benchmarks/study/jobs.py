@@ -215,12 +215,8 @@ class Plan:
         guided = (len(GUIDED) + len(GUIDED_PLAUSIBLY)) * len(size.seeds)
         knobs = (len(size.knobs) if size.knobs else len(KNOBS) - 1) * 3 * size.knob_seeds
         checked = len((*self.arms.CHECKED, *self.arms.CHECKED_LAST)) * size.trials * len(size.more_tuning)
-        return (
-            arms * (size.trials * len(size.tuning) + len(size.seeds))
-            + len((*size.tuning, *size.seeds))
-            + guided
-            + knobs
-        )
+        worlds = len((*size.tuning, *size.more_tuning, *size.seeds))
+        return arms * (size.trials * len(size.tuning) + len(size.seeds)) + worlds + guided + knobs + checked
 
     def context(self, job: Job) -> dict[str, Any]:
         """What a job must know of the others: the combination's parts, the trials of arms that it needs."""
