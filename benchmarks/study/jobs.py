@@ -49,25 +49,32 @@ class Job:
 def slim(line: dict[str, Any]) -> dict[str, Any]:
     """The line as it is kept: without what no table reads, so that the file of results stays small.
 
-    Scores by prompt only as the arm is asked (of DPO at the best goal too); of tuning runs the figures of merit, and
-    what became of rejected responses.
+    Scores by prompt only as the arm is asked (of DPO at the best goal too), between the ends of the goals the mean score
+    alone; of tuning runs the figures of merit, and what became of rejected responses.
     """
-    best = f"{GOALS[-1]:g}"
-    kept = {**line, "conditions": {}} if "conditions" in line else dict(line)
+    best, tune = f"{GOALS[-1]:g}", line["stage"] == "tune"
+    kept = dict(line)
+    if "conditions" in line:
+        kept["conditions"] = {}
     for name, figures in line.get("conditions", {}).items():
-        rich = line["stage"] != "tune" and (name == line["asks"] or (name == best and line["arm"] == "dpo"))
-        short = ("score",) if line["stage"] == "tune" else (*figures,)
-        kept["conditions"][name] = {
-            key: [round(v, 1) for v in value] if key == "by_prompt" else value
-            for key, value in figures.items()
-            if key in short and (key != "by_prompt" or rich)
-        }
-    if line["stage"] == "tune" and "probe" in line:
+        rich = not tune and (name == line["asks"] or (name == best and line["arm"] == "dpo"))
+        wanted = ("score", "ten", "tokens", "base_nats_per_token", "by_prompt") if rich else ("score",)
+        kept["conditions"][name] = {key: _rounded(figures[key]) for key in wanted if key in figures}
+    if tune and "probe" in line:
         changes = line["probe"]["changes"]
         kept["probe"] = {"changes": {c: {"rejected": changes[c]["rejected"]} for c in ("none", "best")}}
     elif line["stage"] == "knob":
         kept.pop("probe", None)
+    for name in ("guided", "cool"):
+        if name in line:
+            kept[name] = [{k: _rounded(v) for k, v in row.items() if k != "top"} for row in line[name]]
     return kept
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [round(v, 1) for v in value]
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def key_of(line: dict[str, Any]) -> str:
