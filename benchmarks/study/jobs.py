@@ -49,8 +49,8 @@ class Job:
 def slim(line: dict[str, Any]) -> dict[str, Any]:
     """The line as it is kept: without what no table reads, so that the file of results stays small.
 
-    Scores by prompt only as the arm is asked (of DPO at the best goal too), between the ends of the goals the mean score
-    alone; of tuning runs the figures of merit, and what became of rejected responses.
+    Scores by prompt only as the arm is asked (of DPO at the best goal too), between the ends of the goals the mean
+    score alone; of tuning runs the figures of merit, and what became of rejected responses.
     """
     best, tune = f"{GOALS[-1]:g}", line["stage"] == "tune"
     kept = dict(line)
@@ -65,6 +65,9 @@ def slim(line: dict[str, Any]) -> dict[str, Any]:
         kept["probe"] = {"changes": {c: {"rejected": changes[c]["rejected"]} for c in ("none", "best")}}
     elif line["stage"] == "knob":
         kept.pop("probe", None)
+    if "seen" in line:
+        wanted_of = ("pairs", "training_pairs", "cut", "ways", "world")
+        kept["seen"] = {k: v for k, v in line["seen"].items() if k in wanted_of and not (tune and k != "ways")}
     for name in ("guided", "cool"):
         if name in line:
             kept[name] = [{k: _rounded(v) for k, v in row.items() if k != "top"} for row in line[name]]
