@@ -166,12 +166,10 @@ class Plan:
         for arm in rest:
             yield self.trials(arm)
         for arm in rest:
-            yield self._main(arm)[:3]
+            yield self._main(arm)
         few = size.seeds[: size.knob_seeds]
-        yield from self._knobs(few[:2])
-        for arm in rest:
-            yield self._main(arm)[3:]
-        yield from self._knobs(few[2:])
+        for seeds in (few[:2], few[2:]):  # every world twice before one is seen three times
+            yield from self._knobs(seeds)
         yield from self._check([arm for arm in self.arms.CHECKED_LAST if arm in (*names, "combination")])
 
     def _check(self, arms: list[str]) -> Iterable[list[Job]]:
