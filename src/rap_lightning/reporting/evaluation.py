@@ -12,8 +12,8 @@ from rap_lightning.reporting.curves import as_number
 
 VERSION = 1
 ABOUT = (
-    "model", "base", "judge", "temperature", "top_p", "max_new_tokens", "prompts", "split", "samples_per_prompt",
-    "seed", "seconds",
+    "model", "base", "judge", "temperature", "top_p", "max_new_tokens", "guidance", "prompts", "split",
+    "samples_per_prompt", "seed", "seconds",
 )  # fmt: skip
 
 
