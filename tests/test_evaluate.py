@@ -385,7 +385,7 @@ def test_guidance_samples_as_generate_does_and_is_told(
         "--goal", "[4, 10]",
     ])  # fmt: skip
     key = ("prompt_id", "goal", "sample", "response")
-    made = {tuple(str(json.loads(line)[k]) for k in key) for line in out.read_text().splitlines()[1:]}
+    made = {tuple(str(json.loads(line)[k]) for k in key) for line in out.read_text().splitlines()}
     sampled = {
         (r["prompt_id"], f"{r['goal']:g}", str(r["sample"]), r["response"]) for r in rows["guided"] if not r["greedy"]
     }

@@ -87,6 +87,16 @@ class Evaluation:
     faults: list[str] = field(default_factory=list)
 
     @property
+    def guidance(self) -> str:
+        """How sampling was guided, in words; "" where it was not."""
+        given = self.about.get("guidance")
+        if not isinstance(given, dict):
+            return ""
+        weight, floor = as_number(given.get("weight")), as_number(given.get("plausibility"))
+        told = [f"guidance {weight:g} against {given.get('against')}"] if weight else []
+        return ", ".join([*told, f"floor {floor:g}"] if floor else told)
+
+    @property
     def empty(self) -> bool:
         """Whether it has nothing to show."""
         of_samples = (

@@ -65,7 +65,11 @@ def _compared(runs: list[Run]) -> tuple[str, list[str]]:
     """Who is ahead at the best goal, where intervals say so; a run that knows no goals takes part as it is."""
     found = [(run, at[0], at[1]) for run in runs if (at := _at(run)) is not None]
     (first, goal, high), (second, other, low) = sorted(found, key=lambda one: -(one[2].value or 0))[:2]
-    asked = "Asked for no score" if goal is other is None else f"Asked for a score of {number(other if goal is None else goal)}"
+    asked = (
+        "Asked for no score"
+        if goal is other is None
+        else f"Asked for a score of {number(other if goal is None else goal)}"
+    )
     ahead, behind = _told(first, goal, other), _told(second, other, goal)
     values = f"{number(high.value)} against {number(low.value)}"
     of = f"{values} of {behind}{', the next' if len(runs) > 2 else ''}"
@@ -184,16 +188,8 @@ def _of(run: Run, name: str) -> Any:
     if name == "highest goal":
         return max(run.evaluation.goals, default=None)
     if name == "guidance":  # files of before there was any say nothing of it
-        return _guidance(run.evaluation.about.get(name))
+        return run.evaluation.guidance or "none"
     return run.scale if name == "scale" else run.evaluation.about.get(name)
-
-
-def _guidance(given: Any) -> str:
-    if not isinstance(given, dict):
-        return "none"
-    weight, floor = given.get("weight"), given.get("plausibility")
-    told = [f"{weight} against {given.get('against')}"] if weight else []
-    return ", ".join([*told, f"floor {floor}"] if floor else told) or "none"
 
 
 def _plain(value: Any) -> str:
