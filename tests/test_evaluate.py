@@ -330,6 +330,13 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
         (["--max_length", 5000], "must be from 2 to what the model takes, 512"),
         (["--split", "tests"], "no split 'tests'"),
         (["--limit", 0], "--limit must be at least 1"),
+        (["--guidance", 0.5], "--guidance has no effect without the parts controllability"),
+        ([*JUDGE, "--against", 1], "against has no effect without a guidance above 0"),
+        ([*JUDGE, "--guidance", 1, "--goals", "[1]"], "--guidance has no effect: the goal that it pushes away from, 1"),
+        (
+            [*JUDGE, "--guidance", 1, "--against", 11],
+            "against must lie on the scale from 1 to 10, or be none; found 11",
+        ),
     ],
 )
 def test_what_has_no_effect_or_no_sense_is_refused(
@@ -359,6 +366,37 @@ def test_a_base_with_another_vocabulary_is_refused(
     args = ["--model", run / "hf", "--base", other, "--source", data, "--output", tmp_path / "out"]
     assert called(*args, "--parts", "[unlearning]") == 2
     assert "another vocabulary" in capsys.readouterr().err
+
+
+def test_guidance_samples_as_generate_does_and_is_told(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guided = ["--guidance", 2, "--against", "none", "--plausibility", 0.01]
+    args = ["--model", run / "hf", "--source", data, *JUDGE, *FEW, "--goals", "[4, 10]", "--parts", "[controllability]"]
+    for name, more in (("plain", []), ("guided", guided), ("floor", ["--plausibility", 0.01])):
+        assert called(*args, *more, "--output", tmp_path / name) == 0
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        for name in ("plain", "guided", "floor")
+    }
+    out = tmp_path / "generated.jsonl"
+    cli.main([
+        "generate", *map(str, ["--model", run / "hf", "--prompts", data / "test.jsonl", "--output", out, *FEW, *guided]),
+        "--goal", "[4, 10]",
+    ])  # fmt: skip
+    key = ("prompt_id", "goal", "sample", "response")
+    made = {tuple(str(json.loads(line)[k]) for k in key) for line in out.read_text().splitlines()}
+    sampled = {
+        (r["prompt_id"], f"{r['goal']:g}", str(r["sample"]), r["response"]) for r in rows["guided"] if not r["greedy"]
+    }
+    assert sampled == made
+    greedy = {name: [row["response"] for row in found if row["greedy"]] for name, found in rows.items()}
+    assert greedy["plain"] == greedy["floor"] != greedy["guided"], "greedy responses are guided too"
+    assert document(tmp_path / "plain")["guidance"] is None
+    assert document(tmp_path / "guided")["guidance"] == {"weight": 2, "against": "none", "plausibility": 0.01}
+    assert document(tmp_path / "floor")["guidance"] == {"weight": 0, "against": None, "plausibility": 0.01}
+    assert called(*args, "--output", tmp_path / "guided") == 2, "plain sampling doesn't go on with guided samples"
+    assert "made with other settings" in capsys.readouterr().err
 
 
 def test_other_settings_do_not_go_on_in_the_same_folder(

@@ -283,6 +283,13 @@ def test_a_run_that_knows_no_goals_is_compared_as_it_is(tmp_path: Path) -> None:
         del document[part]
     (plain / "evaluation" / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
     assert outcome(ra, plain) == "Asked for a score of 10, ra scores highest: 8 against 6 of plain (asked for none)."
+    below = evaluation([2.0, 5.0, 8.0], goals=[-9, -5, 0], scale={"low": -9, "high": 0})
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "evaluation.json").write_text(json.dumps(below), encoding="utf-8")
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    (apart / "evaluation.json").write_text(json.dumps(document | {"scale": below["scale"]}), encoding="utf-8")
+    assert outcome(tmp_path / "below", apart).startswith("Asked for a score of 0, below scores highest")
     (panel, _) = all_parts(read_runs([str(ra), str(plain)]))[0].pictures[0].panels
     level = panel.series[1]
     assert (level.run, list(level.x), [y.value for y in level.y]) == (1, [1, 10], [6.0, 6.0])
@@ -328,6 +335,10 @@ def test_a_score_that_falls_with_the_goal_is_called_so(tmp_path: Path) -> None:
         ({"judge": "another"}, "judge"),
         ({"scale": {"low": 0, "high": 100}}, "scale: 1 to 10 (one) and 0 to 100 (two)"),
         ({"temperature": 0.7}, "temperature"),
+        (
+            {"guidance": {"weight": 0.5, "against": "1", "plausibility": 0.1}},
+            "guidance: none (one) and guidance 0.5 against 1, floor 0.1 (two)",
+        ),
         ({"seed": 3}, "seed"),
         ({"goals": [1, 5, 9]}, "highest goal"),
     ],
@@ -421,6 +432,8 @@ def test_config_differences_are_keys_as_flags_spell_them() -> None:
         ("model.loss.beta", ["0.1", "0.2", "0.1"]),
         ("trainer.callbacks[Probe].every", ["10", "20", "10"]),
     ]
+    bare = [{"model": {"loss": {"class_path": name, "init_args": {}, "dict_kwargs": None}}} for name in ("DPO", "IPO")]
+    assert differences(bare) == [("model.loss", ["DPO", "IPO"])]
     assert differences([{"a": 1}, {"b": None}]) == [("a", ["1", "not set"]), ("b", ["not set", "null"])]
 
 

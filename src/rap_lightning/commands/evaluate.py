@@ -61,6 +61,9 @@ def evaluate(
     temperature: float | None = None,
     top_p: float | None = None,
     max_new_tokens: int | None = None,
+    guidance: float | None = None,
+    against: float | Literal["none"] | None = None,
+    plausibility: float | None = None,
     max_prompt_length: int | None = None,
     bins: int | None = None,
     scale_points: int | None = None,
@@ -114,6 +117,11 @@ def evaluate(
         top_p: sample from the likeliest tokens that hold this share of the probability; 1 by default.
         max_new_tokens: longest response, in tokens; by default 512, or half of the model's context where that is
             less.
+        guidance: of sampling, as generate has it: how far log-probabilities at each goal are pushed away from those at
+            a low goal; by default not at all. Log-probabilities of the data's responses have no guidance.
+        against: the low goal, a number on the scale, or none for the prompt without a goal; by default the lowest.
+        plausibility: leave out tokens whose probability at the goal is below this share of the likeliest one's; by
+            default none is left out. Without guidance it is min-p, and greedy responses are as they were.
         max_prompt_length: cut longer prompts, goal kept; by default only what the model's context has no room for.
         bins: of rewards, of equal width, for unlearning; 3 by default.
         scale_points: goals that discrimination reads scores from, evenly over the scale; 19 by default.
@@ -150,7 +158,7 @@ def evaluate(
         goals=_goals(goals, known, own=template is None and goal_from is None),
         sampling=Generation(
             _longest(max_new_tokens, engine, one, wanted), 1.0 if temperature is None else temperature,
-            1.0 if top_p is None else top_p,
+            1.0 if top_p is None else top_p, guidance or 0.0, against, plausibility,
         ),
         samples=4 if samples is None else samples, greedy=greedy is not False, bins=3 if bins is None else bins,
         scale_points=19 if scale_points is None else scale_points,
@@ -234,7 +242,8 @@ def _parts(
 
 OPTIONS_OF: dict[tuple[Part, ...], tuple[str, ...]] = {
     OF_SAMPLES: (
-        "judge", "goals", "samples", "greedy", "engine", "temperature", "top_p", "max_new_tokens", "max_prompt_length",
+        "judge", "goals", "samples", "greedy", "engine", "temperature", "top_p", "max_new_tokens", "guidance",
+        "against", "plausibility", "max_prompt_length",
     ),
     OF_LIKELIHOODS: ("max_length", "dtype", "token_budget"),
     ("unlearning",): ("base", "bins"),

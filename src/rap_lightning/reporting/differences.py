@@ -27,6 +27,8 @@ def differences(configs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
+            if key in ("init_args", "dict_kwargs") and prefix and not inner:
+                continue  # no options: it must not stand in the place of the class's name
             dropped = key in ("init_args", "dict_kwargs", "class_path") and prefix
             yield from _flat(inner, prefix if dropped else f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list) and value and (kinds := _kinds(value)):

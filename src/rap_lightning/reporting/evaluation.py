@@ -12,8 +12,8 @@ from rap_lightning.reporting.curves import as_number
 
 VERSION = 1
 ABOUT = (
-    "model", "base", "judge", "temperature", "top_p", "max_new_tokens", "prompts", "split", "samples_per_prompt",
-    "seed", "seconds",
+    "model", "base", "judge", "temperature", "top_p", "max_new_tokens", "guidance", "prompts", "split",
+    "samples_per_prompt", "seed", "seconds",
 )  # fmt: skip
 
 
@@ -85,6 +85,16 @@ class Evaluation:
     controlled: list[Estimate] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def guidance(self) -> str:
+        """How sampling was guided, in words; "" where it was not."""
+        given = self.about.get("guidance")
+        if not isinstance(given, dict):
+            return ""
+        weight, floor = as_number(given.get("weight")), as_number(given.get("plausibility"))
+        told = [f"guidance {weight:g} against {given.get('against')}"] if weight else []
+        return ", ".join([*told, f"floor {floor:g}"] if floor else told)
 
     @property
     def empty(self) -> bool:

@@ -17,7 +17,7 @@ MANY = 4
 
 STEERS, WRONG_WAY, NOT_SHOWN = "The goal steers", "Steered the wrong way", "No steering is shown"
 COMPARABLE = (
-    "judge", "temperature", "top_p", "max_new_tokens", "prompts", "split", "samples_per_prompt", "seed"
+    "judge", "temperature", "top_p", "max_new_tokens", "guidance", "prompts", "split", "samples_per_prompt", "seed"
 )  # fmt: skip
 """Two evaluations that differ in one of these measured different things."""
 
@@ -65,7 +65,11 @@ def _compared(runs: list[Run]) -> tuple[str, list[str]]:
     """Who is ahead at the best goal, where intervals say so; a run that knows no goals takes part as it is."""
     found = [(run, at[0], at[1]) for run in runs if (at := _at(run)) is not None]
     (first, goal, high), (second, other, low) = sorted(found, key=lambda one: -(one[2].value or 0))[:2]
-    asked = "Asked for no score" if goal is other is None else f"Asked for a score of {number(goal or other)}"
+    asked = (
+        "Asked for no score"
+        if goal is other is None
+        else f"Asked for a score of {number(other if goal is None else goal)}"
+    )
     ahead, behind = _told(first, goal, other), _told(second, other, goal)
     values = f"{number(high.value)} against {number(low.value)}"
     of = f"{values} of {behind}{', the next' if len(runs) > 2 else ''}"
@@ -183,6 +187,8 @@ def _of(run: Run, name: str) -> Any:
     assert run.evaluation is not None
     if name == "highest goal":
         return max(run.evaluation.goals, default=None)
+    if name == "guidance":  # files of before there was any say nothing of it
+        return run.evaluation.guidance or "none"
     return run.scale if name == "scale" else run.evaluation.about.get(name)
 
 

@@ -16,7 +16,7 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.evaluation import Responses, figures
 from rap_lightning.onpolicy.engines import Engine
 from rap_lightning.onpolicy.generate import Generator
-from rap_lightning.onpolicy.goals import Asked
+from rap_lightning.onpolicy.goals import Asked, guided
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.lines import write_json, write_lines
 from rap_lightning.onpolicy.measure import data
@@ -86,7 +86,7 @@ class Plan:
                 found.append(Asked(text, printed, self.template.placement))
         if len({one.text for one in found}) < len(found):
             raise ConfigError(f"--goals {self.goals}: two of them read the same in the prompt.")
-        return found
+        return guided(found, self.sampling, None, self.template)
 
 
 def evaluate_model(plan: Plan) -> tuple[dict[str, Any], int]:
@@ -152,6 +152,7 @@ def _head(plan: Plan, evaluated: data.Evaluated) -> dict[str, Any]:
         "temperature": plan.sampling.temperature,
         "top_p": plan.sampling.top_p,
         "max_new_tokens": plan.sampling.max_new_tokens,
+        "guidance": _guidance(plan),
         "prompts": len(evaluated.histories),
         "pairs": len(evaluated.pairs),
         "samples_per_prompt": plan.samples,
@@ -162,6 +163,15 @@ def _head(plan: Plan, evaluated: data.Evaluated) -> dict[str, Any]:
         "left_out": plan.left_out,
         "package": __version__,
     }
+
+
+def _guidance(plan: Plan) -> dict[str, Any] | None:
+    """How sampling was guided; None where it was not."""
+    sampling = plan.sampling
+    if not sampling.processes_logits:
+        return None
+    low = plan.template.low(sampling.against)[1] if sampling.guidance and plan.template is not None else None
+    return {"weight": sampling.guidance, "against": low, "plausibility": sampling.plausibility}
 
 
 def _range(plan: Plan, evaluated: data.Evaluated) -> tuple[float, float]:

@@ -75,7 +75,8 @@ def sample(
     """
     runs = [("sampled.jsonl", sampling, samples)]
     if greedy:
-        runs.append(("greedy.jsonl", replace(sampling, temperature=0.0, top_p=1.0), 1))
+        floor = sampling.plausibility if sampling.guidance else None  # alone it never excludes the likeliest
+        runs.append(("greedy.jsonl", replace(sampling, temperature=0.0, top_p=1.0, plausibility=floor), 1))
     missing, counts, drawn = 0, Counter[str](), []
     for name, generation, count in runs:
         outcome = generator.run(histories, folder / name, asked, generation, count, seed)

@@ -11,13 +11,14 @@ from rap_lightning.reporting.text import number
 def extrapolation(runs: list[Run]) -> Part:
     """Shares of samples as good as the best seen for the prompt, and as the best hundredth of the data."""
     p99 = sorted({number(found.p99_score) for _, found in evaluated(runs) if found.p99_score is not None})
-    top = f"at or above {' or '.join(p99)}, the data's 99th percentile" if p99 else "at or above the 99th percentile"
+    top = f"above {' or '.join(p99)}, the data's 99th percentile" if p99 else "above the 99th percentile"
     seen = "as good as the best seen for the prompt"
     panels = goal_panels(runs, lambda found: found.best_seen, seen, "share of samples", shares=True)
     known = "as good as the best known for the prompt"
     panels += goal_panels(runs, lambda found: found.best_known, known, "share of samples", shares=True)
     panels += goal_panels(runs, lambda found: found.p99, top, "share of samples", shares=True)
-    missing = absent(runs, lambda found: found.best_seen, seen) + absent(runs, lambda found: found.p99, top)
+    missing = absent(runs, lambda found: found.best_seen, seen) + absent(runs, lambda found: found.best_known, known)
+    missing += absent(runs, lambda found: found.p99, top)
     picture = Picture(
         "extrapolation", "Responses as good as the best in training, or better",
         "Look at the right end: how often the best goal brings a response that training hardly ever, or never, showed.",

@@ -72,7 +72,7 @@ def _panels(runs: list[Run], kind: str, title: str) -> list[Panel]:
 
 
 def _heat(found: Evaluation) -> str:
-    return number(as_number(found.about.get("temperature")))
+    return ", ".join(filter(None, [number(as_number(found.about.get("temperature"))), found.guidance]))
 
 
 def _kinds(found: Evaluation) -> list[tuple[str, Steering]]:
