@@ -152,6 +152,8 @@ def test_strategies_that_dont_fit_are_refused_before_a_process_is_started(
     assert "data_parallel_size 3 times tensor_parallel_size 1 isn't the 2 processes" in own
     unknown = refusal("--trainer.strategy", "fsdp3")
     assert "--trainer.strategy fsdp3: no such strategy. Did you mean fsdp2?" in unknown
+    for first in ("fsdp", "FSDPStrategy"):
+        assert "torch's first FSDP" in refusal("--trainer.strategy", first)
     for overlay in ("ddp", "fsdp2", "hsdp", "fsdp2-offload", "single"):
         error = refusal("--trainer.accelerator", "gpu", "-c", str(OVERLAYS / f"{overlay}.yaml"))
         assert "no GPU" in error
