@@ -135,7 +135,8 @@ class _Plan:
         if one > budget:
             raise ConfigError(
                 f"--data.token_budget {budget:,} is below the {one:,} tokens of one pair of {length:,}, "
-                f"{self.own.prompt_share:.0%} of it prompt. Raise it, lower --data.max_length, or plan for shorter pairs with --length."
+                f"{self.own.prompt_share:.0%} of it prompt. Raise it, lower --data.max_length, or plan for shorter "
+                "pairs with --length."
             )
         count = min(pairs, budget // one)
         return count, -(-pairs // count)
