@@ -330,6 +330,8 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
         (["--max_length", 5000], "must be from 2 to what the model takes, 512"),
         (["--split", "tests"], "no split 'tests'"),
         (["--limit", 0], "--limit must be at least 1"),
+        ([*JUDGE, "--base", "not/here"], "--base not/here: not a folder here"),
+        (["--limits", 3], "unrecognized arguments: --limits 3. Did you mean --limit?"),
         (["--guidance", 0.5], "--guidance has no effect without the parts controllability"),
         ([*JUDGE, "--against", 1], "against has no effect without a guidance above 0"),
         ([*JUDGE, "--guidance", 1, "--goals", "[1]"], "--guidance has no effect: the goal that it pushes away from, 1"),
@@ -381,8 +383,8 @@ def test_guidance_samples_as_generate_does_and_is_told(
     }
     out = tmp_path / "generated.jsonl"
     cli.main([
-        "generate", *map(str, ["--model", run / "hf", "--prompts", data / "test.jsonl", "--output", out, *FEW, *guided]),
-        "--goal", "[4, 10]",
+        "generate", *map(str, ["--model", run / "hf", "--prompts", data / "test.jsonl", "--output", out, *FEW, *guided,
+                               "--goal", "[4, 10]"]),
     ])  # fmt: skip
     key = ("prompt_id", "goal", "sample", "response")
     made = {tuple(str(json.loads(line)[k]) for k in key) for line in out.read_text().splitlines()}

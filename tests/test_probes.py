@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from conftest import build, make_trainer, sgd
 from rank_worker import run
-from rap_lightning.callbacks import Checkpoints, GoalSamples, LikelihoodProbe
+from rap_lightning.callbacks import Checkpoints, GoalSamples, LikelihoodProbe, SteeringTable
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.generate import Generation
 from rap_lightning.models.policy import Lora, PolicyConfig
@@ -121,13 +121,65 @@ def test_a_new_run_does_not_go_on_with_anothers_lines(tiny: Path, pairs_folder: 
     assert len(lines(tmp_path / "samples.jsonl")) == 2 * 2 * 3 * 2
 
 
-def test_a_judge_that_raises_ends_no_run(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("said", "reward"), [("raised ValueError: not today", None), ("gave nan", float("nan"))])
+def test_a_judge_that_fails_ends_no_run(
+    said: str, reward: float | None, tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
     def picky(prompt: str, response: str) -> float:
-        raise ValueError("not today")
+        if reward is None:
+            raise ValueError("not today")
+        return reward
 
-    with pytest.warns(UserWarning, match="the judge raised ValueError: not today"):
+    with pytest.warns(UserWarning, match=f"the judge {said}"):
         fit(tmp_path, tiny, pairs_folder, GoalSamples(picky, prompts=1), trainer={"max_steps": 1})
     assert {row["score"] for row in lines(tmp_path / "samples.jsonl")} == {None}
+
+
+def test_a_table_s_judge_that_fails_ends_the_run_at_its_beginning_and_not_at_its_end(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    calls = []
+
+    def tires(prompt: str, response: str) -> float:
+        calls.append(response)
+        if len(calls) > 4:
+            raise ValueError("tired")
+        return 1.0
+
+    table = SteeringTable(tires, goals=(1, 10), samples=2)
+    with pytest.warns(UserWarning, match="the judge raised ValueError: tired. There is no table"):
+        module = fit(tmp_path, tiny, pairs_folder, table, trainer={"max_steps": 1})
+    assert module.trainer.global_step == 1
+    assert not (tmp_path / "steering.json").exists()
+    with pytest.raises(ConfigError, match="the judge raised ValueError: tired"):
+        fit(tmp_path / "b", tiny, pairs_folder, SteeringTable(tires, samples=2), trainer={"max_steps": 1})
+    with pytest.raises(ConfigError, match="the judge gave nan"):
+        fit(tmp_path / "c", tiny, pairs_folder, SteeringTable(lambda p, r: float("nan")), trainer={"max_steps": 1})
+
+
+def test_samples_of_callbacks_are_guided_of_plain_pairs_too(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, guidance in (("plain", 0.0), ("guided", 3.0)):
+        texts: list[str] = []
+
+        def judge(prompt: str, response: str, seen: list[str] = texts) -> float:
+            seen.append(response)
+            return float(len(response))
+
+        fit(
+            tmp_path / name, tiny, pairs_folder, GoalSamples(length, goals=[1, 10], prompts=4, samples=2),
+            SteeringTable(judge, goals=(1, 10), samples=8), relabel="none", trainer={"max_steps": 1},
+            generation=Generation(max_new_tokens=8, guidance=guidance),
+        )  # fmt: skip
+        rows = [row for row in lines(tmp_path / name / "samples.jsonl") if row["step"] == 0]
+        by_goal = [[row["response"] for row in rows if row["goal"] == goal] for goal in (1, 10)]
+        found[name] = [*by_goal, texts[:8], texts[8:16]]
+    for low, high in ((0, 1), (2, 3)):
+        assert found["guided"][high] != found["plain"][high]
+        assert found["guided"][low] == found["plain"][low], "the low goal is pushed away from itself"
+    other = SteeringTable(length, goals=(1, 10), samples=8, beside=str(tmp_path / "guided"))
+    with pytest.raises(ConfigError, match=r"their numbers don't compare. Use the same .* --model.generation"):
+        fit(tmp_path / "beside", tiny, pairs_folder, other)
 
 
 def test_data_without_goals_are_sampled_without_one_and_have_no_rewards(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, ClassVar
@@ -65,7 +66,10 @@ class GoalSamples(AtIntervals):
                     f"GoalSamples: goals must lie on the scale of {scale.low:g} to {scale.high:g}, found {outside[0]:g}"
                 )
             self._asked = list(asked)
-        self._histories = [history for history in data.histories()[: self.prompts] for _ in range(self.samples)]
+        drawn = data.histories()[: self.prompts]
+        if len(drawn) < self.prompts:
+            rank_zero_info(f"GoalSamples: {len(drawn):,} distinct prompts, fewer than {self.prompts:,}")
+        self._histories = [history for history in drawn for _ in range(self.samples)]
         if self.samples > 1 and ours.generation.temperature == 0:
             raise ConfigError("GoalSamples: samples above 1 would be equal at generation.temperature 0.")
 
@@ -86,12 +90,14 @@ class GoalSamples(AtIntervals):
         if self.judge is None:
             return None
         try:
-            return float(self.judge(sample.prompt, sample.text))
+            score = float(self.judge(sample.prompt, sample.text))
+            fault = "" if math.isfinite(score) else f"gave {score}"
         except Exception as error:  # whatever a user's judge raises must not end a run
-            if not self._failed:
-                rank_zero_warn(f"GoalSamples: the judge raised {type(error).__name__}: {error}; such scores are null")
+            score, fault = math.nan, f"raised {type(error).__name__}: {error}"
+        if fault and not self._failed:
+            rank_zero_warn(f"GoalSamples: the judge {fault}; such scores are null")
             self._failed = True
-            return None
+        return None if fault else score
 
     def _metrics(self, rows: list[Row], step: int) -> dict[str, float]:
         metrics: dict[str, float] = {}

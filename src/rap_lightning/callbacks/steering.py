@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from rap_lightning.callbacks.folders import run_folder
-from rap_lightning.callbacks.sampling import Judge, parts_of_fit, sample_at_goals
+from rap_lightning.callbacks.sampling import Judge, Sample, parts_of_fit, sample_at_goals
 from rap_lightning.callbacks.watchdog import Watchdog
 from rap_lightning.errors import ConfigError
 
@@ -33,8 +35,8 @@ class SteeringTable(pl.Callback):
         samples: how many responses are sampled at each goal; validation prompts repeat where there are fewer.
         seed: of the sampling; the run's own random numbers are left as they were.
         beside: folder of another run with this callback, or of several, of which the newest counts: its scores and
-            samples are shown beside this run's. It must have asked for the same goals, with as many samples and the
-            same seed, so that prompts are the same.
+            samples are shown beside this run's. It must have asked for the same goals, with as many samples, the same
+            seed (so that prompts are the same) and the same module's ``generation``.
     """
 
     def __init__(
@@ -50,18 +52,28 @@ class SteeringTable(pl.Callback):
         self.judge, self.goals, self.samples, self.seed = judge, sorted(goals), samples, seed
         self.beside = beside
         self._other: dict[str, Any] | None = None
+        self._generation: dict[str, Any] = {}
         self.before: dict[float, list[float]] = {}
         self.after: dict[float, list[float]] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sample the untrained policy; raises ConfigError where the run to show beside this one can't be found."""
+        """Sample the untrained policy.
+
+        Raises:
+            ConfigError: the run to show beside this one can't be found or compared, or the judge gives no reward.
+        """
+        self._generation = parts_of_fit(trainer, pl_module, "SteeringTable")[0].generation.settings()
         if self.beside is not None:
             self._other = self._read(Path(self.beside))
         self.before = {goal: [s for _, _, s in rows] for goal, rows in self._sample(trainer, pl_module).items()}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sample the trained policy and print the table."""
-        samples = self._sample(trainer, pl_module)
+        """Sample the trained policy and print the table; a judge that fails only now costs the table, not the run."""
+        try:
+            samples = self._sample(trainer, pl_module)
+        except ConfigError as error:
+            rank_zero_warn(f"{error} There is no table, and the policy is trained.")
+            return
         self.after = {goal: [score for _, _, score in rows] for goal, rows in samples.items()}
         if trainer.is_global_zero:
             self._print(trainer, pl_module, samples)
@@ -78,14 +90,22 @@ class SteeringTable(pl.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Watchdog):
                 callback.saw_samples(lengths, trainer.global_step)
-        return {
-            goal: [(one.prompt, one.text, self.judge(one.prompt, one.text)) for one in found[goal]]
-            for goal in self.goals
-        }
+        return {goal: [(one.prompt, one.text, self._score(one)) for one in found[goal]] for goal in self.goals}
+
+    def _score(self, sample: Sample) -> float:
+        try:
+            score = float(self.judge(sample.prompt, sample.text))
+        except Exception as error:  # whatever a user's judge raises
+            raise ConfigError(f"SteeringTable: the judge raised {type(error).__name__}: {error}.") from error
+        if not isfinite(score):
+            raise ConfigError(f"SteeringTable: the judge gave {score}, not a finite number.")
+        return score
 
     def _settings(self) -> dict[str, Any]:
         """What two runs must share to be shown beside each other."""
-        return {"goals": list(self.goals), "samples": self.samples, "seed": self.seed}
+        return {
+            "goals": list(self.goals), "samples": self.samples, "seed": self.seed, "generation": self._generation
+        }  # fmt: skip
 
     def _read(self, folder: Path) -> dict[str, Any]:
         found = sorted(folder.rglob(FILE), key=lambda path: path.stat().st_mtime)
@@ -99,7 +119,7 @@ class SteeringTable(pl.Callback):
         if theirs != self._settings():
             raise ConfigError(
                 f"SteeringTable: {found[-1]} was sampled with {theirs}, and this run samples with {self._settings()}: "
-                "their numbers don't compare. Use the same goals, samples and seed."
+                "their numbers don't compare. Use the same goals, samples, seed and --model.generation."
             )
         return other
 
@@ -116,8 +136,11 @@ class SteeringTable(pl.Callback):
 
     def _print(self, trainer: pl.Trainer, module: Any, samples: dict[float, list[Any]]) -> None:
         options, count = module.generation, len(next(iter(samples.values())))
+        heat = f"temperature {options.temperature:g}"
+        floor = f", floor {options.plausibility:g}" if options.plausibility is not None else ""
+        guided = f", guidance {options.guidance:g}" if options.guidance else ""
         table = Table(
-            title=f"Asked for a score, what comes back ({count} samples a goal, temperature {options.temperature:g})",
+            title=f"Asked for a score, what comes back ({count} samples a goal, {heat}{guided}{floor})",
             caption="mean score ± standard error, by the judge; the samples are of the trained policy",
         )
         for name in ("goal", "before", "after"):

@@ -145,7 +145,7 @@ def evaluate(
             raise ConfigError(f"--{name} must be at least {lowest}, found {given[name]}")
     one = Model(model, revision, trust_remote_code)
     known = _template(one, template, goal_from)
-    begun = recorded_base(one) if base is None else Model(base, None, trust_remote_code)
+    begun = recorded_base(one) if base is None else Model(base, None, trust_remote_code, "--base")
     wanted, left_out, found_base = _parts(parts, judge, known, begun, engine, one)
     _refuse_idle(given, wanted)
     if temperature == 0:
@@ -174,6 +174,8 @@ def evaluate(
     show(document)
     print(f"{plan.output / 'evaluation.json'}: {document['seconds']:g} s")
     if missing:
+        for what, count in document["trouble"]["counts"].items():
+            print(f"  {count:,}: {what}")
         print(f"{missing:,} responses have no score; the same command asks for them again")
     return 1 if missing else 0
 
@@ -275,7 +277,8 @@ def _output(output: str | None, model: Model) -> Path:
         return Path(output)
     run = run_of(model)
     if run is None:
-        raise ConfigError("--output: name a folder; only a model within a run's folder has one of its own.")
+        here = "" if model.place.exists() else f" {model.path} is not here: is it a Hub id?"
+        raise ConfigError(f"--output: name a folder; only a model within a run's folder has one of its own.{here}")
     return run / "evaluation"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from inspect import cleandoc
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from rap_lightning.class_names import check_class_names
 from rap_lightning.errors import ConfigError
@@ -95,6 +96,15 @@ def run(
 
     from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
+    class Parser(ArgumentParser):
+        """Names the nearest option of one that it doesn't know."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            if message.startswith("unrecognized arguments:"):
+                message += nearest_options(message.split()[2:], self._option_string_actions)
+            super().error(message, ex)
+            raise AssertionError("error exits")
+
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Keeps the paragraphs of the description, with its example on a line of its own."""
 
@@ -102,7 +112,7 @@ def run(
     check_class_names(args, classes)
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
     prog = f"rap-lightning {name}"
-    parser = ArgumentParser(prog=prog, description=summary, allow_abbrev=False, formatter_class=Formatter)
+    parser = Parser(prog=prog, description=summary, allow_abbrev=False, formatter_class=Formatter)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with these options")
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=_flag_help(function, flag))
@@ -110,6 +120,19 @@ def run(
     options = parser.instantiate(parser.parse_args(args)).as_dict()
     options.pop("config", None)
     return function(**options)
+
+
+def nearest_options(found: Sequence[str], known: Iterable[str]) -> str:
+    """``. Did you mean --guidance?``, for the first option that is like one of the known; otherwise nothing.
+
+    >>> nearest_options(["--guidence=0.5"], ["--guidance", "--goals"])
+    '. Did you mean --guidance?'
+    """
+    names = [name for name in known if name.startswith("--")]
+    for option in found:
+        if near := get_close_matches(option.partition("=")[0], names, 1):
+            return f". Did you mean {near[0]}?"
+    return ""
 
 
 def _flag_help(function: Callable[..., Any], flag: str) -> str:

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.folder import all_or_nothing, refuse_non_empty
@@ -55,8 +56,19 @@ def run(args: list[str]) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest option of one that it doesn't know."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            from rap_lightning.commands.options import nearest_options
+
+            message += nearest_options(message.split()[2:], self._option_string_actions)
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="rap-lightning report", description=DESCRIPTION, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

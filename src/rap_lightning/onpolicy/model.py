@@ -25,9 +25,13 @@ class Model:
         path: folder, Hub id, or a .ckpt that fit wrote: a file, or the folder of a sharded one.
         revision: of a Hub id.
         trust_remote_code: run Python code that comes with the model.
+        option: that names it, for messages.
     """
 
-    def __init__(self, path: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, path: str, revision: str | None = None, trust_remote_code: bool = False, option: str = "--model"
+    ) -> None:
+        self.option = option
         self.path, self.revision, self.trust_remote_code = path, revision, trust_remote_code
         self.place = Path(path).expanduser()
         if revision is not None and self.place.exists():
@@ -55,7 +59,7 @@ class Model:
     def tokenizer(self) -> Any:
         """The tokenizer, its chat template without a goal of its own."""
         if self._tokenizer is None:
-            with _named():
+            with _named(self.option):
                 self._tokenizer = goals.bare(self._config().load_tokenizer(), self.record())
         return self._tokenizer
 
@@ -91,7 +95,7 @@ class Model:
             ConfigError: it can't be loaded.
         """
         config = self._config()
-        with _named():
+        with _named(self.option):
             if self.is_checkpoint:
                 from rap_lightning.models.saved import restored
 
@@ -178,9 +182,9 @@ def free_memory() -> None:
 
 
 @contextmanager
-def _named() -> Iterator[None]:
+def _named(option: str) -> Iterator[None]:
     """Errors name the option of these commands, not fit's."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(str(error).replace("--model.policy.path", "--model")) from error
+        raise ConfigError(str(error).replace("--model.policy.path", option)) from error

@@ -50,8 +50,8 @@ class ImplicitReward(Judge):
             raise ConfigError(f"ImplicitReward: batch_size must be at least 1, found {batch_size}")
         if not 0 < beta < float("inf"):
             raise ConfigError(f"ImplicitReward: beta must be above 0 and finite, found {beta}")
-        self.source = Model(model, revision, trust_remote_code)
-        self.named = None if base is None else Model(base, None, trust_remote_code)
+        self.source = Model(model, revision, trust_remote_code, "ImplicitReward: model")
+        self.named = None if base is None else Model(base, None, trust_remote_code, "ImplicitReward: base")
         if base is None and not (self.source.is_adapter or self.source.is_checkpoint):
             raise ConfigError(
                 f"ImplicitReward: {model} holds whole weights and doesn't say what DPO began with: name that with base."

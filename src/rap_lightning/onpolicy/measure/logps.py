@@ -86,7 +86,6 @@ class Likelihoods:
 
         from rap_lightning.models.policy import Policy, check_head, check_sharing
 
-        self._same_vocabulary(model)
         policy = Policy(model.load(getattr(torch, dtype), _device())).eval()
         check_head(policy)
         if reason := check_sharing(policy):
@@ -106,12 +105,14 @@ class Likelihoods:
         del policy
         free_memory()
 
-    def _same_vocabulary(self, model: Model) -> None:
-        if model.tokenizer().get_vocab() != self.encoder.tokenizer.get_vocab():
-            raise ConfigError(
-                f"{model.path} has another vocabulary than {self.model.path}: their log-probabilities are not of the "
-                "same tokens. Give the model that training began with as --base."
-            )
+
+def check_base(base: Model, model: Model) -> None:
+    """Raise ConfigError where the base can't be read, or its tokens are others than the model's."""
+    if base.tokenizer().get_vocab() != model.tokenizer().get_vocab():
+        raise ConfigError(
+            f"{base.path} has another vocabulary than {model.path}: their log-probabilities are not of the same "
+            "tokens. Give the model that training began with as --base."
+        )
 
 
 def make_encoder(model: Model, template: Any, max_length: int | None) -> Encoder:

@@ -20,7 +20,7 @@ from rap_lightning.onpolicy.goals import Asked, guided
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.lines import write_json, write_lines
 from rap_lightning.onpolicy.measure import data
-from rap_lightning.onpolicy.measure.logps import Key, Likelihoods, make_encoder
+from rap_lightning.onpolicy.measure.logps import Key, Likelihoods, check_base, make_encoder
 from rap_lightning.onpolicy.measure.sampled import Goal, Sampled, sample
 from rap_lightning.onpolicy.model import Model
 from rap_lightning.onpolicy.requests import prompt_id_of
@@ -99,6 +99,8 @@ def evaluate_model(plan: Plan) -> tuple[dict[str, Any], int]:
     started = time.monotonic()
     sampled_parts = [part for part in plan.parts if part in OF_SAMPLES]
     asked = plan.asked() if sampled_parts else []
+    if plan.base is not None:  # before the hours that samples may take
+        check_base(plan.base, plan.model)
     evaluated = data.read_evaluated(plan.sources, plan.rules, plan.split, plan.limit, plan.seed, plan.num_proc)
     print("\n".join(evaluated.lines()), flush=True)
     seen = _seen(plan)
