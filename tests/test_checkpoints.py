@@ -287,7 +287,7 @@ def test_a_rank_that_fails_alone_does_not_wait_for_the_others(
 
     def as_one_of_two(trainer: Any, *args: Any) -> None:
         monkeypatch.setattr(type(trainer), "world_size", property(lambda self: 2))
-        with pytest.warns(UserWarning, match="rank 0 failed alone, and saving takes all 2"):
+        with pytest.warns(UserWarning, match="one rank.s error ends the run, and saving takes all 2"):
             original(trainer, *args)
 
     monkeypatch.setattr(saver, "on_exception", as_one_of_two)

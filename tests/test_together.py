@@ -5,13 +5,18 @@ import json
 import os
 import re
 import signal
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from conftest import ROOT, write_jsonl
+from rap_lightning.errors import DataError
+from rap_lightning.together import Meeting, Together, Watch
 from test_ranks import Pair, arguments, start  # noqa: F401
 from test_stops import context, world  # noqa: F401
 
@@ -133,6 +138,47 @@ def test_more_ranks_than_pairs_are_refused(streaming: str, start: Any, world: Pa
     (error,) = errors(run.said)
     assert "has 1 training pairs for 2 processes" in error
     assert error in run.ranks[0].said
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_that_fail_at_once_say_it_once_on_each_node_whichever_was_first(
+    same: bool, nodes: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1 is first by a moment: shorter than the time in which rank zero's watch would hear of it."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    ranks: list[Together] = []
+    for rank in range(2):
+        place = {"global_rank": rank, "local_rank": 0 if nodes == 2 else rank, "node_rank": rank if nodes == 2 else 0}
+        environment = SimpleNamespace(**{name: lambda value=value: value for name, value in place.items()})
+        environment.main_address, environment.main_port = "localhost", port
+        ranks.append(Together())
+        ranks[-1].meeting = Meeting(environment, 2, 60)
+    ended = {}
+
+    def leave(rank: int, error: Exception) -> None:
+        try:
+            with ranks[rank].explained():
+                raise error
+        except BaseException as left:
+            ended[rank] = left
+
+    errors_of = [DataError("nothing in it"), DataError("nothing in it") if same else DataError("something else")]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda one: one.meeting.call_roll({}), ranks))
+        for one in ranks:
+            one.watch = Watch(one.meeting, 20, end=lambda code: None)
+        second = pool.submit(leave, 1, errors_of[1])
+        time.sleep(0.3)
+        leave(0, errors_of[0])
+        second.result(60)
+    said = errors(capfd.readouterr().err)
+    assert len(said) == nodes
+    expected = "nothing in it" if same else "something else"
+    assert all(expected in line for line in said), "the first error, also on the other node"
+    assert [type(ended[rank]) for rank in (0, 1)] == [SystemExit, SystemExit]
 
 
 def test_strategies_that_dont_fit_are_refused_before_a_process_is_started(

@@ -166,6 +166,7 @@ class Watch:
         self.verdict = ""
         self._verdict_key = f"{meeting.prefix}/verdict"
         self._stopped, self._found, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._saying, self._said = threading.Lock(), False  # the thread and the run may come to it at once
         threading.Thread(target=self._run, name="ranks", daemon=True).start()
 
     def stop(self) -> None:
@@ -181,31 +182,39 @@ class Watch:
                     return
                 time.sleep(0.05)
 
-    def failed(self, message: str) -> bool:
-        """Leave this rank's error for the others; whether it was the first."""
+    def failed(self, message: str) -> str:
+        """Leave this rank's error for the others; what another had left before it, empty where this was the first."""
         mine = f"{self._name(self.meeting.rank)} failed: {message[:2000]}"
         self._stopped.set()
         with suppress(RuntimeError), self._lock:
             found: str = self.meeting.beats.compare_set(self._verdict_key, "", mine).decode()
-            return found == mine
-        return True
+            return "" if found == mine else found
+        return ""
 
     def explain(self) -> str:
         """Who was lost, if that turns out within the patience; empty where everybody is still there."""
         self._found.wait(self.patience + 2 * BEAT)
         return self.verdict
 
-    def told(self) -> None:
-        """This node has said why the run ends."""
+    def say(self, text: str) -> None:
+        """Print why the run ends, and leave word that this node has said it; what comes second is not printed."""
+        with self._saying:
+            if self._said:
+                return
+            self._said = True
+            print(f"error: {text}", file=sys.stderr, flush=True)
         with suppress(RuntimeError), self._lock:
             self.meeting.beats.set(self.meeting.key("told", self.meeting.node), "1")
 
     def is_told(self) -> bool:
-        """Whether this node says it, within a moment."""
-        with suppress(RuntimeError), self._lock:
-            moment = datetime.timedelta(seconds=3 * BEAT)
-            self.meeting.beats.wait([self.meeting.key("told", self.meeting.node)], moment)
-            return True
+        """Whether this node says it, within the patience: its first process may be slow to come to it."""
+        deadline = time.monotonic() + self.patience
+        with suppress(RuntimeError):
+            while time.monotonic() < deadline:
+                with self._lock:  # not for all of the time: signs of life go on meanwhile
+                    if self.meeting.beats.check([self.meeting.key("told", self.meeting.node)]):
+                        return True
+                time.sleep(0.1)
         return False
 
     def linger(self) -> None:
@@ -255,8 +264,7 @@ class Watch:
         if self._stopped.is_set():
             return
         if self.meeting.speaks:  # at once: a launcher may end this process as well
-            print(f"error: {verdict}. {ADVICE}", file=sys.stderr, flush=True)
-            self.told()
+            self.say(f"{verdict}. {ADVICE}")
         self._found.set()
         # a collective that waits for the lost may do so for half an hour: the process ends without it
         if not self._stopped.wait(GRACE):
@@ -326,8 +334,8 @@ class Together(pl.Callback):
         if self.watch is not None and self.alone:
             self._failed(exception)
 
-    def _failed(self, error: BaseException) -> bool:
-        """Tell the others; whether this rank was the first."""
+    def _failed(self, error: BaseException) -> str:
+        """Tell the others; what another rank had told before, empty where this was the first."""
         assert self.watch is not None, "known to those who call this"
         text = "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         if isinstance(error, Exception) and not isinstance(error, UserError):
@@ -374,18 +382,19 @@ class Together(pl.Callback):
             return
         # Lightning makes Ctrl-C an exit, which doesn't say who else has it
         alone = self.alone if isinstance(error, SystemExit) and self.alone is not None else _alone(error)
-        first = self._failed(error) if alone else True
+        before = self._failed(error) if alone else ""
         shown = False
-        if isinstance(error, UserError):
-            if meeting.speaks and first:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                watch.told()
-            shown = meeting.speaks or watch.is_told()
+        if meeting.speaks and isinstance(error, Exception) and (before or isinstance(error, UserError)):
+            # ranks that fail at once mostly say the same, and then it is this node's error too
+            watch.say(str(error) if str(error) in before or not before else f"{before}. {ADVICE}")
+            shown = True
+        elif isinstance(error, UserError):
+            shown = watch.is_told()
         if alone:
             watch.linger()
         else:
             watch.stop()
-        if shown or (isinstance(error, Exception) and not isinstance(error, UserError) and not first):
+        if shown or (before and isinstance(error, Exception) and not isinstance(error, UserError)):
             raise SystemExit(2) from None
 
 

@@ -69,7 +69,7 @@ class Checkpoints(ModelCheckpoint):
         if isinstance(module, PreferenceModule) and module.updating:
             return "the weights were being updated"
         if trainer.world_size > 1 and not getattr(exception, "on_all_ranks", False):
-            return f"rank {trainer.global_rank} failed alone, and saving takes all {trainer.world_size}"
+            return f"one rank's error ends the run, and saving takes all {trainer.world_size}"
         return ""
 
     @rank_zero_only

@@ -93,6 +93,7 @@ def export(
         policy.model.save_pretrained(partial, state_dict=_cast(own, leaving.dtype), **kind)  # takes the dict apart
         if policy.has_adapter:
             (partial / "README.md").unlink(missing_ok=True)  # peft's, with the folder of the base model in it
+            _order_modules(partial)
         else:
             _note_dtype(partial, leaving.dtype)
         _read_back(partial, _cast(expected, leaving.dtype))
@@ -207,6 +208,16 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no dict)
                 yield name, file.get_tensor(name)
+
+
+def _order_modules(folder: Path) -> None:
+    """Name an adapter's modules in one order: peft writes a set, in an order that differs from process to process."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _note_dtype(folder: Path, dtype: torch.dtype | None) -> None:
