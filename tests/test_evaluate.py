@@ -383,7 +383,8 @@ def test_guidance_samples_as_generate_does_and_is_told(
     }
     out = tmp_path / "generated.jsonl"
     cli.main([
-        "generate", *map(str, ["--model", run / "hf", "--prompts", data / "test.jsonl", "--output", out, *FEW, *guided,
+        "generate",
+        *map(str, ["--model", run / "hf", "--prompts", data / "test.jsonl", "--output", out, *FEW, *guided,
                                "--goal", "[4, 10]"]),
     ])  # fmt: skip
     key = ("prompt_id", "goal", "sample", "response")
