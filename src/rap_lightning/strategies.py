@@ -158,7 +158,7 @@ def check_asked(strategy: Any, accelerator: Any) -> None:
     """
     named = strategy if isinstance(strategy, str) else (strategy or {}).get("class_path", "")
     short = str(named).rpartition(".")[2].lower()
-    if short.startswith("fsdp") and short != "fsdp2":
+    if short in ("fsdp", "fsdp_cpu_offload", "fsdpstrategy"):
         raise ConfigError(
             f"--trainer.strategy {named}: torch's first FSDP packs weights so that the head's can't be read outside of "
             "its own forward pass. Use --trainer.strategy fsdp2."
