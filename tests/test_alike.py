@@ -1,15 +1,19 @@
 """What ranks compare before they begin: everything but where things lie on their node."""
 
 from pathlib import Path
+from typing import Any
 
 from rap_lightning.alike import difference, flat, model_facts
 
 
 def test_nodes_may_keep_model_data_and_store_in_other_places_however_the_classes_are_named() -> None:
-    def options(place: str) -> list[dict[str, object]]:
-        model = {"policy": {"path": f"{place}/model"}, "reference": {"init_args": {"folder": f"{place}/store"}}}
-        data = {"source": f"{place}/pairs", "batch_size": 4}
-        common = {"trainer": {"default_root_dir": f"{place}/runs"}, "config": [f"{place}/base.yaml"]}
+    def options(place: str) -> list[dict[str, Any]]:
+        model: dict[str, Any] = {
+            "policy": {"path": f"{place}/model"},
+            "reference": {"init_args": {"folder": f"{place}/store"}},
+        }
+        data: dict[str, Any] = {"source": f"{place}/pairs", "batch_size": 4}
+        common: dict[str, Any] = {"trainer": {"default_root_dir": f"{place}/runs"}, "config": [f"{place}/base.yaml"]}
         return [
             {"model": model, "data": data} | common,
             {"model": {"class_path": "Own", "init_args": model}, "data": {"class_path": "Own", "init_args": data}}

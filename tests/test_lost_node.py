@@ -75,7 +75,7 @@ def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three
     checkpoints = sorted((tmp_path / "lost").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     saved = next(path for path in reversed(checkpoints) if not path.is_symlink() and (path / "digests.json").is_file())
     step = int(saved.stem.rpartition("=")[2])
-    plain = ["--model.loss.beta", "0.5", "--trainer.max_steps", str(step + 5)]
+    plain = ["--model.loss.beta", "0.5", "--trainer.max_steps", str(step + 5), "--trainer.strategy.timeout", "0:05:00"]
     fits = {"whole": (1, 12, plain)}
     fits |= {f"on-{n}": (n, 12 // n, [*plain, "--ckpt_path", str(saved)]) for n in (1, 2, 3)}
     for name, (ranks, size, more) in fits.items():

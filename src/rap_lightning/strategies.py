@@ -156,6 +156,13 @@ def check_asked(strategy: Any, accelerator: Any) -> None:
     Args:
         strategy, accelerator: the trainer's options, as parsed.
     """
+    named = strategy if isinstance(strategy, str) else (strategy or {}).get("class_path", "")
+    short = str(named).rpartition(".")[2].lower()
+    if short in ("fsdp", "fsdp_cpu_offload", "fsdpstrategy"):
+        raise ConfigError(
+            f"--trainer.strategy {named}: torch's first FSDP packs weights so that the head's can't be read outside of "
+            "its own forward pass. Use --trainer.strategy fsdp2."
+        )
     if isinstance(strategy, str) and strategy.lower() not in ("auto", *StrategyRegistry):
         classes = [kind.__name__ for kind in (FSDP2, ModelParallelStrategy, DDPStrategy, DeepSpeedStrategy)]
         near = get_close_matches(
@@ -164,13 +171,6 @@ def check_asked(strategy: Any, accelerator: Any) -> None:
         raise ConfigError(
             f"--trainer.strategy {strategy}: no such strategy.{f' Did you mean {near[0]}?' if near else ''} Usual ones "
             f"are auto, ddp and fsdp2; or name a class ({', '.join(classes)}), or use an overlay of configs/strategy."
-        )
-    named = strategy if isinstance(strategy, str) else (strategy or {}).get("class_path", "")
-    short = str(named).rpartition(".")[2].lower()
-    if short.startswith("fsdp") and short != "fsdp2":
-        raise ConfigError(
-            f"--trainer.strategy {named}: torch's first FSDP packs weights so that the head's can't be read outside of "
-            "its own forward pass. Use --trainer.strategy fsdp2."
         )
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available() and not torch.backends.mps.is_available():
         raise ConfigError(
