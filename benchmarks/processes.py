@@ -88,7 +88,7 @@ def environment() -> dict[str, str]:
     }  # fmt: skip
 
 
-def start(cases: list[dict[str, Any]], ranks: int, folder: Path, limit: int = 400) -> None:
+def start(cases: list[dict[str, Any]], ranks: int, folder: Path, limit: int = 1500) -> None:
     """Fit the cases one after another in ``ranks`` processes, and wait."""
     if not cases:
         return
@@ -105,7 +105,7 @@ def can_two_hosts(script: Path = TWO_NODES) -> bool:
     return script.is_file() and os.geteuid() == 0 and shutil.which("ip") is not None
 
 
-def on_two_hosts(cases: list[dict[str, Any]], folder: Path, limit: int = 400, script: Path = TWO_NODES) -> None:
+def on_two_hosts(cases: list[dict[str, Any]], folder: Path, limit: int = 1500, script: Path = TWO_NODES) -> None:
     """The same on two network hosts, a process on each."""
     if not cases:
         return

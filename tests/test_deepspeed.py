@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
+from rap_lightning.callbacks import Guard
 from rap_lightning.deepspeed import refuse_in_config, refuse_in_trainer
 from rap_lightning.errors import ConfigError
 from rap_lightning.trainer_cli import parse_only
@@ -78,16 +79,18 @@ def test_a_trainer_made_in_python_is_looked_at_too() -> None:
             self.config = {"zero_optimization": zero}
 
     class Trainer:
-        def __init__(self, strategy: Any, budget: int | None = None) -> None:
-            self.strategy, self.accumulate_grad_batches = strategy, 1
+        def __init__(self, strategy: Any, budget: int | None = None, callbacks: list[Any] | None = None) -> None:
+            self.strategy, self.accumulate_grad_batches, self.callbacks = strategy, 1, callbacks or []
             self.datamodule = type("Data", (), {"token_budget": budget})()
 
     refuse_in_trainer(Trainer(DeepSpeedStrategy(stage=2)))
-    refuse_in_trainer(Trainer(object(), budget=100))
+    refuse_in_trainer(Trainer(DeepSpeedStrategy(stage=2), callbacks=[Guard()]))
+    refuse_in_trainer(Trainer(object(), budget=100, callbacks=[Guard(non_finite="skip")]))
     for trainer in (
         Trainer(DeepSpeedStrategy(stage=3)),
         Trainer(DeepSpeedStrategy(stage=2, offload_optimizer={"device": "cpu"})),
         Trainer(DeepSpeedStrategy(stage=2), budget=100),
+        Trainer(DeepSpeedStrategy(stage=2), callbacks=[Guard(non_finite="skip")]),
     ):
         with pytest.raises(ConfigError):
             refuse_in_trainer(trainer)

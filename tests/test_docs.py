@@ -109,7 +109,11 @@ def commands(text: str) -> list[list[str]]:
     return [parts for line in joined.splitlines() if (parts := shlex.split(line, comments=True))]
 
 
-STAND_INS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "tiny", "MODEL": "tiny"}
+STAND_INS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "tiny",
+    "MODEL": "tiny",
+    "dpo=runs/version_1": "dpo=runs/version_0/evaluation",  # a second run: the first one's evaluation alone
+}
 
 
 def small(args: list[str]) -> list[str]:

@@ -225,7 +225,7 @@ def test_predict_asks_with_the_ids_of_the_exported_template(runs: Path, pairs_fo
         module, data = build(runs / "model", pairs_folder, predict=Prompts(goal=goal), generation=once, max_length=400)
         make_trainer(tmp_path).predict(module, data)
         assert len(data._prompts) == 9
-        for prompt, row in data._prompts:
+        for prompt, row, _ in data._prompts:
             assert ids(exported, row["messages"], **options) == list(prompt)
 
 

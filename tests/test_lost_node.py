@@ -36,7 +36,7 @@ def options(base: dict[str, Any], root: Path, ranks: int, *more: str, batch_size
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three_processes(tmp_path: Path) -> None:
     if not processes.can_two_hosts():
         pytest.skip("two network hosts need root, iproute2 and shared/tools/two-nodes.sh")
@@ -47,12 +47,12 @@ def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three
         *options(base, tmp_path / "lost", 1, "--trainer.num_nodes", "2", *slow, "--trainer.max_steps", "900"),
     ]
     both = subprocess.Popen(
-        ["bash", str(processes.TWO_NODES), "-n", "1", "-t", "400", "--", *command],
+        ["bash", str(processes.TWO_NODES), "-n", "1", "-t", "1200", "--", *command],
         cwd=tmp_path, env=processes.environment() | {"PYTHON": sys.executable},
     )  # fmt: skip
     first = tmp_path / "node0.log"
     try:
-        until(lambda: re.search(r"step 7\b", first.read_text() if first.exists() else ""), 240, first)
+        until(lambda: re.search(r"step 7\b", first.read_text() if first.exists() else ""), 600, first)
         spaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.split()
         second = next(name for name in spaces if name == f"node{both.pid}-1")
         pids = subprocess.run(
@@ -62,9 +62,9 @@ def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three
         for pid in pids:
             os.kill(int(pid), signal.SIGKILL)
         killed = time.monotonic()
-        until(lambda: "error: " in first.read_text(), TIMEOUT + 30, first)
+        until(lambda: "error: " in first.read_text(), TIMEOUT + 60, first)
         print(f"said after {time.monotonic() - killed:.1f} s")
-        assert both.wait(60) != 0
+        assert both.wait(180) != 0
     finally:
         both.terminate()
     said = [line for line in first.read_text().splitlines() if line.startswith("error: ")]
@@ -82,7 +82,7 @@ def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three
         arguments = options(base, tmp_path / name, ranks, *more, batch_size=size)
         done = subprocess.run(
             [sys.executable, *FIT, *arguments], cwd=tmp_path, env=processes.environment(),
-            capture_output=True, text=True, timeout=400,
+            capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     whole = hf(tmp_path / "whole")

@@ -251,12 +251,21 @@ def test_a_config_without_a_model_and_a_folder_without_one(tiny: Path, tmp_path:
         (["--trainer.accelerator", "cpu", "--gpu", "l4"], "accelerator cpu"),
         (["--trainer.precision", "64-true"], "precisions"),
         (["--data.token_budget", "250"], "below the 300 tokens of one pair of 200"),
+        (["--data.token_budget", "250", "--prompt_share", "0.2"], "20% of it prompt"),
         (["--trainer.strategy", "deepspeed_stage_3"], "ZeRO stage 3"),
+        (["--trainer.devices", "two"], "expected a number, a list of them, or auto; found two"),
     ],
 )
 def test_options_that_contradict_each_other(tiny: Path, args: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         plan.run([*options(tiny), *args])
+
+
+@pytest.mark.parametrize(("devices", "ranks"), [("2", 2), ("0,", 1), ("0,1,3", 3), ("[0, 1]", 2), ("auto", 1)])
+def test_devices_are_counted_as_lightning_counts_them(
+    devices: str, ranks: int, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said(capsys, *options(tiny), "--trainer.devices", devices)[1]["ranks"] == ranks
 
 
 def test_gpus_have_plausible_figures() -> None:

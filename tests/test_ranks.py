@@ -15,7 +15,7 @@ import torch
 
 from test_stops import Run, context, kills, world  # noqa: F401
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 DDP = ["--trainer.strategy", "DDPStrategy", "--trainer.strategy.process_group_backend", "gloo"]
 FSDP2 = [
     "--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "2",

@@ -82,14 +82,14 @@ class Run:
         return self.log.read_text() if self.log.exists() else ""
 
     def wait_for(self, pattern: str) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not re.search(pattern, self.said):
             assert self.process.is_alive(), self.said[-2000:]
             assert time.monotonic() < end, self.said[-2000:]
             time.sleep(0.02)
 
     def end(self) -> int:
-        self.process.join(120)
+        self.process.join(300)
         assert self.process.exitcode is not None, "it hangs"
         return int(self.process.exitcode)
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import processes
 from processes import alone, differences, on_two_hosts, start, variants
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 ONE = {"ranks": 1, "strategy": "auto"}
 
 
@@ -41,7 +41,7 @@ def test_two_sharded_processes_equal_one(base: dict[str, Any], tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_every_strategy_layout_and_reference_equals_one_process(base: dict[str, Any], tmp_path: Path) -> None:
     all_of_them = variants(base)
     more = {name: all_of_them["tree-frozen"] | case for name, case in processes.MORE.items()}
@@ -62,7 +62,7 @@ def test_every_strategy_layout_and_reference_equals_one_process(base: dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_two_hosts_equal_one_process(base: dict[str, Any], tmp_path: Path) -> None:
     if not processes.can_two_hosts():
         pytest.skip("two network hosts need root, iproute2 and shared/tools/two-nodes.sh")
@@ -101,7 +101,7 @@ EQUAL_FILES = (
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("kind", ["full", "tied", "lora"])
 def test_a_checkpoint_of_any_strategy_exports_to_the_same_folder(
     kind: str, base: dict[str, Any], tmp_path: Path
@@ -156,7 +156,7 @@ def assert_same_folder(one: Path, other: Path, *, exactly: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_checkpoint_goes_on_on_one_two_and_three_processes(lora: bool, base: dict[str, Any], tmp_path: Path) -> None:
     """Within an epoch and at its end; with accumulation before and after; a last step of 10 pairs instead of 12."""

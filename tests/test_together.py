@@ -15,7 +15,7 @@ from conftest import ROOT, write_jsonl
 from test_ranks import Pair, arguments, start  # noqa: F401
 from test_stops import context, world  # noqa: F401
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(900)
 OVERLAYS = ROOT / "configs" / "strategy"
 FSDP2 = ["--trainer.strategy", "FSDP2", "--trainer.strategy.timeout", "0:00:12"]
 DDP = [
@@ -38,7 +38,7 @@ def test_an_error_of_one_rank_is_told_once_by_rank_zero(
     run = Pair(start, arguments(world, tmp_path / "run", "--model.loss", "poison.OnRank"), strategy)
     began = time.monotonic()
     codes = run.end()
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - began < 200
     assert 0 not in codes, run.said[-3000:]
     (error,) = errors(run.said)
     assert "error: rank 1 on" in error
@@ -90,7 +90,7 @@ def test_a_node_that_never_comes_is_named_by_those_that_did(start: Any, world: P
     run = Pair(start, arguments(world, tmp_path / "run"), DDP, nodes=2, alone=0)
     began = time.monotonic()
     assert run.ranks[0].end() == 2, run.said[-3000:]
-    assert time.monotonic() - began < 60, "the time-out is 12 s"
+    assert time.monotonic() - began < 150, "the time-out is 12 s"
     (error,) = errors(run.said)
     assert "1 of 2 processes came within 12 s; missing: rank 1." in error
     other = Pair(start, arguments(world, tmp_path / "run"), DDP, nodes=2, alone=1)
@@ -106,7 +106,7 @@ def test_a_node_that_is_lost_is_named_by_the_other(lost: int, start: Any, world:
     os.kill(run.ranks[lost].process.pid, signal.SIGKILL)
     began = time.monotonic()
     assert run.ranks[1 - lost].end() == 3, run.said[-3000:]
-    assert time.monotonic() - began < 60, "the time-out is 12 s"
+    assert time.monotonic() - began < 150, "the time-out is 12 s"
     (error,) = errors(run.said)
     assert f"rank {lost} on" in error
     assert "go on from its newest checkpoint with --ckpt_path" in error
@@ -152,6 +152,8 @@ def test_strategies_that_dont_fit_are_refused_before_a_process_is_started(
     assert "data_parallel_size 3 times tensor_parallel_size 1 isn't the 2 processes" in own
     unknown = refusal("--trainer.strategy", "fsdp3")
     assert "--trainer.strategy fsdp3: no such strategy. Did you mean fsdp2?" in unknown
+    for first in ("fsdp", "FSDPStrategy"):
+        assert "torch's first FSDP" in refusal("--trainer.strategy", first)
     for overlay in ("ddp", "fsdp2", "hsdp", "fsdp2-offload", "single"):
         error = refusal("--trainer.accelerator", "gpu", "-c", str(OVERLAYS / f"{overlay}.yaml"))
         assert "no GPU" in error

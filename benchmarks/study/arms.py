@@ -178,7 +178,9 @@ ARMS: dict[str, Arm] = {
 WAYS = ("ra-sft", "warm", "weight", "gap", "original")
 #: In all of these the best figure is read from what tuning chose.
 HEADLINE = ("dpo", "ra", "half", "dpo-2x", "ra-2x", "good", "sft", "chosen", "rejected", "never-swapped")
-#: The arms whose setting is chosen anew in more worlds, to see what hangs on that.
-CHECKED = (
-    "dpo", "ra", "dpo-2x", "ra-2x", "ra-sft", "original",
-)  # fmt: skip
+#: The arms whose setting is chosen anew in more worlds, to see what hangs on that: first these, for the dose-response,
+CHECKED = ("dpo", "ra", "dpo-2x", "ra-2x", "ra-sft", "original")
+#: and these as time allows.
+CHECKED_LAST = ("weight", "combination", "half", "good", "never-swapped", "sft")
+#: The third arm of the dose-response is the better of these in all tuning worlds.
+DOSED = ("ra-sft", "original")

@@ -87,8 +87,14 @@ class Results:
         return self.of("check", arm) or self.of("main", arm)
 
     def dosed(self, arm: str, knobs: str) -> dict[int, Line]:
-        """Lines by seed of the dose-response, whose settings are those chosen in all tuning worlds."""
-        return self.rechosen(arm) if knobs == "default" else self.of("knob", arm, knobs)
+        """Lines by seed of the dose-response, whose settings are those chosen in all tuning worlds.
+
+        Of the default world the seeds that others have too.
+        """
+        if knobs != "default":
+            return self.of("knob", arm, knobs)
+        seeds = {line["seed"] for line in self.lines if line["stage"] == "knob"}
+        return {seed: line for seed, line in self.rechosen(arm).items() if seed in seeds}
 
     def minus(
         self, arm: str, other: str, knobs: str = "default", other_condition: str | None = None

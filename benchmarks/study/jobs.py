@@ -19,8 +19,6 @@ GUIDED = ("base", "dpo", "ra", "sft", "ra-sft", "combination")
 PLAUSIBILITY = 0.1
 TEMPERATURES = (1.0, 0.7, 0.4, 0.0)
 GUIDED_PLAUSIBLY = ("base", "dpo", "ra-2x", "sft", "ra-sft")
-#: What the dose-response compares, at the settings chosen in the default world (all tuning worlds).
-DOSED = ("dpo", "ra", "BEST")
 
 
 @dataclass(frozen=True)
@@ -51,25 +49,35 @@ class Job:
 def slim(line: dict[str, Any]) -> dict[str, Any]:
     """The line as it is kept: without what no table reads, so that the file of results stays small.
 
-    Scores by prompt only as the arm is asked (of DPO at the best goal too); of tuning runs the figures of merit, and
-    what became of rejected responses.
+    Scores by prompt only as the arm is asked (of DPO at the best goal too), between the ends of the goals the mean
+    score alone; of tuning runs the figures of merit, and what became of rejected responses.
     """
-    best = f"{GOALS[-1]:g}"
-    kept = {**line, "conditions": {}} if "conditions" in line else dict(line)
+    best, tune = f"{GOALS[-1]:g}", line["stage"] == "tune"
+    kept = dict(line)
+    if "conditions" in line:
+        kept["conditions"] = {}
     for name, figures in line.get("conditions", {}).items():
-        rich = line["stage"] != "tune" and (name == line["asks"] or (name == best and line["arm"] == "dpo"))
-        short = ("score",) if line["stage"] == "tune" else (*figures,)
-        kept["conditions"][name] = {
-            key: [round(v, 1) for v in value] if key == "by_prompt" else value
-            for key, value in figures.items()
-            if key in short and (key != "by_prompt" or rich)
-        }
-    if line["stage"] == "tune" and "probe" in line:
+        rich = not tune and (name == line["asks"] or (name == best and line["arm"] == "dpo"))
+        wanted = ("score", "ten", "tokens", "base_nats_per_token", "by_prompt") if rich else ("score",)
+        kept["conditions"][name] = {key: _rounded(figures[key]) for key in wanted if key in figures}
+    if tune and "probe" in line:
         changes = line["probe"]["changes"]
         kept["probe"] = {"changes": {c: {"rejected": changes[c]["rejected"]} for c in ("none", "best")}}
     elif line["stage"] == "knob":
         kept.pop("probe", None)
+    if "seen" in line:
+        wanted_of = ("pairs", "training_pairs", "cut", "ways", "world")
+        kept["seen"] = {k: v for k, v in line["seen"].items() if k in wanted_of and not (tune and k != "ways")}
+    for name in ("guided", "cool"):
+        if name in line:
+            kept[name] = [{k: _rounded(v) for k, v in row.items() if k != "top"} for row in line[name]]
     return kept
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [round(v, 1) for v in value]
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def key_of(line: dict[str, Any]) -> str:
@@ -128,14 +136,11 @@ class Plan:
         return first, second
 
     def best_conditioned(self) -> str | None:
-        """Of the ways whose setting was chosen in all tuning worlds, the best there: the third of the dose-response."""
-        names = [name for name in self.arms.CHECKED if name in (*self.arms.WAYS, "combination")]
-        if self.size.arms is not None:
-            names = [name for name in names if name in (*self.size.arms, "combination")]
-        scores = {name: self.tuned(name, more=True) for name in names}
+        """The third arm of the dose-response: the better of two ways, chosen in all tuning worlds."""
+        scores = {name: self.tuned(name, more=True) for name in self.arms.DOSED}
         if any(score is None for score in scores.values()):
             return None
-        return max(names, key=lambda name: scores[name] or 0)
+        return max(scores, key=lambda name: scores[name] or 0)
 
     def waves(self) -> Iterable[list[Job]]:
         """All jobs that can be named by now, the most telling first."""
@@ -156,23 +161,24 @@ class Plan:
         yield self._main("combination")
         yield [Job("guide", arm, 0, "default", seed) for arm in GUIDED for seed in size.seeds]
         yield [Job("base", "base", 0, "default", seed) for seed in size.more_tuning]
-        checked = [arm for arm in self.arms.CHECKED if arm in (*names, "combination")]
-        for arm in checked:
-            yield self.trials(arm, more=True) if self.chosen(arm) is not None else []
-        for arm in checked:
-            again = self.chosen(arm, more=True)
-            if again is not None and again != self.chosen(arm):
-                yield [Job("check", arm, again, "default", seed) for seed in size.seeds]
+        yield from self._check([arm for arm in self.arms.CHECKED if arm in names])
         yield [Job("plausible", arm, 0, "default", seed) for arm in GUIDED_PLAUSIBLY for seed in size.seeds]
         for arm in rest:
             yield self.trials(arm)
         for arm in rest:
-            yield self._main(arm)[:3]
+            yield self._main(arm)
         few = size.seeds[: size.knob_seeds]
-        yield from self._knobs(few[:2])
-        for arm in rest:
-            yield self._main(arm)[3:]
-        yield from self._knobs(few[2:])
+        for seeds in (few[:2], few[2:]):  # every world twice before one is seen three times
+            yield from self._knobs(seeds)
+        yield from self._check([arm for arm in self.arms.CHECKED_LAST if arm in (*names, "combination")])
+
+    def _check(self, arms: list[str]) -> Iterable[list[Job]]:
+        for arm in arms:
+            yield self.trials(arm, more=True) if self.chosen(arm) is not None else []
+        for arm in arms:
+            again = self.chosen(arm, more=True)
+            if again is not None and again != self.chosen(arm):
+                yield [Job("check", arm, again, "default", seed) for seed in self.size.seeds]
 
     def _main(self, arm: str) -> list[Job]:
         trial = self.chosen(arm)
@@ -215,13 +221,10 @@ class Plan:
         size = self.size
         arms = len(size.arms or self.arms.ARMS) + 1
         guided = (len(GUIDED) + len(GUIDED_PLAUSIBLY)) * len(size.seeds)
-        knobs = (len(size.knobs) if size.knobs else len(KNOBS) - 1) * len(DOSED) * size.knob_seeds
-        return (
-            arms * (size.trials * len(size.tuning) + len(size.seeds))
-            + len((*size.tuning, *size.seeds))
-            + guided
-            + knobs
-        )
+        knobs = (len(size.knobs) if size.knobs else len(KNOBS) - 1) * 3 * size.knob_seeds
+        checked = len((*self.arms.CHECKED, *self.arms.CHECKED_LAST)) * size.trials * len(size.more_tuning)
+        worlds = len((*size.tuning, *size.more_tuning, *size.seeds))
+        return arms * (size.trials * len(size.tuning) + len(size.seeds)) + worlds + guided + knobs + checked
 
     def context(self, job: Job) -> dict[str, Any]:
         """What a job must know of the others: the combination's parts, the trials of arms that it needs."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.study.arms import ARMS
 from benchmarks.study.figures import Results, between
-from benchmarks.study.jobs import GUIDED, Plan
+from benchmarks.study.jobs import GUIDED, GUIDED_PLAUSIBLY, PLAUSIBILITY, Plan
 from benchmarks.study.settings import GOALS
 from benchmarks.study.worlds import KNOBS
 
@@ -99,28 +99,32 @@ def unlearning(pyplot: Any, results: Results, plan: Plan) -> Any:
 
 
 def guidance(pyplot: Any, results: Results, plan: Plan) -> Any:
-    """Score and fluency by guidance weight."""
+    """Score and fluency by guidance weight: above without a floor, below with one."""
     from benchmarks.study.report import guided
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), gridspec_kw={"wspace": 0.3})
-    drawn = 0
-    for arm, colour in zip(GUIDED, ("0.6", *COLOURS), strict=False):
-        rows = guided(results, arm)
-        for low, style in ((GOALS[0], "o-"), (None, "s--")):
-            mine = sorted(((w, f) for of, w, f in rows if of == low or w == 0), key=lambda one: one[0])
-            if len(mine) < 2:
-                continue
-            drawn += 1
-            weights = [w for w, _ in mine]
-            label = f"{short(arm)}, against {'goal 1' if low else 'no goal'}"
-            left.plot(weights, [f["score"] for _, f in mine], style, color=colour, markersize=4, label=label)
-            right.plot(weights, [f["base_nats_per_token"] for _, f in mine], style, color=colour, markersize=4)
-    left.set_ylabel("mean score at goal 10")
-    right.set_ylabel("log-probability under the base,\nnats per token")
-    for axes in (left, right):
+    figure, grid = pyplot.subplots(2, 2, figsize=(10, 6.5), gridspec_kw={"wspace": 0.3}, sharex=True)
+    colours = dict(zip(dict.fromkeys((*GUIDED, *GUIDED_PLAUSIBLY)), ("0.6", *COLOURS), strict=False))
+    drawn: set[str] = set()
+    kinds = (("guide", "no floor"), ("plausible", f"floor {PLAUSIBILITY:g}"))
+    for (left, right), (stage, floor) in zip(grid, kinds, strict=True):
+        for arm, colour in colours.items():
+            rows = guided(results, arm, stage)
+            for low, style in ((GOALS[0], "o-"), (None, "s--")):
+                mine = sorted(((w, f) for of, w, f in rows if of == low or w == 0), key=lambda one: one[0])
+                if len(mine) < 2:
+                    continue
+                weights = [w for w, _ in mine]
+                label = f"{short(arm)}, against {'goal 1' if low else 'no goal'}"
+                shown = {} if label in drawn else {"label": label}
+                drawn.add(label)
+                left.plot(weights, [f["score"] for _, f in mine], style, color=colour, markersize=4, **shown)
+                right.plot(weights, [f["base_nats_per_token"] for _, f in mine], style, color=colour, markersize=4)
+        left.set_ylabel(f"mean score at goal 10, {floor}")
+        right.set_ylabel("log-probability under the base,\nnats per token")
+    for axes in grid[1]:
         axes.set_xlabel("guidance weight")
     if drawn:
-        figure.legend(frameon=False, fontsize=7, loc="lower center", ncol=3, bbox_to_anchor=(0.5, -0.28))
+        figure.legend(frameon=False, fontsize=7, loc="lower center", ncol=3, bbox_to_anchor=(0.5, -0.08))
     return figure if drawn else None
 
 

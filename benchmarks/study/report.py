@@ -302,7 +302,7 @@ def guidance_table(results: Results) -> str:
 
 
 def temperature_table(results: Results) -> str:
-    """Mean score as each arm is asked, by the temperature of sampling, and in how many seeds it is above DPO's there."""
+    """Mean score as each arm is asked, by the temperature of sampling, and in how many seeds it is above DPO's."""
     dpo = results.of("plausible", "dpo")
     body = []
     for arm in GUIDED_PLAUSIBLY:

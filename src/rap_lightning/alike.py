@@ -14,9 +14,12 @@ OF_A_NODE = (
     "trainer.default_root_dir",
     "model.policy.path",
     "data.source",
-    "model.reference.init_args.folder",
+    "model.reference.folder",
 )
-"""Options that may differ from node to node: where things lie. What lies there is compared itself."""
+"""Options that may differ from node to node: where things lie. What lies there is compared itself.
+
+By their names without ``init_args``, which come in where a class is named.
+"""
 
 
 def versions() -> dict[str, str]:
@@ -39,7 +42,7 @@ def model_facts(path: str) -> dict[str, str]:
 
 def flat(options: Any, prefix: str = "") -> dict[str, str]:
     """Nested options as dotted names, without those that may differ from node to node."""
-    if prefix in OF_A_NODE:
+    if prefix.replace(".init_args", "") in OF_A_NODE:
         return {}
     if not isinstance(options, dict):
         return {prefix: re.sub(r" at 0x[0-9a-f]+", "", str(options))}  # where a process happens to hold a default

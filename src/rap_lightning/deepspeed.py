@@ -12,6 +12,12 @@ from rap_lightning.errors import ConfigError
 INSTEAD = "Use --trainer.strategy fsdp2, which shards the same and is tested with real processes"
 
 
+SKIPPING = (
+    "--guard.non_finite skip has no effect under DeepSpeed, which holds gradients where no step can be left out. "
+    f"Remove it. {INSTEAD}."
+)
+
+
 def refuse_in_config(options: Any) -> None:
     """Raise ConfigError where a command's parsed options ask of DeepSpeed what it can't do here.
 
@@ -40,10 +46,7 @@ def refuse_in_config(options: Any) -> None:
     budget = (data.get("init_args") or data).get("token_budget")
     refuse(stage, offload, budget is not None, int(trainer.get("accumulate_grad_batches") or 1))
     if (options.get("guard") or {}).get("non_finite") == "skip":
-        raise ConfigError(
-            "--guard.non_finite skip has no effect under DeepSpeed, which holds gradients where no step can be left "
-            f"out. Remove it. {INSTEAD}."
-        )
+        raise ConfigError(SKIPPING)
 
 
 def refuse(stage: int, offload: bool, in_passes: bool, accumulate: int) -> None:
@@ -90,3 +93,5 @@ def refuse_in_trainer(trainer: Any) -> None:
     data = getattr(trainer, "datamodule", None)
     in_passes = getattr(data, "token_budget", None) is not None
     refuse(int(zero.get("stage", 0)), offload, in_passes, trainer.accumulate_grad_batches)
+    if any(getattr(callback, "non_finite", None) == "skip" for callback in getattr(trainer, "callbacks", [])):
+        raise ConfigError(SKIPPING)

@@ -151,7 +151,7 @@ class FSDP2(ModelParallelStrategy):
 
 
 def check_asked(strategy: Any, accelerator: Any) -> None:
-    """Raise ConfigError for a strategy's name that doesn't exist, and for GPUs that aren't there.
+    """Raise ConfigError for a strategy that doesn't exist or can't work, and for GPUs that aren't there.
 
     Args:
         strategy, accelerator: the trainer's options, as parsed.
@@ -164,6 +164,13 @@ def check_asked(strategy: Any, accelerator: Any) -> None:
         raise ConfigError(
             f"--trainer.strategy {strategy}: no such strategy.{f' Did you mean {near[0]}?' if near else ''} Usual ones "
             f"are auto, ddp and fsdp2; or name a class ({', '.join(classes)}), or use an overlay of configs/strategy."
+        )
+    named = strategy if isinstance(strategy, str) else (strategy or {}).get("class_path", "")
+    short = str(named).rpartition(".")[2].lower()
+    if short.startswith("fsdp") and short != "fsdp2":
+        raise ConfigError(
+            f"--trainer.strategy {named}: torch's first FSDP packs weights so that the head's can't be read outside of "
+            "its own forward pass. Use --trainer.strategy fsdp2."
         )
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available() and not torch.backends.mps.is_available():
         raise ConfigError(

@@ -134,8 +134,9 @@ class _Plan:
         one = self._tokens_of_one(length)
         if one > budget:
             raise ConfigError(
-                f"--data.token_budget {budget:,} is below the {one:,} tokens of one pair of {length:,}, half of it "
-                "prompt. Raise it, lower --data.max_length, or plan for shorter pairs with --length."
+                f"--data.token_budget {budget:,} is below the {one:,} tokens of one pair of {length:,}, "
+                f"{self.own.prompt_share:.0%} of it prompt. Raise it, lower --data.max_length, or plan for shorter "
+                "pairs with --length."
             )
         count = min(pairs, budget // one)
         return count, -(-pairs // count)
@@ -353,8 +354,13 @@ def _devices(asked: Any) -> tuple[int, bool]:
     """Devices of a node, and whether their number is not said and taken to be 1."""
     if asked in (None, "auto", -1, "-1"):
         return 1, asked in ("auto", -1, "-1")
-    numbers = asked if isinstance(asked, list) else str(asked).split(",")
-    count = len(numbers) if isinstance(asked, list) or len(numbers) > 1 else int(numbers[0])
+    if isinstance(asked, list):
+        return len(asked), False
+    numbers = [number.strip() for number in str(asked).split(",")]
+    if not all(number.lstrip("-").isdigit() for number in numbers if number):
+        raise ConfigError(f"--trainer.devices: expected a number, a list of them, or auto; found {asked}")
+    # as Lightning reads it: "2" is two devices, "2," is the one of that number
+    count = int(numbers[0]) if len(numbers) == 1 else sum(number != "" for number in numbers)
     if count < 1:
         raise ConfigError(f"--trainer.devices must be at least 1, found {asked}")
     return count, False

@@ -64,7 +64,7 @@ class GoalGuidance:
         if not bool(self.mask[:, -1].all()):
             raise ConfigError("guidance: pad prompts on the left (padding_side='left'), so that they end together")
         self.model, self.weight, self.plausibility = model, weight, plausibility
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's wrapper takes *args
         self._takes = set(inspect.signature(base.forward).parameters)
         self.use_cache = use_cache and "past_key_values" in self._takes
         self._prompt: Tensor | None = None  # of the other stream: whose batch this is

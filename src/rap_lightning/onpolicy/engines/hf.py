@@ -212,4 +212,4 @@ class Transformers(Engine):
 
 
 def _causal_lm(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
