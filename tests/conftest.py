@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import random
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +279,11 @@ def real_pairs() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real sample data are not at {folder}")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _users_modules_are_forgotten() -> Iterator[None]:
+    """A file of a user's own (my_losses.py, my_rows.py) that a test imports is not the next test's."""
+    yield
+    for name in [name for name in sys.modules if name.startswith("my_")]:
+        del sys.modules[name]
