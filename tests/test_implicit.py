@@ -11,7 +11,7 @@ import torch
 
 from conftest import build, make_model, make_trainer, scored_rows, write_jsonl
 from rap_lightning import cli
-from rap_lightning.callbacks import ExportHF
+from rap_lightning.callbacks import ExportHF, LikelihoodProbe
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO
@@ -361,3 +361,17 @@ def test_models_that_can_give_no_reward_are_refused_in_words(tiny: Path, runs: d
             ImplicitReward(str(tiny), str(tiny), **wrong)
     with pytest.raises(ConfigError, match="max_length"):
         verdicts(Likelihood(str(tiny), max_length=10_000))
+
+
+def test_what_is_measured_during_fit_has_the_judges_rewards(tiny: Path, tmp_path: Path) -> None:
+    """As the training pairs have: data without scores have no others."""
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.jsonl", [{s: r[s] for s in ("chosen", "rejected")} for r in scored_rows(20)])
+    module, data = build(tiny, tmp_path / "data", rewards=Function(length_score, [1, 10]))
+    probe = LikelihoodProbe(pairs=20, bins=1, every_n_steps=1)
+    make_trainer(tmp_path / "run", max_steps=1, callbacks=[probe]).fit(module, data)
+    drawn = data.scored_pairs("train", 20, seed=0)
+    assert len(drawn) > 10
+    for pair in drawn:
+        prompt = next(turn["content"] for turn in reversed(pair.history) if turn["role"] == "user")
+        assert pair.rewards == tuple(length_score(prompt, text) for text in pair.responses)

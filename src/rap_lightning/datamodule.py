@@ -513,7 +513,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             raise ConfigError(f"the split {split} is a stream, which shows each pair once; name a --data.val_split.")
         found: dict[str, Pair] = {}
         for source in self._having(split):
-            table, _ = stored_pairs(source, split, self.rules, num_proc=self.num_proc)
+            table, _ = stored_pairs(source, split, self._rules(split), num_proc=self.num_proc)
             ids = table.select_columns(["id"])[:]["id"]
             first = {one: row for row, one in reversed(list(enumerate(ids)))}
             drawn = sorted(first, key=lambda one: hash_text(f"{seed} {one}"))[:limit]
