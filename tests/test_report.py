@@ -437,6 +437,24 @@ def test_config_differences_are_keys_as_flags_spell_them() -> None:
     assert differences([{"a": 1}, {"b": None}]) == [("a", ["1", "not set"]), ("b", ["not set", "null"])]
 
 
+def test_lines_that_say_too_little_are_counted_and_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [2.0, 5.0, 8.0])
+    (run / "samples.jsonl").write_text('{"goal": 1, "response": "of no step"}\n[1]\n', encoding="utf-8")
+    (run / "likelihood.jsonl").write_text('{"step": 1, "low": 1, "high": 4}\n', encoding="utf-8")
+    (run / "evaluation" / "samples.jsonl").write_text('{"goal": 1, "score": 3}\n\n{"prompt_id": "p', encoding="utf-8")
+    told = {note.partition(" left out")[0] for note in read_runs([str(run)])[0].notes if "jsonl" in note}
+    assert told == {"2 lines of samples.jsonl", "1 line of likelihood.jsonl", "2 lines of evaluation/samples.jsonl"}
+
+
+def test_an_evaluation_alone_has_no_samples_of_fit_to_miss(tmp_path: Path) -> None:
+    whole = make_run(tmp_path / "run", [2.0, 5.0, 8.0])
+    alone = (whole / "evaluation").rename(tmp_path / "alone")
+    (alone / "samples.jsonl").write_text('{"prompt_id": "p", "goal": 1, "score": 3, "greedy": false}\n')
+    (run,) = read_runs([str(alone)])
+    assert run.scores == {1.0: {"p": 3.0}}
+    assert not [note for note in run.notes if "jsonl" in note]
+
+
 def test_samples_are_the_first_of_each_goal_and_runs_stand_side_by_side(tmp_path: Path) -> None:
     one, two = make_run(tmp_path / "one", [2.0, 5.0, 8.0]), make_run(tmp_path / "two")
     lines = [{"step": s, "goal": g, "prompt": "List fruits.", "response": f"step {s}", "score": None, "tokens": 3}

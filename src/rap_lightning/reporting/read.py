@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from tqdm import tqdm
@@ -17,9 +17,10 @@ from tqdm import tqdm
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.reporting.curves import Curves, as_number, read_curves
 from rap_lightning.reporting.evaluation import Evaluation, Sample, read_evaluation, sample_of
-from rap_lightning.reporting.paired import Scores, read_scores
+from rap_lightning.reporting.paired import Scores, mean_scores, scored_of
 from rap_lightning.reporting.text import clean, counted
 
+T = TypeVar("T")
 MARKS = ("metrics.csv", "run.json", "evaluation/evaluation.json", "evaluation.json")
 """A folder with one of these is a run."""
 
@@ -184,8 +185,9 @@ def _run(folder: Path, name: str, index: int) -> Run:
     )
     if evaluated is not None:
         run.evaluation = read_evaluation(evaluated)
-        run.scores = read_scores(evaluated.with_name("samples.jsonl"))
-    _read_samples(run)
+        run.scores = mean_scores(_lines(run, evaluated.with_name("samples.jsonl"), scored_of))
+    if evaluated is None or evaluated.parent != folder:  # beside evaluation.json stand evaluate's samples, not fit's
+        _read_samples(run)
     _read_likelihood(run)
     _note(run)
     return run
@@ -225,9 +227,9 @@ def _load(run: Run, name: str) -> Any:
         return None
 
 
-def _lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
-    """The objects of a json-lines file; lines that are none are counted and noted."""
-    path, bad = run.folder / name, 0
+def _lines(run: Run, path: Path, read: Callable[[dict[str, Any]], T | None]) -> Iterator[T]:
+    """What ``read`` makes of the objects of a json-lines file; lines that are none, or say too little, are noted."""
+    bad = 0
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -236,38 +238,45 @@ def _lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
                 found = json.loads(line)
             except (ValueError, RecursionError):
                 found = None
-            if isinstance(found, dict):
-                yield found
+            made = read(found) if isinstance(found, dict) else None
+            if made is not None:
+                yield made
             elif line.strip():
                 bad += 1
     if bad:
+        name = path.relative_to(run.folder)
         run.notes.append(f"{counted(bad, 'line')} of {name} left out: not to be read, cut off perhaps")
 
 
 def _read_samples(run: Run) -> None:
-    sums: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    def step_and_sample(line: dict[str, Any]) -> tuple[int, Sample] | None:
+        step = as_number(line.get("step"))
+        return None if step is None else (int(step), sample_of(line))
+
+    scores: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     last = -1
-    for line in _lines(run, "samples.jsonl"):
-        step, goal, score = (as_number(line.get(key)) for key in ("step", "goal", "score"))
-        if step is None:
-            continue
-        if goal is not None and score is not None:
-            total = sums[int(step)][goal]
-            total[0], total[1] = total[0] + score, total[1] + 1
-        if int(step) > last:
-            last, run.samples = int(step), []
-        if int(step) == last:
-            run.samples.append(sample_of(line))
-    run.steering = {step: {g: s / n for g, (s, n) in sorted(by.items())} for step, by in sorted(sums.items())}
+    for step, sample in _lines(run, run.folder / "samples.jsonl", step_and_sample):
+        if sample.goal is not None and sample.score is not None:
+            scores[step][sample.goal].append(sample.score)
+        if step > last:
+            last, run.samples = step, []
+        if step == last:
+            run.samples.append(sample)
+    run.steering = {
+        step: {goal: sum(found) / len(found) for goal, found in sorted(by.items())}
+        for step, by in sorted(scores.items())
+    }
 
 
 def _read_likelihood(run: Run) -> None:
-    for line in _lines(run, "likelihood.jsonl"):
+    def probe(line: dict[str, Any]) -> Probe | None:
         numbers = [as_number(line.get(key)) for key in ("step", "low", "high", "change_nats")]
         if None in numbers:
-            continue
+            return None
         step, low, high, change = (float(value) for value in numbers if value is not None)
-        run.likelihood.append(Probe(int(step), str(line.get("condition")), str(line.get("role")), low, high, change))
+        return Probe(int(step), str(line.get("condition")), str(line.get("role")), low, high, change)
+
+    run.likelihood = list(_lines(run, run.folder / "likelihood.jsonl", probe))
 
 
 def as_dict(value: Any) -> dict[str, Any]:
