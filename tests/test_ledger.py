@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,42 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         target = tmp_path / "rows.jsonl"
     with pytest.raises(ConfigError, match="can't be written"), Ledger(target, {}):
         pass
+
+
+def _open_together(path: Path, settings: list[dict[str, Any]], shards: int) -> list[str]:
+    """What becomes of shards that begin at the same moment: "" where one could, else its error."""
+    barrier, found = threading.Barrier(shards), [""] * shards
+    done = threading.Barrier(shards)
+
+    def begin(shard: int) -> None:
+        ledger = Ledger(path, settings[shard], shard=shard, shards=shards)
+        barrier.wait()
+        try:
+            with ledger:
+                done.wait(10)
+        except ConfigError as error:
+            found[shard] = str(error)
+            done.abort()
+        except threading.BrokenBarrierError:
+            pass
+
+    threads = [threading.Thread(target=begin, args=(shard,)) for shard in range(shards)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_shards_that_begin_at_the_same_moment_do_not_refuse_each_other(tmp_path: Path) -> None:
+    for attempt in range(60):
+        assert _open_together(tmp_path / f"{attempt}.jsonl", [{"t": 1}] * 3, 3) == [""] * 3
+
+
+def test_of_shards_that_begin_at_once_with_other_settings_one_is_refused_and_leaves_no_record(tmp_path: Path) -> None:
+    for attempt in range(60):
+        path = tmp_path / f"{attempt}.jsonl"
+        found = _open_together(path, [{"t": 1}, {"t": 2}], 2)
+        assert any("was made with other settings" in text for text in found), attempt
+        for shard, text in enumerate(found):
+            assert meta_path(shard_path(path, shard, 2)).is_file() is not bool(text)

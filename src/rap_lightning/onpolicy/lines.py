@@ -64,10 +64,10 @@ def meta_path(path: Path) -> Path:
 def read_meta(path: Path) -> dict[str, Any]:
     """The record beside a file of rows; empty where there is none."""
     record = meta_path(path)
-    if not record.is_file():
-        return {}
     try:
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except ValueError as error:
         raise DataError(
             f"{record} is not JSON: {error}. It holds the settings that {path.name} was made with."
@@ -169,9 +169,15 @@ class Ledger:
             raise ConfigError(
                 f"{self.path} is being written by another process. Wait for it, or name another."
             ) from error
+        made_now = not self.path.stat().st_size and not meta_path(self.path).is_file()
         try:
-            for part in parts_of(self.base):
-                self._same_settings(part)
+            if not made_now:
+                self._same_settings(self.path)
+            else:  # before the others are looked at: of two shards that begin at once, one sees the other's record
+                write_json(meta_path(self.path), self._record())
+            for other in parts_of(self.base):
+                if other != self.path:
+                    self._same_settings(other)
             self._mend()
             for row in read_rows([self.path]):
                 self._add(row, self.path)
@@ -180,9 +186,15 @@ class Ledger:
                     self.done.update(str(row.get("id")) for row in read_rows([other], torn=True))
         except BaseException:
             self._file.close()
+            if made_now:
+                meta_path(self.path).unlink(missing_ok=True)
             raise
-        write_json(meta_path(self.path), {"settings": self.settings, **self.notes})
+        if not made_now:
+            write_json(meta_path(self.path), self._record())
         return self
+
+    def _record(self) -> dict[str, Any]:
+        return {"settings": self.settings, **self.notes}
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None, "entered first"
@@ -204,9 +216,9 @@ class Ledger:
         self.done.add(row["id"])
 
     def _same_settings(self, part: Path) -> None:
-        if part == self.path and not part.stat().st_size and not meta_path(part).is_file():
-            return  # made a moment ago
         found = read_meta(part).get("settings")
+        if found is None and part != self.path and not part.stat().st_size:
+            return  # opened a moment ago, and its process sees our record
         if found is None:
             raise ConfigError(
                 f"{part} is there already, and no record beside it says how it was made. Name another output, "
