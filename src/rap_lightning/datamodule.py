@@ -36,11 +36,10 @@ from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.select import Selection
-from rap_lightning.preferences.sources import Source, as_sources, having, splits_of
+from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having, splits_of
 from rap_lightning.preferences.stored import as_pair, stored_pairs
 from rap_lightning.progress import batches_done
 
-VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
 Prompt = tuple[list[int], dict[str, Any], list[int] | None]
 """Token ids at the goal, what is written beside the response, and with guidance the ids at the low goal."""
 FIRST_LOOK = 1000

@@ -11,7 +11,7 @@ from rap_lightning.commands import suites
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
-from rap_lightning.onpolicy.goals import read_record, template_of
+from rap_lightning.onpolicy.goals import template_of
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.measure.base import recorded_base, run_of
 from rap_lightning.onpolicy.measure.run import OF_LIKELIHOODS, OF_SAMPLES, PARTS, Part, Plan, evaluate_model
@@ -185,9 +185,7 @@ def _template(model: Model, template: GoalTemplate | None, goal_from: str | None
         if goal_from is not None:
             raise ConfigError("--goal_from has no effect beside --template; remove one of the two.")
         return template
-    record = model.record() if goal_from is None else read_record(goal_from)
-    if goal_from is not None and record is None:
-        raise ConfigError(f"--goal_from {goal_from}: no goal.json there")
+    record = model.record_or(goal_from)
     return None if record is None else template_of(record)
 
 

@@ -92,7 +92,7 @@ def generate(
         return in_processes(processes, [*command_line, "--processes", "1"])
     from rap_lightning.models.generate import Generation
     from rap_lightning.onpolicy.generate import Generator
-    from rap_lightning.onpolicy.goals import guided, read_record, resolve
+    from rap_lightning.onpolicy.goals import guided, resolve
     from rap_lightning.onpolicy.model import Model
     from rap_lightning.onpolicy.prompts import read_prompts
 
@@ -100,9 +100,7 @@ def generate(
     source = Model(model, revision, trust_remote_code)
     if template is not None and goal_from is not None:
         raise ConfigError("--goal_from has no effect beside --template; remove one of the two.")
-    record = source.record() if goal_from is None else read_record(goal_from)
-    if goal_from is not None and record is None:
-        raise ConfigError(f"--goal_from {goal_from}: no goal.json there")
+    record = source.record_or(goal_from)
     options = goal if isinstance(goal, list) else [goal]
     if set(options) == {"none"} and template is not None:
         raise ConfigError("--template has no effect with --goal none; remove one of the two.")

@@ -61,7 +61,7 @@ def answer_suite(
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
     from rap_lightning.models.generate import Generation
-    from rap_lightning.onpolicy.goals import read_record, resolve
+    from rap_lightning.onpolicy.goals import resolve
     from rap_lightning.onpolicy.model import Model
     from rap_lightning.onpolicy.suites import MTBench
     from rap_lightning.onpolicy.suites.base import Work
@@ -79,10 +79,7 @@ def answer_suite(
     if template is not None and (goal_from is not None or goal == "none"):
         raise ConfigError("--template has no effect beside --goal_from or --goal none; remove one of the two.")
     source = Model(model, revision, trust_remote_code)
-    record = source.record() if goal_from is None else read_record(goal_from)
-    if goal_from is not None and record is None:
-        raise ConfigError(f"--goal_from {goal_from}: no goal.json there")
-    asked = resolve(goal, record, template)
+    asked = resolve(goal, source.record_or(goal_from), template)
     folder = source.place.resolve().name if source.place.exists() else model.rstrip("/").rpartition("/")[2]
     own = name or re.sub(r"[^\w.-]", "-", folder + ("" if asked.printed is None else f"-goal-{asked.printed}"))
     print(f"{own}, goal: {'none' if asked.text is None else asked.text.splitlines()[-1]}")

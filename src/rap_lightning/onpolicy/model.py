@@ -56,6 +56,19 @@ class Model:
             return found
         return goals.read_record(self.path)
 
+    def record_or(self, goal_from: str | None) -> goals.Record | None:
+        """What the model knows of goals, or what the folder of ``--goal_from`` says instead.
+
+        Raises:
+            ConfigError: that folder says nothing.
+        """
+        if goal_from is None:
+            return self.record()
+        record = goals.read_record(goal_from)
+        if record is None:
+            raise ConfigError(f"--goal_from {goal_from}: no goal.json there")
+        return record
+
     def tokenizer(self) -> Any:
         """The tokenizer, its chat template without a goal of its own."""
         if self._tokenizer is None:

@@ -43,6 +43,10 @@ class Source:
                     raise ConfigError(f"source {self.path}: {name} has no effect on local files; leave it out.")
 
 
+VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
+"""What splits to validate on are usually called; the first that is there counts."""
+
+
 def as_sources(source: str | Sequence[Source]) -> list[Source]:
     """One path, or several sources."""
     sources = [Source(source)] if isinstance(source, str) else list(source)

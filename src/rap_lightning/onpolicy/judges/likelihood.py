@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.likelihood import Dtype, Likelihoods, batches_of
+from rap_lightning.onpolicy.likelihood import Dtype, Encoded, Likelihoods, batches_of
 from rap_lightning.onpolicy.model import Model, free_memory
 from rap_lightning.preferences.judge import Item, Judge, Verdict
 
@@ -68,21 +68,23 @@ class ImplicitReward(Judge):
 
     def judge(self, items: Sequence[Item]) -> Iterator[list[Verdict]]:
         """The longest first, through both models; an adapter's base is the same model with the adapter off."""
+        yield from self._judged(items)
+        free_memory()
+
+    def _judged(self, items: Sequence[Item]) -> Iterator[list[Verdict]]:
         trained = Likelihoods(self.source, self.dtype, self.max_length)
         trained.counts = self.counts
         base = self._base(trained)
-        for batch, refused in batches_of(items, trained.encode, self.batch_size):
-            verdicts = [Verdict(item.id, error=f"{problem.column}: {problem.reason}") for item, problem in refused]
-            if batch:
-                own = trained.logps(batch)
-                other = trained.logps(batch, adapter=False) if base is None else base.logps(batch)
-                verdicts += [
-                    Verdict(one.item.id, self.beta * (a - b), notes={"logratio": a - b, "tokens": len(one.response)})
-                    for one, a, b in zip(batch, own, other, strict=True)
-                ]
-            yield [_finite(verdict) for verdict in verdicts]
-        del trained, base
-        free_memory()
+
+        def verdicts(batch: list[Encoded]) -> list[Verdict]:
+            own = trained.logps(batch)
+            other = trained.logps(batch, adapter=False) if base is None else base.logps(batch)
+            return [
+                Verdict(one.item.id, self.beta * (a - b), notes={"logratio": a - b, "tokens": len(one.response)})
+                for one, a, b in zip(batch, own, other, strict=True)
+            ]
+
+        yield from _in_batches(items, trained, self.batch_size, verdicts)
 
     def _base(self, trained: Likelihoods) -> Likelihoods | None:
         """The reference; None where it is the trained model without its adapter."""
@@ -146,18 +148,31 @@ class Likelihood(Judge):
 
     def judge(self, items: Sequence[Item]) -> Iterator[list[Verdict]]:
         """The longest first."""
+        yield from self._judged(items)
+        free_memory()
+
+    def _judged(self, items: Sequence[Item]) -> Iterator[list[Verdict]]:
         model = Likelihoods(self.source, self.dtype, self.max_length)
         model.counts = self.counts
-        for batch, refused in batches_of(items, model.encode, self.batch_size):
-            verdicts = [Verdict(item.id, error=f"{problem.column}: {problem.reason}") for item, problem in refused]
-            if batch:
-                verdicts += [
-                    Verdict(one.item.id, nats / len(one.response), notes={"nats": nats, "tokens": len(one.response)})
-                    for one, nats in zip(batch, model.logps(batch), strict=True)
-                ]
-            yield [_finite(verdict) for verdict in verdicts]
-        del model
-        free_memory()
+
+        def verdicts(batch: list[Encoded]) -> list[Verdict]:
+            return [
+                Verdict(one.item.id, nats / len(one.response), notes={"nats": nats, "tokens": len(one.response)})
+                for one, nats in zip(batch, model.logps(batch), strict=True)
+            ]
+
+        yield from _in_batches(items, model, self.batch_size, verdicts)
+
+
+def _in_batches(
+    items: Sequence[Item], model: Likelihoods, size: int, verdicts: Callable[[list[Encoded]], list[Verdict]]
+) -> Iterator[list[Verdict]]:
+    """The verdicts of each batch; of items that the model can't take, why."""
+    for batch, refused in batches_of(items, model.encode, size):
+        yield [
+            *(Verdict(item.id, error=f"{problem.column}: {problem.reason}") for item, problem in refused),
+            *(_finite(verdict) for verdict in (verdicts(batch) if batch else ())),
+        ]
 
 
 def _finite(verdict: Verdict) -> Verdict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +17,8 @@ from rap_lightning.preferences.pairs import Message, Pair
 from rap_lightning.preferences.relabel import Relabelling
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.scales import LinearScale
-from rap_lightning.preferences.sources import Source, having, splits_among
+from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, having, splits_among
 
-HELD_OUT = ("validation", "valid", "val", "test_prefs", "test")
 TRAIN = "train"
 
 
@@ -107,7 +106,7 @@ def read_evaluated(
         num_proc: processes that share the reading.
     """
     splits = splits_among(sources)
-    name = split or next((one for one in HELD_OUT if one in splits), splits[0])
+    name = split or next((one for one in VALIDATION_NAMES if one in splits), splits[0])
     report = DataReport(", ".join(source.path for source in sources), name)
     pairs: dict[str, Pair] = {}
     for source in having(sources, name):
@@ -131,13 +130,21 @@ def read_seen(sources: Sequence[Source], rules: Rules, num_proc: int | None) -> 
     # ties show a reward too
     every = replace(rules, ties="chosen")
     for source in having(sources, TRAIN):
-        for pair in read_pairs(source, TRAIN, every, DataReport(source.path, TRAIN), num_proc=num_proc):
-            key = prompt_id_of(pair.history)
-            best[key] = max(best.get(key, -np.inf), pair.rewards[0])
+        pairs = read_pairs(source, TRAIN, every, DataReport(source.path, TRAIN), num_proc=num_proc)
+        best = best_rewards(pairs, best)
         rewards += rewards_of(source, TRAIN, rules, num_proc=num_proc)
     if not rewards:
         raise DataError(f"{', '.join(s.path for s in sources)} (split {TRAIN}): no reward.")
     return Seen(best, float(np.percentile(rewards, 99)), len(rewards), TRAIN)
+
+
+def best_rewards(pairs: Iterable[Pair], before: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Prompt id to the highest reward of its responses, in these pairs and before."""
+    best = dict(before or {})
+    for pair in pairs:
+        one = prompt_id_of(pair.history)
+        best[one] = max(best.get(one, -np.inf), pair.rewards[0])
+    return best
 
 
 def shown_prompt(history: Sequence[Message]) -> str:

@@ -203,10 +203,7 @@ def _of_samples(plan: Plan, sampled: Sampled, evaluated: data.Evaluated, seen: d
     if seen is not None:
         highest = plan.judge.scale[1] if plan.judge is not None and plan.judge.scale else np.inf
         highest = min(highest, plan.rules.goal.scale.judge_range[1])
-        known: dict[str, float] = {}
-        for pair in evaluated.pairs:
-            one = prompt_id_of(pair.history)
-            known[one] = max(known.get(one, -np.inf), pair.rewards[0])
+        known = data.best_rewards(evaluated.pairs)
         part = evaluation.extrapolation(drawn, plan.goals, seen.best, known, seen.p99, float(highest), plan.seed)
         of_prompts = sum(one in seen.best for one in evaluated.prompt_ids)
         document["extrapolation"] = part | {
