@@ -196,6 +196,17 @@ def make_model(folder: Path, family: str = "chatml", **options: Any) -> Path:
     return folder
 
 
+def called(*args: object) -> int:
+    """The exit code of a command line, in this process."""
+    from rap_lightning import cli
+
+    try:
+        cli.main(list(map(str, args)))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)

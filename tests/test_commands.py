@@ -12,22 +12,13 @@ from typing import Any
 import datasets
 import pytest
 
-from conftest import make_tokenizer, scored_rows, write_jsonl
-from rap_lightning import cli
+from conftest import called, make_tokenizer, scored_rows, write_jsonl
 from rap_lightning.commands.inspect import inspect, visible
 from rap_lightning.commands.relabel import relabel
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences import written
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from rap_lightning.preferences.scales import QuantileScale, RewardScale
-
-
-def called(*args: str) -> int:
-    try:
-        cli.main(list(args))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
+from conftest import build, called, make_model, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning import cli
 from rap_lightning.models.policy import PolicyConfig
 from rap_lightning.onpolicy.lines import Ledger, line_of
@@ -25,12 +26,7 @@ JUDGE = ["--judge", "Function", "--judge.function", "rigged.by_letters", "--judg
 FEW = ["--samples", 2, "--max_new_tokens", 6, "--engine", "Transformers", "--engine.batch_size", 8]
 
 
-def called(*args: object) -> int:
-    try:
-        cli.main(["evaluate", *map(str, args)])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+called = partial(called, "evaluate")
 
 
 def document(folder: Path) -> dict[str, Any]:

@@ -5,15 +5,15 @@ import shutil
 import sys
 import types
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import make_model, make_tokenizer, scored_rows, write_jsonl
+from conftest import called, make_model, make_tokenizer, scored_rows, write_jsonl
 from misbehaving import Server, echo, half, hang_up, raw, slow, status, unless
-from rap_lightning import cli
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.onpolicy import goals, http
 from rap_lightning.onpolicy.engines import Transformers
@@ -23,13 +23,7 @@ from rap_lightning.onpolicy.model import Model
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from rap_lightning.preferences.scales import LinearScale, RewardScale
 
-
-def called(*args: object) -> int:
-    try:
-        cli.main(["generate", *map(str, args)])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+called = partial(called, "generate")
 
 
 @pytest.fixture

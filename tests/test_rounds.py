@@ -10,21 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import ROOT, write_jsonl
-from rap_lightning import cli
+from conftest import ROOT, called, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy import fitting
 from rap_lightning.onpolicy.stages import Stages
 from rap_lightning.world.data import make_prompts
 from rap_lightning.world.make import make_world
-
-
-def called(*args: object) -> int:
-    try:
-        cli.main(list(map(str, args)))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

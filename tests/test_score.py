@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_tokenizer, write_jsonl
+from conftest import called, make_tokenizer, write_jsonl
 from misbehaving import Server, completion, hang_up, raw, says, status, unless
-from rap_lightning import cli
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy import http
 from rap_lightning.onpolicy.judges import RewardModel, rubric
@@ -17,14 +16,6 @@ from rap_lightning.onpolicy.judges.base import Item
 from rap_lightning.onpolicy.lines import read_meta
 
 GOOD = {"instruction_following": 4, "truthfulness": 5, "honesty": 3, "helpfulness": 4, "overall_score": 7.5}
-
-
-def called(*args: object) -> int:
-    try:
-        cli.main(list(map(str, args)))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -1,23 +1,17 @@
 """evaluate --suite: the files that the judges' own tools read."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import make_model, write_jsonl
-from rap_lightning import cli
+from conftest import called, make_model, write_jsonl
 from rap_lightning.onpolicy.suites.arena_hard import markdown_counts
 from rap_lightning.preferences.goals import OverallGoal
 
-
-def called(*args: object) -> int:
-    try:
-        cli.main(["evaluate", *map(str, args)])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+called = partial(called, "evaluate")
 
 
 @pytest.fixture(scope="module", params=["chatml", "gemma"])

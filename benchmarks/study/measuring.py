@@ -13,12 +13,13 @@ import torch
 from benchmarks.study.settings import BINS, GOALS, Size
 
 from rap_lightning.batches.encode import Encoder, Notes
+from rap_lightning.batches.layouts import lay_out_responses
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.evaluation import read_off
 from rap_lightning.evaluation.likelihoods import bin_numbers
 from rap_lightning.evaluation.statistics import curve_spearman, slope, spearman
 from rap_lightning.models.generate import Generation, generate, left_pad
-from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy import Policy, evaluating
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.world.rule import attributes, score
 
@@ -67,21 +68,12 @@ def logps(policy: Policy, asked: Sequence[tuple[Sequence[int], Sequence[int]]], 
     """Log-probability of each response after its prompt, in nats."""
     found = [0.0] * len(asked)
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]) + len(asked[i][1]))
-    model = policy.causal_lm.eval()
-    for first in range(0, len(order), at_once):
-        rows = order[first : first + at_once]
-        whole = [torch.tensor([*asked[i][0], *asked[i][1]]) for i in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)  # on the right: no mask is needed
-        place = torch.arange(ids.shape[1] - 1)
-        start = torch.tensor([len(asked[i][0]) for i in rows])[:, None] - 1
-        end = torch.tensor([len(row) for row in whole])[:, None] - 1
-        wanted = (place >= start) & (place < end)
-        hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
-        logits = model.lm_head(hidden[wanted])
-        tokens = logits.gather(1, ids[:, 1:][wanted][:, None])[:, 0] - logits.logsumexp(1)
-        sums = torch.zeros(wanted.shape).masked_scatter(wanted, tokens).sum(1)
-        for i, value in zip(rows, sums.tolist(), strict=True):
-            found[i] = value
+    with evaluating(policy):
+        for first in range(0, len(order), at_once):
+            rows = order[first : first + at_once]
+            batch = lay_out_responses([asked[i] for i in rows], pad_id=0)
+            for i, value in zip(rows, policy.logps(batch).tolist(), strict=True):
+                found[i] = value
     return found
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from pickle import UnpicklingError
 
 from rap_lightning import __version__
-from rap_lightning.errors import UserError
+from rap_lightning.errors import UserError, say
 
 HELP = f"""rap-lightning {__version__}: reward-augmented preference alignment on Lightning
 
@@ -121,8 +121,7 @@ def _is_lightnings_refusal(error: Exception) -> bool:
 
 
 def _fail(message: str) -> int:
-    sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    say(message)
     return 2
 
 

@@ -1,5 +1,13 @@
 """The errors a user can cause. The command line prints their text alone, without a traceback."""
 
+import sys
+
+
+def say(message: object) -> None:
+    """Print an error as the command line does: its text alone, after what was printed before it."""
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+
 
 class UserError(ValueError):
     """Something the user can mend. The text says what was expected, what was found, and what to do.

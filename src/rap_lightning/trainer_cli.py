@@ -285,10 +285,7 @@ def fit_parser() -> LightningArgumentParser:
     return parser
 
 
-class _ParserOnly(PreferenceCLI):
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
+class _ParserOnly(_ParseOnly):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = Namespace(subcommand="fit", fit=Namespace())
 

@@ -12,9 +12,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rap_lightning.callbacks.intervals import AtIntervals, Row
-from rap_lightning.callbacks.sampling import Goal, Judge, Sample, parts_of_fit, sample_at_goals
+from rap_lightning.callbacks.sampling import Goal, Judge, Sample, parts_of_fit, sample_at_goals, tell_watchdog
 from rap_lightning.callbacks.steering import SteeringTable
-from rap_lightning.callbacks.watchdog import Watchdog
 from rap_lightning.errors import ConfigError
 from rap_lightning.evaluation.statistics import curve_spearman
 from rap_lightning.preferences.grid import grid
@@ -77,7 +76,8 @@ class GoalSamples(AtIntervals):
         """Sample, and judge on rank zero."""
         ours, data = parts_of_fit(trainer, module, "GoalSamples")
         found = sample_at_goals(trainer, ours, data, self._histories, self._asked, self.seed, "GoalSamples")
-        self._tell_watchdog(trainer, found)
+        if not any(isinstance(callback, SteeringTable) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            tell_watchdog(trainer, found)  # a SteeringTable's samples are others, and may be longer
         if not trainer.is_global_zero:
             return [], {}
         rows = [
@@ -118,12 +118,3 @@ class GoalSamples(AtIntervals):
             shown = "  ".join(f"{name.split('/')[1]}: {value:.2f}" for name, value in scores_of.items())
             rank_zero_info(f"samples at step {step}, mean scores  {shown}")
         return metrics
-
-    def _tell_watchdog(self, trainer: pl.Trainer, found: dict[Goal, list[Sample]]) -> None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, SteeringTable) for callback in callbacks):
-            return  # whose samples are others, and may be longer
-        lengths = [one.tokens for samples in found.values() for one in samples]
-        for callback in callbacks:
-            if isinstance(callback, Watchdog):
-                callback.saw_samples(lengths, trainer.global_step)

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from rap_lightning.callbacks.folders import run_folder
+from rap_lightning.callbacks.sampling import log_now
 from rap_lightning.errors import ConfigError
 from rap_lightning.module import PreferenceModule
 
@@ -82,9 +83,7 @@ class AtIntervals(pl.Callback):
             rows, metrics = self.measure(trainer, module)
             if trainer.is_global_zero:
                 _append(run_folder(trainer) / self.file, [{"step": trainer.global_step, **row} for row in rows])
-                for logger in trainer.loggers if metrics else []:
-                    logger.log_metrics(metrics, step=trainer.global_step)
-                    logger.save()
+                log_now(trainer, metrics)
             self._measured = trainer.global_step
 
     def _take_back(self, path: Path, step: int) -> None:

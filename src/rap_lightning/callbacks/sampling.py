@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from rap_lightning.callbacks.ranks import gathered
+from rap_lightning.callbacks.watchdog import Watchdog
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.generate import generate
@@ -42,6 +43,21 @@ def parts_of_fit(
     if not isinstance(data, PreferenceDataModule) or not isinstance(module, PreferenceModule):
         raise ConfigError(f"{name} needs a PreferenceModule and a PreferenceDataModule; remove it from the callbacks.")
     return module, data
+
+
+def tell_watchdog(trainer: pl.Trainer, found: Mapping[Any, Sequence[Sample]]) -> None:
+    """The lengths of samples by goal, to whom it concerns."""
+    lengths = [one.tokens for samples in found.values() for one in samples]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Watchdog):
+            callback.saw_samples(lengths, trainer.global_step)
+
+
+def log_now(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """To every logger, on disk at once: a run may be killed before its next line."""
+    for logger in trainer.loggers if metrics else ():
+        logger.log_metrics(dict(metrics), step=trainer.global_step)
+        logger.save()
 
 
 def sample_at_goals(

@@ -16,8 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rap_lightning.callbacks.folders import run_folder
-from rap_lightning.callbacks.sampling import Judge, Sample, parts_of_fit, sample_at_goals
-from rap_lightning.callbacks.watchdog import Watchdog
+from rap_lightning.callbacks.sampling import Judge, Sample, log_now, parts_of_fit, sample_at_goals, tell_watchdog
 from rap_lightning.errors import ConfigError
 
 FILE = "steering.json"
@@ -86,10 +85,7 @@ class SteeringTable(pl.Callback):
         distinct = data.histories()
         histories = [distinct[i % len(distinct)] for i in range(self.samples)]
         found = sample_at_goals(trainer, ours, data, histories, self.goals, self.seed, "SteeringTable")
-        lengths = [one.tokens for samples in found.values() for one in samples]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Watchdog):
-                callback.saw_samples(lengths, trainer.global_step)
+        tell_watchdog(trainer, found)
         return {goal: [(one.prompt, one.text, self._score(one)) for one in found[goal]] for goal in self.goals}
 
     def _score(self, sample: Sample) -> float:
@@ -162,10 +158,7 @@ class SteeringTable(pl.Callback):
         console = Console(width=None if Console().is_terminal else 120)
         console.print(table)
         console.print(f"The samples answer: {escape(prompt_of_first)}", highlight=False)
-        logged = {f"steering/goal-{goal:g}": fmean(self.after[goal]) for goal in self.goals}
-        for logger in trainer.loggers:
-            logger.log_metrics(logged, step=trainer.global_step)
-            logger.save()
+        log_now(trainer, {f"steering/goal-{goal:g}": fmean(self.after[goal]) for goal in self.goals})
 
 
 def _figures(scores: list[float]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
 from rap_lightning.commands.options import run as run_function
-from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.errors import ConfigError, DataError, say
 from rap_lightning.preferences.census import Census
 from rap_lightning.preferences.chat import with_goal
 from rap_lightning.preferences.columns import PairColumns
@@ -35,8 +35,7 @@ def run(args: list[str]) -> int:
     try:
         return int(run_function(inspect, args, "inspect", flags=("json",)))
     except DataError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        say(error)
         return 1
 
 

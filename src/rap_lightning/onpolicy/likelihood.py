@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.model import Model
+from rap_lightning.onpolicy.model import Model, weights_dtype
 from rap_lightning.preferences.judge import Item
 from rap_lightning.preferences.pairs import BadRow
 
@@ -47,9 +47,8 @@ class Likelihoods:
         if max_length is not None and not 2 <= max_length <= context:
             raise ConfigError(f"max_length must be from 2 to the {context:,} tokens that {model.path} takes")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        default = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.encoder = Encoder(model.tokenizer(), None, max_length or context)
-        self.policy = Policy(model.load(getattr(torch, dtype) if dtype else default, device)).requires_grad_(False)
+        self.policy = Policy(model.load(weights_dtype(dtype, device), device)).requires_grad_(False)
         check_head(self.policy)
         self.counts: Counter[str] = Counter()
 

@@ -183,6 +183,15 @@ class Model:
         return PeftModel.from_pretrained(base, str(self.place))
 
 
+def weights_dtype(name: str | None, device: Any) -> Any:
+    """The dtype by its name; by default bfloat16 on an accelerator and float32 on a CPU."""
+    import torch
+
+    if name is not None:
+        return getattr(torch, name)
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def free_memory() -> None:
     """Give memory that nothing uses any more back, an accelerator's too: the next stage is another process."""
     import gc

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ from rap_lightning.preferences.seen import Seen
 from rap_lightning.preferences.select import BestVsRandom, Selection
 from rap_lightning.preferences.sources import Source, chunks_of
 
+T = TypeVar("T")
 EXCHANGED = "score_chosen below score_rejected, exchanged so that the higher reward wins"
 LOOK = 1000  # rows that the format is found by
 TIE = "tie: both scores print as the same goal"
@@ -693,37 +694,14 @@ def fit_scale(rules: Rules, sources: Sequence[Source], split: str, *, num_proc: 
 
 def rewards_of(source: Source, split: str, rules: Rules, *, num_proc: int | None = None) -> list[float]:
     """The rewards of all responses that can be used, to fit a scale on; in the judge's units."""
-    open_scale = replace(rules, goal=None, relabelling=Relabelling("none"), ties="drop", outside_scale="error")
-    report = DataReport(source.path, split)
-    row_format, chunks = _opened(source, split, rules)
-    rewards: list[float] = []
-    work = partial(_rewards, rules=open_scale, row_format=row_format)
-    for part, values in in_order(work, chunks, num_proc):
-        report.add(part)
-        refuse_faults(report)
-        rewards += values
+    open_scale = replace(
+        rules, goal=None, relabelling=Relabelling("none"), ties="drop", outside_scale="error", bad_rows="drop"
+    )
+    parts = _each(source, split, rules, partial(_taken, rules=open_scale, take=_rewards), num_proc)
+    rewards = [reward for part in parts for reward in part]
     if not rewards:
         raise DataError(f"{source.path} (split {split}): no reward to fit the scale on.")
     return rewards
-
-
-def _rewards(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> tuple[DataReport, list[float]]:
-    report, rewards = DataReport("", ""), []
-    for number, rows in _groups(chunk, rules, row_format):
-        try:
-            if isinstance(rows, BadRow):
-                raise rows
-            rewards += [response.reward for response in _read(rows, rules, row_format).responses]
-        except BadRow as problem:
-            if problem.stops:
-                report.problem("faults", problem, chunk.place(number))
-    return report, rewards
-
-
-def _read(rows: list[Row], rules: Rules, row_format: RowFormat) -> Judged:
-    """A row's conversation and responses, with the rewards that count."""
-    judged = row_format.read(rows)
-    return judged if rules.rewards is None else rules.rewards.rate(judged)
 
 
 def read_judged(source: Source, split: str, rules: Rules, *, num_proc: int | None = None) -> Iterator[Judged]:
@@ -732,25 +710,50 @@ def read_judged(source: Source, split: str, rules: Rules, *, num_proc: int | Non
     Raises:
         DataError: a source that can't be read, rows of no known format, or a fault.
     """
+    for part in _each(source, split, rules, partial(_taken, rules=rules, take=_whole), num_proc):
+        yield from part
+
+
+def _each(
+    source: Source, split: str, rules: Rules, work: Callable[..., tuple[DataReport, list[T]]], num_proc: int | None
+) -> Iterator[list[T]]:
+    """What is made of each chunk of a split; raises at the first fault."""
     report = DataReport(source.path, split)
     row_format, chunks = _opened(source, split, rules)
-    for part, judged in in_order(partial(_judged, rules=rules, row_format=row_format), chunks, num_proc):
+    for part, found in in_order(partial(work, row_format=row_format), chunks, num_proc):
         report.add(part)
         refuse_faults(report)
-        yield from judged
+        yield found
 
 
-def _judged(chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat) -> tuple[DataReport, list[Judged]]:
-    report, found = DataReport("", ""), []
+def _taken(
+    chunk: Chunk | _Rows, rules: Rules, row_format: RowFormat, take: Callable[[Judged], list[T]]
+) -> tuple[DataReport, list[T]]:
+    """What is wanted of each conversation: processes hand over no more than that."""
+    report, found = DataReport("", ""), list[T]()
     for number, rows in _groups(chunk, rules, row_format):
         try:
             if isinstance(rows, BadRow):
                 raise rows
-            found.append(_read(rows, rules, row_format))
+            found += take(_read(rows, rules, row_format))
         except BadRow as problem:
             if problem.stops or (rules.bad_rows == "error" and not problem.by_choice):
                 report.problem("faults", problem, chunk.place(number))
     return report, found
+
+
+def _rewards(judged: Judged) -> list[float]:
+    return [response.reward for response in judged.responses]
+
+
+def _whole(judged: Judged) -> list[Judged]:
+    return [judged]
+
+
+def _read(rows: list[Row], rules: Rules, row_format: RowFormat) -> Judged:
+    """A row's conversation and responses, with the rewards that count."""
+    judged = row_format.read(rows)
+    return judged if rules.rewards is None else rules.rewards.rate(judged)
 
 
 def key_of(rules: Rules, prints: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines.base import Engine
-from rap_lightning.onpolicy.model import Model, free_memory
+from rap_lightning.onpolicy.model import Model, free_memory, weights_dtype
 from rap_lightning.onpolicy.requests import Answer, Request, chunks_by_length
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class Transformers(Engine):
             device = torch.device("cuda", rank % torch.cuda.device_count())
         elif torch.backends.mps.is_available():
             device = torch.device("mps")
-        default = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self._model = model.load(getattr(torch, self.dtype) if self.dtype else default, device)
+        self._model = model.load(weights_dtype(self.dtype, device), device)
         if self.attn_implementation:
             try:
                 self._model.set_attn_implementation(self.attn_implementation)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.judges.base import Item, Judge, Verdict, declared
-from rap_lightning.onpolicy.model import Model, free_memory
+from rap_lightning.onpolicy.model import Model, free_memory, weights_dtype
 from rap_lightning.preferences.pairs import BadRow
 
 OVERALL = "overall_score"
@@ -107,7 +107,7 @@ class RewardModel(Judge):
         path = self.source.path
         options = {"revision": self.source.revision, "trust_remote_code": self.source.trust_remote_code}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, self.dtype) if self.dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = weights_dtype(self.dtype, device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
             model = AutoModelForSequenceClassification.from_pretrained(

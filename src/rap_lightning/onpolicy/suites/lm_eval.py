@@ -9,6 +9,7 @@ from typing import Any
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.lines import write_json, write_whole
+from rap_lightning.onpolicy.model import weights_dtype
 from rap_lightning.onpolicy.suites.base import Suite, Work
 from rap_lightning.preferences.chat import resolve_placement, shows_system, with_goal
 
@@ -101,8 +102,7 @@ class LMEval(Suite):
                 return str(super().apply_chat_template(turns, add_generation_prompt))
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        default = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model = work.model.load(getattr(torch, self.dtype) if self.dtype else default, device)
+        model = work.model.load(weights_dtype(self.dtype, device), device)
         kind = HFLM if goal is None else BeforeUser
         return kind(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, backend="causal")
 
