@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -97,25 +96,15 @@ def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id
         for e in examples
         for response in (e.chosen_ids, e.rejected_ids)
     ]
-    laid = layout.lay(sequences, pad_id)
-    cut = list(zip(sequences, prompts, laid.places, strict=True))
     return Batch(
-        input_ids=laid.input_ids,
-        position_ids=laid.position_ids,
-        attention_mask=laid.attention_mask,
-        forest=laid.forest,
-        # the prompt's last token predicts the response's first
-        predict_from=torch.cat([places[prompt - 1 : -1] for _, prompt, places in cut]),
-        target=torch.cat([torch.from_numpy(ids[prompt:]) for ids, prompt, _ in cut]),
-        segment=torch.cat([torch.full((len(ids) - prompt,), s) for s, (ids, prompt, _) in enumerate(cut)]),
-        lengths=torch.tensor(list(chain.from_iterable((len(e.chosen_ids), len(e.rejected_ids)) for e in examples))),
+        **_laid_out(layout, sequences, prompts, pad_id),
         rewards=torch.tensor([e.rewards for e in examples], dtype=torch.float32),
         origin=torch.tensor([e.origin for e in examples]),
         weights=torch.tensor(plan.weights, dtype=torch.float32),
         step_pairs=plan.step_pairs,
         loss_weights=torch.tensor(plan.loss_weights, dtype=torch.float32),
         step_weight=plan.step_weight,
-        digests=tuple(_digest(ids, prompt) for ids, prompt, _ in cut),
+        digests=tuple(_digest(ids, prompt) for ids, prompt in zip(sequences, prompts, strict=True)),
         pair_ids=tuple(e.pair_id for e in examples),
         goals=tuple(e.goal for e in examples),
     )
@@ -127,18 +116,30 @@ def lay_out_responses(responses: Sequence[tuple[Sequence[int], Sequence[int]]], 
     Segment i is response i, and ``lengths`` [n] are theirs; there are no pairs, so what belongs to pairs is empty.
     """
     sequences = [np.asarray([*prompt, *response], dtype=np.int64) for prompt, response in responses]
-    laid = _padded(sequences, pad_id)
-    cut = [(ids, len(one[0]), places) for ids, one, places in zip(sequences, responses, laid.places, strict=True)]
+    prompts = [len(prompt) for prompt, _ in responses]
     nothing = torch.zeros(0)
     return Batch(
-        input_ids=laid.input_ids, position_ids=laid.position_ids, attention_mask=laid.attention_mask, forest=None,
-        predict_from=torch.cat([places[prompt - 1 : -1] for _, prompt, places in cut]),
-        target=torch.cat([torch.from_numpy(ids[prompt:]) for ids, prompt, _ in cut]),
-        segment=torch.cat([torch.full((len(ids) - prompt,), s) for s, (ids, prompt, _) in enumerate(cut)]),
-        lengths=torch.tensor([len(response) for _, response in responses]),
+        **_laid_out(LAYOUTS["padded"], sequences, prompts, pad_id),
         rewards=nothing, origin=nothing, weights=nothing, step_pairs=0, loss_weights=nothing, step_weight=0.0,
         digests=(), pair_ids=(), goals=(),
     )  # fmt: skip
+
+
+def _laid_out(layout: Layout, sequences: Sequence[Ids], prompts: Sequence[int], pad_id: int) -> dict[str, Any]:
+    """What a Batch says of responses: sequence s is segment s, and its first ``prompts[s]`` tokens are the prompt's."""
+    laid = layout.lay(sequences, pad_id)
+    cut = list(zip(sequences, prompts, laid.places, strict=True))
+    return {
+        "input_ids": laid.input_ids,
+        "position_ids": laid.position_ids,
+        "attention_mask": laid.attention_mask,
+        "forest": laid.forest,
+        # the prompt's last token predicts the response's first
+        "predict_from": torch.cat([places[prompt - 1 : -1] for _, prompt, places in cut]),
+        "target": torch.cat([torch.from_numpy(ids[prompt:]) for ids, prompt, _ in cut]),
+        "segment": torch.cat([torch.full((len(ids) - prompt,), s) for s, (ids, prompt, _) in enumerate(cut)]),
+        "lengths": torch.tensor([len(ids) - prompt for ids, prompt, _ in cut]),
+    }
 
 
 def _digest(ids: Any, prompt: int) -> bytes:
