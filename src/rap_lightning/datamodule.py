@@ -146,39 +146,17 @@ class PreferenceDataModule(pl.LightningDataModule):
         predict: Prompts = Prompts(),  # noqa: B008
     ) -> None:
         super().__init__()
-        least: dict[str, tuple[int | None, int]] = {
-            "max_length": (max_length, 1), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0),
-            "token_budget": (token_budget, 1), "num_proc": (num_proc, 1), "predict.limit": (predict.limit, 1),
-            "shuffle_buffer": (shuffle_buffer, 1),
-        }  # fmt: skip
-        for name, (value, lowest) in least.items():
-            if value is not None and value < lowest:
-                raise ConfigError(f"--data.{name} must be at least {lowest}, found {value}")
-        if shuffle_buffer is not None and not streaming:
-            raise ConfigError("--data.shuffle_buffer has no effect without --data.streaming true; remove it.")
+        _check_least(
+            max_length=(max_length, 1), batch_size=(batch_size, 1), num_workers=(num_workers, 0),
+            token_budget=(token_budget, 1), num_proc=(num_proc, 1), shuffle_buffer=(shuffle_buffer, 1),
+            **{"predict.limit": (predict.limit, 1)},
+        )  # fmt: skip
         self.rewards, goal = rewards, rated_goal(rewards, goal)
-        if streaming and rewards is not None:
-            raise ConfigError(
-                f"--data.rewards {type(rewards).__name__} looks at all data before the first step, and a stream is "
-                "read while training on it. Score it beforehand: rap-lightning score."
-            )
-        if streaming and goal is not None and goal.scale.needs_fit:
-            raise ConfigError(
-                f"--data.goal.scale: {type(goal.scale).__name__} is fitted on the training split, which a stream shows "
-                "only once. Give its numbers (rap-lightning inspect prints those of a sample)."
-            )
-        if streaming and token_budget is not None:
-            raise ConfigError(
-                "--data.token_budget needs to know the length of every pair, which a stream doesn't tell: set a "
-                "smaller --data.batch_size and more --trainer.accumulate_grad_batches instead."
-            )
-        if streaming and filters.repeats == "drop":
-            raise ConfigError("--data.filters.repeats drop has no effect on a stream, whose rows are read one by one.")
-        if goal is None and predict.goal is not None:
-            raise ConfigError("--data.predict.goal has no effect with --data.goal null; remove one of the two.")
-        if goal is not None and predict.goal is not None and not goal.scale.low <= predict.goal <= goal.scale.high:
-            scale = f"the scale from {goal.scale.low:g} to {goal.scale.high:g}"
-            raise ConfigError(f"--data.predict.goal must lie on {scale}, found {predict.goal:g}")
+        if streaming:
+            _check_stream(rewards, goal, filters, token_budget)
+        elif shuffle_buffer is not None:
+            raise ConfigError("--data.shuffle_buffer has no effect without --data.streaming true; remove it.")
+        _check_predicted(predict.goal, goal)
         self.sources, self.goal = as_sources(source), goal
         self.relabelling = Relabelling.of(relabel, goal, keep_original, seed)
         self.rejected_weight = rejected_weight
@@ -549,3 +527,44 @@ class PreferenceDataModule(pl.LightningDataModule):
             return list(zip(prompts, records, self._encode_prompts(histories, text), strict=True))
         except BadRow as problem:
             raise DataError(f"{source or self._named()}: a prompt can't be written: {problem.reason}") from problem
+
+
+def _check_least(**least: tuple[int | None, int]) -> None:
+    """Options by name: the value, and the lowest that it may have."""
+    for name, (value, lowest) in least.items():
+        if value is not None and value < lowest:
+            raise ConfigError(f"--data.{name} must be at least {lowest}, found {value}")
+
+
+def _check_stream(
+    rewards: Judge | None, goal: GoalTemplate | None, filters: Filters, token_budget: int | None
+) -> None:  # fmt: skip
+    """A stream shows each row once, and no row before the first step."""
+    if rewards is not None:
+        raise ConfigError(
+            f"--data.rewards {type(rewards).__name__} looks at all data before the first step, and a stream is "
+            "read while training on it. Score it beforehand: rap-lightning score."
+        )
+    if goal is not None and goal.scale.needs_fit:
+        raise ConfigError(
+            f"--data.goal.scale: {type(goal.scale).__name__} is fitted on the training split, which a stream shows "
+            "only once. Give its numbers (rap-lightning inspect prints those of a sample)."
+        )
+    if token_budget is not None:
+        raise ConfigError(
+            "--data.token_budget needs to know the length of every pair, which a stream doesn't tell: set a "
+            "smaller --data.batch_size and more --trainer.accumulate_grad_batches instead."
+        )
+    if filters.repeats == "drop":
+        raise ConfigError("--data.filters.repeats drop has no effect on a stream, whose rows are read one by one.")
+
+
+def _check_predicted(asked: float | None, goal: GoalTemplate | None) -> None:
+    """The goal that ``predict`` asks for is one of the scale."""
+    if asked is None:
+        return
+    if goal is None:
+        raise ConfigError("--data.predict.goal has no effect with --data.goal null; remove one of the two.")
+    if not goal.scale.low <= asked <= goal.scale.high:
+        scale = f"the scale from {goal.scale.low:g} to {goal.scale.high:g}"
+        raise ConfigError(f"--data.predict.goal must lie on {scale}, found {asked:g}")

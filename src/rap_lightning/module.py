@@ -149,21 +149,8 @@ class PreferenceModule(pl.LightningModule):
         if self.policy is not None:
             return
         self._check_data()
-        dtype, plugin = self.policy_config.resolve_dtype(), self.trainer.precision_plugin
-        if isinstance(plugin, HalfPrecision) and dtype != plugin._desired_input_dtype:
-            raise ConfigError(
-                f"--model.policy.dtype {self.policy_config.dtype} has no effect with --trainer.precision "
-                f"{plugin.precision}, which converts all weights. Remove one of the two."
-            )
-        sharding = self._sharding()
-        if sharding is not None:
-            self.policy, whole = load_sharded(self.policy_config, dtype, sharding, trained=True)
-            if whole:
-                rank_zero_info(f"{self.policy_config.path} is loaded whole by each process, then sharded: {whole}.")
-        else:
-            self.policy = self.policy_config.build(dtype)
-            if isinstance(plugin, HalfPrecision):  # Lightning converts later, and references copy the policy now
-                plugin.convert_module(self.policy)
+        dtype, sharding = self.policy_config.resolve_dtype(), self._sharding()
+        self.policy = self._load_policy(dtype, sharding)
         if self.policy.has_adapter:
             self._digests["base"] = base_digest(self.policy)
         if (adapter := self.policy_config.adapter) is not None:
@@ -176,8 +163,32 @@ class PreferenceModule(pl.LightningModule):
             )
         if sharding is not None:
             reshard(self.policy)
-        total = sum(p.numel() for p in self.policy.parameters())
-        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+            self.reference.shard(sharding)
+        self._describe(self.policy, dtype, difference)
+        self.reference.load(self.policy_config, dtype)
+        self.reference.follow(self.policy, 0)
+
+    def _load_policy(self, dtype: torch.dtype, sharding: Sharding | None) -> Policy:
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, HalfPrecision) and dtype != plugin._desired_input_dtype:
+            raise ConfigError(
+                f"--model.policy.dtype {self.policy_config.dtype} has no effect with --trainer.precision "
+                f"{plugin.precision}, which converts all weights. Remove one of the two."
+            )
+        if sharding is not None:
+            policy, whole = load_sharded(self.policy_config, dtype, sharding, trained=True)
+            if whole:
+                rank_zero_info(f"{self.policy_config.path} is loaded whole by each process, then sharded: {whole}.")
+            return policy
+        policy = self.policy_config.build(dtype)
+        if isinstance(plugin, HalfPrecision):  # Lightning converts later, and references copy the policy now
+            plugin.convert_module(policy)
+        return policy
+
+    def _describe(self, policy: Policy, dtype: torch.dtype, difference: float) -> None:
+        """Say what is trained; ``difference`` is the head's from the model's own, in nats."""
+        total = sum(p.numel() for p in policy.parameters())
+        trainable = [p for p in policy.parameters() if p.requires_grad]
         rank_zero_info(
             f"policy: {self.policy_config.path}, {total:,} parameters, "
             f"{sum(p.numel() for p in trainable):,} trainable, {dtype}; head checked to {difference:.1e} nats\n"
@@ -189,10 +200,6 @@ class PreferenceModule(pl.LightningModule):
                 "Trainable weights are bfloat16: updates smaller than 1/256 of a weight are rounded away, so small "
                 "learning rates train nothing. Use --trainer.precision bf16-mixed, which keeps them in float32."
             )
-        if sharding is not None:
-            self.reference.shard(sharding)
-        self.reference.load(self.policy_config, dtype)
-        self.reference.follow(self.policy, 0)
 
     def _sharding(self) -> Sharding | None:
         """How the strategy wants weights sharded; None where every process holds them whole."""

@@ -14,7 +14,8 @@ from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.goals import template_of
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.measure.base import recorded_base, run_of
-from rap_lightning.onpolicy.measure.run import OF_LIKELIHOODS, OF_SAMPLES, PARTS, Part, Plan, evaluate_model
+from rap_lightning.onpolicy.measure.plan import OF_LIKELIHOODS, OF_SAMPLES, PARTS, Part, Plan
+from rap_lightning.onpolicy.measure.run import evaluate_model
 from rap_lightning.onpolicy.measure.show import show
 from rap_lightning.onpolicy.model import Model
 from rap_lightning.preferences.goals import GoalTemplate

@@ -82,49 +82,41 @@ def export(
     if not saved.verified:
         _say(f"{checkpoint} has no digest of its content, so it is read without being verified")
     config = _config(saved, trust_remote_code)
-    adapter = saved.adapts
-    if merge and not adapter:
+    alone = saved.adapts and not merge  # the adapter is written, without its base
+    if merge and not saved.adapts:
         raise ConfigError("--merge has no effect: the checkpoint is of a fully trained model, without an adapter.")
-    if adapter and not merge and max_shard_size is not None:
+    if alone and max_shard_size is not None:
         raise ConfigError(
             "--max_shard_size has no effect on an adapter, which is one file; remove it, or --merge true."
         )
-    local = Path(config.path).is_dir()
-    if push_to_hub is not None and adapter and not merge and local and base_model is None:
+    if push_to_hub is not None and alone and base_model is None and Path(config.path).is_dir():
         raise ConfigError(
             f"the adapter names its base model by a folder of this machine, {config.path}, where others can't find it. "
             "Say what it is called on the Hub: --base_model ORG/NAME, or write a whole model: --merge true"
         )
-    facts, goal = _facts(saved), saved.record.get("goal")
-    name = push_to_hub or Path(output).name
+    facts = _facts(saved)
     card = model_card(
-        facts, adapter=adapter and not merge, goal_in_template=goal_in_template, name=name, base_model=base_model,
-        license=license,
+        facts, adapter=alone, goal_in_template=goal_in_template, name=push_to_hub or Path(output).name,
+        base_model=base_model, license=license,
     )  # fmt: skip
     leaving = files.Leaving(
-        getattr(torch, dtype) if dtype else None,
-        max_shard_size or files.SHARD,
-        goal,
-        goal_in_template,
-        base_model,
-        card,
-    )
+        getattr(torch, dtype) if dtype else None, max_shard_size or files.SHARD, saved.record.get("goal"),
+        goal_in_template, base_model, card,
+    )  # fmt: skip
     tokenizer = config.load_tokenizer()
     if merge:
         _say("merging: the base model is loaded, and loaded again to compare what was written")
-        checked = files.merge(
-            lambda: restored(saved, config, torch.float32).model, tokenizer, Path(output), config, leaving
+        _say(
+            files.merge(lambda: restored(saved, config, torch.float32).model, tokenizer, Path(output), config, leaving)
         )
-        _say(checked)
     else:
-        policy = restored(saved, config, torch.bfloat16 if adapter else saved.dtype)
+        policy = restored(saved, config, torch.bfloat16 if alone else saved.dtype)
         files.export(policy, policy.state_dict(), tokenizer, Path(output), config, leaving)
     print(f"wrote {output}")
     if push_to_hub is not None:
         _say(f"uploading to {push_to_hub}")
-        print(
-            f"pushed {hub.push(Path(output), push_to_hub, token, private=private is not False, step=facts.get('step'))}"
-        )
+        link = hub.push(Path(output), push_to_hub, token, private=private is not False, step=facts.get("step"))
+        print(f"pushed {link}")
 
 
 def _config(saved: SavedPolicy, trust_remote_code: bool) -> PolicyConfig:

@@ -124,74 +124,154 @@ def surely_good(
         The pairs of the good rows (ties and exchanged ones among them, marked), a mask of the good rows, and for those
         their prompt ids where there is such a column.
     """
+    conversations = _conversations(batch)
+    if conversations is None:
+        return _none_of(batch, batch.num_rows, name, unit)
+    good = conversations.lengths[0] == conversations.lengths[1]
+    good &= conversations.lengths[0] >= 2
+    if good.all():  # only rows of equal length can be laid side by side
+        good = _talk_is_good(conversations) & _scores_are_good(batch, goal)
+        good &= _prompt_agrees(batch, conversations)
+    if not good.all():
+        return _part(batch, good, goal, first, name, unit)
+    ids = batch.column("prompt_id").to_pylist() if "prompt_id" in batch.schema.names else [None] * len(good)
+    return _columns(conversations, _scores(batch), goal, first, name, unit), good, ids
+
+
+@dataclass(frozen=True)
+class _Conversations:
+    """The chosen and the rejected conversation of n rows, their T turns one after another.
+
+    Attributes:
+        turns: Arrow structs of role and content.
+        contents, roles: Arrow strings, and [T] codes of ROLE_CODES, -1 for any other.
+        offsets: [n + 1], where each row's turns begin.
+    """
+
+    turns: tuple[Any, Any]
+    contents: tuple[Any, Any]
+    roles: tuple[NDArray[np.int64], NDArray[np.int64]]
+    offsets: tuple[NDArray[np.int64], NDArray[np.int64]]
+
+    @property
+    def lengths(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[n] turns of each row."""
+        return np.diff(self.offsets[0]), np.diff(self.offsets[1])
+
+    # what follows is the same on both sides, once rows are known to have as many turns
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """[n] each row's first turn."""
+        return self.offsets[0][:-1]
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """[n] one past each row's last turn."""
+        return self.offsets[0][1:]
+
+    @property
+    def is_last(self) -> NDArray[np.bool_]:
+        """[T] whether a turn is its row's last, the response."""
+        last = np.zeros(len(self.roles[0]), dtype=bool)
+        last[self.ends - 1] = True
+        return last
+
+    @property
+    def has_system(self) -> NDArray[np.bool_]:
+        """[n] whether a row begins with a system message."""
+        return np.asarray(self.roles[0][self.starts] == ROLE_CODES["system"])
+
+    def responses(self) -> tuple[Any, Any]:
+        """Arrow strings, the last contents of each side."""
+        import pyarrow as pa
+
+        at = pa.array(self.ends - 1)
+        return self.contents[0].take(at), self.contents[1].take(at)
+
+
+def _conversations(batch: Any) -> _Conversations | None:
+    """None where there are no rows, or anything is null."""
+    sides = [batch.column(side) for side in ("chosen", "rejected")]
+    lists = [side.flatten() for side in sides]
+    nulls = sum(column.null_count for column in (*sides, *_score_columns(batch)))
+    nulls += sum(part.null_count + _field(part, name).null_count for part in lists for name in ("role", "content"))
+    if nulls or batch.num_rows == 0:
+        return None
+    one, two = (
+        (part, _field(part, "content"), _codes(_field(part, "role")), np.asarray(side.offsets, dtype=np.int64))
+        for part, side in zip(lists, sides, strict=True)
+    )
+    # a slice of a batch has offsets into the whole
+    return _Conversations(
+        (one[0], two[0]), (one[1], two[1]), (one[2], two[2]), (one[3] - one[3][0], two[3] - two[3][0])
+    )
+
+
+def _talk_is_good(talk: _Conversations) -> NDArray[np.bool_]:
+    """[n] one history, roles in turn, two visible responses that differ, nothing odd in them."""
+    import pyarrow.compute as pc
+
+    roles, starts, system, last = talk.roles, talk.starts, talk.has_system, talk.is_last
+    same = np.asarray(pc.equal(*talk.contents)) & (roles[0] == roles[1])
+    good = _all_in_row(same | last, starts)
+    place = np.arange(len(last)) - np.repeat(starts + system, talk.lengths[0])
+    expected = np.where(place < 0, 0, np.where(place % 2 == 0, 1, 2))
+    good &= _all_in_row((roles[0] == expected) & (roles[1] == expected), starts)
+    good &= (talk.lengths[0] - system) % 2 == 0
+    responses = talk.responses()
+    for response in responses:
+        good &= np.asarray(pc.match_substring_regex(response, VISIBLE))
+        good &= ~np.asarray(pc.match_substring_regex(response, ODD))
+    return np.asarray(good & ~np.asarray(pc.equal(*(pc.utf8_trim_whitespace(response) for response in responses))))
+
+
+def _score_columns(batch: Any) -> tuple[Any, Any]:
+    return batch.column("score_chosen"), batch.column("score_rejected")
+
+
+def _scores(batch: Any) -> NDArray[np.float64]:
+    """[n, 2]"""
+    import pyarrow as pa
+
+    return np.stack([np.asarray(score.cast(pa.float64(), safe=False)) for score in _score_columns(batch)], 1)
+
+
+def _scores_are_good(batch: Any, goal: GoalTemplate) -> NDArray[np.bool_]:
+    scores, (low, high) = _scores(batch), goal.scale.judge_range
+    return np.asarray((np.isfinite(scores) & (scores >= low) & (scores <= high)).all(1))
+
+
+def _columns(
+    talk: _Conversations, rewards: NDArray[np.float64], goal: GoalTemplate, first: int, name: str, unit: str
+) -> PairColumns:
+    """Rows that are all good, the better response first."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    sides = [batch.column(side) for side in ("chosen", "rejected")]
-    scores = [batch.column(side) for side in ("score_chosen", "score_rejected")]
-    count = batch.num_rows
-    nulls = sum(column.null_count for column in (*sides, *scores))
-    lists = [side.flatten() for side in sides]
-    nulls += sum(part.null_count + _field(part, name).null_count for part in lists for name in ("role", "content"))
-    if nulls or count == 0:
-        return _none_of(batch, count, name, unit)
-    offsets = [np.asarray(side.offsets, dtype=np.int64) - side.offsets[0].as_py() for side in sides]
-    lengths = np.diff(offsets[0])
-    good = (lengths == np.diff(offsets[1])) & (lengths >= 2)
-    if not good.all():  # only rows of equal length can be laid side by side
-        return _part(batch, good, goal, first, name, unit)
-    contents = [_field(part, "content") for part in lists]
-    roles = [_codes(_field(part, "role")) for part in lists]
-    starts, ends = offsets[0][:-1], offsets[0][1:]
-    last = np.zeros(len(roles[0]), dtype=bool)
-    last[ends - 1] = True
-    same = np.asarray(pc.equal(contents[0], contents[1])) & (roles[0] == roles[1])
-    good &= _all_in_row(same | last, starts)  # one history
-    has_system = roles[0][starts] == ROLE_CODES["system"]
-    place = np.arange(len(last)) - np.repeat(starts + has_system, lengths)
-    expected = np.where(place < 0, 0, np.where(place % 2 == 0, 1, 2))
-    good &= _all_in_row((roles[0] == expected) & (roles[1] == expected), starts) & ((lengths - has_system) % 2 == 0)
-    finals = [part.take(pa.array(ends - 1)) for part in contents]
-    for final in finals:
-        good &= np.asarray(pc.match_substring_regex(final, VISIBLE))
-        good &= ~np.asarray(pc.match_substring_regex(final, ODD))
-    trimmed = [pc.utf8_trim_whitespace(final) for final in finals]
-    good &= ~np.asarray(pc.equal(*trimmed))
-    numbers = [np.asarray(score.cast(pa.float64(), safe=False)) for score in scores]
-    low, high = goal.scale.judge_range
-    for values in numbers:
-        good &= np.isfinite(values) & (values >= low) & (values <= high)
-    good &= _prompt_agrees(batch, contents[0], starts + has_system, ends - 2)
-    if not good.all():
-        return _part(batch, good, goal, first, name, unit)
-
-    exchanged = numbers[1] > numbers[0]
-    winner, loser = (
-        pc.if_else(pa.array(exchanged), finals[1 - side], finals[side]) if exchanged.any() else finals[side]
-        for side in (0, 1)
-    )
-    rewards = np.stack(numbers, 1)
-    rewards[exchanged] = rewards[exchanged][:, ::-1]
-    history = np.flatnonzero(~last)
+    count = len(rewards)
+    exchanged = rewards[:, 1] > rewards[:, 0]
+    winner, loser = responses = talk.responses()
+    if exchanged.any():
+        winner, loser = (pc.if_else(pa.array(exchanged), responses[1 - side], responses[side]) for side in (0, 1))
+        rewards[exchanged] = rewards[exchanged][:, ::-1]
+    history = np.flatnonzero(~talk.is_last)
     of_role = np.array([ROLE["system"], ROLE["user"], ROLE["assistant"]], dtype=np.uint64)
     told = hash_columns_of_turns(
-        hash_column(contents[0].take(pa.array(history))),
-        of_role[roles[0][history]],
-        starts - np.arange(count),
-        lengths - 1,
+        hash_column(talk.contents[0].take(pa.array(history))),
+        of_role[talk.roles[0][history]],
+        talk.starts - np.arange(count),  # each row before has lost its response
+        talk.lengths[0] - 1,
     )
-    first_hash, second_hash = hash_column(winner), hash_column(loser)
-    prime = np.uint64(PRIME)
     turns = pa.ListArray.from_arrays(
-        pa.array((offsets[0] - np.arange(count + 1)).astype(np.int32)), lists[0].take(pa.array(history))
+        pa.array((talk.offsets[0] - np.arange(count + 1)).astype(np.int32)), talk.turns[0].take(pa.array(history))
     )
-    columns = PairColumns(
+    win, lose, prime = hash_column(winner), hash_column(loser), np.uint64(PRIME)
+    return PairColumns(
         turns=turns, responses=(winner, loser), rewards=rewards,
-        ids=(told * prime + first_hash) * prime + second_hash, keys=told * prime * prime + first_hash + second_hash,
+        ids=(told * prime + win) * prime + lose, keys=told * prime * prime + win + lose,
         exchanged=exchanged, tie=_ties(rewards, goal), numbers=np.arange(first, first + count), name=name, unit=unit,
     )  # fmt: skip
-    ids = batch.column("prompt_id").to_pylist() if "prompt_id" in batch.schema.names else [None] * count
-    return columns, np.ones(count, dtype=bool), ids
 
 
 def _part(
@@ -222,13 +302,14 @@ def _none_of(batch: Any, count: int, name: str, unit: str) -> tuple[PairColumns,
     return columns, np.zeros(count, dtype=bool), []
 
 
-def _prompt_agrees(batch: Any, contents: Any, first_user: Any, last_user: Any) -> NDArray[np.bool_]:
+def _prompt_agrees(batch: Any, talk: _Conversations) -> NDArray[np.bool_]:
+    """[n] a prompt column says what the first or the last user turn says, and has an id where ids are."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    count = batch.num_rows
-    users = [np.clip(at, 0, len(contents) - 1) for at in (first_user, last_user)]
-    spoken = np.ones(count, dtype=bool)
+    contents = talk.contents[0]
+    users = [np.clip(at, 0, len(contents) - 1) for at in (talk.starts + talk.has_system, talk.ends - 2)]
+    spoken = np.ones(batch.num_rows, dtype=bool)
     if "prompt" in batch.schema.names:
         prompt = batch.column("prompt")
         said = [np.asarray(pc.equal(prompt, contents.take(pa.array(at))).fill_null(False)) for at in users]
