@@ -23,6 +23,9 @@ LOW = [[5, 6, 17, 8], [10, 21, 22, 23, 11], [12]]
 WEIGHT = 1.7
 
 
+STATEFUL = {"mamba"}
+
+
 def tiny_of(kind: str) -> Any:
     """A random model of a family, in float64."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -33,6 +36,12 @@ def tiny_of(kind: str) -> Any:
         "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.4},
         "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 64, "init_std": 0.4},
         "mamba": {"state_size": 4, "initializer_range": 0.4, "num_layers": 2},
+        "lfm2": {
+            "num_key_value_heads": 2,
+            "intermediate_size": 32,
+            "initializer_range": 0.4,
+            "layer_types": ["conv", "full_attention"],
+        },
     }[kind]
     basic = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2} if kind != "gpt2" else {}
     torch.manual_seed(0)
@@ -50,12 +59,12 @@ def by_hand(model: Any, goal: list[int], low: list[int], response: list[int]) ->
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "opt", "mamba"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "opt", "mamba", "lfm2"])
 def test_padded_rows_get_the_formula_of_single_sequences(kind: str, use_cache: bool) -> None:
     model = tiny_of(kind)
     batch, low = left_pad(ASKED, 0, []), left_pad(LOW, 0, [])
     guide = GoalGuidance(model, vars(low), WEIGHT, use_cache=use_cache)
-    assert guide.use_cache is (use_cache and kind != "mamba"), "a model without keys and values computes all again"
+    assert guide.use_cache is (use_cache and kind not in STATEFUL), "a recurrent state computes all again"
     ids, responses = batch.input_ids, [[] for _ in ASKED]
     for step in range(6):
         with torch.no_grad():

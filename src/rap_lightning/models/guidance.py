@@ -21,6 +21,9 @@ from torch import Tensor
 
 from rap_lightning.errors import ConfigError
 
+CACHES = ("cache", "past_key_values")
+"""What a model's forward calls its keys and values: transformers from 5.24 on, and before."""
+
 
 class GoalGuidance:
     """A logits processor for ``model.generate``, of transformers or of peft.
@@ -48,8 +51,8 @@ class GoalGuidance:
             difference of two log-probabilities can be large for a token that is next to impossible under both, and a
             large w then picks it. None leaves all tokens in: the floor changes sampling without guidance as well
             (:class:`PlausibilityFloor`), and what it does would be taken for guidance.
-        use_cache: keep keys and values of the second stream, where the model has such; without, each step computes the
-            whole sequence again, to the same numbers but for rounding.
+        use_cache: keep keys and values of the second stream, where the model has such and no recurrent state beside
+            them; without, each step computes the whole sequence again, to the same numbers but for rounding.
 
     Raises:
         ConfigError: an option is out of its range, or prompts are padded on the right.
@@ -66,7 +69,10 @@ class GoalGuidance:
         self.model, self.weight, self.plausibility = model, weight, plausibility
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's wrapper takes *args
         self._takes = set(inspect.signature(base.forward).parameters)
-        self.use_cache = use_cache and "past_key_values" in self._takes
+        self._cache_name = next((name for name in CACHES if name in self._takes), None)
+        # a recurrent state has read the padding, and its step after a prompt padded on the left is another's
+        stateful = getattr(base, "_is_stateful", False)
+        self.use_cache = use_cache and self._cache_name is not None and not stateful
         self._prompt: Tensor | None = None  # of the other stream: whose batch this is
         self._seen: Tensor | None = None
         self._mask: Tensor | None = None
@@ -102,12 +108,12 @@ class GoalGuidance:
         self._mask = torch.cat([self._mask, torch.ones_like(grown)], dim=1)
         self._seen = input_ids
         position = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
-        more: dict[str, Any] = {"position_ids": position, "logits_to_keep": 1, "past_key_values": self._cache}
+        more: dict[str | None, Any] = {"position_ids": position, "logits_to_keep": 1, self._cache_name: self._cache}
         output = self.model(
             input_ids=fresh, attention_mask=self._mask, use_cache=self.use_cache,
             **{name: value for name, value in more.items() if name in self._takes},
         )  # fmt: skip
-        self._cache = output.past_key_values if self.use_cache else None
+        self._cache = getattr(output, str(self._cache_name)) if self.use_cache else None
         logits: Tensor = output.logits[:, -1]
         return logits
 
