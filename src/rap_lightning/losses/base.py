@@ -36,6 +36,15 @@ class PreferenceLoss(nn.Module, ABC):
 
     Args:
         beta: strength of the implicit reward, per nat.
+
+    >>> class Squared(PreferenceLoss):
+    ...     def forward(self, policy, reference):
+    ...         return (1 - self.beta * margin(policy, reference)) ** 2
+    >>> lengths = torch.tensor([4, 2])
+    >>> before = PairLogps.from_segments(torch.tensor([-9.0, -6.0]), lengths)  # chosen, rejected, in nats
+    >>> after = PairLogps.from_segments(torch.tensor([-7.0, -9.0]), lengths)
+    >>> Squared(beta=0.1)(after, before)
+    tensor([0.2500])
     """
 
     needs_reference: bool = True

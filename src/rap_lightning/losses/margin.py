@@ -23,6 +23,12 @@ class DPO(PreferenceLoss):
 
     Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7; ε: Mitchell 2023,
     https://ericmitchell.ai/cdpo.pdf, equation 3.
+
+    >>> lengths = torch.tensor([4, 2])
+    >>> before = PairLogps.from_segments(torch.tensor([-9.0, -6.0]), lengths)  # chosen, rejected, in nats
+    >>> after = PairLogps.from_segments(torch.tensor([-7.0, -9.0]), lengths)
+    >>> DPO(beta=0.1)(before, before), DPO(beta=0.1)(after, before)  # log 2 where nothing has changed
+    (tensor([0.6931]), tensor([0.4741]))
     """
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
@@ -66,6 +72,12 @@ class Hinge(PreferenceLoss):
 
     Source: Liu et al. 2023 (RSO), https://arxiv.org/abs/2309.06657, equation 11; the hinge: Zhao et al. 2023 (SLiC-HF),
     https://arxiv.org/abs/2305.10425.
+
+    >>> lengths = torch.tensor([4, 2])
+    >>> before = PairLogps.from_segments(torch.tensor([-9.0, -6.0]), lengths)
+    >>> after = PairLogps.from_segments(torch.tensor([-7.0, -9.0]), lengths)
+    >>> Hinge(beta=0.1)(after, before)  # the margin is 5 nats
+    tensor([0.5000])
     """
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:

@@ -23,6 +23,10 @@ class SimPO(PreferenceLoss):
         gamma: the margin γ that chosen must win by, in the units of β s. The paper tunes γ / β; 0.5 is its usual start.
 
     The implicit reward is β s, without γ. Source: Meng et al. 2024, https://arxiv.org/abs/2405.14734, equation 6.
+
+    >>> policy = PairLogps.from_segments(torch.tensor([-4.0, -6.0]), torch.tensor([4, 2]))
+    >>> SimPO(beta=2.0, gamma=1.0)(policy)  # -log σ(2 (-1 + 3) - 1)
+    tensor([0.0486])
     """
 
     needs_reference = False

@@ -29,6 +29,9 @@ class Filters:
         exclude: a file of prompts to leave out, to keep benchmarks clean: a line each, or json lines with a prompt,
             instruction or question. Upper case, punctuation and blanks make no difference.
         repeats: what happens to a pair that was read before: keep it, as an oversampled data set means it, or drop it.
+
+    >>> Filters(min_gap=1.0, repeats="drop").on_responses  # both look at pairs
+    False
     """
 
     min_gap: float | None = None

@@ -21,6 +21,13 @@ class GoalTemplate(ABC):
         scale: the judge's scale, and the numbers that goals state.
         placement: ``system`` writes the goal as the system message, ``user`` before the first user turn, and ``auto``
             picks ``system`` where the chat template shows a system message, found by rendering one.
+
+    >>> class Stars(GoalTemplate):
+    ...     def text(self, goal):
+    ...         return f"Write an answer that readers rate {self.scale.printed(goal)} of 5 stars."
+    >>> template = Stars(RewardScale(1, 5))
+    >>> template.text(template.best)
+    'Write an answer that readers rate 5 of 5 stars.'
     """
 
     attributes: tuple[str, ...] = ()

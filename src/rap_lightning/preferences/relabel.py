@@ -161,7 +161,21 @@ class RelabelledPair:
 
 
 def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPair:
-    """The training pair of ``pair`` with an origin (an index into :data:`ORIGINS`)."""
+    """One training pair of a scored pair.
+
+    Args:
+        pair: the scored pair.
+        goal: the template; None writes no goal.
+        origin: which half, as an index into :data:`ORIGINS`.
+
+    >>> from rap_lightning import OverallGoal
+    >>> pair = Pair("1", ({"role": "user", "content": "2 + 2?"},), ("4", "22"), (9.0, 2.5))
+    >>> for origin in (CHOSEN_GOAL, REJECTED_GOAL):  # under the loser's reward, the loser is chosen
+    ...     one = relabel(pair, OverallGoal(), origin)
+    ...     print(f"goal {one.goal}: {one.chosen!r} beats {one.rejected!r}")
+    goal 9: '4' beats '22'
+    goal 2.5: '22' beats '4'
+    """
     half = REJECTED_GOAL if origin == REJECTED_GOAL else CHOSEN_GOAL
     printed = text = None
     if goal is not None and origin != UNCONDITIONED:
@@ -189,6 +203,12 @@ class RelabelledView(Sequence[RelabelledPair]):
 
     Raises:
         ValueError: both halves of a tie are asked for.
+
+    >>> from rap_lightning import OverallGoal
+    >>> pair = Pair("1", ({"role": "user", "content": "2 + 2?"},), ("4", "22"), (9.0, 2.5))
+    >>> view = RelabelledView([pair], OverallGoal())
+    >>> [(one.origin, one.goal, one.chosen) for one in view]
+    [('chosen-goal', '9', '4'), ('rejected-goal', '2.5', '22')]
     """
 
     def __init__(

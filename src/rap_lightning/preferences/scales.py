@@ -23,6 +23,10 @@ class RewardScale:
         low: the lowest reward the judge can give.
         high: the highest; the goal asked for at inference.
         decimals: goals are printed with at most this many decimals, without trailing zeros ("7.5", "8").
+
+    >>> scale = RewardScale(1, 5, decimals=2)
+    >>> scale.goal(4.25), scale.printed(4.25), scale.best, 5.5 in scale
+    (4.25, '4.25', 5.0, False)
     """
 
     def __init__(self, low: float = 1.0, high: float = 10.0, decimals: int = 1) -> None:
@@ -91,6 +95,11 @@ class LinearScale(RewardScale):
         judge_low: lower end of the judge's range; null takes the lowest reward of the training split. Rewards beyond an
             end are stated as that end.
         judge_high: its upper end; null takes the highest reward of the training split.
+
+    >>> scale = LinearScale(judge_low=-20)
+    >>> scale.fit([-12.0, 0.0, 5.0])  # the open end, from the training split
+    >>> scale.judge_high, [scale.printed(scale.goal(reward)) for reward in (-30.0, -7.5, 5.0)]
+    (5.0, ['1', '5.5', '10'])
     """
 
     def __init__(
@@ -150,6 +159,11 @@ class QuantileScale(RewardScale):
         high: the highest.
         decimals: as for RewardScale.
         knots: the rewards at equally spaced quantiles, lowest first; null takes 101 of the training split.
+
+    >>> scale = QuantileScale()
+    >>> scale.fit([rank**4 for rank in range(1001)])  # most of them near the lower end
+    >>> [scale.printed(scale.goal(reward)) for reward in (0, 500**4, 1000**4)]
+    ['1', '5.5', '10']
     """
 
     KNOTS = 101

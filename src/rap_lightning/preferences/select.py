@@ -15,7 +15,16 @@ SameGoal = Callable[[Response, Response], bool]
 
 
 class Selection(ABC):
-    """Which pairs are made of a prompt's responses. Named by import path: ``--data.selection my_pkg.MySelection``."""
+    """Which pairs are made of a prompt's responses. Named by import path: ``--data.selection my_pkg.MySelection``.
+
+    >>> class SecondVsLast(Selection):
+    ...     def choose(self, ordered, same_goal, rng):
+    ...         return [] if same_goal(ordered[1], ordered[-1]) else [(ordered[1], ordered[-1])]
+    >>> one, two, three = Response("a", 9.0), Response("b", 7.0), Response("c", 2.0)
+    >>> pairs = SecondVsLast().select([three, one, two], lambda r, s: r.reward == s.reward, key="prompt")
+    >>> [(better.text, worse.text) for better, worse in pairs]
+    [('b', 'c')]
+    """
 
     max_pairs: int | None = None
     seed: int = 0
@@ -50,6 +59,11 @@ class BestVsRandom(Selection):
 
     Args:
         seed: of what is drawn.
+
+    >>> responses = [Response("a", 9.0), Response("b", 9.0), Response("c", 2.0)]
+    >>> pairs = BestVsRandom().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
+    >>> [(better.text, worse.text) for better, worse in pairs]  # b has the same goal as a
+    [('a', 'c')]
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -64,7 +78,13 @@ class BestVsRandom(Selection):
 
 
 class BestVsWorst(Selection):
-    """The best response against the worst."""
+    """The best response against the worst.
+
+    >>> responses = [Response("a", 2.0), Response("b", 9.0), Response("c", 7.0)]
+    >>> pairs = BestVsWorst().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
+    >>> [(better.text, worse.text) for better, worse in pairs]
+    [('b', 'a')]
+    """
 
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
@@ -88,7 +108,13 @@ class SeveralPairs(Selection):
 
 
 class AllPairs(SeveralPairs):
-    """Every two responses."""
+    """Every two responses.
+
+    >>> responses = [Response("a", 2.0), Response("b", 9.0), Response("c", 7.0)]
+    >>> pairs = AllPairs().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
+    >>> [(better.text, worse.text) for better, worse in pairs]
+    [('b', 'c'), ('b', 'a'), ('c', 'a')]
+    """
 
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
@@ -101,7 +127,13 @@ class AllPairs(SeveralPairs):
 
 
 class AdjacentPairs(SeveralPairs):
-    """Every response against the next worse one."""
+    """Every response against the next worse one.
+
+    >>> responses = [Response("a", 2.0), Response("b", 9.0), Response("c", 7.0)]
+    >>> pairs = AdjacentPairs().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
+    >>> [(better.text, worse.text) for better, worse in pairs]
+    [('b', 'c'), ('c', 'a')]
+    """
 
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
