@@ -101,8 +101,9 @@ def _conditioned(row: dict[str, Any], swap: int) -> dict[str, Any]:
 
 
 def _blocks(source: str) -> Any:
-    from rap_lightning.preferences.ingest import Rules, read_blocks
+    from rap_lightning.preferences.read import read_blocks
     from rap_lightning.preferences.report import DataReport
+    from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
 
     return read_blocks(Source(source), "train", Rules(), DataReport(source, "train"), progress=False)
@@ -110,7 +111,7 @@ def _blocks(source: str) -> Any:
 
 def side_view(source: str) -> dict[str, float]:
     """Relabelling alone, of pairs that were read before: columns to columns, nothing written."""
-    from rap_lightning.preferences.ingest import Rules
+    from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.written import relabelled
 
     _one_core()

@@ -34,9 +34,10 @@ def main() -> None:
     from rap_lightning.batches.encode import Encoder
     from rap_lightning.batches.pair_encoder import PairEncoder
     from rap_lightning.preferences.goals import OverallGoal
-    from rap_lightning.preferences.ingest import Rules, read_pairs
+    from rap_lightning.preferences.read import read_pairs
     from rap_lightning.preferences.relabel import ORIGINS, Relabelling
     from rap_lightning.preferences.report import DataReport
+    from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
     from rap_lightning.preferences.written import _relabel_rows
 

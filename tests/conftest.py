@@ -136,8 +136,10 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def pairs_of(rows: list[dict[str, Any]], **rules: Any) -> tuple[list[Any], Any]:
     """The scored pairs of rows in memory, and the report; ``rules`` are those of Rules."""
-    from rap_lightning.preferences.ingest import Rules, find_format, ingest
+    from rap_lightning.preferences.detect import find_format
+    from rap_lightning.preferences.ingest import ingest
     from rap_lightning.preferences.readers import Chunk
+    from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
 
     made = Rules(**rules)
@@ -159,8 +161,8 @@ def encode(tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> tuple[
 
     from rap_lightning.batches.dataset import encode_pairs
     from rap_lightning.batches.encode import Encoder
-    from rap_lightning.preferences.ingest import Rules
     from rap_lightning.preferences.relabel import Relabelling
+    from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
     from rap_lightning.preferences.stored import stored_pairs
 

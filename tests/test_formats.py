@@ -14,10 +14,11 @@ from conftest import pairs_of, scored_rows, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
-from rap_lightning.preferences.ingest import Rules, read_pairs
 from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.read import read_pairs
 from rap_lightning.preferences.relabel import Relabelling
 from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import AdjacentPairs, AllPairs, BestVsRandom, BestVsWorst
 from rap_lightning.preferences.sources import Source, splits_of

@@ -21,9 +21,10 @@ from rap_lightning.batches.pair_encoder import PairEncoder
 from rap_lightning.batches.stream import StepShape, StreamedPairs
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.goals import OverallGoal
-from rap_lightning.preferences.ingest import Rules, read_pairs
+from rap_lightning.preferences.read import read_pairs
 from rap_lightning.preferences.relabel import ORIGINS, RelabelledView, Relabelling
 from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
 from rap_lightning.preferences.seen import Seen
 from rap_lightning.preferences.sources import Source

@@ -13,8 +13,8 @@ from rap_lightning.batches.dataset import encode_pairs
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.goals import OverallGoal
-from rap_lightning.preferences.ingest import Rules
 from rap_lightning.preferences.relabel import RelabelledView, Relabelling
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.sources import Source
 from rap_lightning.preferences.stored import stored_pairs

@@ -28,13 +28,14 @@ from rap_lightning.models.rated import rated
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.hashing import hash_text
-from rap_lightning.preferences.ingest import Rules, fit_scale
 from rap_lightning.preferences.judge import Judge, rated_goal
 from rap_lightning.preferences.mix import copies, stream_mixed
 from rap_lightning.preferences.pairs import BadRow, Pair
+from rap_lightning.preferences.read import fit_scale
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.rewards import RewardTable
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having, splits_of
 from rap_lightning.preferences.stored import as_pair, stored_pairs

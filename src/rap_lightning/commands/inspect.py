@@ -18,10 +18,11 @@ from rap_lightning.preferences.chat import with_goal
 from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.ingest import Rules, read_blocks
 from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.read import read_blocks
 from rap_lightning.preferences.relabel import Mode, RelabelledPair, relabel
 from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, as_sources, having, splits_among
 

@@ -15,9 +15,10 @@ from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.baked import restore_own_template
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.ingest import Rules, fit_scale
+from rap_lightning.preferences.read import fit_scale
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.rewards import RewardTable
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, having

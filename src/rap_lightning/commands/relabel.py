@@ -20,12 +20,13 @@ from rap_lightning.preferences.chat import resolve_placement, shows_system
 from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.ingest import Rules, key_of, read_blocks
 from rap_lightning.preferences.judge import rated_goal
 from rap_lightning.preferences.mix import copies
+from rap_lightning.preferences.read import read_blocks
 from rap_lightning.preferences.relabel import Mode
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.rewards import RewardTable
+from rap_lightning.preferences.rules import Rules, key_of
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, as_sources, fingerprint, having, splits_among
 from rap_lightning.preferences.written import Block, ShardedFolder, relabelled, shards_of

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.store import FORMAT, LogpStore, default_root
-from rap_lightning.preferences.ingest import Rules, read_judged
 from rap_lightning.preferences.judge import Item, Judge
+from rap_lightning.preferences.read import read_judged
 from rap_lightning.preferences.rewards import Labels, RewardTable, response_key
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source, fingerprint
 
 FLUSH_SECONDS = 30.0

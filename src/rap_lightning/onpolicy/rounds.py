@@ -22,9 +22,9 @@ from rap_lightning.onpolicy.score import score_file
 from rap_lightning.onpolicy.stages import Stages, digest_of_paths
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.ingest import Rules
 from rap_lightning.preferences.pairs import Message
 from rap_lightning.preferences.relabel import Relabelling
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.select import Selection
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from rap_lightning.onpolicy.model import Model
 from rap_lightning.preferences.chat import resolve_placement, shows_system
 from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.ingest import Rules, fit_scale, read_blocks, rewards_of
 from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.read import fit_scale, read_blocks, rewards_of
 from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source
 from rap_lightning.preferences.written import relabelled, schema
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rap_lightning.preferences.hashing import hash_text
-from rap_lightning.preferences.ingest import Rules, read_pairs
 from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.read import read_pairs
 from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source
 
 

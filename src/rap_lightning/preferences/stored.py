@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rap_lightning import __version__
-from rap_lightning.preferences.ingest import Rules, key_of, read_pairs
 from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.read import read_pairs
 from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.rules import Rules, key_of
 from rap_lightning.preferences.sources import Source, fingerprint
 
 FORMAT = 1  # part of the cache key: raise it when the columns or the reading of rows change
@@ -34,7 +35,7 @@ def stored_pairs(
         cache: folder to keep them in; by default one within the datasets library's.
 
     Raises:
-        DataError: as for :func:`rap_lightning.preferences.ingest.read_pairs`.
+        DataError: as for :func:`rap_lightning.preferences.read.read_pairs`.
     """
     import datasets
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from rap_lightning.preferences.chat import SEPARATOR, with_goal
 from rap_lightning.preferences.columns import PairColumns
-from rap_lightning.preferences.ingest import Rules
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.relabel import ORIGINS, REJECTED_GOAL, UNCONDITIONED, RelabelledPair, relabel
+from rap_lightning.preferences.rules import Rules
 
 MANIFEST = "manifest.json"
 SHARD = 50_000  # scored pairs

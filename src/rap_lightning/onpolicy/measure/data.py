@@ -12,10 +12,11 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy.requests import prompt_id_of
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.hashing import hash_text, hash_turns
-from rap_lightning.preferences.ingest import Rules, fit_scale, read_pairs, rewards_of
 from rap_lightning.preferences.pairs import Message, Pair
+from rap_lightning.preferences.read import fit_scale, read_pairs, rewards_of
 from rap_lightning.preferences.relabel import Relabelling
 from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import LinearScale
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, having, splits_among
 
