@@ -132,3 +132,35 @@ def between(ones: dict[int, Line], others: dict[int, Line], other_condition: str
     """Lines by seed minus others, as each is asked (or the others under a condition); None without a common seed."""
     pairs = [(by_prompt(ones[seed]), by_prompt(others[seed], other_condition)) for seed in ones if seed in others]
     return difference(pairs) if pairs else None
+
+
+def unlearnt(results: Results) -> dict[str, list[tuple[float, float]]]:
+    """(score as asked, change of good rejected responses as asked, nats) of every run, by kind of arm."""
+    kinds: dict[str, list[tuple[float, float]]] = {
+        "without goals": [], "both goals (RA and its ways)": [], "score-conditioned SFT": [], "chosen half only": [],
+    }  # fmt: skip
+    for line in results.lines:
+        if line["stage"] not in ("tune", "main", "check") or "probe" not in line:
+            continue
+        if line["arm"] in ("rejected", "never-swapped"):
+            continue
+        plain = line["asks"] == "none"
+        kind = {"sft": "score-conditioned SFT", "chosen": "chosen half only"}.get(line["arm"])
+        kind = kind or ("without goals" if plain else "both goals (RA and its ways)")
+        change = line["probe"]["changes"]["none" if plain else "best"]["rejected"][-1]
+        if change is not None:
+            kinds[kind].append((merit(line), change))
+    return kinds
+
+
+def guided(results: Results, arm: str, stage: str = "guide") -> list[tuple[float | None, float, dict[str, float]]]:
+    """(low goal, weight, mean figures) of an arm."""
+    cells: dict[tuple[float | None, float], list[dict[str, float]]] = {}
+    for line in results.of(stage, arm).values():
+        for row in line["guided"]:
+            cells.setdefault((row["low"], row["weight"]), []).append(row)
+    return [
+        (low, weight, {name: statistics.fmean(row[name] for row in found) for name in
+                       ("score", "ten", "tokens", "base_nats_per_token")})
+        for (low, weight), found in cells.items()
+    ]  # fmt: skip

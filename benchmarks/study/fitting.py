@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from benchmarks.study.settings import MAX_LENGTH
 from torch import Tensor
 
 from rap_lightning.batches.types import Batch
@@ -19,9 +20,6 @@ from rap_lightning.models.reference import Frozen
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.warm_up import WarmUp
-
-#: Tokens of prompt and response together; nothing is cut (a test holds it to that).
-MAX_LENGTH = 224
 
 
 @dataclass

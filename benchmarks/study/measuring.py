@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.study.settings import BINS, GOALS, Size
+from benchmarks.study.settings import BINS, GOALS, MAX_LENGTH, Size
 
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.batches.layouts import lay_out_responses
@@ -22,8 +22,6 @@ from rap_lightning.models.generate import Generation, generate, left_pad
 from rap_lightning.models.policy import Policy, evaluating
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.world.rule import attributes, score
-
-from benchmarks.study.fitting import MAX_LENGTH  # isort: skip
 
 AT_ONCE = 512
 Goal = float | None

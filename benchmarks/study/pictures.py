@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.arms import ARMS
-from benchmarks.study.figures import Results, between
+from benchmarks.study.figures import Results, between, guided, unlearnt
 from benchmarks.study.jobs import GUIDED, GUIDED_PLAUSIBLY, PLAUSIBILITY, Plan
 from benchmarks.study.settings import GOALS
 from benchmarks.study.worlds import KNOBS
@@ -84,8 +84,6 @@ def curves(pyplot: Any, results: Results, plan: Plan) -> Any:
 
 def unlearning(pyplot: Any, results: Results, plan: Plan) -> Any:
     """Good rejected responses against the score that was reached, every run of every arm."""
-    from benchmarks.study.report import unlearnt
-
     figure, axes = pyplot.subplots(figsize=(6.5, 4))
     kinds = unlearnt(results)
     for colour, (kind, points) in zip(COLOURS, kinds.items(), strict=False):
@@ -100,8 +98,6 @@ def unlearning(pyplot: Any, results: Results, plan: Plan) -> Any:
 
 def guidance(pyplot: Any, results: Results, plan: Plan) -> Any:
     """Score and fluency by guidance weight: above without a floor, below with one."""
-    from benchmarks.study.report import guided
-
     figure, grid = pyplot.subplots(2, 2, figsize=(10, 6.5), gridspec_kw={"wspace": 0.3}, sharex=True)
     colours = dict(zip(dict.fromkeys((*GUIDED, *GUIDED_PLAUSIBLY)), ("0.6", *COLOURS), strict=False))
     drawn: set[str] = set()

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.study import pictures
 from benchmarks.study.arms import ARMS
-from benchmarks.study.figures import Difference, Results, between
+from benchmarks.study.figures import Difference, Results, between, guided, unlearnt
 from benchmarks.study.jobs import GUIDED, GUIDED_PLAUSIBLY, PLAUSIBILITY, TEMPERATURES, Plan, merit
 from benchmarks.study.settings import BINS, GOALS, Size
 from benchmarks.study.worlds import KNOBS
@@ -183,25 +183,6 @@ def changed(lines: Sequence[dict[str, Any]], condition: str, side: str, bin_: in
     return total / count if count else None
 
 
-def unlearnt(results: Results) -> dict[str, list[tuple[float, float]]]:
-    """(score as asked, change of good rejected responses as asked, nats) of every run, by kind of arm."""
-    kinds: dict[str, list[tuple[float, float]]] = {
-        "without goals": [], "both goals (RA and its ways)": [], "score-conditioned SFT": [], "chosen half only": [],
-    }  # fmt: skip
-    for line in results.lines:
-        if line["stage"] not in ("tune", "main", "check") or "probe" not in line:
-            continue
-        if line["arm"] in ("rejected", "never-swapped"):
-            continue
-        plain = line["asks"] == "none"
-        kind = {"sft": "score-conditioned SFT", "chosen": "chosen half only"}.get(line["arm"])
-        kind = kind or ("without goals" if plain else "both goals (RA and its ways)")
-        change = line["probe"]["changes"]["none" if plain else "best"]["rejected"][-1]
-        if change is not None:
-            kinds[kind].append((merit(line), change))
-    return kinds
-
-
 def matched_table(results: Results) -> str:
     """Unlearning of good rejected responses by the score that a run reached."""
     bands = ((5.0, 5.5), (5.5, 6.0), (6.0, 6.5), (6.5, 7.0), (7.0, 7.5), (7.5, 8.0))
@@ -319,19 +300,6 @@ def temperature_table(results: Results) -> str:
             )
         body.append([title(arm, results), *cells])
     return rows(["mean score (seeds above DPO) at temperature", *(f"{t:g}" for t in TEMPERATURES)], body)
-
-
-def guided(results: Results, arm: str, stage: str = "guide") -> list[tuple[float | None, float, dict[str, float]]]:
-    """(low goal, weight, mean figures) of an arm."""
-    cells: dict[tuple[float | None, float], list[dict[str, float]]] = {}
-    for line in results.of(stage, arm).values():
-        for row in line["guided"]:
-            cells.setdefault((row["low"], row["weight"]), []).append(row)
-    return [
-        (low, weight, {name: statistics.fmean(row[name] for row in found) for name in
-                       ("score", "ten", "tokens", "base_nats_per_token")})
-        for (low, weight), found in cells.items()
-    ]  # fmt: skip
 
 
 def bases_table(results: Results) -> str:

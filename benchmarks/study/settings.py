@@ -8,6 +8,8 @@ from dataclasses import dataclass
 GOALS = (1.0, 2.5, 4.0, 5.5, 7.0, 8.5, 10.0)
 #: Rewards by which responses are told apart in the likelihood probe, [low, high).
 BINS = ((1.0, 4.0), (4.0, 6.0), (6.0, 10.01))
+#: Tokens of prompt and response together; nothing is cut (a test holds it to that).
+MAX_LENGTH = 224
 
 
 @dataclass(frozen=True)
