@@ -405,7 +405,7 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
     """The fast lane of Arrow batches against the way of single rows, defects and all."""
     import pyarrow as pa
 
-    from rap_lightning.preferences import ingest
+    from rap_lightning.preferences import across, detect, ingest
     from rap_lightning.preferences.readers import Chunk
 
     for row in data:
@@ -439,7 +439,7 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
         }
     )  # fmt: skip
     chunk = Chunk("rows", 1, pa.RecordBatch.from_pylist(data, schema=schema).slice(0))
-    row_format = ingest.find_format(chunk, rules, Source("rows"))
+    row_format = detect.find_format(chunk, rules, Source("rows"))
     assert ingest._fast_lane(chunk, rules, row_format)
     fast = ingest.ingest(chunk, rules, row_format)
     slow = ingest.ingest(Chunk("rows", 1, data), rules, row_format)
@@ -447,7 +447,7 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
     assert fast.report == slow.report
     assert sorted(fast.ids) == sorted(slow.ids)
     reports = DataReport("", ""), DataReport("", "")
-    kept = [ingest._AcrossRows(rules, report).check(part) for report, part in zip(reports, (fast, slow), strict=True)]
+    kept = [across.AcrossRows(rules, report).check(part) for report, part in zip(reports, (fast, slow), strict=True)]
     first, second = (block if isinstance(block, list) else block.pairs() for block in kept)
     assert first == second
     assert reports[0] == reports[1]
@@ -458,12 +458,12 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
 def test_columns_are_written_as_single_rows_are(data: list[dict[str, Any]], keep: bool) -> None:
     import pyarrow as pa
 
-    from rap_lightning.preferences import ingest, written
+    from rap_lightning.preferences import detect, ingest, written
     from rap_lightning.preferences.readers import Chunk
 
     rules = Rules(relabelling=Relabelling(keep_original=keep))
     chunk = Chunk("rows", 1, pa.RecordBatch.from_pylist(data))
-    part = ingest.ingest(chunk, rules, ingest.find_format(chunk, rules, Source("rows")))
+    part = ingest.ingest(chunk, rules, detect.find_format(chunk, rules, Source("rows")))
     if part.columns is None or len(part.columns) == 0:
         return
     columns = written._relabel_columns(part.columns, rules).to_pylist()
