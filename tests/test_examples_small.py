@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,6 @@ def command(*args: str, cwd: Path) -> str:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
 
 
@@ -37,6 +36,15 @@ def test_what_their_docstrings_show_is_true(name: str, monkeypatch: pytest.Monke
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted >= 1
     assert found.failed == 0
+
+
+def test_the_tests_of_the_example_loss_pass() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "test_my_losses.py"],
+        cwd=EXAMPLES / "my_losses", env=_environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 passed" in done.stdout
 
 
 def test_rows_of_ones_own_shape_are_read_and_those_left_out_counted(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from rap_lightning.deepspeed import refuse_in_trainer
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, SFT, PreferenceLoss
 from rap_lightning.losses.base import over_ranks
+from rap_lightning.losses.contract import check_loss
 from rap_lightning.metrics import PairMetrics
 from rap_lightning.models import memory
 from rap_lightning.models.adapters import adapter_digest, of_adapter
@@ -108,6 +109,8 @@ class PreferenceModule(pl.LightningModule):
             raise ConfigError("reference Warmed comes with --model.warm_up.steps N; leave --model.reference out.")
         self.warm_up = warm_up
         self.reference = _resolve_reference(reference, loss, policy)
+        if type(self).pair_losses is PreferenceModule.pair_losses:  # else it may give the loss something of its own
+            check_loss(loss)
         self.policy: Policy | None = None
         terms = tuple(loss.term_names())
         self.metrics = torch.nn.ModuleDict({name: PairMetrics(terms) for name in ("fit", "val", "test")})
@@ -115,7 +118,7 @@ class PreferenceModule(pl.LightningModule):
         self.run_key: str | None = None  # the command line sets it, and finds a run's checkpoints by it
         self.passes: list[Pass] = []
         self._clock = self._pause = 0.0
-        self._grad_norm = float("nan")
+        self._grad_norm = self._lr = float("nan")
         self._norm: Tensor | None = None
         self._checked = self._restored = self._trained = self._updating = False
         self._digests: dict[str, str] = {}
@@ -421,6 +424,7 @@ class PreferenceModule(pl.LightningModule):
             "window": self._metrics("fit").sums_so_far(),
             "seconds": time.perf_counter() - self._clock,
             "grad_norm": self._grad_norm,
+            "lr": self._lr,
             "random": random_state(self.device),
         }
 
@@ -487,7 +491,7 @@ class PreferenceModule(pl.LightningModule):
                 "the loss that the run began with."
             ) from error
         self._clock -= saved["seconds"]
-        self._grad_norm = saved["grad_norm"]
+        self._grad_norm, self._lr = saved["grad_norm"], saved.get("lr", float("nan"))
         if self._logs_at(self.global_step) and float(saved["window"]["counts"].sum()):
             self._log_window(bar_too=False, norm_too=True)  # saved before the step could be logged
 
@@ -503,7 +507,8 @@ class PreferenceModule(pl.LightningModule):
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep the gradient's norm before clipping, where it will be logged."""
+        """Keep the step's learning rate, and the gradient's norm before clipping, where they will be logged."""
+        self._lr = optimizer.param_groups[0]["lr"]  # the scheduler has gone on when the step is logged
         if self._logs_at(self.global_step + 1):
             skipped = all(p.grad is None for p in self.parameters())
             self._grad_norm = float("nan") if skipped else float(self.gradient_norm())
@@ -530,7 +535,7 @@ class PreferenceModule(pl.LightningModule):
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         pairs, tokens = values.pop("pairs"), values.pop("tokens")
         values |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
-        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values["lr"] = self._lr
         if norm_too:
             values["grad_norm"] = self._grad_norm
         self.last_logged = (self.global_step, values)

@@ -22,6 +22,8 @@ class Schedule(ABC):
 class CosineWithWarmup(Schedule):
     """Linear warm-up, then half a cosine down to ``final_ratio`` of the peak.
 
+    The first step has a rate above 0, the first after the warm-up the peak: (step + 1) / (warm-up steps + 1).
+
     Args:
         warmup_ratio: share of all steps that warm up.
         final_ratio: last learning rate as a share of the peak.
@@ -36,7 +38,7 @@ class CosineWithWarmup(Schedule):
 
         def factor(step: int) -> float:
             if step < warmup:
-                return step / warmup
+                return _warming(step, warmup)
             done = (step - warmup) / max(1, total_steps - warmup)
             return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
@@ -44,7 +46,7 @@ class CosineWithWarmup(Schedule):
 
 
 class ConstantWithWarmup(Schedule):
-    """Linear warm-up, then constant.
+    """Linear warm-up as CosineWithWarmup's, then constant.
 
     Args:
         warmup_ratio: share of all steps that warm up.
@@ -56,7 +58,12 @@ class ConstantWithWarmup(Schedule):
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """See the class."""
         warmup = math.ceil(self.warmup_ratio * total_steps)
-        return LambdaLR(optimizer, lambda step: step / warmup if step < warmup else 1.0)
+        return LambdaLR(optimizer, lambda step: _warming(step, warmup) if step < warmup else 1.0)
+
+
+def _warming(step: int, warmup: int) -> float:
+    """Share of the peak in a step, counted from 0: a rate of 0 would make the first step one for nothing."""
+    return (step + 1) / (warmup + 1)
 
 
 def _ratio(name: str, value: float) -> float:

@@ -80,15 +80,23 @@ class Mixture(_Combined):
     def forward(self, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None = None) -> Tensor:
         """[B], in the units of the parts."""
         values = [loss.per_pair(policy, reference, rewards) for loss in self.parts]
-        self._terms = {name: value.detach() for name, value in zip(self.term_names(), values, strict=True)}
+        names = list(self._names())
+        self._terms = {name: value.detach() for name, value in zip(names, values, strict=True)}
+        for name, loss in zip(names, self.parts, strict=True):
+            self._terms |= {f"{name}/{term}": own for term, own in loss.terms().items()}
         return torch.stack([w * value for w, value in zip(self.weights, values, strict=True)]).sum(0)
 
     def terms(self) -> dict[str, Tensor]:
-        """Each loss of the last forward, before its weight."""
+        """Each loss of the last forward, before its weight, and its own terms."""
         return self._terms
 
     def term_names(self) -> Iterable[str]:
-        """The classes' names, numbered where one comes again: DPO, DPO-2."""
+        """The classes' names, numbered where one comes again: DPO, DPO-2; and what each logs of its own: DPO/NAME."""
+        for name, loss in zip(self._names(), self.parts, strict=True):
+            yield name
+            yield from (f"{name}/{term}" for term in loss.term_names())
+
+    def _names(self) -> Iterable[str]:
         seen: Counter[str] = Counter()
         for loss in self.parts:
             name = type(loss).__name__
@@ -124,6 +132,14 @@ class WPO(_Combined):
     def forward(self, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None = None) -> Tensor:
         """[B], in the units of the weighted loss."""
         return self.pair_weights(policy) * self.parts[0].per_pair(policy, reference, rewards)
+
+    def terms(self) -> dict[str, Tensor]:
+        """The weighted loss's own, before its weights."""
+        return self.parts[0].terms()
+
+    def term_names(self) -> Iterable[str]:
+        """The weighted loss's own."""
+        return self.parts[0].term_names()
 
     @torch.no_grad()
     def pair_weights(self, policy: PairLogps) -> Tensor:
