@@ -119,7 +119,7 @@ STAND_INS = {
 def small(args: list[str]) -> list[str]:
     """The same command on a tiny model, and for one step."""
     args = [STAND_INS.get(arg, arg) for arg in args]
-    if args[0] == "fit" and "--config" not in args:
+    if args[0] == "fit" and "--config" not in args and not any(arg.endswith(".help") for arg in args):
         short = [part for option in TINY[1:] for part in option.split()]
         given = set(args)
         args += [part for key, value in zip(short[::2], short[1::2], strict=True) if key not in given
