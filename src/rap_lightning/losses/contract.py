@@ -31,8 +31,9 @@ def check_loss(loss: PreferenceLoss) -> None:
     loss = copy.deepcopy(loss).train()  # of a loss that keeps running means the run's own stay as they are
     pairs = max(3, loss.least_pairs)
     chosen, rejected = (torch.full((pairs,), -30.0, requires_grad=True) for _ in range(2))
-    policy = _logps(chosen, rejected, loss)
-    reference = _logps(chosen.detach(), rejected.detach(), loss) if loss.needs_reference else None
+    policy = _logps(chosen, rejected, loss, collisions=loss.needs_collisions)
+    same = _logps(chosen.detach(), rejected.detach(), loss)
+    reference = same if loss.needs_reference else None
     rewards = PairRewards(torch.full((pairs,), 8.0), torch.full((pairs,), 3.0), torch.ones(pairs, dtype=torch.bool))
     with torch.enable_grad():
         losses = _called(loss, "forward", loss.per_pair, policy, reference, rewards)
@@ -72,15 +73,15 @@ def _check_signature(loss: PreferenceLoss) -> None:
         ) from error
 
 
-def _logps(chosen: Tensor, rejected: Tensor, loss: PreferenceLoss) -> PairLogps:
-    """Ten tokens a response, all alike."""
+def _logps(chosen: Tensor, rejected: Tensor, loss: PreferenceLoss, *, collisions: bool = False) -> PairLogps:
+    """Ten tokens a response, all alike; collisions are the policy's alone, as in a run."""
     sums, length = torch.stack((chosen, rejected), 1).flatten(), 10
     lengths = torch.full((len(sums),), length)
     tokens = None
     if loss.needs_tokens:
         segment = torch.repeat_interleave(torch.arange(len(sums)), length)
-        collisions = torch.full((len(segment),), -1.5) if loss.needs_collisions else None
-        tokens = TokenLogps.of((sums / length)[segment], segment, collisions)
+        log_collisions = torch.full((len(segment),), -1.5) if collisions else None
+        tokens = TokenLogps.of((sums / length)[segment], segment, log_collisions)
     unrelated = sums.detach().roll(2) if loss.needs_unrelated else None
     return PairLogps.from_segments(sums, lengths, weights=torch.ones(len(chosen)), tokens=tokens, unrelated=unrelated)
 
