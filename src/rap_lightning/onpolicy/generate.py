@@ -182,8 +182,7 @@ class Generator:
         if not 1 <= longest <= room:
             raise ConfigError(
                 f"the model takes {context:,} tokens: with --max_new_tokens {generation.max_new_tokens}, "
-                "--max_prompt_length "
-                f"can be up to {room:,}, found {longest:,}."
+                f"--max_prompt_length can be up to {room:,}, found {longest:,}."
             )
         # what is beyond the longest prompt and response is not needed: max_length only says where prompts are cut
         return Encoder(self.model.tokenizer(), None, longest + generation.max_new_tokens, longest)
