@@ -65,7 +65,7 @@ def shipped() -> list[str]:
 def summary(config: str) -> str:
     """The first sentence of what a config says of itself, below the command it opens with.
 
-    >>> summary("# rap-lightning fit -c simpo.yaml\\n#\\n# An overlay: SimPO.\\n# No reference is loaded.\\n\\nmodel: 1")
+    >>> summary("# rap-lightning fit\\n#\\n# An overlay: SimPO.\\n# No reference is loaded.\\n\\nmodel:")
     'An overlay: SimPO.'
     """
     lines = []

@@ -175,8 +175,8 @@ class Generator:
         room = context - generation.max_new_tokens
         if room < 1:
             raise ConfigError(
-                f"the model takes {context:,} tokens, and --max_new_tokens {generation.max_new_tokens:,} leaves no room "
-                "for a prompt. Lower --max_new_tokens."
+                f"the model takes {context:,} tokens, and --max_new_tokens {generation.max_new_tokens:,} leaves no "
+                "room for a prompt. Lower --max_new_tokens."
             )
         longest = room if self.max_prompt_length is None else self.max_prompt_length
         if not 1 <= longest <= room:
