@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check setup clean help
+.PHONY: demo test check setup oldest newest wheel clean help
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -15,7 +15,7 @@ setup: $(VENV)/.ready ## create the virtual environment
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" "torch>=2.6,<2.14"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "torch>=2.6,<2.14"
 	@touch $@
 
 # The run that was begun last, of an arm's folder.
@@ -39,5 +39,25 @@ check: setup ## ruff and mypy
 test: check ## ruff, mypy and the tests
 	$(BIN)/python -m pytest -m "not slow"
 
-clean: ## remove the virtual environment and run folders
-	rm -rf $(VENV) runs
+# uv, for it can ask for the lowest version of each dependency. What tests need comes afterwards, and as new as it fits.
+oldest: ## the tests on the lowest versions that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct -e .
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python -e ".[test]"
+	.venv-oldest/bin/python -m pytest -m "not slow"
+
+newest: ## the tests on the newest versions that pyproject.toml allows, in .venv-newest
+	$(MAKE) setup VENV=.venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]" "torch>=2.6,<2.14"
+	.venv-newest/bin/python -m pytest -m "not slow"
+
+wheel: setup ## wheel and sdist in dist/, each installed into an empty environment and used there
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	rm -rf dist
+	$(BIN)/python -m build
+	PYTHON=$(PYTHON) tests/smoke.sh dist/*.whl
+	PYTHON=$(PYTHON) tests/smoke.sh dist/*.tar.gz
+
+clean: ## remove the virtual environments, packages and run folders
+	rm -rf $(VENV) .venv-oldest .venv-newest dist build runs

@@ -164,7 +164,9 @@ def test_a_prompt_beyond_the_context_is_cut_and_counted_with_its_goal(
     assert "1: prompt cut to fit, goal kept" in shown
     assert "1: dropped: an empty prompt" in shown
     assert called(*options(long, knowing, tmp_path / "o.jsonl", max_new_tokens=600)) == 2
-    assert "the model takes 512 tokens" in capsys.readouterr().err
+    assert "the model takes 512 tokens, and --max_new_tokens 600 leaves no room" in capsys.readouterr().err
+    assert called(*options(long, knowing, tmp_path / "o.jsonl", max_new_tokens=500, max_prompt_length=13)) == 2
+    assert "--max_prompt_length can be up to 12, found 13" in capsys.readouterr().err
 
 
 def test_a_baked_goal_is_not_written_twice(prompts: Path, knowing: Path, tmp_path: Path) -> None:

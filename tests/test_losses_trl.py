@@ -53,7 +53,7 @@ from rap_lightning.models.reference import Frozen
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import OverallGoal
 
-trl = pytest.importorskip("trl", reason="TRL isn't installed (it is part of the test extra): no parity with it shown")
+trl = pytest.importorskip("trl", reason="TRL isn't installed (it is part of the dev extra): no parity with it shown")
 if not trl.__version__.startswith("1.16."):
     pytest.skip(f"TRL {trl.__version__} is installed; what is said here is said of 1.16", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore")

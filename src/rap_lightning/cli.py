@@ -48,8 +48,9 @@ take away:
   report     one page that compares runs:  rap-lightning report ra=runs/version_0 dpo=runs/version_1
   export     a checkpoint as a Hugging Face folder:  rap-lightning export --checkpoint LAST.ckpt --output DIR
 
-for your editor:
-  schema     completes and checks configs:  rap-lightning schema --output rap-lightning.schema.json
+configs:
+  configs    those that come with rap-lightning, to use and to change:  rap-lightning configs --output configs
+  schema     completes and checks yours in an editor:  rap-lightning schema --output rap-lightning.schema.json
 
 Useful everywhere: --print_config shows every option with its value; -c base.yaml -c overlay.yaml stacks configs.
 """
@@ -66,6 +67,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "report",
+    "configs",
     "schema",
 )
 
@@ -89,6 +91,10 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when data workers fork
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning stall each other on busy cores
     try:
+        if any(arg.partition("=")[0] in ("-c", "--config") for arg in args):
+            from rap_lightning.commands.configs import refuse_absent
+
+            refuse_absent(args)
         if args[0] in TRAINER_COMMANDS:
             from rap_lightning.trainer_cli import run
 

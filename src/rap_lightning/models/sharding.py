@@ -50,9 +50,9 @@ def shard(policy: Policy, sharding: Sharding) -> None:
         precision = MixedPrecisionPolicy(sharding.gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in decoder_layers(policy):
         fully_shard(layer, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host)
-    # the root's weights stay gathered for the backward pass, which a frozen model hasn't
-    reshard = None if any(p.requires_grad for p in policy.parameters()) else True
-    fully_shard(policy, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host, reshard_after_forward=reshard)
+    # the root's weights stay gathered for the backward pass, which a frozen model hasn't (torch 2.6 keeps any root's)
+    frozen = not any(p.requires_grad for p in policy.parameters())
+    fully_shard(policy, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host, reshard_after_forward=frozen)
     policy.computes_on = sharding.compute_device
 
 

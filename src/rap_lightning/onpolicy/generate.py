@@ -173,12 +173,16 @@ class Generator:
 
         context = self.engine.context(self.model)
         room = context - generation.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"the model takes {context:,} tokens, and --max_new_tokens {generation.max_new_tokens:,} leaves no "
+                "room for a prompt. Lower --max_new_tokens."
+            )
         longest = room if self.max_prompt_length is None else self.max_prompt_length
         if not 1 <= longest <= room:
             raise ConfigError(
                 f"the model takes {context:,} tokens: with --max_new_tokens {generation.max_new_tokens}, "
-                "--max_prompt_length "
-                f"can be up to {room:,}, found {longest:,}."
+                f"--max_prompt_length can be up to {room:,}, found {longest:,}."
             )
         # what is beyond the longest prompt and response is not needed: max_length only says where prompts are cut
         return Encoder(self.model.tokenizer(), None, longest + generation.max_new_tokens, longest)
