@@ -8,7 +8,7 @@ The mutants are mutmut's, made by its own visitor, and those of the operators of
 runner is ours, because mutmut's trampolines change the signatures that jsonargparse reads, and because importing torch
 for each mutant takes longer than its tests: a process that holds the libraries, but nothing of this package, is forked
 for each mutant and imports a mutated copy. A test is run if it executes the mutated line, quickest first, until one
-fails; a line that is run when its module is imported has all tests of its part. Mutants that the output has as killed
+fails or 10 seconds of CPU are spent; a line that is run when its module is imported has all tests of its part. Mutants that the output has as killed
 are left out, so that a stopped run goes on, and survivors meet new tests. Text that only people or type checkers read
 is not mutated: docstrings, annotations, what errors say.
 """
@@ -50,6 +50,9 @@ PARTS = {  # name: (files, their tests)
     "layouts": (["batches/layouts.py", "batches/forest.py"], ["layouts", "logps", "sampler"]),
     "logps": (["models/logps.py"], ["logps", "losses_training"]),
 }
+
+
+BUDGET = 10.0  # CPU seconds of tests for one mutant
 
 
 class Mutant(NamedTuple):
@@ -193,14 +196,18 @@ class Watch:
         self.coverage = coverage.Coverage(data_file=None, include=[str(f) for f in files], config_file=False)
         self.coverage.start()
 
+    @staticmethod
+    def _clock() -> float:
+        return sum(os.times()[:4])  # of children too
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """A test begins, with its fixtures."""
         self.coverage.switch_context(nodeid)
-        self.began = time.monotonic()
+        self.began = self._clock()
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """It ends."""
-        self.seconds[nodeid] = time.monotonic() - self.began
+        self.seconds[nodeid] = self._clock() - self.began
         self.coverage.switch_context("")
 
     def pytest_sessionfinish(self) -> None:
@@ -240,20 +247,16 @@ def run(part: str, output: Path, share: int | None, seed: int) -> None:
         for file, place in copied.items():
             shutil.rmtree(place.parent / "__pycache__", ignore_errors=True)
             found = mutants(file)
-            drawn = found if share is None else random.Random(seed).sample(found, min(share, len(found)))
-            for mutant in drawn:
+            for mutant in random.Random(seed).sample(found, len(found))[:share]:
                 mark = hashlib.sha256(f"{file.name}{mutant.code}".encode()).hexdigest()[:12]
                 if mark in done:
                     continue
-                on_line = seen["lines"][str(place)].get(str(mutant.line), [])
-                picked = sorted({t for t in on_line if t} if any(on_line) else seen["seconds"], key=seen["seconds"].get)
                 place.write_text(mutant.code, encoding="utf-8")
-                began, limit = time.monotonic(), 20 + 4 * sum(seen["seconds"][t] for t in picked)
-                code = forked(lambda picked=picked: tested(copy, picked), limit, folder / "mutant.log")  # type: ignore[misc]
+                picked, cost = chosen(seen, seen["lines"][str(place)].get(str(mutant.line), []))
+                began, log = time.monotonic(), folder / "mutant.log"
+                code = forked(lambda picked=picked: tested(copy, picked), 60 + 20 * cost, log)  # type: ignore[misc]
                 if code in (4, 5):  # tests of these names are no longer found
-                    code = forked(
-                        lambda: tested(copy, tests), 20 + 4 * sum(seen["seconds"].values()), folder / "mutant.log"
-                    )
+                    code = forked(lambda: tested(copy, tests), 600, log)
                 place.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
                 record = {
                     "id": mark, "part": part, "file": str(file.relative_to(PACKAGE)), "line": mutant.line,
@@ -264,6 +267,21 @@ def run(part: str, output: Path, share: int | None, seed: int) -> None:
                     lines.write(json.dumps(record) + "\n")
                 if code == 0:
                     print(f"survived: {record['file']}:{mutant.line}\n{mutant.change}", flush=True)
+
+
+def chosen(seen: dict[str, Any], on_line: list[str]) -> tuple[list[str], float]:
+    """Tests for a mutant of a line, quickest first, with the CPU seconds they take together.
+
+    No more of them than take BUDGET, so that what only slow tests would notice counts as a survivor.
+    """
+    seconds: dict[str, float] = seen["seconds"]
+    picked, cost = list[str](), 0.0
+    for name in sorted({t for t in on_line if t} or seconds, key=seconds.__getitem__):
+        if picked and cost + seconds[name] > BUDGET:
+            break
+        picked.append(name)
+        cost += seconds[name]
+    return picked, cost
 
 
 def records(output: Path) -> dict[str, dict[str, Any]]:
