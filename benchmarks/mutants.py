@@ -7,10 +7,10 @@
 The mutants are mutmut's, made by its own visitor, and those of the operators of cosmic-ray that mutmut lacks. The
 runner is ours, because mutmut's trampolines change the signatures that jsonargparse reads, and because importing torch
 for each mutant takes longer than its tests: a process that holds the libraries, but nothing of this package, is forked
-for each mutant and imports a mutated copy. A test is run if it executes the mutated line, quickest first, until one
-fails or 10 seconds of CPU are spent; a line that is run when its module is imported has all tests of its part. Mutants that the output has as killed
-are left out, so that a stopped run goes on, and survivors meet new tests. Text that only people or type checkers read
-is not mutated: docstrings, annotations, what errors say.
+for each mutant and imports a mutated copy. Of the part's own tests those are run that execute the mutated line,
+quickest first, until one fails or 5 seconds of CPU are spent; where a line is run by the import alone, all are. Mutants
+that the output has as killed are left out, so that a stopped run goes on, and survivors meet new tests. Text that only
+people or type checkers read is not mutated: docstrings, annotations, what errors say.
 """
 
 from __future__ import annotations
@@ -41,18 +41,23 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "rap_lightning"
 
 PARTS = {  # name: (files, their tests)
-    "relabel": (["preferences/relabel.py"], ["relabel", "properties"]),
-    "goals": (
-        ["preferences/goals.py", "preferences/asked.py", "preferences/scales.py"],
-        ["goals", "relabel", "templates", "properties", "formats", "guidance"],
+    "relabel": (
+        ["preferences/relabel.py"],
+        [
+            "relabel",
+            "weights::test_weights_without_effect_are_refused_in_words",
+            "weights::test_originals_and_ties_count_one",
+        ],
     ),
-    "losses": (["losses/*.py"], ["losses", "losses_formulas", "losses_training"]),
-    "layouts": (["batches/layouts.py", "batches/forest.py"], ["layouts", "logps", "sampler"]),
-    "logps": (["models/logps.py"], ["logps", "losses_training"]),
+    "goals": (["preferences/goals.py", "preferences/asked.py", "preferences/scales.py"], ["goals", "scales"]),
+    "losses": (["losses/*.py"], ["losses", "losses_formulas"]),
+    "layouts": (
+        ["batches/layouts.py", "batches/forest.py"],
+        ["laid_out", "layouts::test_a_forest_holds_every_sequence_and_sees_exactly_its_path"],
+    ),
+    "logps": (["models/logps.py"], ["logps"]),
 }
-
-
-BUDGET = 10.0  # CPU seconds of tests for one mutant
+BUDGET = 5.0  # CPU seconds of tests for one mutant
 
 
 class Mutant(NamedTuple):
@@ -164,17 +169,21 @@ def forked(work: Callable[[], int], seconds: float, log: Path) -> int:
             code = work()
         os._exit(code)
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -1
+    try:
+        while time.monotonic() < until:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                child = 0
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return -1
+    finally:  # out of time, or Ctrl-C
+        if child:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
-def tested(copy: Path, tests: list[str], plugins: tuple[Any, ...] = ()) -> int:
+def outcome(copy: Path, tests: list[str], plugins: tuple[Any, ...] = ()) -> int:
     """Run tests on the package as it stands in a copy; pytest's exit code."""
     import pytest
 
@@ -220,7 +229,7 @@ class Watch:
 def watched(copy: Path, files: list[Path], tests: list[str], folder: Path) -> dict[str, Any]:
     """The tests of a part on unchanged code, which must pass; the libraries they need are imported here."""
     seen, log = folder / "watched.json", folder / "watched.log"
-    if forked(lambda: tested(copy, tests, (Watch(files, seen),)), 3600, log) != 0:
+    if forked(lambda: outcome(copy, tests, (Watch(files, seen),)), 3600, log) != 0:
         raise SystemExit(f"the tests fail without any mutant:\n{log.read_text()[-4000:]}")
     found: dict[str, Any] = json.loads(seen.read_text())
     ours = re.compile(r"rap_lightning|benchmarks|conftest|test_|my_|__|_pytest\.assertion")
@@ -236,7 +245,7 @@ def run(part: str, output: Path, share: int | None, seed: int) -> None:
     """Every mutant of a part, or ``share`` of each file's drawn at random; one line of JSON each."""
     patterns, names = PARTS[part]
     files = [f for p in patterns for f in sorted(PACKAGE.glob(p)) if f.name != "__init__.py"]
-    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
+    tests = [str(ROOT / "tests" / f"test_{re.sub(r'(?=::)|$', '.py', name, count=1)}") for name in names]
     done = {mark for mark, record in records(output).items() if record["killed"]}
     with TemporaryDirectory() as scratch:
         folder, copy = Path(scratch), Path(scratch) / "src"
@@ -254,9 +263,9 @@ def run(part: str, output: Path, share: int | None, seed: int) -> None:
                 place.write_text(mutant.code, encoding="utf-8")
                 picked, cost = chosen(seen, seen["lines"][str(place)].get(str(mutant.line), []))
                 began, log = time.monotonic(), folder / "mutant.log"
-                code = forked(lambda picked=picked: tested(copy, picked), 60 + 20 * cost, log)  # type: ignore[misc]
+                code = forked(lambda picked=picked: outcome(copy, picked), 60 + 20 * cost, log)  # type: ignore[misc]
                 if code in (4, 5):  # tests of these names are no longer found
-                    code = forked(lambda: tested(copy, tests), 600, log)
+                    code = forked(lambda: outcome(copy, tests), 600, log)
                 place.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
                 record = {
                     "id": mark, "part": part, "file": str(file.relative_to(PACKAGE)), "line": mutant.line,

@@ -61,6 +61,22 @@ def test_gradients_survive_logits_that_stand_at_both_ends_of_a_wide_soft_cap(
         assert float((a - b).abs().max()) <= 3e-5 * float(b.abs().max())
 
 
+def test_collision_probabilities_are_exact_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(11, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(50, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(50, generator=generator, dtype=torch.float64)
+    for scale, softcap in ((1.0, None), (0.3, 2.0)):
+        logits = (hidden @ weight.T + bias) * scale
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        wanted = logits.softmax(-1).square().sum(-1).log()
+        for size in (1, 50 * 8, 3 * 50 * 8, 10**9):
+            monkeypatch.setattr(logps, "CHUNK_BYTES", size)
+            found = Head(weight, bias, scale, softcap).log_collisions(hidden)
+            torch.testing.assert_close(found, wanted)
+            assert not found.requires_grad
+
+
 def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do() -> None:
     hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3)
     Head(weight, None).token_logps(hidden, torch.tensor([0, 1, 2, 3])).sum().backward()
