@@ -96,6 +96,28 @@ def test_log_probabilities_are_float32_under_bf16() -> None:
     torch.testing.assert_close(ours, rounded, rtol=1e-5, atol=1e-5)
 
 
+def test_collision_probabilities_are_float32_under_bf16() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32), torch.randn(100, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = Head(weight, None).log_collisions(hidden)
+    assert ours.dtype == torch.float32
+    rounded = (hidden.bfloat16() @ weight.bfloat16().T).float().softmax(-1).square().sum(-1).log()
+    torch.testing.assert_close(ours, rounded, rtol=1e-5, atol=1e-5)
+    stored = Head(weight.bfloat16(), None).log_collisions(hidden.bfloat16())
+    torch.testing.assert_close(stored, rounded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 2), (torch.float64, 1)])
+def test_no_more_logits_exist_at_a_time_than_fit_a_chunk_and_one_row_at_least(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logps, "CHUNK_BYTES", 2 * 100 * 4 + 399)
+    assert logps._chunks(5, 100, dtype) == [slice(i, min(i + rows, 5)) for i in range(0, 5, rows)]
+    assert logps._chunks(2, 10**9, dtype) == [slice(0, 1), slice(1, 2)]
+    assert logps._chunks(0, 100, dtype) == []
+
+
 def examples(model: Path, rows: int = 6, max_length: int = 160) -> EncodedPairs:
     tokenizer = PolicyConfig(str(model)).load_tokenizer()
     return encode(tokenizer, scored_rows(rows), max_length=max_length)[0]

@@ -275,12 +275,21 @@ def test_the_seeded_half_is_the_same_in_every_version() -> None:
     assert all(Relabelling("both", seed=1).takes(p) for p in prompts)
 
 
-@pytest.mark.parametrize(("pairs", "ties", "keep"), [(3, 0, False), (0, 2, False), (3, 2, True), (1, 1, False)])
-def test_training_pairs_are_counted_pair_by_pair_with_ties_last(pairs: int, ties: int, keep: bool) -> None:
-    index = TrainingIndex(pairs, ties, Relabelling(keep_original=keep))
-    extra = [2] if keep else []
-    expected = [(row, origin) for row in range(pairs) for origin in (0, 1, *extra)]
-    expected += [(pairs + row, origin) for row in range(ties) for origin in (0, *extra)]
+@pytest.mark.parametrize(("pairs", "ties"), [(3, 0), (0, 2), (3, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("relabelling", "origins", "of_ties"),
+    [
+        (Relabelling(), (0, 1), (0,)),
+        (Relabelling(keep_original=True), (0, 1, 2), (0, 2)),
+        (Relabelling("rejected", keep_original=True), (1, 2), (2,)),
+    ],
+)
+def test_training_pairs_are_counted_pair_by_pair_with_ties_last(
+    relabelling: Relabelling, origins: tuple[int, ...], of_ties: tuple[int, ...], pairs: int, ties: int
+) -> None:
+    index = TrainingIndex(pairs, ties, relabelling)
+    expected = [(row, origin) for row in range(pairs) for origin in origins]
+    expected += [(pairs + row, origin) for row in range(ties) for origin in of_ties]
     assert [index[i] for i in range(len(index))] == expected
     for outside in (-1, len(expected)):
         with pytest.raises(IndexError, match=str(outside)):
