@@ -72,9 +72,13 @@ def mutants(path: Path) -> list[Mutant]:
     """Every mutant of a file that differs from it in what runs, by line."""
     source = path.read_text(encoding="utf-8")
     untouched, found = _only_read(source), []
-    for code in dict.fromkeys((*_of_mutmut(source), *_of_cosmic_ray(source))):
+    meanings = {ast.dump(ast.parse(source))}  # what two operators both make, and what differs in blanks alone, once
+    for code in (*_of_mutmut(source), *_of_cosmic_ray(source)):
+        if (meaning := ast.dump(ast.parse(code))) in meanings:
+            continue
+        meanings.add(meaning)
         first = next((i for i, (a, b) in enumerate(zip(source, code, strict=False)) if a != b), len(code))
-        if code != source and not any(start <= first < stop for start, stop in untouched):
+        if not any(start <= first < stop for start, stop in untouched):
             found.append(Mutant(code, source.count("\n", 0, first) + 1, _change(source, code)))
     return sorted(found, key=lambda mutant: mutant.line)
 
@@ -151,6 +155,10 @@ def _only_read(source: str) -> list[tuple[int, int]]:
 def _change(source: str, code: str) -> str:
     lines = difflib.unified_diff(source.splitlines(), code.splitlines(), n=0, lineterm="")
     return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+
+
+def _mark(file: str, mutant: Mutant) -> str:
+    return hashlib.sha256(f"{Path(file).name}{mutant.code}".encode()).hexdigest()[:12]
 
 
 def forked(work: Callable[[], int], seconds: float, log: Path) -> int:
@@ -257,7 +265,7 @@ def run(part: str, output: Path, share: int | None, seed: int) -> None:
             shutil.rmtree(place.parent / "__pycache__", ignore_errors=True)
             found = mutants(file)
             for mutant in random.Random(seed).sample(found, len(found))[:share]:
-                mark = hashlib.sha256(f"{file.name}{mutant.code}".encode()).hexdigest()[:12]
+                mark = _mark(str(file), mutant)
                 if mark in done:
                     continue
                 place.write_text(mutant.code, encoding="utf-8")
@@ -300,8 +308,10 @@ def records(output: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(output: Path) -> str:
-    """The figures of an output, by file."""
-    rows = list(records(output).values())
+    """The figures of an output, by file; of code as it is now."""
+    files = {r["file"] for r in records(output).values()}
+    now = {_mark(file, mutant) for file in files for mutant in mutants(PACKAGE / file)}
+    rows = [record for mark, record in records(output).items() if mark in now]
     made, killed = Counter(r["file"] for r in rows), Counter(r["file"] for r in rows if r["killed"])
     of = {r["file"]: r["of"] for r in rows}
     text = ["| file | mutants | run | killed | survived |", "|---|---|---|---|---|"]
