@@ -65,6 +65,7 @@ def test_attributes_stand_a_line_each_on_their_own_scale_then_the_overall_score(
 def test_attributes_without_a_scale_of_their_own_are_on_the_overall_one() -> None:
     goal = AttributeGoal(["kind"], RewardScale(0, 3))
     assert goal.attribute_scale is goal.scale
+    assert (goal.placement, AttributeGoal(["kind"], placement="user").placement) == ("auto", "user")
     mapped = AttributeGoal(["kind"], attribute_scale=LinearScale(0, 1, judge_low=-4, judge_high=4))
     assert mapped.goal_of(9, (2,)) == (9, (0.75,))
 
@@ -166,6 +167,17 @@ class Exchanged(AttributeGoal):
         return super().text(goal, list(attributes)[::-1])
 
 
+class Unasked(AttributeGoal):
+    """Names an attribute and doesn't say its best."""
+
+    best_attributes = ()  # type: ignore[assignment]
+
+
+def test_a_template_with_attributes_must_say_the_best_of_each() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Unasked(["a"]).checked_wording()
+
+
 @pytest.mark.parametrize("goal", [NearlyTheirs(), BestApart(["a"], RewardScale(1, 5)), Exchanged(["a", "b"])])
 def test_a_wording_that_a_subclass_does_not_write_is_not_handed_on(goal: GoalTemplate) -> None:
     assert goal.wording() is not None
@@ -180,7 +192,7 @@ def test_a_wording_is_words_around_numbers() -> None:
     wording = Wording(("from ", " to ", "!"), (low, high), None)
     assert wording.text({}) == "from 0.2 to 9!"
     assert wording.text({"high": 3, "other": 5}) == "from 0.2 to 3!"
-    assert Wording.best(low) == "0.2"
+    assert Wording.best(low) == wording.best(low) == "0.2"
     assert wording.record() == {
         "parts": ["from ", " to ", "!"], "alone": None,
         "numbers": [
@@ -225,6 +237,7 @@ def test_a_goals_key_knows_what_it_writes_anywhere_on_the_scale() -> None:
         described = OverallGoal(RewardScale(low, high, 2)).describe()
         step = (high - low) / 200
         assert all(f"score: {RewardScale(low, high, 2).printed(low + step * i)}." in described for i in range(201))
+        assert described.count("score: ") == 201
         assert "scales.RewardScale" in described
     several = SEVERAL.describe()
     assert repr(SEVERAL.text(0, (0, 0)))[1:-1] in several

@@ -324,6 +324,14 @@ def test_a_relabelled_pair_says_where_it_comes_from_and_what_is_asked() -> None:
     assert (made[2].chosen, made[2].rejected) == (made[0].chosen, made[0].rejected)
 
 
+def test_each_half_asks_for_the_attributes_of_the_response_it_prefers() -> None:
+    pair = replace(pair_of(scored_rows(1)[0]), rewards=(8.0, 3.0), attributes=((2.0, 9.0), (5.0, 1.0)))
+    goal = AttributeGoal(["kind", "clear"])
+    high, low = (relabel(pair, goal, origin) for origin in (0, 1))
+    assert (high.goal, low.goal) == ("2 9 8", "5 1 3")
+    assert (high.goal_text, low.goal_text) == (goal.text(8, (2, 9)), goal.text(3, (5, 1)))
+
+
 def test_pairs_tie_by_what_is_printed_attributes_included() -> None:
     pair = replace(pair_of(scored_rows(1)[0]), rewards=(7.04, 6.96), attributes=((1.0,), (1.0,)))
     assert is_tie(pair, OverallGoal())

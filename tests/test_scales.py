@@ -24,7 +24,8 @@ def test_a_scale_is_made_again_from_its_numbers_and_from_how_it_prints(scale: Re
 
 def test_scales_are_equal_by_kind_and_numbers() -> None:
     assert all((a == b) is (a is b) for a in SCALES for b in SCALES)
-    assert RewardScale(1, 10, 1) == RewardScale(1.0, 10.0)
+    assert len({hash(scale) for scale in SCALES}) == len(SCALES)
+    assert RewardScale(1, 10, 1) == RewardScale(1.0, 10.0) == RewardScale()
     assert RewardScale() != repr(RewardScale())
     assert LinearScale(judge_low=None) != RewardScale()
     assert RewardScale(1, 5).numbers() == {"low": 1.0, "high": 5.0, "decimals": 1}
@@ -61,6 +62,7 @@ def test_a_linear_scale_stretches_the_judges_range() -> None:
     assert found == {-25.0: 0.0, -20.0: 0.0, -15.0: 1.0, 0.0: 4.0, 5.0: 5.0, 6.0: 5.0}
     assert scale.best == 5
     assert LinearScale(2, 4, judge_low=0, judge_high=1).goal(0.25) == 2.5
+    assert QuantileScale().numbers() == {"low": 1.0, "high": 10.0, "decimals": 1, "knots": None}
     assert LinearScale().numbers() == {"low": 1.0, "high": 10.0, "decimals": 1, "judge_low": None, "judge_high": None}
 
 
