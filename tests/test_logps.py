@@ -152,6 +152,23 @@ def test_states_of_another_dtype_than_the_head_are_taken_in_the_heads() -> None:
     torch.testing.assert_close(ours, rounded, rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(ours.sum(), (hidden, weight))
     assert [g.dtype for g in grads] == [torch.float32, torch.bfloat16]
+    collisions = Head(weight, None).log_collisions(hidden)
+    exact = (hidden.bfloat16() @ weight.T).float().softmax(-1).square().sum(-1).log()
+    torch.testing.assert_close(collisions, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_whose_exponentials_overflow_do_no_harm() -> None:
+    torch.manual_seed(0)
+    inputs = [(torch.randn(19, 8) * 100).requires_grad_(), torch.randn(23, 8, requires_grad=True)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    assert float((inputs[0] @ inputs[1].T).max()) > 200, "e^89 is too large for float32"
+    target = torch.randint(23, (19,))
+    ours, theirs = Head(inputs[1], None).token_logps(inputs[0], target), naive(*exact, None, target, 1.0, None)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-3)
+    for a, b in zip(torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(theirs.sum(), exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-2)
+    found, wanted = Head(inputs[1], None).log_collisions(inputs[0]), (exact[0] @ exact[1].T).softmax(-1).square()
+    torch.testing.assert_close(found.double(), wanted.sum(-1).log(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
