@@ -8,7 +8,7 @@ The mutants are mutmut's, made by its own visitor, and those of the operators of
 runner is ours, because mutmut's trampolines change the signatures that jsonargparse reads, and because importing torch
 for each mutant takes longer than its tests: a process that holds the libraries, but nothing of this package, is forked
 for each mutant and imports a mutated copy. Of the part's own tests those are run that execute the mutated line,
-quickest first, until one fails or 5 seconds of CPU are spent; where a line is run by the import alone, all are. Mutants
+quickest first, until one fails or 5 seconds of CPU are spent; where a line is run by the import, all are. Mutants
 that the output has as killed are left out, so that a stopped run goes on, and survivors meet new tests. Text that only
 people or type checkers read is not mutated: docstrings, annotations, what errors say.
 """
@@ -293,7 +293,8 @@ def chosen(seen: dict[str, Any], on_line: list[str]) -> tuple[list[str], float]:
     """
     seconds: dict[str, float] = seen["seconds"]
     picked, cost = list[str](), 0.0
-    for name in sorted({t for t in on_line if t} or seconds, key=seconds.__getitem__):
+    by_import = not on_line or "" in on_line  # what a line does when it is imported, any test may notice
+    for name in sorted(seconds if by_import else set(on_line), key=seconds.__getitem__):
         if picked and cost + seconds[name] > BUDGET:
             break
         picked.append(name)

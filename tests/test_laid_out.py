@@ -84,6 +84,15 @@ def test_what_belongs_to_pairs_is_the_same_in_every_layout(layout: str) -> None:
     )
 
 
+def test_numbers_of_pairs_are_float32_whatever_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning sets it for precision bf16-true
+    try:
+        batch = batch_of("packed")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {x.dtype for x in (batch.rewards, batch.weights, batch.loss_weights)} == {torch.float32}
+
+
 def test_one_text_cut_into_prompt_and_response_elsewhere_is_another_response() -> None:
     cut = [Example("x", 0, None, (2.0, 1.0), [1, 2, 3][:n], [1, 2, 3, 4][n:], [5]) for n in (1, 2)]
     batch = lay_out(LAYOUTS["padded"], cut, BatchPlan((0, 1), (1.0, 1.0), 2, ((0, 1),)), 0)

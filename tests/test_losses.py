@@ -370,23 +370,23 @@ def test_beta_must_be_positive(kind: Any) -> None:
     ("make_it", "message"),
     [
         (lambda: DPO(label_smoothing=0.5), r"DPO: label_smoothing must be from 0 to below 0\.5, found 0\.5"),
-        (lambda: DPO(label_smoothing=-0.1), "label_smoothing"),
+        (lambda: DPO(label_smoothing=-0.1), "DPO: label_smoothing"),
         (lambda: RobustDPO(label_smoothing=0.5), r"RobustDPO: label_smoothing must be from 0 to below 0\.5"),
-        (lambda: RobustDPO(label_smoothing=1.0), "label_smoothing"),
-        (lambda: EXO(label_smoothing=0.0), "label_smoothing must be above 0"),
-        (lambda: DiscoPOP(tau=0.0), "tau must be above 0"),
-        (lambda: DPOPositive(penalty=0.0), "penalty must be above 0"),
-        (lambda: RDPO(alpha=-1.0), "alpha must be above 0"),
-        (lambda: LDDPO(alpha=1.0), "alpha must be from 0 to below 1"),
-        (lambda: AlphaDPO(alpha=1.0), "alpha must be above 0 to below 1"),
-        (lambda: AlphaPO(alpha=0.0), "alpha must be above 0"),
-        (lambda: CPO(nll_weight=-1.0), "nll_weight must be above 0"),
-        (lambda: KTO(desirable_weight=0.0), "desirable_weight must be above 0"),
-        (lambda: REBEL(eta=0.0), "eta must be above 0"),
-        (lambda: SoftLabelDPO(temperature=0.0), "temperature must be above 0"),
-        (lambda: InfoNCA(temperature=-1.0), "temperature must be above 0"),
-        (lambda: Mixture([]), "losses is empty"),
-        (lambda: Mixture([DPO(), SFT()], [1.0]), "2 losses but 1 weights"),
+        (lambda: RobustDPO(label_smoothing=1.0), "RobustDPO: label_smoothing"),
+        (lambda: EXO(label_smoothing=0.0), "EXO: label_smoothing must be above 0"),
+        (lambda: DiscoPOP(tau=0.0), "DiscoPOP: tau must be above 0"),
+        (lambda: DPOPositive(penalty=0.0), "DPOPositive: penalty must be above 0"),
+        (lambda: RDPO(alpha=-1.0), "RDPO: alpha must be above 0"),
+        (lambda: LDDPO(alpha=1.0), "LDDPO: alpha must be from 0 to below 1"),
+        (lambda: AlphaDPO(alpha=1.0), "AlphaDPO: alpha must be above 0 to below 1"),
+        (lambda: AlphaPO(alpha=0.0), "AlphaPO: alpha must be above 0"),
+        (lambda: CPO(nll_weight=-1.0), "CPO: nll_weight must be above 0"),
+        (lambda: KTO(desirable_weight=0.0), "KTO: desirable_weight must be above 0"),
+        (lambda: REBEL(eta=0.0), "REBEL: eta must be above 0"),
+        (lambda: SoftLabelDPO(temperature=0.0), "SoftLabelDPO: temperature must be above 0"),
+        (lambda: InfoNCA(temperature=-1.0), "InfoNCA: temperature must be above 0"),
+        (lambda: Mixture([]), "Mixture: losses is empty"),
+        (lambda: Mixture([DPO(), SFT()], [1.0]), "Mixture: 2 losses but 1 weights"),
         (lambda: Mixture([DPO(), SFT()], [0.0, 0.0]), "sum to more than 0"),
         (lambda: Mixture([DPO(), SFT()], [1.0, -1.0]), "0 or more"),
         (lambda: Mixture([DPO()], [float("nan")]), "0 or more"),
@@ -403,6 +403,13 @@ def test_options_show_at_the_start_of_a_run() -> None:
     assert str(IPO(0.1, per_token=True)) == "IPO(beta=0.1, per_token=True)"
     assert "Mixture" in str(Mixture([DPO(), SFT()], [1, 2]))
     assert "needs" not in str(WPO(DPO()))
+
+    class Own(DPO):
+        def __init__(self) -> None:
+            super().__init__(0.2, 0.1)
+            self._steps, self.name, self.needs_tokens = 3, "own", True
+
+    assert str(Own()) == "Own(beta=0.2, label_smoothing=0.1)"
 
 
 def test_dpo_at_zero_margin_is_log_two() -> None:
