@@ -132,6 +132,8 @@ def _only_read(source: str) -> list[tuple[int, int]]:
             nodes.append(node.msg)
         elif isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
             nodes.append(node.annotation)
+            if ast.unparse(node.annotation) == "TypeAlias":
+                nodes.append(node.value)  # type: ignore[union-attr]
         elif isinstance(node, ast.FunctionDef) and node.returns is not None:
             nodes.append(node.returns)
         elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal":
