@@ -209,9 +209,11 @@ def test_the_heads_bias_and_the_configs_factors_are_taken(tiny: Path) -> None:
     assert head.weight is layer.weight
     assert head.bias is layer.bias
     assert (head.scale, head.softcap) == (0.125, 30.0)
-    model.set_output_embeddings(torch.nn.Bilinear(2, 2, 2))
-    with pytest.raises(ConfigError, match="expected a plain linear output layer, found Bilinear"):
-        Head.of(model)
+    layer.base_layer = torch.nn.Linear(2, 2)  # as adapters have one
+    for other in (layer, torch.nn.Bilinear(2, 2, 2)):
+        model.set_output_embeddings(other)
+        with pytest.raises(ConfigError, match=f"expected a plain linear output layer, found {type(other).__name__}"):
+            Head.of(model)
 
 
 def test_logits_take_the_memory_that_is_documented() -> None:
@@ -240,9 +242,9 @@ def test_logits_are_kept_up_to_the_bound_and_only_for_a_backward_pass(monkeypatc
     made.clear()
     Head(weight, None).log_collisions(hidden)
     assert made == [2, 2, 2, 1]
-    wide_cap = Head(weight, None, 1.0, logps.INVERTIBLE_CAP + 0.5).token_logps(hidden, target)
+    wide_cap = Head(weight, None, 1.0, 40.5).token_logps(hidden, target)
     assert not wide_cap.grad_fn.kept, "logits can't be had back from such powers"  # type: ignore[union-attr]
-    at_cap = Head(weight, None, 1.0, logps.INVERTIBLE_CAP).token_logps(hidden, target)
+    at_cap = Head(weight, None, 1.0, 40.0).token_logps(hidden, target)
     assert list(at_cap.grad_fn.kept) == [0, 1]  # type: ignore[union-attr]
 
 

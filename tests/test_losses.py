@@ -36,7 +36,7 @@ from rap_lightning.losses import (
     SimPO,
     SoftLabelDPO,
 )  # fmt: skip
-from rap_lightning.losses.base import bounded_exp
+from rap_lightning.losses.base import bounded_exp, live, over_ranks
 
 REWARD_AWARE = [kind for kind in LOSSES if kind.needs_rewards]
 
@@ -302,6 +302,29 @@ def test_a_mixture_needs_what_its_parts_need_and_no_more() -> None:
     value = free.per_pair(policy, None, None)
     torch.testing.assert_close(value, SimPO()(policy) + SFT()(policy))
     torch.testing.assert_close(free.terms(), {"SimPO": SimPO()(policy), "SFT": SFT()(policy)})
+
+
+def test_weights_of_a_mixture_may_be_as_small_as_one_likes() -> None:
+    policy, reference = random_logps(3, seed=24), random_logps(3, seed=25)
+    expected = 0.25 * DPO()(policy, reference) + 1e-3 * SFT()(policy)
+    torch.testing.assert_close(call(Mixture([DPO(), SFT()], [0.25, 1e-3]), policy, reference), expected)
+
+
+def test_totals_are_summed_over_ranks_and_the_ranks_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = torch.tensor([1.0, 2.0])
+    assert over_ranks(own) is own, "one process has nothing to add"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(3))
+    assert over_ranks(own).tolist() == [3.0, 6.0]
+    assert own.tolist() == [1.0, 2.0]
+
+
+def test_pairs_that_count_are_found_on_the_device_of_the_pairs() -> None:
+    one = torch.zeros(4, device="meta")
+    assert live(PairLogps(one, one, one, one)).device.type == "meta"
+    own = torch.zeros(4)
+    assert live(PairLogps(own, own, own, own)).tolist() == [0, 1, 2, 3]
+    assert live(PairLogps(own, own, own, own, weights=torch.tensor([0.0, 0.5, 0.0, 1.0]))).tolist() == [1, 3]
 
 
 def test_terms_that_come_twice_are_numbered() -> None:
