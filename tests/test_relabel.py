@@ -263,7 +263,7 @@ def test_without_a_mode_both_halves_where_there_is_a_goal() -> None:
 def test_weights_below_one_and_above_are_taken_and_one_needs_no_halves() -> None:
     assert Relabelling().weights(0.25) == (1.0, 0.25, 1.0)
     assert Relabelling().weights(1.5) == (1.0, 1.5, 1.0)
-    with pytest.raises(ConfigError, match="must be above 0 and finite, found -0.5"):
+    with pytest.raises(ConfigError, match=r"must be above 0 and finite, found -0\.5"):
         Relabelling().weights(-0.5)
     for mode in ("none", "chosen", "rejected", "half"):
         assert Relabelling(mode).weights(1.0) == (1.0, 1.0, 1.0)  # type: ignore[arg-type]
