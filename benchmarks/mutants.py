@@ -37,6 +37,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "rap_lightning"
 
@@ -254,34 +256,40 @@ def run(part: str, output: Path, share: int | None, seed: int) -> None:
     tests = [str(ROOT / "tests" / f"test_{re.sub(r'(?=::)|$', '.py', name, count=1)}") for name in names]
     done = {mark for mark, record in records(output).items() if record["killed"]}
     with TemporaryDirectory() as scratch:
-        folder, copy = Path(scratch), Path(scratch) / "src"
+        copy = Path(scratch) / "src"
         shutil.copytree(ROOT / "src", copy)
-        copied = {f: copy / f.relative_to(ROOT / "src") for f in files}
-        seen = watched(copy, list(copied.values()), tests, folder)
+        places = [copy / f.relative_to(ROOT / "src") for f in files]
+        print(f"{part}: its tests on the code as it is ...", file=sys.stderr)
+        seen = watched(copy, places, tests, Path(scratch))
         sys.dont_write_bytecode = True  # from here on: what a mutant compiles is no one else's
-        for file, place in copied.items():
+        for place in places:
             shutil.rmtree(place.parent / "__pycache__", ignore_errors=True)
-            found = mutants(file)
-            for mutant in random.Random(seed).sample(found, len(found))[:share]:
-                mark = hashlib.sha256(f"{file.name}{mutant.code}".encode()).hexdigest()[:12]
+            found, source = mutants(place), place.read_text(encoding="utf-8")
+            for mutant in tqdm(random.Random(seed).sample(found, len(found))[:share], place.name):
+                mark = hashlib.sha256(f"{place.name}{mutant.code}".encode()).hexdigest()[:12]
                 if mark in done:
                     continue
                 place.write_text(mutant.code, encoding="utf-8")
-                picked, cost = chosen(seen, seen["lines"][str(place)].get(str(mutant.line), []))
-                began, log = time.monotonic(), folder / "mutant.log"
-                code = forked(lambda picked=picked: outcome(copy, picked), 60 + 20 * cost, log)  # type: ignore[misc]
-                if code in (4, 5):  # tests of these names are no longer found
-                    code = forked(lambda: outcome(copy, tests), 600, log)
-                place.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-                record = {
-                    "id": mark, "part": part, "file": str(file.relative_to(PACKAGE)), "line": mutant.line,
-                    "change": mutant.change, "killed": code != 0, "code": code, "tests": len(picked),
-                    "seconds": round(time.monotonic() - began, 1), "of": len(found),
-                }  # fmt: skip
+                record = {"id": mark, "part": part, "file": str(place.relative_to(copy / PACKAGE.name))}
+                record |= judged(copy, mutant, seen, tests, seen["lines"][str(place)].get(str(mutant.line), []))
                 with output.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(record) + "\n")
-                if code == 0:
-                    print(f"survived: {record['file']}:{mutant.line}\n{mutant.change}", flush=True)
+                    lines.write(json.dumps(record | {"of": len(found)}) + "\n")
+                if not record["killed"]:
+                    tqdm.write(f"survived: {record['file']}:{mutant.line}\n{mutant.change}")
+            place.write_text(source, encoding="utf-8")
+
+
+def judged(copy: Path, mutant: Mutant, seen: dict[str, Any], tests: list[str], on_line: list[str]) -> dict[str, Any]:
+    """What the tests make of the mutant that stands in the copy."""
+    picked, cost = chosen(seen, on_line)
+    began, log = time.monotonic(), copy.parent / "mutant.log"
+    code = forked(lambda: outcome(copy, picked), 60 + 20 * cost, log)
+    if code in (4, 5):  # tests of these names are no longer found
+        code = forked(lambda: outcome(copy, tests), 600, log)
+    return {
+        "line": mutant.line, "change": mutant.change, "killed": code != 0, "code": code, "tests": len(picked),
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
 
 
 def chosen(seen: dict[str, Any], on_line: list[str]) -> tuple[list[str], float]:
