@@ -21,7 +21,10 @@ from conftest import build, make_model, make_tokenizer, make_trainer
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.commands.export import export
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.export import Leaving, full_state
+from rap_lightning.models.export import export as export_policy
 from rap_lightning.models.folder import all_or_nothing
+from rap_lightning.models.policy import Policy, PolicyConfig
 from rap_lightning.models.prompting import write_goals_by_itself
 from rap_lightning.models.saved import config_of
 from rap_lightning.preferences.baked import BEGIN, unbaked
@@ -641,3 +644,24 @@ def test_what_only_training_needed_does_not_stand_in_the_way_on_another_machine(
     assert (config.activation_offloading, config.compile, config.trust_remote_code) == (False, False, False)
     with pytest.raises(ConfigError, match=r"last\.ckpt was written by another version"):
         config_of(recorded | {"new": 1}, Path("last.ckpt"), trust_remote_code=False)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_of_a_model_that_no_files_were_loaded_into_are_written_and_read_back(
+    dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """There save_pretrained empties the dict of weights that it is given."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = make_model(tmp_path / "model")
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    policy, config = Policy(model), PolicyConfig(str(path))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = full_state(policy)
+    export_policy(policy, state, config.load_tokenizer(), tmp_path / "out", config, Leaving(dtype=dtype))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == before.keys()
+    assert all(torch.equal(value, before[name].to(value.dtype)) for name, value in written.items())
+    assert {value.dtype for value in written.values()} == {dtype or torch.float32}
+    assert state.keys() == {f"model.{name}" for name in before}, "the caller's dict stays whole"

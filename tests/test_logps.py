@@ -1,5 +1,6 @@
 """Response log-probabilities: chunked ≡ full logits, padded ≡ one sequence at a time, for several architectures."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,22 @@ def test_gradients_survive_logits_that_stand_at_both_ends_of_a_wide_soft_cap(
         assert float((a - b).abs().max()) <= 3e-5 * float(b.abs().max())
 
 
+def test_collision_probabilities_are_exact_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(11, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(50, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(50, generator=generator, dtype=torch.float64)
+    for scale, softcap in ((1.0, None), (0.3, 2.0)):
+        logits = (hidden @ weight.T + bias) * scale
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        wanted = logits.softmax(-1).square().sum(-1).log()
+        for size in (1, 50 * 8, 3 * 50 * 8, 10**9):
+            monkeypatch.setattr(logps, "CHUNK_BYTES", size)
+            found = Head(weight, bias, scale, softcap).log_collisions(hidden)
+            torch.testing.assert_close(found, wanted)
+            assert not found.requires_grad
+
+
 def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do() -> None:
     hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3)
     Head(weight, None).token_logps(hidden, torch.tensor([0, 1, 2, 3])).sum().backward()
@@ -78,6 +95,157 @@ def test_log_probabilities_are_float32_under_bf16() -> None:
     # exact log-softmax of bf16 logits; a log-softmax in bf16 would be off by up to 2^-8 of its size
     rounded = (hidden.bfloat16() @ weight.bfloat16().T).float().log_softmax(-1)[torch.arange(64), target]
     torch.testing.assert_close(ours, rounded, rtol=1e-5, atol=1e-5)
+
+
+def test_collision_probabilities_are_float32_under_bf16() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32), torch.randn(100, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = Head(weight, None).log_collisions(hidden)
+    assert ours.dtype == torch.float32
+    rounded = (hidden.bfloat16() @ weight.bfloat16().T).float().softmax(-1).square().sum(-1).log()
+    torch.testing.assert_close(ours, rounded, rtol=1e-5, atol=1e-5)
+    stored = Head(weight.bfloat16(), None).log_collisions(hidden.bfloat16())
+    torch.testing.assert_close(stored, rounded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 2), (torch.float64, 1)])
+def test_no_more_logits_exist_at_a_time_than_fit_a_chunk_and_one_row_at_least(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logps, "CHUNK_BYTES", 2 * 100 * 4 + 399)
+    assert logps._chunks(5, 100, dtype) == [slice(i, min(i + rows, 5)) for i in range(0, 5, rows)]
+    assert logps._chunks(2, 10**9, dtype) == [slice(0, 1), slice(1, 2)]
+    assert logps._chunks(0, 100, dtype) == []
+
+
+@pytest.mark.parametrize("kept", [0, 2**20])
+def test_gradients_under_autocast_are_those_of_rounded_states_and_weights(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States stay float32 (a norm's output), products are taken in bf16, whether logits were kept or not."""
+    monkeypatch.setattr(logps, "KEPT_BYTES", kept)
+    monkeypatch.setattr(logps, "CHUNK_BYTES", 7 * 30 * 4)
+    torch.manual_seed(0)
+    inputs = [torch.randn(20, 16), torch.randn(30, 16), torch.randn(30)]
+    inputs = [x.bfloat16().float().requires_grad_() for x in inputs]
+    target, up = torch.randint(30, (20,)), torch.randn(20)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = Head(inputs[1], inputs[2]).token_logps(inputs[0], target)
+    found = torch.autograd.grad(ours, inputs, up)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = torch.autograd.grad(naive(*exact, target, 1.0, None), exact, up.double())
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.float32
+        off = float((a - b).norm() / b.norm())
+        assert off < 0.01
+    slopes = found[0]
+    assert float((slopes - wanted[0]).norm() / wanted[0].norm()) > 1e-5, "products in bf16, not in float32"
+
+
+def test_states_of_another_dtype_than_the_head_are_taken_in_the_heads() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(30, 16).bfloat16().requires_grad_()
+    target = torch.randint(30, (9,))
+    ours = Head(weight, None).token_logps(hidden, target)
+    rounded = (hidden.bfloat16() @ weight.T).float().log_softmax(-1)[torch.arange(9), target]
+    torch.testing.assert_close(ours, rounded, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(ours.sum(), (hidden, weight))
+    assert [g.dtype for g in grads] == [torch.float32, torch.bfloat16]
+    collisions = Head(weight, None).log_collisions(hidden)
+    exact = (hidden.bfloat16() @ weight.T).float().softmax(-1).square().sum(-1).log()
+    torch.testing.assert_close(collisions, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_whose_exponentials_overflow_do_no_harm() -> None:
+    torch.manual_seed(0)
+    inputs = [(torch.randn(19, 8) * 100).requires_grad_(), torch.randn(23, 8, requires_grad=True)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    assert float((inputs[0] @ inputs[1].T).max()) > 200, "e^89 is too large for float32"
+    target = torch.randint(23, (19,))
+    ours, theirs = Head(inputs[1], None).token_logps(inputs[0], target), naive(*exact, None, target, 1.0, None)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-3)
+    for a, b in zip(torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(theirs.sum(), exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-2)
+    found, wanted = Head(inputs[1], None).log_collisions(inputs[0]), (exact[0] @ exact[1].T).softmax(-1).square()
+    torch.testing.assert_close(found.double(), wanted.sum(-1).log(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_batch_without_response_tokens_has_gradients_of_zero(frozen: bool) -> None:
+    hidden, bias = torch.zeros(0, 4, requires_grad=True), torch.zeros(6, requires_grad=True)
+    weight = torch.randn(6, 4, requires_grad=not frozen)
+    torch.use_deterministic_algorithms(True)  # memory that is not written holds NaN then
+    try:
+        Head(weight, bias).token_logps(hidden, torch.zeros(0, dtype=torch.int64)).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert weight.grad is None if frozen else torch.equal(weight.grad, torch.zeros(6, 4))  # type: ignore[arg-type]
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.zeros(6))
+
+
+def test_everything_is_made_on_the_device_of_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which no tensor made elsewhere fits in; only autocasting does not know it."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch, "autocast", lambda device, enabled: contextlib.nullcontext())
+    inputs = [torch.empty(*shape, device="meta", requires_grad=True) for shape in ((20, 4), (6, 4), (6,))]
+    head, target = Head(inputs[1], inputs[2], 0.5, 30.0), torch.empty(20, dtype=torch.int64, device="meta")
+    ours = head.token_logps(inputs[0], target)
+    assert (ours.device.type, ours.shape, ours.dtype) == ("meta", (20,), torch.float32)
+    grads = torch.autograd.grad(ours.sum(), inputs)
+    assert [(g.device.type, g.shape) for g in grads] == [("meta", x.shape) for x in inputs]
+    assert head.log_collisions(inputs[0]).device.type == "meta"
+
+
+def test_the_heads_bias_and_the_configs_factors_are_taken(tiny: Path) -> None:
+    model = PolicyConfig(str(tiny)).build(torch.float32).model
+    plain = Head.of(model)
+    assert (plain.bias, plain.scale, plain.softcap) == (None, 1.0, None)
+    layer = torch.nn.Linear(32, model.config.vocab_size)
+    model.set_output_embeddings(layer)
+    model.config.logit_scale, model.config.logits_scaling, model.config.final_logit_softcapping = 0.5, 4.0, 30.0
+    head = Head.of(model)
+    assert head.weight is layer.weight
+    assert head.bias is layer.bias
+    assert (head.scale, head.softcap) == (0.125, 30.0)
+    layer.base_layer = torch.nn.Linear(2, 2)  # as adapters have one
+    for other in (layer, torch.nn.Bilinear(2, 2, 2)):
+        model.set_output_embeddings(other)
+        with pytest.raises(ConfigError, match=f"expected a plain linear output layer, found {type(other).__name__}"):
+            Head.of(model)
+
+
+def test_logits_take_the_memory_that_is_documented() -> None:
+    """256 MiB of float32 logits at a time, and twice as much kept: what plans of memory count with."""
+    rows = 256 * 1024 * 1024 // (49152 * 4)
+    assert logps._chunks(2 * rows + 1, 49152, torch.float32) == [
+        slice(0, rows), slice(rows, 2 * rows), slice(2 * rows, 2 * rows + 1),
+    ]  # fmt: skip
+    assert logps.KEPT_BYTES == 512 * 1024 * 1024
+
+
+def test_logits_are_kept_up_to_the_bound_and_only_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logps, "CHUNK_BYTES", 2 * 10 * 4)
+    monkeypatch.setattr(logps, "KEPT_BYTES", 2 * (2 * 10 * 4))
+    made: list[int] = []
+    original = logps._logits
+    monkeypatch.setattr(logps, "_logits", lambda *args: made.append(len(args[0])) or original(*args))
+    hidden, weight = torch.randn(7, 3, requires_grad=True), torch.randn(10, 3)
+    target = torch.zeros(7, dtype=torch.int64)
+    out = Head(weight, None).token_logps(hidden, target)
+    assert made == [2, 2, 2, 1]
+    assert list(out.grad_fn.kept) == [0, 1], "two chunks fill the bound to the byte"  # type: ignore[union-attr]
+    out.sum().backward()
+    assert made == [2, 2, 2, 1, 2, 1]
+    assert not out.grad_fn.kept, "let go as they are used"  # type: ignore[union-attr]
+    made.clear()
+    Head(weight, None).log_collisions(hidden)
+    assert made == [2, 2, 2, 1]
+    wide_cap = Head(weight, None, 1.0, 40.5).token_logps(hidden, target)
+    assert not wide_cap.grad_fn.kept, "logits can't be had back from such powers"  # type: ignore[union-attr]
+    at_cap = Head(weight, None, 1.0, 40.0).token_logps(hidden, target)
+    assert list(at_cap.grad_fn.kept) == [0, 1]  # type: ignore[union-attr]
 
 
 def examples(model: Path, rows: int = 6, max_length: int = 160) -> EncodedPairs:

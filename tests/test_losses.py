@@ -36,6 +36,7 @@ from rap_lightning.losses import (
     SimPO,
     SoftLabelDPO,
 )  # fmt: skip
+from rap_lightning.losses.base import bounded_exp, live, over_ranks
 
 REWARD_AWARE = [kind for kind in LOSSES if kind.needs_rewards]
 
@@ -157,6 +158,64 @@ def test_pairs_of_weight_zero_change_nothing(kind: Any) -> None:
     torch.testing.assert_close(whole[live], part)
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "AOT": {"beta": 0.1}, "AOTUnpaired": {"beta": 0.1}, "APODown": {"beta": 0.1}, "APOZero": {"beta": 0.1},
+    "AlphaDPO": {"beta": 0.1, "alpha": 0.5}, "AlphaPO": {"beta": 2.5, "gamma": 0.25, "alpha": 0.25},
+    "BCO": {"beta": 0.01}, "CPO": {"beta": 0.1, "nll_weight": 1.0}, "DPO": {"beta": 0.1, "label_smoothing": 0.0},
+    "DPOPositive": {"beta": 0.3, "penalty": 50.0}, "DiscoPOP": {"beta": 0.05, "tau": 0.05},
+    "DistilledDPO": {"beta": 0.1}, "EXO": {"beta": 0.1, "label_smoothing": 0.001}, "ForwardKLDPO": {"beta": 0.1},
+    "GapWeightedDPO": {"beta": 0.1}, "Hinge": {"beta": 0.1}, "IPO": {"beta": 0.1, "per_token": False},
+    "InfoNCA": {"beta": 0.01, "temperature": 1.0}, "JensenShannonDPO": {"beta": 0.1},
+    "KTO": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}, "LDDPO": {"beta": 0.1, "alpha": 0.5},
+    "LengthNormalisedDPO": {"beta": 5.0}, "MarginDPO": {"beta": 0.1, "scale": 1 / 3}, "Mixture": {"weights": None},
+    "NCA": {"beta": 0.01}, "ODPO": {"beta": 0.1, "alpha": 1.0}, "ORPO": {"odds_weight": 0.1},
+    "RDPO": {"beta": 0.1, "alpha": 0.05}, "REBEL": {"eta": 1.0}, "RPOBackwardKL": {"beta": 0.1, "eta": 1.0},
+    "RPOForwardKL": {"beta": 0.1, "eta": 1.0}, "RPOSquared": {"beta": 0.1, "eta": 1.0},
+    "RewardNCA": {"beta": 0.01, "temperature": 1.0}, "RobustDPO": {"beta": 0.1, "label_smoothing": 0.1}, "SFT": {},
+    "SPPOHard": {"beta": 0.001}, "SimPO": {"beta": 2.0, "gamma": 1.0},
+    "SoftLabelDPO": {"beta": 0.1, "temperature": 1.0}, "WPO": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_defaults_are_those_that_runs_without_options_were_made_with(kind: Any) -> None:
+    expected = DEFAULTS[kind.__name__] | ({"distance": "absolute"} if kind.needs_rewards else {})
+    signature = inspect.signature(kind).parameters
+    found = {name: p.default for name, p in signature.items() if name not in ("losses", "loss")}
+    assert found == expected
+    loss = make(kind)
+    for name in set(found) - {"eta", "odds_weight", "weights"}:
+        assert getattr(loss, name) == found[name], "an option is kept under its name"
+
+
+def test_each_loss_declares_what_it_needs_and_no_more() -> None:
+    def that(need: str) -> set[str]:
+        return {kind.__name__ for kind in LOSSES if getattr(make(kind), need)}
+
+    assert {kind.__name__ for kind in LOSSES} - that("needs_reference") == {"SimPO", "AlphaPO", "CPO", "ORPO", "SFT"}
+    assert that("needs_rewards") == {
+        "ODPO", "MarginDPO", "RPOSquared", "RPOBackwardKL", "RPOForwardKL", "DistilledDPO", "REBEL", "GapWeightedDPO",
+        "SoftLabelDPO", "InfoNCA", "RewardNCA",
+    }  # fmt: skip
+    assert that("needs_tokens") == {"LDDPO", "WPO"}
+    assert that("needs_collisions") == {"WPO"}
+    assert that("needs_unrelated") == {"KTO"}
+    assert that("batch_level") == {"AOT", "AOTUnpaired", "KTO"}
+    assert {kind.__name__: make(kind).least_pairs for kind in LOSSES if make(kind).least_pairs != 1} == {
+        "AOT": 2, "AOTUnpaired": 2, "KTO": 2,
+    }  # fmt: skip
+
+
+def test_an_exponential_goes_on_as_its_tangent_beyond_e_to_the_30() -> None:
+    x = torch.tensor([-1.0, 29.5, 30.0, 30.5, 32.0, 1e4], dtype=torch.float64, requires_grad=True)
+    value = bounded_exp(x)
+    top = math.exp(30)
+    expected = [math.exp(-1), math.exp(29.5), top, 1.5 * top, 3 * top, (1e4 - 29) * top]
+    assert value.tolist() == pytest.approx(expected, rel=1e-12)
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    assert slope.tolist() == pytest.approx([math.exp(-1), math.exp(29.5), top, top, top, top], rel=1e-12)
+
+
 # -- rewards under goals ----------------------------------------------------------------------------------------------
 
 
@@ -245,6 +304,29 @@ def test_a_mixture_needs_what_its_parts_need_and_no_more() -> None:
     torch.testing.assert_close(free.terms(), {"SimPO": SimPO()(policy), "SFT": SFT()(policy)})
 
 
+def test_weights_of_a_mixture_may_be_as_small_as_one_likes() -> None:
+    policy, reference = random_logps(3, seed=24), random_logps(3, seed=25)
+    expected = 0.25 * DPO()(policy, reference) + 1e-3 * SFT()(policy)
+    torch.testing.assert_close(call(Mixture([DPO(), SFT()], [0.25, 1e-3]), policy, reference), expected)
+
+
+def test_totals_are_summed_over_ranks_and_the_ranks_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = torch.tensor([1.0, 2.0])
+    assert over_ranks(own) is own, "one process has nothing to add"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(3))
+    assert over_ranks(own).tolist() == [3.0, 6.0]
+    assert own.tolist() == [1.0, 2.0]
+
+
+def test_pairs_that_count_are_found_on_the_device_of_the_pairs() -> None:
+    one = torch.zeros(4, device="meta")
+    assert live(PairLogps(one, one, one, one)).device.type == "meta"
+    own = torch.zeros(4)
+    assert live(PairLogps(own, own, own, own)).tolist() == [0, 1, 2, 3]
+    assert live(PairLogps(own, own, own, own, weights=torch.tensor([0.0, 0.5, 0.0, 1.0]))).tolist() == [1, 3]
+
+
 def test_terms_that_come_twice_are_numbered() -> None:
     assert list(Mixture([DPO(), DPO(0.2), SFT()]).term_names()) == ["DPO", "DPO-2", "SFT"]
 
@@ -255,6 +337,34 @@ def test_a_mixtures_running_mean_is_kept() -> None:
     loss.after_step()
     assert "losses.1.totals" in loss.state_dict()
     assert loss.parts[1].delta == 2.0  # type: ignore[attr-defined]
+
+
+def test_a_mixture_passes_on_a_skipped_step_and_has_no_terms_before_its_first() -> None:
+    loss = Mixture([DPO(), BCO(1.0)], [1.0, 0.5]).train()
+    assert loss.terms() == {}
+    loss.per_pair(logps([2.0], [2.0]), logps([0.0], [0.0]), None)
+    loss.forget_step()
+    loss.after_step()
+    assert loss.parts[1].delta == 0.0  # type: ignore[attr-defined]
+    plain = DPO()
+    assert (plain.terms(), list(plain.term_names())) == ({}, [])
+
+
+def test_implicit_rewards_of_a_combination_are_those_of_its_first_part() -> None:
+    policy, reference = random_logps(3, seed=20), random_logps(3, seed=21)
+    for combined, first in ((Mixture([Hinge(0.4), DPO(0.1)]), Hinge(0.4)), (WPO(Hinge(0.4)), Hinge(0.4))):
+        torch.testing.assert_close(
+            combined.implicit_rewards(policy, reference), first.implicit_rewards(policy, reference)
+        )
+
+
+def test_wpo_of_a_reward_aware_loss_gets_the_rewards() -> None:
+    policy, rewards = random_logps(3, seed=22), rewards_for(3)
+    reference = random_logps(3, seed=23, lengths=(policy.chosen_lengths, policy.rejected_lengths))
+    loss, part = WPO(MarginDPO(0.3)), MarginDPO(0.3)
+    assert loss.needs_rewards
+    expected = loss.pair_weights(policy) * part(policy, reference, rewards=rewards)
+    torch.testing.assert_close(call(loss, policy, reference, rewards), expected)
 
 
 def test_wpo_weights_another_loss_without_a_gradient_of_its_own() -> None:
@@ -283,23 +393,23 @@ def test_beta_must_be_positive(kind: Any) -> None:
     ("make_it", "message"),
     [
         (lambda: DPO(label_smoothing=0.5), r"DPO: label_smoothing must be from 0 to below 0\.5, found 0\.5"),
-        (lambda: DPO(label_smoothing=-0.1), "label_smoothing"),
+        (lambda: DPO(label_smoothing=-0.1), "DPO: label_smoothing"),
         (lambda: RobustDPO(label_smoothing=0.5), r"RobustDPO: label_smoothing must be from 0 to below 0\.5"),
-        (lambda: RobustDPO(label_smoothing=1.0), "label_smoothing"),
-        (lambda: EXO(label_smoothing=0.0), "label_smoothing must be above 0"),
-        (lambda: DiscoPOP(tau=0.0), "tau must be above 0"),
-        (lambda: DPOPositive(penalty=0.0), "penalty must be above 0"),
-        (lambda: RDPO(alpha=-1.0), "alpha must be above 0"),
-        (lambda: LDDPO(alpha=1.0), "alpha must be from 0 to below 1"),
-        (lambda: AlphaDPO(alpha=1.0), "alpha must be above 0 to below 1"),
-        (lambda: AlphaPO(alpha=0.0), "alpha must be above 0"),
-        (lambda: CPO(nll_weight=-1.0), "nll_weight must be above 0"),
-        (lambda: KTO(desirable_weight=0.0), "desirable_weight must be above 0"),
-        (lambda: REBEL(eta=0.0), "eta must be above 0"),
-        (lambda: SoftLabelDPO(temperature=0.0), "temperature must be above 0"),
-        (lambda: InfoNCA(temperature=-1.0), "temperature must be above 0"),
-        (lambda: Mixture([]), "losses is empty"),
-        (lambda: Mixture([DPO(), SFT()], [1.0]), "2 losses but 1 weights"),
+        (lambda: RobustDPO(label_smoothing=1.0), "RobustDPO: label_smoothing"),
+        (lambda: EXO(label_smoothing=0.0), "EXO: label_smoothing must be above 0"),
+        (lambda: DiscoPOP(tau=0.0), "DiscoPOP: tau must be above 0"),
+        (lambda: DPOPositive(penalty=0.0), "DPOPositive: penalty must be above 0"),
+        (lambda: RDPO(alpha=-1.0), "RDPO: alpha must be above 0"),
+        (lambda: LDDPO(alpha=1.0), "LDDPO: alpha must be from 0 to below 1"),
+        (lambda: AlphaDPO(alpha=1.0), "AlphaDPO: alpha must be above 0 to below 1"),
+        (lambda: AlphaPO(alpha=0.0), "AlphaPO: alpha must be above 0"),
+        (lambda: CPO(nll_weight=-1.0), "CPO: nll_weight must be above 0"),
+        (lambda: KTO(desirable_weight=0.0), "KTO: desirable_weight must be above 0"),
+        (lambda: REBEL(eta=0.0), "REBEL: eta must be above 0"),
+        (lambda: SoftLabelDPO(temperature=0.0), "SoftLabelDPO: temperature must be above 0"),
+        (lambda: InfoNCA(temperature=-1.0), "InfoNCA: temperature must be above 0"),
+        (lambda: Mixture([]), "Mixture: losses is empty"),
+        (lambda: Mixture([DPO(), SFT()], [1.0]), "Mixture: 2 losses but 1 weights"),
         (lambda: Mixture([DPO(), SFT()], [0.0, 0.0]), "sum to more than 0"),
         (lambda: Mixture([DPO(), SFT()], [1.0, -1.0]), "0 or more"),
         (lambda: Mixture([DPO()], [float("nan")]), "0 or more"),
@@ -316,6 +426,13 @@ def test_options_show_at_the_start_of_a_run() -> None:
     assert str(IPO(0.1, per_token=True)) == "IPO(beta=0.1, per_token=True)"
     assert "Mixture" in str(Mixture([DPO(), SFT()], [1, 2]))
     assert "needs" not in str(WPO(DPO()))
+
+    class Own(DPO):
+        def __init__(self) -> None:
+            super().__init__(0.2, 0.1)
+            self._steps, self.name, self.needs_tokens = 3, "own", True
+
+    assert str(Own()) == "Own(beta=0.2, label_smoothing=0.1)"
 
 
 def test_dpo_at_zero_margin_is_log_two() -> None:

@@ -18,7 +18,6 @@ from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import AOT, BCO, DPO, KTO, LDDPO, SFT, WPO, MarginDPO, Mixture
-from rap_lightning.models.logps import Head
 from rap_lightning.models.policy import Lora, Policy, PolicyConfig
 from rap_lightning.models.reference import AdaptersOff, Frozen
 from rap_lightning.models.synchronised import Synchronised
@@ -67,24 +66,6 @@ def test_every_loss_trains_and_validates(kind: Any, tiny: Path, pairs_folder: Pa
 
 
 # -- what a loss asks for ---------------------------------------------------------------------------------------------
-
-
-def test_collision_probabilities_are_exact_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rap_lightning.models import logps
-
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(11, 8, generator=generator, dtype=torch.float64)
-    weight = torch.randn(50, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(50, generator=generator, dtype=torch.float64)
-    for scale, softcap in ((1.0, None), (0.3, 2.0)):
-        logits = (hidden @ weight.T + bias) * scale
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        wanted = logits.softmax(-1).square().sum(-1).log()
-        for size in (1, 50 * 8, 3 * 50 * 8, 10**9):
-            monkeypatch.setattr(logps, "CHUNK_BYTES", size)
-            found = Head(weight, bias, scale, softcap).log_collisions(hidden)
-            torch.testing.assert_close(found, wanted)
-            assert not found.requires_grad
 
 
 def test_tokens_and_their_collisions_reach_the_loss(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:

@@ -11,9 +11,16 @@ import pytest
 from conftest import encode, make_tokenizer, pair_of, pairs_of, scored_rows
 from rap_lightning.batches.dataset import encode_pairs
 from rap_lightning.batches.encode import Encoder
-from rap_lightning.errors import DataError
-from rap_lightning.preferences.goals import OverallGoal
-from rap_lightning.preferences.relabel import RelabelledView, Relabelling
+from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
+from rap_lightning.preferences.relabel import (
+    ORIGINS,
+    RelabelledView,
+    Relabelling,
+    TrainingIndex,
+    is_tie,
+    relabel,
+)
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.sources import Source
@@ -218,3 +225,120 @@ def test_both_goals_cut_a_response_at_the_same_place() -> None:
     assert high.chosen_ids == low.rejected_ids
     assert report.truncated["end of the chosen response cut"].count == 1
     assert max(len(e.prompt_ids) + len(e.chosen_ids) for e in (high, low)) <= 110
+
+
+@pytest.mark.parametrize(
+    ("mode", "origins", "of_ties"),
+    [
+        ("both", "chosen-goal rejected-goal", "chosen-goal"),
+        ("half", "chosen-goal rejected-goal", "chosen-goal"),
+        ("chosen", "chosen-goal", "chosen-goal"),
+        ("rejected", "rejected-goal", ""),
+        ("none", "unconditioned", "unconditioned"),
+    ],
+)
+def test_each_mode_makes_the_halves_it_names_and_never_both_of_a_tie(mode: Any, origins: str, of_ties: str) -> None:
+    relabelling = Relabelling(mode)
+    assert [ORIGINS[i] for i in relabelling.origins] == origins.split()
+    assert [ORIGINS[i] for i in relabelling.of_ties] == of_ties.split()
+    assert relabelling.conditioned is (mode != "none")
+    if mode == "none":
+        with pytest.raises(ConfigError, match="keep_original has no effect with relabel none"):
+            Relabelling(mode, keep_original=True)
+        return
+    kept = Relabelling(mode, keep_original=True)
+    assert [ORIGINS[i] for i in kept.origins] == [*origins.split(), "unconditioned"]
+    assert [ORIGINS[i] for i in kept.of_ties] == [*of_ties.split(), "unconditioned"]
+    assert kept.conditioned
+
+
+def test_without_a_mode_both_halves_where_there_is_a_goal() -> None:
+    assert Relabelling.of(None, OverallGoal(), False, 3) == Relabelling("both", False, 3)
+    assert Relabelling.of(None, OverallGoal(), True, 3) == Relabelling("both", True, 3)
+    assert Relabelling.of(None, None, False, 3) == Relabelling("none", False, 3)
+    assert Relabelling.of("chosen", None, False, 4) == Relabelling("chosen", False, 4)
+    assert Relabelling() == Relabelling("both", keep_original=False, seed=0)
+
+
+def test_weights_below_one_and_above_are_taken_and_one_needs_no_halves() -> None:
+    assert Relabelling().weights(0.25) == (1.0, 0.25, 1.0)
+    assert Relabelling().weights(1.5) == (1.0, 1.5, 1.0)
+    with pytest.raises(ConfigError, match=r"must be above 0 and finite, found -0\.5"):
+        Relabelling().weights(-0.5)
+    for mode in ("none", "chosen", "rejected", "half"):
+        assert Relabelling(mode).weights(1.0) == (1.0, 1.0, 1.0)  # type: ignore[arg-type]
+
+
+def test_the_seeded_half_is_the_same_in_every_version() -> None:
+    """What a run with relabel half trained on must be found again by later ones: these prompts, of these seeds."""
+    prompts = [({"role": "user", "content": str(i)},) for i in range(16)]
+    taken = {seed: [i for i, p in enumerate(prompts) if Relabelling("half", seed=seed).takes(p)] for seed in (0, 1)}
+    assert taken == {0: [1, 3, 4, 7, 9, 11, 13, 14], 1: [0, 1, 3, 4, 5, 6, 8, 11, 14, 15]}
+    assert all(Relabelling("both", seed=1).takes(p) for p in prompts)
+
+
+@pytest.mark.parametrize(("pairs", "ties"), [(3, 0), (0, 2), (3, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("relabelling", "origins", "of_ties"),
+    [
+        (Relabelling(), (0, 1), (0,)),
+        (Relabelling(keep_original=True), (0, 1, 2), (0, 2)),
+        (Relabelling("rejected", keep_original=True), (1, 2), (2,)),
+    ],
+)
+def test_training_pairs_are_counted_pair_by_pair_with_ties_last(
+    relabelling: Relabelling, origins: tuple[int, ...], of_ties: tuple[int, ...], pairs: int, ties: int
+) -> None:
+    index = TrainingIndex(pairs, ties, relabelling)
+    expected = [(row, origin) for row in range(pairs) for origin in origins]
+    expected += [(pairs + row, origin) for row in range(ties) for origin in of_ties]
+    assert [index[i] for i in range(len(index))] == expected
+    for outside in (-1, len(expected)):
+        with pytest.raises(IndexError, match=str(outside)):
+            index[outside]
+    assert len(TrainingIndex(3)) == 6
+    assert [TrainingIndex(1)[i] for i in range(2)] == [(0, 0), (0, 1)]
+
+
+def test_a_view_is_read_from_both_ends() -> None:
+    pairs = [pair_of(row) for row in scored_rows(3)]
+    view = RelabelledView(pairs, OverallGoal())
+    assert [view[-i] for i in range(1, 7)] == [view[6 - i] for i in range(1, 7)]
+    for outside in (-7, 6):
+        with pytest.raises(IndexError, match=str(outside)):
+            view[outside]
+    plain = RelabelledView(pairs, None)
+    assert [half.origin for half in plain] == ["unconditioned"] * 3
+    assert [half.chosen for half in plain] == [view[2 * i].chosen for i in range(3)]
+    rejected = RelabelledView(pairs, OverallGoal(), Relabelling("rejected"))
+    assert [rejected[i] for i in range(3)] == [view[2 * i + 1] for i in range(3)]
+
+
+def test_a_relabelled_pair_says_where_it_comes_from_and_what_is_asked() -> None:
+    row = scored_rows(2)[1]
+    pair, goal = pair_of(row), OverallGoal()
+    made = [relabel(pair, goal, origin) for origin in range(3)]
+    assert [m.goal for m in made] == [f"{row['score_chosen']:g}", f"{row['score_rejected']:g}", None]
+    assert [m.goal_text for m in made] == [goal.text(row["score_chosen"]), goal.text(row["score_rejected"]), None]
+    assert [m.origin for m in made] == list(ORIGINS)
+    assert {m.pair_id for m in made} == {pair.id}
+    assert made[2].rewards == made[0].rewards == (row["score_chosen"], row["score_rejected"])
+    assert (made[2].chosen, made[2].rejected) == (made[0].chosen, made[0].rejected)
+
+
+def test_each_half_asks_for_the_attributes_of_the_response_it_prefers() -> None:
+    pair = replace(pair_of(scored_rows(1)[0]), rewards=(8.0, 3.0), attributes=((2.0, 9.0), (5.0, 1.0)))
+    goal = AttributeGoal(["kind", "clear"])
+    high, low = (relabel(pair, goal, origin) for origin in (0, 1))
+    assert (high.goal, low.goal) == ("2 9 8", "5 1 3")
+    assert (high.goal_text, low.goal_text) == (goal.text(8, (2, 9)), goal.text(3, (5, 1)))
+
+
+def test_pairs_tie_by_what_is_printed_attributes_included() -> None:
+    pair = replace(pair_of(scored_rows(1)[0]), rewards=(7.04, 6.96), attributes=((1.0,), (1.0,)))
+    assert is_tie(pair, OverallGoal())
+    assert is_tie(pair, AttributeGoal(["kind"]))
+    assert not is_tie(pair, OverallGoal(RewardScale(decimals=2)))
+    assert not is_tie(replace(pair, attributes=((1.0,), (2.0,))), AttributeGoal(["kind"]))
+    same = replace(pair, rewards=(7.0, 7.0), attributes=((1.0,), (2.0,)))
+    assert is_tie(same, AttributeGoal(["kind"])), "neither response is preferred"

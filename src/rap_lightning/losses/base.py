@@ -113,17 +113,15 @@ def above_zero(loss: object, name: str, value: float) -> float:
     return value
 
 
-def between(loss: object, name: str, value: float, low: float, high: float, *, ends: tuple[bool, bool]) -> float:
-    """``value``, which must lie between ``low`` and ``high``; ``ends`` says which of the two may be met.
+def between(loss: object, name: str, value: float, low: float, high: float, *, with_low: bool) -> float:
+    """``value``, which must lie between ``low`` and ``high``; ``with_low`` says whether it may be ``low`` itself.
 
     Raises:
         ConfigError: it does not.
     """
-    if not (low < value < high or (ends[0] and value == low) or (ends[1] and value == high)):
-        words = ("from" if ends[0] else "above", "to" if ends[1] else "to below")
-        raise ConfigError(
-            f"{type(loss).__name__}: {name} must be {words[0]} {low:g} {words[1]} {high:g}, found {value}"
-        )
+    if not (low < value < high or (with_low and value == low)):
+        first = "from" if with_low else "above"
+        raise ConfigError(f"{type(loss).__name__}: {name} must be {first} {low:g} to below {high:g}, found {value}")
     return value
 
 

@@ -89,7 +89,7 @@ class AlphaDPO(DivergenceDPO):
 
     def __init__(self, beta: float = 0.1, alpha: float = 0.5) -> None:
         super().__init__(beta)
-        self.alpha = between(self, "alpha", alpha, 0, 1, ends=(False, False))
+        self.alpha = between(self, "alpha", alpha, 0, 1, with_low=False)
 
     def slope(self, logratio: Tensor) -> Tensor:
         """(1 - e^(-α logratio)) / α."""

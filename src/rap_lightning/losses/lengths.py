@@ -76,7 +76,7 @@ class LDDPO(PreferenceLoss):
 
     def __init__(self, beta: float = 0.1, alpha: float = 0.5) -> None:
         super().__init__(beta)
-        self.alpha = between(self, "alpha", alpha, 0, 1, ends=(True, False))
+        self.alpha = between(self, "alpha", alpha, 0, 1, with_low=True)
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """[B] nats."""

@@ -33,7 +33,7 @@ class DPO(PreferenceLoss):
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
         super().__init__(beta)
-        self.label_smoothing = between(self, "label_smoothing", label_smoothing, 0, 0.5, ends=(True, False))
+        self.label_smoothing = between(self, "label_smoothing", label_smoothing, 0, 0.5, with_low=True)
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """[B] nats."""
@@ -54,7 +54,7 @@ class RobustDPO(PreferenceLoss):
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.1) -> None:
         super().__init__(beta)
-        self.label_smoothing = between(self, "label_smoothing", label_smoothing, 0, 0.5, ends=(True, False))
+        self.label_smoothing = between(self, "label_smoothing", label_smoothing, 0, 0.5, with_low=True)
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """[B] nats."""
@@ -130,7 +130,7 @@ class EXO(PreferenceLoss):
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 1e-3) -> None:
         super().__init__(beta)
-        self.label_smoothing = between(self, "label_smoothing", label_smoothing, 0, 0.5, ends=(False, False))
+        self.label_smoothing = between(self, "label_smoothing", label_smoothing, 0, 0.5, with_low=False)
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """[B] nats."""
