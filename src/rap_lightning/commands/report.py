@@ -6,9 +6,9 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.mistakes import Explains
 from rap_lightning.models.folder import all_or_nothing, refuse_non_empty
 
 DESCRIPTION = """One self-contained HTML page, with PNGs beside it, that compares runs of fit.
@@ -56,15 +56,8 @@ def run(args: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest option of one that it doesn't know."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments:"):
-            from rap_lightning.commands.options import nearest_options
-
-            message += nearest_options(message.split()[2:], self._option_string_actions)
-        super().error(message)
+class _Parser(Explains, argparse.ArgumentParser):
+    """Tells a mistake in a few lines."""
 
 
 def _parser() -> argparse.ArgumentParser:
