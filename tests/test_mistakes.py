@@ -54,7 +54,7 @@ FLAGS = {
     "--model.loss.help DPOO": ["--model.loss.help DPOO: no such class. Did you mean DPO?"],
     "--model.loss rap_lightning.losses.DPOO": ["rap_lightning.losses.DPOO: no such class. Did you mean DPO?"],
     "--model.loss rap_lightnin.DPO": ["no module rap_lightnin. Did you mean DPO?"],
-    "--model.loss torch.nn.Sofplus": ["torch.nn.Sofplus: no such class. Did you mean torch.nn.modules.Softplus?"],
+    "--model.loss torch.nn.Sofplus": ["torch.nn.Sofplus: no such class. Did you mean torch.nn.Softplus?"],
     "--model.optimizer AdmW": ["--model.optimizer AdmW: no such class. Did you mean AdamW?"],
     "--data.goal.scale Quantile": ["--data.goal.scale Quantile: no such class. Did you mean QuantileScale?"],
     "--data.selection Zufall": ["There are AdjacentPairs, AllPairs, BestVsRandom, BestVsWorst; or give the import"],
@@ -77,33 +77,43 @@ def test_a_mistaken_flag_of_fit_is_told_in_a_few_lines(flags: str, capfd: pytest
         assert part in error, error
 
 
-CONFIGS = {
-    "trainer:\n  max_epochs: 1\n  max_stepss: 3\n": "over.yaml line 3: trainer.max_stepss: no such option. "
-    "Did you mean trainer.max_steps?",
-    "modl:\n  policy: {path: x}\n": "over.yaml line 2: modl.policy.path: no such option. Did you mean model.policy.path?",
-    "model:\n  loss:\n    class_path: DPO\n    init_args:\n      bta: 0.1\n": "over.yaml line 5: model.loss.bta: DPO has "
-    "no option bta. Did you mean beta?",
-    "model:\n  loss:\n    class_path: DPOO\n": "over.yaml line 2: model.loss: DPOO: no such class. Did you mean DPO?",
-    "model:\n  policy: {path: x, lora: {r: 4, alhpa: 2}}\n": "over.yaml line 2: model.policy.lora.alhpa: Lora has no "
-    "option alhpa. Did you mean alpha?",
-    "model:\n  loss:\n    class_path: Mixture\n    init_args:\n      losses:\n      - class_path: DPO\n      "
-    "- class_path: SimPO\n        init_args: {gama: 1}\n      weights: [1, 1]\n": "over.yaml line 8: "
-    "model.loss.losses.gama: SimPO has no option gama. Did you mean gamma?",
-    "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.EarlyStopping\n    init_args: {monitr: x}\n": "over.yaml line 4: trainer.callbacks.monitr: EarlyStopping has no option monitr. Did you mean monitor?",
-    "data:\n  batch_size: many\n": "over.yaml line 2: data.batch_size: expected a whole number; found 'many'.",
-    "data: [a\n": "--config over.yaml: it can't be read as YAML: line 2, column 1: ",
-    "just text\n": "--config over.yaml: expected keys with values, found 'just text'.",
-}
+LINES = {
+    "trainer:\n  max_epochs: 1\n  max_stepss: 3": [
+        3, "trainer.max_stepss: no such option. Did you mean trainer.max_steps?"],
+    "modl:\n  policy: {path: x}": [2, "modl.policy.path: no such option. Did you mean model.policy.path?"],
+    "model:\n  loss:\n    class_path: DPO\n    init_args:\n      bta: 0.1": [
+        5, "model.loss.bta: DPO has no option bta. Did you mean beta?"],
+    "model:\n  loss:\n    class_path: DPOO": [2, "model.loss: DPOO: no such class. Did you mean DPO?"],
+    "model:\n  policy: {path: x, lora: {r: 4, alhpa: 2}}": [
+        2, "model.policy.lora.alhpa: Lora has no option alhpa. Did you mean alpha?"],
+    "model:\n loss:\n  class_path: Mixture\n  init_args:\n   losses:\n   - class_path: DPO\n"
+    "   - class_path: SimPO\n     init_args: {gama: 1}\n   weights: [1, 1]": [
+        8, "model.loss.losses.gama: SimPO has no option gama. Did you mean gamma?"],
+    "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.EarlyStopping\n    init_args: {monitr: x}": [
+        4, "trainer.callbacks.monitr: EarlyStopping has no option monitr. Did you mean monitor?"],
+    "data:\n  batch_size: many": [2, "data.batch_size: expected a whole number; found 'many'."],
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("base")
-@pytest.mark.parametrize("content", CONFIGS)
+@pytest.mark.parametrize("content", LINES)
 def test_a_mistake_in_a_config_is_told_with_its_line(
     content: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "over.yaml").write_text(content)
-    for command in ("fit", "plan"):
-        assert CONFIGS[content] in told(capfd, command, "-c", "base.yaml", "-c", "over.yaml")
+    line, said = LINES[content]
+    command = "plan" if line == 3 else "fit"
+    assert f"error: over.yaml line {line}: {said}" in told(capfd, command, "-c", "base.yaml", "-c", "over.yaml")
+
+
+@pytest.mark.usefixtures("base")
+def test_a_config_that_is_none_is_told_from_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for content, said in (
+        ("data: [a\n", "--config over.yaml: it can't be read as YAML: line 2, column 1: "),
+        ("just text\n", "--config over.yaml: expected keys with values, found 'just text'."),
+    ):
+        (tmp_path / "over.yaml").write_text(content)
+        assert said in told(capfd, "fit", "-c", "base.yaml", "-c", "over.yaml")
 
 
 COMMANDS = {
@@ -114,7 +124,7 @@ COMMANDS = {
     "plan -c base.yaml --devices x": "--devices: expected a whole number; found 'x'.",
     "plan -c base.yaml --trainer.max_stepss 3": "Did you mean --trainer.max_steps?\n  rap-lightning plan --help",
     "inspect --sorce x": "--sorce: no such option. Did you mean --source?\n  rap-lightning inspect --help lists all.",
-    "inspect": "missing: --source. Give it as an option, or in a config (--config FILE).\n  rap-lightning inspect --help",
+    "inspect": "missing: --source. Give it as an option, or in a config (--config FILE).\n  rap-lightning inspect",
     "inspect --source x --filters.mingap 1": "Did you mean --filters.min_gap?",
     "inspect --source x --max_length ten": "--max_length: expected a whole number or null; found 'ten'.",
     "relabel --source x --output y --rewards ImplictReward": "Did you mean ImplicitReward?\n  There are Function, ",
@@ -165,4 +175,6 @@ def test_the_last_place_that_gives_an_option_is_the_one_that_is_named(
     error = told(capfd, "fit", "-c", "base.yaml", "-c", "two.yaml", "-c", "one.yaml")
     assert re.search(r"(two.yaml line 3|one.yaml line 2): data.batch_size: .*'(few|many)'", error)
     section = ["--data", "{source: x, batch_sizze: 2}"]
-    assert "--data: data.batch_sizze: no such option. Did you mean" in told(capfd, "fit", "-c", "base.yaml", *section)
+    assert "--data: data.batch_sizze: PreferenceDataModule has no option batch_sizze. Did you mean batch_size?" in told(
+        capfd, "fit", "-c", "base.yaml", *section
+    )

@@ -199,10 +199,10 @@ def _no_class(parser: Any, fault: _Fault, args: Sequence[str]) -> str:
     name, near = path.rpartition(".")[2], ""
     if lacks and not lacks[1].startswith("rap_lightning"):
         near = ".".join([lacks[1], *get_close_matches(name, vars(import_module(lacks[1])), 1, 0.5)])
+    elif gone and (files := get_close_matches(gone[1], [file.stem for file in Path().glob("*.py")], 1, 0.8)):
+        near = f"{files[0]}.{name}"
     elif found := get_close_matches(name, known, 1, 0.5):
         near = found[0]
-    elif gone and (files := get_close_matches(gone[1], [file.stem for file in Path().glob("*.py")], 1)):
-        near = f"{files[0]}.{name}"
     what = f"no module {gone[1]}." if gone else "no such class."
     hint = f" Did you mean {near}?" if near else ""
     few = known and (not near or len(known) <= FEW)
@@ -227,7 +227,7 @@ def _no_value(parser: Any, fault: _Fault, args: Sequence[str]) -> str:
 def _wrong_value(parser: Any, fault: _Fault, args: Sequence[str]) -> str:
     """A value of another type."""
     if found := re.match(r"argument (\S+): invalid (\w+) value: (.+)", fault.core):
-        return f"{found[1]}: expected {TYPES.get(found[2], found[2])}, found {found[3]}."
+        return f"{found[1]}: expected {TYPES.get(found[2], found[2])}; found {found[3]}."
     found = re.match(r"Expected an? (.+)\. Got value: (.*)", fault.core, re.DOTALL)
     if not found or not fault.keys:
         return ""
@@ -307,7 +307,7 @@ def _nested_options(parser: Any) -> list[str]:
         return []
     names = [re.sub(r"\.init_args\b", "", key) for key in parser.get_defaults(skip_validation=True).keys()]  # noqa: SIM118
     for action in parser._actions:
-        kind = getattr(action, "_typehint", None)
+        kind = None if action.dest.endswith(".help") else getattr(action, "_typehint", None)
         paths = [path for path in get_all_subclass_paths(kind) if path.startswith(OURS)] if kind is not None else []
         names += [f"{action.dest}.{option}" for path in paths for option in options_of(path)]
     return [name for name in dict.fromkeys(names) if not name.endswith(".class_path")]
