@@ -48,8 +48,9 @@ take away:
   report     one page that compares runs:  rap-lightning report ra=runs/version_0 dpo=runs/version_1
   export     a checkpoint as a Hugging Face folder:  rap-lightning export --checkpoint LAST.ckpt --output DIR
 
-for your editor:
+for your editor and shell:
   schema     completes and checks configs:  rap-lightning schema --output rap-lightning.schema.json
+  completion completes commands and options at Tab:  rap-lightning completion bash
 
 Useful everywhere: --print_config shows every option with its value; -c base.yaml -c overlay.yaml stacks configs.
 """
@@ -67,6 +68,7 @@ COMMANDS = (
     "export",
     "report",
     "schema",
+    "completion",
 )
 
 

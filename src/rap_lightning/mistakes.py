@@ -144,7 +144,7 @@ def _unknown_flags(parser: Any, fault: _Fault, args: Sequence[str]) -> str:
         hint = f" Did you mean --config {words[0]}?" if words[0].endswith((".yaml", ".yml")) else ""
         return f"{found[1]}: expected an option (--NAME VALUE).{hint} {_listed(parser)}"
     known = [name for name in parser._option_string_actions if name.startswith("--")] + list(parser.beside)
-    known += [f"--{name}" for name in _nested_options(parser)]
+    known += [f"--{name}" for name in nested_options(parser)]
     return "\n  ".join([*(f"{flag}: no such option.{_meant(flag, known)}" for flag in flags), _listed(parser)])
 
 
@@ -158,12 +158,13 @@ def _unknown_key(parser: Any, fault: _Fault, args: Sequence[str]) -> str:
     key = ".".join([*fault.keys, *([group[1]] if group else []), name])
     at = where(key, args)
     if not fault.owner:
-        known = [*parser._option_string_actions, *(f"--{name}" for name in _nested_options(parser))]
+        known = [*parser._option_string_actions, *(f"--{name}" for name in nested_options(parser))]
         near = _meant(f"--{key}", known)
         return f"{at}: no such option.{near if at.startswith('--') else near.replace('--', '')}\n  {_listed(parser)}"
     kind, first = fault.owner.rpartition(".")[2], name.partition(".")[0]
     own = options_of(fault.owner)
-    has = f" It has {', '.join(own)}." if own else " It has none."
+    more = f" and {len(own) - FEW} more" if len(own) > FEW else ""
+    has = f" It has {', '.join(own[:FEW])}{more}." if own else " It has none."
     return f"{at}: {kind} has no option {first}.{_meant(first, own)}{has}\n  {_class_help(parser, fault)}"
 
 
@@ -198,7 +199,8 @@ def _no_class(parser: Any, fault: _Fault, args: Sequence[str]) -> str:
     known = _subclasses(parser, keys, fault.owners)
     name, near = path.rpartition(".")[2], ""
     if lacks and not lacks[1].startswith("rap_lightning"):
-        near = ".".join([lacks[1], *get_close_matches(name, vars(import_module(lacks[1])), 1, 0.5)])
+        own = get_close_matches(name, vars(import_module(lacks[1])), 1, 0.5)
+        near = f"{lacks[1]}.{own[0]}" if own else ""
     elif gone and (files := get_close_matches(gone[1], [file.stem for file in Path().glob("*.py")], 1, 0.8)):
         near = f"{files[0]}.{name}"
     elif found := get_close_matches(name, known, 1, 0.5):
@@ -228,6 +230,9 @@ def _wrong_value(parser: Any, fault: _Fault, args: Sequence[str]) -> str:
     """A value of another type."""
     if found := re.match(r"argument (\S+): invalid (\w+) value: (.+)", fault.core):
         return f"{found[1]}: expected {TYPES.get(found[2], found[2])}; found {found[3]}."
+    if found := re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.+)\)", fault.core):
+        choices = [choice.strip("'") for choice in found[3].split(", ")]
+        return f"{found[1]}: expected one of {', '.join(choices)}; found {found[2]!r}.{_meant(found[2], choices)}"
     found = re.match(r"Expected an? (.+)\. Got value: (.*)", fault.core, re.DOTALL)
     if not found or not fault.keys:
         return ""
@@ -299,7 +304,7 @@ def _last(name: str) -> str:
     return name.lstrip("-").rpartition(".")[2]
 
 
-def _nested_options(parser: Any) -> list[str]:
+def nested_options(parser: Any) -> list[str]:
     """Options of classes, as flags name them: ``model.loss.beta``; those that are there by default come first."""
     from jsonargparse._typehints import get_all_subclass_paths
 
@@ -328,15 +333,27 @@ def _subclasses(parser: Any, keys: list[str], owners: list[str]) -> list[str]:
     """Names of the classes that an option takes, without abstract ones; of an option of a class by the class."""
     from jsonargparse._parameter_resolvers import get_signature_parameters
     from jsonargparse._subcommands import find_action
-    from jsonargparse._typehints import get_all_subclass_paths, get_help_types
     from jsonargparse._util import import_object
 
     kind = getattr(find_action(parser, keys[0]), "_typehint", None) if keys else None
     if len(keys) > 1 and len(keys) - 1 <= len(owners):
         own = get_signature_parameters(import_object(owners[len(keys) - 2]), None)
         kind = next((one.annotation for one in own if one.name == keys[-1]), None)
-    if kind is None:
-        return []
+    return class_names(kind)
+
+
+def class_names(kind: Any) -> list[str]:
+    """Names of the classes that a type of an option takes, without abstract ones and, where there are others, its own.
+
+    >>> from rap_lightning.preferences.goals import GoalTemplate
+    >>> class_names(GoalTemplate | None)
+    ['AttributeGoal', 'OverallGoal']
+    >>> class_names(int)
+    []
+    """
+    from jsonargparse._typehints import get_all_subclass_paths, get_help_types
+    from jsonargparse._util import import_object
+
     bases = get_help_types(kind) or ()
     kinds = [one for one in map(import_object, get_all_subclass_paths(kind)) if not inspect.isabstract(one)]
     kinds = [one for one in kinds if one not in bases] or kinds

@@ -263,11 +263,11 @@ class _ParseOnly(PreferenceCLI):
         self.model, self.datamodule = made["model"], made["data"]
 
 
-def fit_parser() -> LightningArgumentParser:
-    """The parser of fit's options, without their values: nothing is read or loaded."""
+def fit_parser(command: str = "fit") -> LightningArgumentParser:
+    """The parser of the options of fit, validate, test or predict, without their values: nothing is read or loaded."""
     _fresh_defaults_for_new_classes()
     _quieten()
-    parser: LightningArgumentParser = _ParserOnly(**_cli_options(["fit"]) | {"args": []})._subcommand_parsers["fit"]
+    parser: LightningArgumentParser = _ParserOnly(**_cli_options(["fit"]) | {"args": []})._subcommand_parsers[command]
     return parser
 
 

@@ -52,7 +52,7 @@ class Case:
 
 def run(args: list[str]) -> int:
     """Parse and print; 1 where the run doesn't fit."""
-    parser = _parser()
+    parser = own_parser()
     own, rest = parser.parse_known_args(args)
     gpu = _gpu(own)
     for option, flag in (("devices", "--trainer.devices"), ("nodes", "--trainer.num_nodes")):
@@ -78,7 +78,8 @@ class _Parser(Explains, argparse.ArgumentParser):
     """Tells a mistake in a few lines."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def own_parser() -> argparse.ArgumentParser:
+    """The parser of plan's own options, beside those of fit."""
     parser = _Parser(
         prog="rap-lightning plan", description=DESCRIPTION, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -24,7 +24,7 @@ phone and on paper; the same folders give the same bytes."""
 
 def run(args: list[str]) -> int:
     """Parse, read, draw and write."""
-    own = _parser().parse_args(args)
+    own = own_parser().parse_args(args)
     from rap_lightning.reporting.figures import require_matplotlib
 
     require_matplotlib()
@@ -60,7 +60,8 @@ class _Parser(Explains, argparse.ArgumentParser):
     """Tells a mistake in a few lines."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def own_parser() -> argparse.ArgumentParser:
+    """The parser of this command."""
     parser = _Parser(
         prog="rap-lightning report", description=DESCRIPTION, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
