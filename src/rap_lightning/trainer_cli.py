@@ -39,6 +39,7 @@ from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.deepspeed import refuse_in_config
 from rap_lightning.errors import ConfigError, UserError
+from rap_lightning.help_text import Formatter, arrange_trainer
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.mistakes import Explains, causes, configs_named, content_of
 from rap_lightning.models.checkpoints import newest_whole, refuse_damaged, run_key
@@ -73,6 +74,11 @@ class Parser(Explains, LightningArgumentParser):
 
 class PreferenceCLI(LightningCLI):
     """LightningCLI whose checkpoints, export and console output work without being asked for."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        arrange_trainer(parser, subcommand)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks that are always there, configurable at the top level."""
@@ -295,7 +301,7 @@ def _cli_options(args: list[str]) -> dict[str, Any]:
         "save_config_kwargs": {"overwrite": True},
         # allow_abbrev: a misspelt option must not be taken for another
         "parser_class": Parser,
-        "parser_kwargs": {"prog": "rap-lightning", "allow_abbrev": False},
+        "parser_kwargs": {"prog": "rap-lightning", "allow_abbrev": False, "formatter_class": Formatter},
         "args": None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments given twice
     }
 

@@ -109,7 +109,7 @@ def evaluate(
         goal_from: a folder with a goal.json (or the file), where the model itself has none.
         split: of the prompts; by default the first there is of validation, valid, val, test_prefs and test, or the
             only one. Prompts of the training split show what training did to what it saw.
-        limit: at most so many prompts, drawn by the seed.
+        limit: at most this many prompts, drawn by the seed.
         samples: responses for each prompt at each goal; 4 by default.
         greedy: also the greedy response of each prompt at each goal; true by default.
         engine: Transformers, VLLM or Endpoint, or a class of yours by import path; Transformers by default.

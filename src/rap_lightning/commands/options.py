@@ -81,15 +81,12 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
         name: of the command.
         flags: options without a value.
     """
-    from argparse import RawDescriptionHelpFormatter
+    from jsonargparse import ActionConfigFile, ArgumentParser
 
-    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+    from rap_lightning.help_text import Formatter, arrange
 
     class Parser(Explains, ArgumentParser):
         """Tells a mistake in a few lines."""
-
-    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Keeps the paragraphs of the description, with its example on a line of its own."""
 
     command_line[:] = [name, *args]
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
@@ -99,6 +96,7 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=_flag_help(function, flag))
     parser.add_function_arguments(function, as_group=False, skip=set(flags), sub_configs=True, fail_untyped=True)
+    arrange(parser)
     options = parser.instantiate(parser.parse_args(args)).as_dict()
     options.pop("config", None)
     return function(**options)
