@@ -33,16 +33,17 @@ look at data (fast, no training):
 
 measure:
   evaluate   does the goal steer? scores at each goal, unlearning, extrapolation, discrimination, length:
-                              rap-lightning evaluate --model RUN/hf --source my-pairs/ --judge RewardModel
-                              --judge.model RM
+                              rap-lightning evaluate --model RUN/hf --source my-pairs/
+                              --judge RewardModel --judge.model RM
              with --suite, answers for AlpacaEval 2, MT-Bench, Arena-Hard; lm-evaluation-harness:
                               rap-lightning evaluate --suite AlpacaEval --model MODEL --output answers/
 
 on-policy data:
   generate   sample responses:  rap-lightning generate --prompts my-pairs/ --model MODEL --output samples.jsonl
-  score      judge them:        rap-lightning score --source samples.jsonl --output scored.jsonl --judge RewardModel
-                              --judge.model RM
-  rounds     generate, score, select, relabel, fit, again:  rap-lightning rounds --config configs/rounds/world.yaml
+  score      judge them:        rap-lightning score --source samples.jsonl --output scored.jsonl
+                              --judge RewardModel --judge.model RM
+  rounds     generate, score, select, relabel, fit, again:
+                              rap-lightning rounds --config configs/rounds/world.yaml
 
 take away:
   report     one page that compares runs:  rap-lightning report ra=runs/version_0 dpo=runs/version_1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jsonargparse import DefaultHelpFormatter
+from rap_lightning.mistakes import Explains
 
 NEEDED = "needed"
 CONFIGS = """\
@@ -19,6 +19,14 @@ too, as in --data.batch_size 8. What comes later wins: -c base.yaml -c overlay.y
   --model.loss NAME        a class by its short name, or by import path where it is yours
   --model.loss.help NAME   the options of a class; so too --data.goal.help, --model.optimizer.help, ...
 """
+OURS = {
+    "--seed_everything": "of whatever is random: order, dropout, new adapters, sampling; true draws one",
+    "--ckpt_path": "a checkpoint to go on from (fit), or to measure: a .ckpt file or folder. last is the newest whole "
+    "one below --trainer.default_root_dir that a run with these options wrote",
+    "--weights_only": "read only tensors and plain values of checkpoints, which is the default; with false, a file can "
+    "run what it has pickled",
+}
+"""Where Lightning's own help says what isn't so here."""
 TRAINER_HELP = {
     "fit": """\
 Train a policy on scored pairs: each is relabelled with its goals, and a direct-alignment loss is applied.
@@ -80,8 +88,11 @@ FROM = 12
 """Options from which on a command's are grouped."""
 
 
-class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's, with the description's paragraphs kept, and without the inside of Python in types."""
+class Filled(RawDescriptionHelpFormatter):
+    """Keeps the paragraphs of a description at any width, and leaves the inside of Python out of types.
+
+    jsonargparse's own formatter comes after it; it isn't imported here, for some commands do without jsonargparse.
+    """
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []
@@ -95,6 +106,14 @@ class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
     def _expand_help(self, action: Any) -> str:
         return plain(super()._expand_help(action))
+
+
+class PlainParser(Explains, ArgumentParser):
+    """argparse's, for the commands whose options aren't those of a function."""
+
+    def __init__(self, command: str, description: str) -> None:
+        prog = f"rap-lightning {command}"
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=Filled)
 
 
 def _joined(lines: list[str]) -> list[str]:
@@ -152,8 +171,8 @@ def arrange_trainer(parser: Any, command: str) -> None:
     trainer.title = "trainer: Lightning's, for devices, precision, how long, how often, what is logged"
     run.title = "the checkpoint to go on from, or to measure"
     groups[:] = [*groups[:2], run, *(group for group in groups[2:] if group not in (run, trainer)), trainer]
-    seed = parser._option_string_actions["--seed_everything"]
-    seed.help = "of whatever is random: order, dropout, new adapters, sampling; true draws one"
+    for flag, text in OURS.items():
+        parser._option_string_actions[flag].help = text
 
 
 def arrange(parser: Any) -> None:

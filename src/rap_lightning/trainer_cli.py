@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace, _typehints, namespace_to_dict
+from jsonargparse import DefaultHelpFormatter, Namespace, _typehints, namespace_to_dict
 from jsonargparse._util import import_object
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -39,7 +39,7 @@ from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.deepspeed import refuse_in_config
 from rap_lightning.errors import ConfigError, UserError
-from rap_lightning.help_text import Formatter, arrange_trainer
+from rap_lightning.help_text import Filled, arrange_trainer
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.mistakes import Explains, causes, configs_named, content_of
 from rap_lightning.models.checkpoints import newest_whole, refuse_damaged, run_key
@@ -70,6 +70,10 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 class Parser(Explains, LightningArgumentParser):
     """LightningCLI's, which tells a mistake in a few lines."""
+
+
+class Formatter(Filled, DefaultHelpFormatter):
+    """In words that one would type."""
 
 
 class PreferenceCLI(LightningCLI):

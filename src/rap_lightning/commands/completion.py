@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import Any
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.mistakes import Explains, class_names, nested_options
+from rap_lightning.help_text import PlainParser
+from rap_lightning.mistakes import class_names, nested_options
 from rap_lightning.planning.gpus import GPUS
 
 SHELLS = ("bash", "zsh", "fish")
@@ -23,10 +24,6 @@ fish:    rap-lightning completion fish > ~/.config/fish/completions/rap-lightnin
 
 New shells then complete. The script holds all options (fit's sections and the classes' own too), so that nothing is
 imported while you type; make it again after an upgrade. shtab writes it: pip install 'rap-lightning[completion]'"""
-
-
-class _Parser(Explains, argparse.ArgumentParser):
-    """Tells a mistake in a few lines."""
 
 
 def run(args: list[str]) -> int:
@@ -45,10 +42,7 @@ def run(args: list[str]) -> int:
 
 def own_parser() -> argparse.ArgumentParser:
     """The parser of this command."""
-    parser = _Parser(
-        prog="rap-lightning completion", description=DESCRIPTION, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = PlainParser("completion", DESCRIPTION)
     parser.add_argument("shell", choices=SHELLS, help="that completes")
     return parser
 

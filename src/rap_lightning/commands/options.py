@@ -9,6 +9,7 @@ from inspect import cleandoc
 from typing import Any, Literal
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.help_text import Filled, arrange
 from rap_lightning.mistakes import Explains
 from rap_lightning.preferences.baked import restore_own_template
 from rap_lightning.preferences.filters import Filters
@@ -81,12 +82,13 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
         name: of the command.
         flags: options without a value.
     """
-    from jsonargparse import ActionConfigFile, ArgumentParser
-
-    from rap_lightning.help_text import Formatter, arrange
+    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
     class Parser(Explains, ArgumentParser):
         """Tells a mistake in a few lines."""
+
+    class Formatter(Filled, DefaultHelpFormatter):
+        """In words that one would type."""
 
     command_line[:] = [name, *args]
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()

@@ -15,7 +15,7 @@ import torch
 from rap_lightning.batches.layouts import LAYOUTS
 from rap_lightning.batches.sampler import PairSize
 from rap_lightning.errors import ConfigError
-from rap_lightning.mistakes import Explains
+from rap_lightning.help_text import PlainParser
 from rap_lightning.models.policy import CHECKPOINTING_FROM, DTYPES, Lora, _load
 from rap_lightning.models.reference import Frozen
 from rap_lightning.models.sharded_load import blank_model
@@ -74,16 +74,9 @@ def run(args: list[str]) -> int:
     return _Plan(cli, gpu, own).print()
 
 
-class _Parser(Explains, argparse.ArgumentParser):
-    """Tells a mistake in a few lines."""
-
-
 def own_parser() -> argparse.ArgumentParser:
     """The parser of plan's own options, beside those of fit."""
-    parser = _Parser(
-        prog="rap-lightning plan", description=DESCRIPTION, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = PlainParser("plan", DESCRIPTION)
     parser.add_argument("--devices", type=int, help="on each node; by default the config's, and 1 where it says auto")
     parser.add_argument("--nodes", type=int, help="by default the config's")
     parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}; without one, the plan is for a CPU and knows no time")

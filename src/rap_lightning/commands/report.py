@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.mistakes import Explains
+from rap_lightning.help_text import PlainParser
 from rap_lightning.models.folder import all_or_nothing, refuse_non_empty
 
 DESCRIPTION = """One self-contained HTML page, with PNGs beside it, that compares runs of fit.
@@ -56,16 +56,9 @@ def run(args: list[str]) -> int:
     return 0
 
 
-class _Parser(Explains, argparse.ArgumentParser):
-    """Tells a mistake in a few lines."""
-
-
 def own_parser() -> argparse.ArgumentParser:
     """The parser of this command."""
-    parser = _Parser(
-        prog="rap-lightning report", description=DESCRIPTION, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = PlainParser("report", DESCRIPTION)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN",
         help="folder of a run, as in runs/version_0, or of an evaluation; NAME=FOLDER names it on the page",
