@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import called
-from rap_lightning.cli import COMMANDS
+from rap_lightning.commands import COMMANDS
 
 PRESS = """
 source "$1"; shift

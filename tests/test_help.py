@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from conftest import called
-from rap_lightning.cli import COMMANDS, HELP, TRAINER_COMMANDS
+from rap_lightning.cli import HELP
+from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
 from rap_lightning.commands.completion import _parsers, _trainer
 
 OWN = [name for name in COMMANDS if name not in TRAINER_COMMANDS]

@@ -8,6 +8,7 @@ from importlib import import_module
 from pickle import UnpicklingError
 
 from rap_lightning import __version__
+from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
 from rap_lightning.errors import UserError, say
 
 HELP = f"""rap-lightning {__version__}: reward-augmented preference alignment on Lightning
@@ -55,22 +56,6 @@ for your editor and shell:
 
 Useful everywhere: --print_config shows every option with its value; -c base.yaml -c overlay.yaml stacks configs.
 """
-
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (
-    *TRAINER_COMMANDS,
-    "plan",
-    "inspect",
-    "relabel",
-    "generate",
-    "score",
-    "rounds",
-    "evaluate",
-    "export",
-    "report",
-    "schema",
-    "completion",
-)
 
 
 def main(args: list[str] | None = None) -> None:

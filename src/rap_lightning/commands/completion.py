@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
+from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
 from rap_lightning.errors import ConfigError
 from rap_lightning.help_text import PlainParser
 from rap_lightning.mistakes import class_names, nested_options
@@ -53,8 +54,6 @@ def whole_parser(file: Any) -> argparse.ArgumentParser:
     Args:
         file: what says that file names follow an option.
     """
-    from rap_lightning.cli import COMMANDS, TRAINER_COMMANDS
-
     whole = argparse.ArgumentParser(prog="rap-lightning", add_help=False)
     whole.add_argument("-h", "--help", action="help", help="what there is")
     whole.add_argument("-V", "--version", action="version", help="the version")
