@@ -8,6 +8,7 @@ from importlib import import_module
 from pickle import UnpicklingError
 
 from rap_lightning import __version__
+from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
 from rap_lightning.errors import UserError, say
 
 HELP = f"""rap-lightning {__version__}: reward-augmented preference alignment on Lightning
@@ -33,43 +34,29 @@ look at data (fast, no training):
 
 measure:
   evaluate   does the goal steer? scores at each goal, unlearning, extrapolation, discrimination, length:
-                              rap-lightning evaluate --model RUN/hf --source my-pairs/ --judge RewardModel
-                              --judge.model RM
+                              rap-lightning evaluate --model RUN/hf --source my-pairs/
+                              --judge RewardModel --judge.model RM
              with --suite, answers for AlpacaEval 2, MT-Bench, Arena-Hard; lm-evaluation-harness:
                               rap-lightning evaluate --suite AlpacaEval --model MODEL --output answers/
 
 on-policy data:
   generate   sample responses:  rap-lightning generate --prompts my-pairs/ --model MODEL --output samples.jsonl
-  score      judge them:        rap-lightning score --source samples.jsonl --output scored.jsonl --judge RewardModel
-                              --judge.model RM
-  rounds     generate, score, select, relabel, fit, again:  rap-lightning rounds --config configs/rounds/world.yaml
+  score      judge them:        rap-lightning score --source samples.jsonl --output scored.jsonl
+                              --judge RewardModel --judge.model RM
+  rounds     generate, score, select, relabel, fit, again:
+                              rap-lightning rounds --config configs/rounds/world.yaml
 
 take away:
   report     one page that compares runs:  rap-lightning report ra=runs/version_0 dpo=runs/version_1
   export     a checkpoint as a Hugging Face folder:  rap-lightning export --checkpoint LAST.ckpt --output DIR
 
-configs:
+configs, editor, shell:
   configs    those that come with rap-lightning, to use and to change:  rap-lightning configs --output configs
-  schema     completes and checks yours in an editor:  rap-lightning schema --output rap-lightning.schema.json
+  schema     completes and checks configs:  rap-lightning schema --output rap-lightning.schema.json
+  completion completes commands and options at Tab:  rap-lightning completion bash
 
 Useful everywhere: --print_config shows every option with its value; -c base.yaml -c overlay.yaml stacks configs.
 """
-
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (
-    *TRAINER_COMMANDS,
-    "plan",
-    "inspect",
-    "relabel",
-    "generate",
-    "score",
-    "rounds",
-    "evaluate",
-    "export",
-    "report",
-    "configs",
-    "schema",
-)
 
 
 def main(args: list[str] | None = None) -> None:

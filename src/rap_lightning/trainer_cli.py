@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
 import inspect
@@ -11,12 +10,12 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import Namespace, _typehints, namespace_to_dict
+from jsonargparse import DefaultHelpFormatter, Namespace, _typehints, namespace_to_dict
 from jsonargparse._util import import_object
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -37,11 +36,12 @@ from rap_lightning.callbacks import (
     WritePredictions,
 )
 from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
-from rap_lightning.class_names import check_class_names
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.deepspeed import refuse_in_config
 from rap_lightning.errors import ConfigError, UserError
+from rap_lightning.help_text import Filled, arrange_trainer
 from rap_lightning.losses import PreferenceLoss
+from rap_lightning.mistakes import Explains, causes, configs_named, content_of
 from rap_lightning.models.checkpoints import newest_whole, refuse_damaged, run_key
 from rap_lightning.models.held import AdapterAsLoaded
 from rap_lightning.models.reference import Reference
@@ -51,8 +51,6 @@ from rap_lightning.module import PreferenceModule
 from rap_lightning.nulls import refuse_nulls
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.scales import RewardScale
-from rap_lightning.preferences.select import Selection
 from rap_lightning.schedules import Schedule
 from rap_lightning.strategies import FSDP2, check_asked, check_size
 from rap_lightning.together import Together
@@ -60,16 +58,6 @@ from rap_lightning.together import Together
 # jsonargparse knows a class by its short name once it has been imported
 SHORT_NAMES = (AdapterAsLoaded, Stored, Synchronised, FSDP2)
 OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule, Judge)
-
-CLASS_OPTIONS = {
-    "--model.loss": PreferenceLoss,
-    "--model.reference": Reference,
-    "--model.schedule": Schedule,
-    "--data.goal": GoalTemplate,
-    "--data.goal.scale": RewardScale,
-    "--data.selection": Selection,
-    "--data.rewards": Judge,
-}
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
@@ -80,8 +68,21 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+class Parser(Explains, LightningArgumentParser):
+    """LightningCLI's, which tells a mistake in a few lines."""
+
+
+class Formatter(Filled, DefaultHelpFormatter):
+    """In words that one would type."""
+
+
 class PreferenceCLI(LightningCLI):
     """LightningCLI whose checkpoints, export and console output work without being asked for."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        arrange_trainer(parser, subcommand)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks that are always there, configurable at the top level."""
@@ -191,9 +192,7 @@ LIBRARIES = ("rap_lightning", "lightning", "jsonargparse", "argparse", "yaml", "
 
 def _told(error: Exception) -> Exception:
     """The error of ours that is beneath what jsonargparse makes of it; else, of a library's refusal, its text."""
-    chain: list[BaseException] = [error]
-    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
-        chain.append(below)
+    chain = list(causes(error))
     if ours := [one for one in chain if isinstance(one, UserError)]:
         return ours[-1]
     last = chain[-1].__traceback__
@@ -222,7 +221,6 @@ def run(args: list[str]) -> None:
     """Run one of LightningCLI's subcommands."""
     _fresh_defaults_for_new_classes()
     _quieten()
-    check_class_names(args, CLASS_OPTIONS)
     try:
         PreferenceCLI(**_cli_options(args))
     except SystemExit as stop:
@@ -239,13 +237,20 @@ def _leave_the_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def parse_only(args: list[str]) -> PreferenceCLI:
-    """Parse options of fit and make model and data module of them, without a trainer: nothing is loaded."""
+def parse_only(args: list[str], command: str = "fit", beside: Sequence[str] = ()) -> PreferenceCLI:
+    """Parse options of fit and make model and data module of them, without a trainer: nothing is loaded.
+
+    Args:
+        args: the options.
+        command: that they were given to.
+        beside: other options of that command, for what is told of a misspelt one.
+    """
     _fresh_defaults_for_new_classes()
     _quieten()
-    check_class_names(args, CLASS_OPTIONS)
-    warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")
-    return _ParseOnly(**_cli_options(args) | {"args": args, "run": False, "seed_everything_default": False})
+    options = _cli_options(args) | {"args": args, "run": False, "seed_everything_default": False}
+    options["parser_kwargs"]["prog"] += f" {command}"
+    options["parser_class"] = type("Parser", (Parser,), {"beside": beside})
+    return _ParseOnly(**options)
 
 
 class _ParseOnly(PreferenceCLI):
@@ -253,19 +258,10 @@ class _ParseOnly(PreferenceCLI):
         """Nothing is drawn."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        parser.exit_on_error = False  # its usage is hundreds of lines of fit's options
         try:
             LightningCLI.parse_arguments(self, parser, args)
         except Exception as error:
-            told = _told(error)
-            if "arguments are required" in str(told):
-                raise ConfigError(
-                    "expected a config that says which model and which data (--config CONFIG, or the options "
-                    f"--model.policy.path and --data.source). Found nothing for {str(told).rpartition(': ')[2]}."
-                ) from error
-            if (missing := str(told).partition("PathError: ")[2]).startswith("File does not exist"):
-                raise ConfigError(f"--config: {missing}. Expected the path of a YAML file.") from error
-            raise told from error
+            raise _told(error) from error
         refuse_in_config(self.config)
 
     def instantiate_classes(self) -> None:
@@ -277,11 +273,11 @@ class _ParseOnly(PreferenceCLI):
         self.model, self.datamodule = made["model"], made["data"]
 
 
-def fit_parser() -> LightningArgumentParser:
-    """The parser of fit's options, without their values: nothing is read or loaded."""
+def fit_parser(command: str = "fit") -> LightningArgumentParser:
+    """The parser of the options of fit, validate, test or predict, without their values: nothing is read or loaded."""
     _fresh_defaults_for_new_classes()
     _quieten()
-    parser: LightningArgumentParser = _ParserOnly(**_cli_options(["fit"]) | {"args": []})._subcommand_parsers["fit"]
+    parser: LightningArgumentParser = _ParserOnly(**_cli_options(["fit"]) | {"args": []})._subcommand_parsers[command]
     return parser
 
 
@@ -308,7 +304,8 @@ def _cli_options(args: list[str]) -> dict[str, Any]:
         "auto_configure_optimizers": False,
         "save_config_kwargs": {"overwrite": True},
         # allow_abbrev: a misspelt option must not be taken for another
-        "parser_kwargs": {"prog": "rap-lightning", "allow_abbrev": False},
+        "parser_class": Parser,
+        "parser_kwargs": {"prog": "rap-lightning", "allow_abbrev": False, "formatter_class": Formatter},
         "args": None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments given twice
     }
 
@@ -331,6 +328,7 @@ def _quieten() -> None:
     """Leave out advertisements, and deprecations that only Lightning's, peft's or torch's authors can act on."""
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=r".*recommended to use .self.log.*sync_dist.*")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*")
@@ -355,15 +353,10 @@ def _sections_with_class(args: list[str]) -> set[str]:
         flag = f"--{section}"
         if any(arg in (flag, f"{flag}.class_path", f"{flag}.help") or arg.startswith(f"{flag}=") for arg in args):
             found.add(section)
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("-c", "--config", action="append", default=[])
-    for name in finder.parse_known_args(args)[0].config:
-        try:
-            config = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError):
-            continue  # the real parser says what is wrong with it
+    for name in configs_named(args):
+        config = content_of(name)
         for section in ("model", "data"):
-            value = config.get(section) if isinstance(config, dict) else None
+            value = config.get(section)
             if isinstance(value, str) or (isinstance(value, dict) and "class_path" in value):
                 found.add(section)
     return found

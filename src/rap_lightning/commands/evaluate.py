@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rap_lightning.commands import suites
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
+from rap_lightning.mistakes import configs_named, content_of
 from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.goals import template_of
 from rap_lightning.onpolicy.judges import Judge
@@ -22,7 +23,6 @@ from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.grid import grid
 from rap_lightning.preferences.sources import Source, as_sources
 
-CLASSES: dict[str, type] = {"--judge": Judge, "--template": GoalTemplate, "--engine": Engine}
 GOALS = 7
 """Asked for by default, evenly over the scale."""
 LONGEST = 512
@@ -41,7 +41,7 @@ def run(args: list[str]) -> int:
                 if with_suite
                 else f"--{name} is of benchmarks and has no effect without --suite; remove it, or name a suite."
             )
-    return int(run_function(function, args, "evaluate", classes=suites.CLASSES if with_suite else CLASSES))
+    return int(run_function(function, args, "evaluate"))
 
 
 def evaluate(
@@ -110,7 +110,7 @@ def evaluate(
         goal_from: a folder with a goal.json (or the file), where the model itself has none.
         split: of the prompts; by default the first there is of validation, valid, val, test_prefs and test, or the
             only one. Prompts of the training split show what training did to what it saw.
-        limit: at most so many prompts, drawn by the seed.
+        limit: at most this many prompts, drawn by the seed.
         samples: responses for each prompt at each goal; 4 by default.
         greedy: also the greedy response of each prompt at each goal; true by default.
         engine: Transformers, VLLM or Endpoint, or a class of yours by import path; Transformers by default.
@@ -290,20 +290,4 @@ def _names(args: list[str], option: str) -> bool:
     flag = f"--{option}"
     if any(arg == flag or arg.startswith((f"{flag}=", f"{flag}.")) for arg in args):
         return True
-    return option in _config_keys(args)
-
-
-def _config_keys(args: list[str]) -> set[str]:
-    import yaml
-
-    keys: set[str] = set()
-    for place, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        if name in ("-c", "--config"):
-            path = value if equals else (args[place + 1] if place + 1 < len(args) else "")
-            try:
-                found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except (OSError, yaml.YAMLError, UnicodeDecodeError):
-                continue  # the parser says what is wrong with it
-            keys |= set(found) if isinstance(found, dict) else set()
-    return keys
+    return any(option in content_of(path) for path in configs_named(args))

@@ -12,12 +12,10 @@ from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.goals import GoalOption
 from rap_lightning.preferences.goals import GoalTemplate
 
-CLASSES: dict[str, type] = {"--template": GoalTemplate, "--engine": Engine}
-
 
 def run(args: list[str]) -> int:
     """Parse and generate."""
-    return int(run_function(generate, args, "generate", classes=CLASSES))
+    return int(run_function(generate, args, "generate"))
 
 
 def generate(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from inspect import cleandoc
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from rap_lightning.class_names import check_class_names
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.judges import Judge
+from rap_lightning.help_text import Filled, arrange
+from rap_lightning.mistakes import Explains
 from rap_lightning.preferences.baked import restore_own_template
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate
@@ -19,16 +18,11 @@ from rap_lightning.preferences.read import fit_scale
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import Source, having
 
 command_line: list[str] = []
 """The command that runs, with its arguments, so that it can start others like itself."""
-
-CLASS_OPTIONS = {
-    "--goal": GoalTemplate, "--goal.scale": RewardScale, "--selection": Selection, "--rewards": Judge
-}  # fmt: skip
 
 
 def make_rules(
@@ -80,10 +74,7 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError(f"--tokenizer {path}: no tokenizer can be loaded from it: {reason}") from error
 
 
-def run(
-    function: Callable[..., Any], args: list[str], name: str, flags: tuple[str, ...] = (),
-    classes: Mapping[str, type] = CLASS_OPTIONS,
-) -> Any:  # fmt: skip
+def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[str, ...] = ()) -> Any:
     """Parse a command line for a function and call it.
 
     Args:
@@ -91,26 +82,16 @@ def run(
         args: the command line.
         name: of the command.
         flags: options without a value.
-        classes: what the class that an option names must be a subclass of.
     """
-    from argparse import RawDescriptionHelpFormatter
-
     from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
-    class Parser(ArgumentParser):
-        """Names the nearest option of one that it doesn't know."""
+    class Parser(Explains, ArgumentParser):
+        """Tells a mistake in a few lines."""
 
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            if message.startswith("unrecognized arguments:"):
-                message += nearest_options(message.split()[2:], self._option_string_actions)
-            super().error(message, ex)
-            raise AssertionError("error exits")
-
-    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Keeps the paragraphs of the description, with its example on a line of its own."""
+    class Formatter(Filled, DefaultHelpFormatter):
+        """In words that one would type."""
 
     command_line[:] = [name, *args]
-    check_class_names(args, classes)
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
     prog = f"rap-lightning {name}"
     parser = Parser(prog=prog, description=summary, allow_abbrev=False, formatter_class=Formatter)
@@ -118,22 +99,10 @@ def run(
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=_flag_help(function, flag))
     parser.add_function_arguments(function, as_group=False, skip=set(flags), sub_configs=True, fail_untyped=True)
+    arrange(parser)
     options = parser.instantiate(parser.parse_args(args)).as_dict()
     options.pop("config", None)
     return function(**options)
-
-
-def nearest_options(found: Sequence[str], known: Iterable[str]) -> str:
-    """``. Did you mean --guidance?``, for the first option that is like one of the known; otherwise nothing.
-
-    >>> nearest_options(["--guidence=0.5"], ["--guidance", "--goals"])
-    '. Did you mean --guidance?'
-    """
-    names = [name for name in known if name.startswith("--")]
-    for option in found:
-        if near := get_close_matches(option.partition("=")[0], names, 1):
-            return f". Did you mean {near[0]}?"
-    return ""
 
 
 def _flag_help(function: Callable[..., Any], flag: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from rap_lightning.batches.layouts import LAYOUTS
 from rap_lightning.batches.sampler import PairSize
 from rap_lightning.errors import ConfigError
+from rap_lightning.help_text import PlainParser
 from rap_lightning.models.policy import CHECKPOINTING_FROM, DTYPES, Lora, _load
 from rap_lightning.models.reference import Frozen
 from rap_lightning.models.sharded_load import blank_model
@@ -51,7 +52,8 @@ class Case:
 
 def run(args: list[str]) -> int:
     """Parse and print; 1 where the run doesn't fit."""
-    own, rest = _parser().parse_known_args(args)
+    parser = own_parser()
+    own, rest = parser.parse_known_args(args)
     gpu = _gpu(own)
     for option, flag in (("devices", "--trainer.devices"), ("nodes", "--trainer.num_nodes")):
         count = getattr(own, option)
@@ -66,17 +68,15 @@ def run(args: list[str]) -> int:
     for option in ("memory", "teraflops", "network"):
         if getattr(own, option) is not None and not getattr(own, option) > 0:
             raise ConfigError(f"--{option} must be above 0, found {getattr(own, option):g}")
-    cli = parse_only(rest)
+    cli = parse_only(rest, "plan", beside=list(parser._option_string_actions))
     if not isinstance(cli.model, PreferenceModule):
         raise ConfigError("plan knows the runs of PreferenceModule and its subclasses.")
     return _Plan(cli, gpu, own).print()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rap-lightning plan", description=DESCRIPTION, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def own_parser() -> argparse.ArgumentParser:
+    """The parser of plan's own options, beside those of fit."""
+    parser = PlainParser("plan", DESCRIPTION)
     parser.add_argument("--devices", type=int, help="on each node; by default the config's, and 1 where it says auto")
     parser.add_argument("--nodes", type=int, help="by default the config's")
     parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}; without one, the plan is for a CPU and knows no time")

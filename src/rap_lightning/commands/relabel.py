@@ -65,15 +65,14 @@ def relabel(
 ) -> None:
     """Write relabelled pairs as parquet, in the conversational layout (prompt, chosen, rejected) that trainers read.
 
-    Example: rap-lightning relabel --source my-pairs/ --output relabelled/ --tokenizer
-    HuggingFaceTB/SmolLM2-135M-Instruct
+    Example: rap-lightning relabel --source my-pairs/ --output relabelled/
 
     The folder appears when it is whole. A run that was stopped goes on where it was when started again in the same way.
     fit needs none of this: it relabels as it reads.
 
     Args:
         source: a parquet, arrow, json or json-lines file (text also compressed), a folder, or a Hub id; or a list of
-        them.
+            them.
         output: folder to write; it must not exist, or be empty.
         split: by default each one.
         tokenizer: folder or Hub id of the model to train, whose chat template decides whether the goal is a system

@@ -6,9 +6,9 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.help_text import PlainParser
 from rap_lightning.models.folder import all_or_nothing, refuse_non_empty
 
 DESCRIPTION = """One self-contained HTML page, with PNGs beside it, that compares runs of fit.
@@ -24,7 +24,7 @@ phone and on paper; the same folders give the same bytes."""
 
 def run(args: list[str]) -> int:
     """Parse, read, draw and write."""
-    own = _parser().parse_args(args)
+    own = own_parser().parse_args(args)
     from rap_lightning.reporting.figures import require_matplotlib
 
     require_matplotlib()
@@ -56,22 +56,9 @@ def run(args: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest option of one that it doesn't know."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments:"):
-            from rap_lightning.commands.options import nearest_options
-
-            message += nearest_options(message.split()[2:], self._option_string_actions)
-        super().error(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="rap-lightning report", description=DESCRIPTION, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def own_parser() -> argparse.ArgumentParser:
+    """The parser of this command."""
+    parser = PlainParser("report", DESCRIPTION)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN",
         help="folder of a run, as in runs/version_0, or of an evaluation; NAME=FOLDER names it on the page",

@@ -15,12 +15,10 @@ from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.select import Selection
 
-CLASSES: dict[str, type] = {"--goal": GoalTemplate, "--engine": Engine, "--judge": Judge, "--selection": Selection}
-
 
 def run(args: list[str]) -> int:
     """Parse and run."""
-    return int(run_function(rounds, args, "rounds", classes=CLASSES))
+    return int(run_function(rounds, args, "rounds"))
 
 
 def rounds(

@@ -7,12 +7,10 @@ from pathlib import Path
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.onpolicy.judges import Judge
 
-CLASSES: dict[str, type] = {"--judge": Judge}
-
 
 def run(args: list[str]) -> int:
     """Parse and score."""
-    return int(run_function(score, args, "score", classes=CLASSES))
+    return int(run_function(score, args, "score"))
 
 
 def score(source: str, judge: Judge, output: str, split: str | None = None) -> int:

@@ -11,8 +11,6 @@ from rap_lightning.onpolicy.goals import GoalOption
 from rap_lightning.onpolicy.suites import Suite
 from rap_lightning.preferences.goals import GoalTemplate
 
-CLASSES: dict[str, type] = {"--suite": Suite, "--template": GoalTemplate, "--engine": Engine}
-
 
 def answer_suite(
     suite: Suite,
