@@ -340,7 +340,8 @@ def _quieten() -> None:
 def _terminal() -> bool:
     from rich.console import Console
 
-    return Console().is_terminal
+    console = Console()
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _sections_with_class(args: list[str]) -> set[str]:
