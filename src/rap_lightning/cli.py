@@ -60,7 +60,7 @@ Useful everywhere: --print_config shows every option with its value; -c base.yam
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command. Exits with 0 when it went well, 2 for what the user can mend, 1 or 130 after Ctrl-C."""
+    """Run a command. Exits with 0 when it went well, 2 for what the user can mend, 130 after Ctrl-C."""
     try:
         try:
             _main(sys.argv[1:] if args is None else args)
