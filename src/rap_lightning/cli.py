@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from importlib import import_module
 from pickle import UnpicklingError
@@ -60,8 +61,30 @@ Useful everywhere: --print_config shows every option with its value; -c base.yam
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command. Exits with 0 when it went well, 2 for what the user can mend, 1 or 130 after Ctrl-C."""
-    args = sys.argv[1:] if args is None else args
+    """Run a command. Exits with 0 when it went well, 2 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        try:
+            _main(sys.argv[1:] if args is None else args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        sys.exit(128 + 13)  # as a process ends that SIGPIPE ends: rap-lightning ... | head
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on Windows; no file behind what stands for stdout
+        return False
+
+
+def _main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         sys.exit(0 if args else 2)
@@ -77,6 +100,9 @@ def main(args: list[str] | None = None) -> None:
     sys.path.append(os.getcwd())  # so that a class in a file beside you can be named; last, so that it hides nothing
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when data workers fork
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning stall each other on busy cores
+    from rap_lightning.bars import adapt_to_terminal  # tqdm is not for --help
+
+    adapt_to_terminal()
     try:
         if any(arg.partition("=")[0] in ("-c", "--config") for arg in args):
             from rap_lightning.commands.configs import refuse_absent
@@ -92,7 +118,8 @@ def main(args: list[str] | None = None) -> None:
                 sys.exit(code)
     except UserError as error:
         sys.exit(_fail(str(error)))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}".rstrip() or "\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except UnpicklingError as error:
         reason = str(error).splitlines()[0]

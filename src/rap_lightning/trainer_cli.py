@@ -226,6 +226,8 @@ def run(args: list[str]) -> None:
     except SystemExit as stop:
         if not stop.code and {"-h", "--help"} & set(args[1:]):
             print(losses_by_family())
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes(stop)):
+            sys.exit(130)  # Lightning's is 1, as if something were wrong
         raise
     _leave_the_group()
 
@@ -324,10 +326,16 @@ def losses_by_family() -> str:
     return "\n\n".join(["", head, *blocks])
 
 
+UNSAID = (
+    "litlogger",
+    "An KeyboardInterrupt was raised",  # Checkpoints names the checkpoint to go on from
+)
+
+
 def _quieten() -> None:
     """Leave out advertisements, and deprecations that only Lightning's, peft's or torch's authors can act on."""
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in UNSAID))
     warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=r".*recommended to use .self.log.*sync_dist.*")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
@@ -340,7 +348,8 @@ def _quieten() -> None:
 def _terminal() -> bool:
     from rich.console import Console
 
-    return Console().is_terminal
+    console = Console()
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _sections_with_class(args: list[str]) -> set[str]:

@@ -169,9 +169,8 @@ def evaluate(
     )  # fmt: skip
     try:
         document, missing = evaluate_model(plan)
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on with what is in {plan.output}")
-        raise
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"stopped; the same command goes on with what is in {plan.output}") from stop
     show(document)
     print(f"{plan.output / 'evaluation.json'}: {document['seconds']:g} s")
     if missing:

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
+from rap_lightning.bars import progress
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.store import FORMAT, LogpStore, default_root
 from rap_lightning.preferences.judge import Item, Judge
@@ -64,7 +64,7 @@ def rated(
     errors: Counter[str] = Counter()
     flushed = time.monotonic()
     done = len(items) - len(missing)
-    with tqdm(total=len(items), initial=done, desc=f"rewards of {split}", unit="response", delay=2) as bar:
+    with progress(total=len(items), initial=done, desc=f"rewards of {split}", unit="response", delay=2) as bar:
         for verdicts in judge.judge(missing) if missing else ():
             for verdict in verdicts:
                 if verdict.error:

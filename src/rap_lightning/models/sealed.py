@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from tqdm import tqdm
 
+from rap_lightning.bars import progress
 from rap_lightning.errors import ConfigError
 
 COMMENT = b"rap-lightning sha256 "
@@ -132,7 +132,7 @@ def _file_digest(path: Path) -> str:
 
 def _digest(file: IO[bytes], size: int, name: str) -> str:
     digest, left = hashlib.sha256(), size
-    with tqdm(
+    with progress(
         total=size, desc=f"verifying {name}", unit="B", unit_scale=True, disable=size < SHOWN_FROM, leave=False
     ) as bar:
         while left and (chunk := file.read(min(CHUNK, left))):

@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from rap_lightning.bars import progress
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.adapters import adapter_digest
@@ -97,7 +97,9 @@ class Stored(Reference):
         live: Live | None = None
         checked, flushed = 0, time.monotonic()
         with ExitStack() as stack:
-            bar = stack.enter_context(tqdm(batches, "reference log-probabilities", total, unit="batch", disable=silent))
+            bar = stack.enter_context(
+                progress(batches, desc="reference log-probabilities", total=total, unit="batch", disable=silent)
+            )
             for number, part in ((number, part) for number, batch in enumerate(bar) for part in batch):
                 missing = [digest not in store for digest in part.digests]
                 # spread over all data, so that no part of them is never looked at

@@ -11,9 +11,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rap_lightning.bars import progress
 from rap_lightning.world.data import Example, Message
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -161,7 +161,7 @@ def train_base(
     model.train()
     try:
         batches = itertools.islice(_batches(examples, batch_size), steps)
-        for batch in (bar := tqdm(batches, total=steps, desc="base model", unit="step", mininterval=1)):
+        for batch in (bar := progress(batches, total=steps, desc="base model", unit="step", mininterval=1)):
             loss = _response_loss(model, *_encode(batch, tokenizer))
             optimizer.zero_grad()
             loss.backward()
