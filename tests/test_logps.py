@@ -27,7 +27,7 @@ def naive(
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 2.0), (3.0, 1.5)])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (2.0, None), (0.25, None), (1.0, 2.0), (3.0, 1.5)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_value_and_every_gradient_equal_full_logits(
     chunk: int, scale: float, cap: float | None, with_bias: bool, monkeypatch: pytest.MonkeyPatch
@@ -238,6 +238,10 @@ def test_logits_are_kept_up_to_the_bound_and_only_for_a_backward_pass(monkeypatc
     assert list(out.grad_fn.kept) == [0, 1], "two chunks fill the bound to the byte"  # type: ignore[union-attr]
     out.sum().backward()
     assert made == [2, 2, 2, 1, 2, 1]
+    monkeypatch.setattr(logps, "KEPT_BYTES", 2 * (2 * 10 * 4) - 1)
+    fewer = Head(weight, None).token_logps(hidden, target)
+    assert list(fewer.grad_fn.kept) == [0]  # type: ignore[union-attr]
+    monkeypatch.setattr(logps, "KEPT_BYTES", 2 * (2 * 10 * 4))
     assert not out.grad_fn.kept, "let go as they are used"  # type: ignore[union-attr]
     made.clear()
     Head(weight, None).log_collisions(hidden)
