@@ -225,6 +225,7 @@ def test_implicit_rewards_are_as_each_docstring_says() -> None:
         (ORPO(0.5), [x - torch.log(1 - torch.exp(x)) for x in means]),
         (SimPO(2.0), [2 * x for x in means]),
         (AlphaPO(2.0, alpha=0.5), [2 * (1 - torch.exp(-0.5 * x)) / 0.5 for x in means]),
+        (AlphaPO(2.0, alpha=-0.5), [2 * (1 - torch.exp(0.5 * x)) / -0.5 for x in means]),
         (REBEL(4.0), [x / 4 for x in ratios]),
         (RDPO(0.3), [0.3 * x for x in ratios]),
         (KTO(0.3), [0.3 * x for x in ratios]),
@@ -245,6 +246,13 @@ def test_cpo_without_imitation_is_allowed_and_is_its_contrast_alone() -> None:
     assert CPO(nll_weight=0).nll_weight == 0
     expected = -torch.nn.functional.logsigmoid(0.1 * (policy.chosen - policy.rejected))
     torch.testing.assert_close(CPO(nll_weight=0)(policy), expected)
+
+
+@pytest.mark.parametrize("kind", REWARD_AWARE)
+def test_under_a_goal_the_gap_is_the_distance_that_was_asked_for(kind: Any) -> None:
+    rewards = PairRewards(torch.tensor([8.0, 3.0]), torch.tensor([3.0, 8.0]), torch.tensor([True, True]))
+    assert kind().gap(rewards).tolist() == kind(distance="absolute").gap(rewards).tolist() == [5.0, 5.0]
+    assert kind(distance="squared").gap(rewards).tolist() == [25.0, 25.0]
 
 
 def test_a_gap_of_zero_leaves_the_offset_finite() -> None:
