@@ -60,7 +60,7 @@ PARTS = {  # name: (files, their tests)
             "laid_out",
             "layouts::test_a_forest_holds_every_sequence_and_sees_exactly_its_path",
             "layouts::test_a_branch_that_would_share_next_to_nothing_starts_at_the_one_before",
-        ],  # fmt: skip
+        ],
     ),
     "logps": (["models/logps.py"], ["logps"]),
 }
