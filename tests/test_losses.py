@@ -42,7 +42,9 @@ from rap_lightning.losses import (
     SimPO,
     SoftLabelDPO,
 )  # fmt: skip
-from rap_lightning.losses.base import bounded_exp, live, over_ranks
+from rap_lightning.losses.base import PreferenceLoss, bounded_exp, live, over_ranks
+from rap_lightning.losses.divergences import DivergenceDPO
+from rap_lightning.losses.reward_aware import GapLoss
 
 REWARD_AWARE = [kind for kind in LOSSES if kind.needs_rewards]
 
@@ -412,6 +414,12 @@ def test_implicit_rewards_of_a_combination_are_those_of_its_first_part() -> None
         torch.testing.assert_close(
             combined.implicit_rewards(policy, reference), first.implicit_rewards(policy, reference)
         )
+
+
+@pytest.mark.parametrize("kind", [PreferenceLoss, DivergenceDPO, GapLoss])
+def test_what_a_subclass_must_write_is_asked_of_it(kind: Any) -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        kind()
 
 
 def test_wpo_of_a_reward_aware_loss_gets_the_rewards() -> None:
