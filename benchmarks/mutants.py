@@ -2,6 +2,7 @@
 
     pip install mutmut cosmic-ray coverage
     python benchmarks/mutants.py relabel losses --output mutants.jsonl     # no name: all five parts
+    python benchmarks/mutants.py --output mutants.jsonl --again            # survivors, after a new test
     python benchmarks/mutants.py --output mutants.jsonl --table
 
 The mutants are mutmut's, made by its own visitor, and those of the operators of cosmic-ray that mutmut lacks. The
@@ -55,7 +56,11 @@ PARTS = {  # name: (files, their tests)
     "losses": (["losses/*.py"], ["losses", "losses_formulas"]),
     "layouts": (
         ["batches/layouts.py", "batches/forest.py"],
-        ["laid_out", "layouts::test_a_forest_holds_every_sequence_and_sees_exactly_its_path"],
+        [
+            "laid_out",
+            "layouts::test_a_forest_holds_every_sequence_and_sees_exactly_its_path",
+            "layouts::test_a_branch_that_would_share_next_to_nothing_starts_at_the_one_before",
+        ],
     ),
     "logps": (["models/logps.py"], ["logps"]),
 }
@@ -249,12 +254,15 @@ def watched(copy: Path, files: list[Path], tests: list[str], folder: Path) -> di
     return found
 
 
-def run(part: str, output: Path, share: int | None, seed: int) -> None:
-    """Every mutant of a part, or ``share`` of each file's drawn at random; one line of JSON each."""
+def run(part: str, output: Path, share: int | None, seed: int, again: bool) -> None:
+    """Every mutant of a part, or ``share`` of each file's drawn at random; one line of JSON each.
+
+    ``again`` takes the survivors of the output alone.
+    """
     patterns, names = PARTS[part]
     files = [f for p in patterns for f in sorted(PACKAGE.glob(p)) if f.name != "__init__.py"]
     tests = [str(ROOT / "tests" / f"test_{re.sub(r'(?=::)|$', '.py', name, count=1)}") for name in names]
-    done = {mark for mark, record in records(output).items() if record["killed"]}
+    known = records(output)
     with TemporaryDirectory() as scratch:
         copy = Path(scratch) / "src"
         shutil.copytree(ROOT / "src", copy)
@@ -267,7 +275,7 @@ def run(part: str, output: Path, share: int | None, seed: int) -> None:
             found, source = mutants(place), place.read_text(encoding="utf-8")
             for mutant in tqdm(random.Random(seed).sample(found, len(found))[:share], place.name):
                 mark = hashlib.sha256(f"{place.name}{mutant.code}".encode()).hexdigest()[:12]
-                if mark in done:
+                if known.get(mark, {"killed": again})["killed"]:
                     continue
                 place.write_text(mutant.code, encoding="utf-8")
                 record = {"id": mark, "part": part, "file": str(place.relative_to(copy / PACKAGE.name))}
@@ -331,6 +339,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="json lines: a line per mutant")
     parser.add_argument("--share", type=int, help="as many mutants of each file, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--again", action="store_true", help="only those that have survived")
     parser.add_argument("--table", action="store_true", help="print the figures of an output and stop")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -340,7 +349,7 @@ def main() -> None:
         return
     os.chdir(ROOT)
     for part in options.parts or PARTS:
-        run(part, options.output, options.share, options.seed)
+        run(part, options.output, options.share, options.seed, options.again)
 
 
 if __name__ == "__main__":

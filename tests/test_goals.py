@@ -172,10 +172,34 @@ class Unasked(AttributeGoal):
 
     best_attributes = ()  # type: ignore[assignment]
 
+    def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
+        return "Be good."
+
 
 def test_a_template_with_attributes_must_say_the_best_of_each() -> None:
     with pytest.raises(ValueError, match="zip"):
         Unasked(["a"]).checked_wording()
+
+
+class Partly(AttributeGoal):
+    """States one of its two attributes, and the goal nowhere: both are asked for at their best."""
+
+    def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
+        assert (goal, attributes[1]) == (self.best, self.best_attributes[1])
+        return f"Be {self.attribute_scale.printed(attributes[0])} kind."
+
+    def wording(self) -> Wording:
+        return Wording(("Be ", " kind."), (Number(self.attributes[0], 1, 10, 1, 10),), None)
+
+
+def test_what_a_wording_leaves_out_is_asked_for_at_its_best() -> None:
+    goal = Partly(["kind", "clear"])
+    assert goal.checked_wording() == goal.wording()
+
+
+def test_a_template_without_a_text_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        GoalTemplate()  # type: ignore[abstract]
 
 
 @pytest.mark.parametrize("goal", [NearlyTheirs(), BestApart(["a"], RewardScale(1, 5)), Exchanged(["a", "b"])])

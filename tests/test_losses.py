@@ -20,6 +20,8 @@ from rap_lightning.losses import (
     IPO,
     KTO,
     LDDPO,
+    ODPO,
+    ORPO,
     RDPO,
     REBEL,
     SFT,
@@ -28,15 +30,21 @@ from rap_lightning.losses import (
     AlphaPO,
     DiscoPOP,
     DPOPositive,
+    ForwardKLDPO,
     Hinge,
     InfoNCA,
+    JensenShannonDPO,
+    LengthNormalisedDPO,
     MarginDPO,
     Mixture,
     RobustDPO,
+    RPOSquared,
     SimPO,
     SoftLabelDPO,
 )  # fmt: skip
-from rap_lightning.losses.base import bounded_exp, live, over_ranks
+from rap_lightning.losses.base import PreferenceLoss, bounded_exp, live, over_ranks
+from rap_lightning.losses.divergences import DivergenceDPO
+from rap_lightning.losses.reward_aware import GapLoss
 
 REWARD_AWARE = [kind for kind in LOSSES if kind.needs_rewards]
 
@@ -206,6 +214,56 @@ def test_each_loss_declares_what_it_needs_and_no_more() -> None:
     }  # fmt: skip
 
 
+def test_implicit_rewards_are_as_each_docstring_says() -> None:
+    policy = random_logps(4, seed=26)
+    reference = random_logps(4, seed=27, lengths=(policy.chosen_lengths, policy.rejected_lengths))
+    sums = (policy.chosen, policy.rejected)
+    lengths = (policy.chosen_lengths, policy.rejected_lengths)
+    ratios = (policy.chosen - reference.chosen, policy.rejected - reference.rejected)
+    means = [x / n for x, n in zip(sums, lengths, strict=True)]
+    expected: list[tuple[Any, list[torch.Tensor]]] = [
+        (CPO(0.3), [0.3 * x for x in sums]),
+        (SFT(), means),
+        (ORPO(0.5), [x - torch.log(1 - torch.exp(x)) for x in means]),
+        (SimPO(2.0), [2 * x for x in means]),
+        (AlphaPO(2.0, alpha=0.5), [2 * (1 - torch.exp(-0.5 * x)) / 0.5 for x in means]),
+        (AlphaPO(2.0, alpha=-0.5), [2 * (1 - torch.exp(0.5 * x)) / -0.5 for x in means]),
+        (REBEL(4.0), [x / 4 for x in ratios]),
+        (RDPO(0.3), [0.3 * x for x in ratios]),
+        (KTO(0.3), [0.3 * x for x in ratios]),
+        (IPO(0.3), [0.3 * x for x in ratios]),
+        (IPO(0.3, per_token=True), [0.3 * x / n for x, n in zip(ratios, lengths, strict=True)]),
+        (LengthNormalisedDPO(2.0), [2 * x / n for x, n in zip(ratios, lengths, strict=True)]),
+        (ForwardKLDPO(0.3), [0.3 * (1 - torch.exp(-x)) for x in ratios]),
+        (JensenShannonDPO(0.3), [0.3 * torch.log(2 / (1 + torch.exp(-x))) for x in ratios]),
+        (AlphaDPO(0.3, alpha=0.4), [0.3 * (1 - torch.exp(-0.4 * x)) / 0.4 for x in ratios]),
+    ]
+    for loss, wanted in expected:
+        found = loss.implicit_rewards(policy, reference if loss.needs_reference else None)
+        torch.testing.assert_close(list(found), wanted, msg=str(loss))
+
+
+def test_cpo_without_imitation_is_allowed_and_is_its_contrast_alone() -> None:
+    policy = random_logps(4, seed=28)
+    assert CPO(nll_weight=0).nll_weight == 0
+    expected = -torch.nn.functional.logsigmoid(0.1 * (policy.chosen - policy.rejected))
+    torch.testing.assert_close(CPO(nll_weight=0)(policy), expected)
+
+
+@pytest.mark.parametrize("kind", REWARD_AWARE)
+def test_under_a_goal_the_gap_is_the_distance_that_was_asked_for(kind: Any) -> None:
+    rewards = PairRewards(torch.tensor([8.0, 3.0]), torch.tensor([3.0, 8.0]), torch.tensor([True, True]))
+    assert kind().gap(rewards).tolist() == kind(distance="absolute").gap(rewards).tolist() == [5.0, 5.0]
+    assert kind(distance="squared").gap(rewards).tolist() == [25.0, 25.0]
+
+
+def test_a_gap_of_zero_leaves_the_offset_finite() -> None:
+    m, gap = torch.tensor([0.5, 0.5]), torch.tensor([0.0, -1.0])
+    value = ODPO().compare(m, gap)
+    assert value.isfinite().all()
+    assert value.tolist() == pytest.approx([0.0, 0.0], abs=1e-6), "nothing to win by"
+
+
 def test_an_exponential_goes_on_as_its_tangent_beyond_e_to_the_30() -> None:
     x = torch.tensor([-1.0, 29.5, 30.0, 30.5, 32.0, 1e4], dtype=torch.float64, requires_grad=True)
     value = bounded_exp(x)
@@ -358,6 +416,12 @@ def test_implicit_rewards_of_a_combination_are_those_of_its_first_part() -> None
         )
 
 
+@pytest.mark.parametrize("kind", [PreferenceLoss, DivergenceDPO, GapLoss])
+def test_what_a_subclass_must_write_is_asked_of_it(kind: Any) -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        kind()
+
+
 def test_wpo_of_a_reward_aware_loss_gets_the_rewards() -> None:
     policy, rewards = random_logps(3, seed=22), rewards_for(3)
     reference = random_logps(3, seed=23, lengths=(policy.chosen_lengths, policy.rejected_lengths))
@@ -408,6 +472,11 @@ def test_beta_must_be_positive(kind: Any) -> None:
         (lambda: REBEL(eta=0.0), "REBEL: eta must be above 0"),
         (lambda: SoftLabelDPO(temperature=0.0), "SoftLabelDPO: temperature must be above 0"),
         (lambda: InfoNCA(temperature=-1.0), "InfoNCA: temperature must be above 0"),
+        (lambda: KTO(undesirable_weight=-2.0), "KTO: undesirable_weight must be above 0"),
+        (lambda: ODPO(alpha=0.0), "ODPO: alpha must be above 0"),
+        (lambda: MarginDPO(scale=0.0), "MarginDPO: scale must be above 0"),
+        (lambda: RPOSquared(eta=0.0), "RPOSquared: eta must be above 0"),
+        (lambda: ORPO(odds_weight=0.0), "ORPO: odds_weight must be above 0"),
         (lambda: Mixture([]), "Mixture: losses is empty"),
         (lambda: Mixture([DPO(), SFT()], [1.0]), "Mixture: 2 losses but 1 weights"),
         (lambda: Mixture([DPO(), SFT()], [0.0, 0.0]), "sum to more than 0"),
