@@ -22,5 +22,5 @@ rap-lightning fit --config configs/quickstart.yaml -c configs/loss/simpo.yaml --
 rap-lightning export --checkpoint runs/version_0/checkpoints/last.ckpt --output exported
 rap-lightning generate --prompts runs/world --split test --model exported --output samples.jsonl --limit 4 --max_new_tokens 48
 rap-lightning evaluate --model exported --source runs/world --judge Function \
-    --judge.function rap_lightning.world.rule.score --limit 4 --max_new_tokens 48
+    --judge.function rap_lightning.world.rule.score --base runs/world/base --output evaluated --limit 4 --max_new_tokens 48
 echo "$(basename "$package"): installed and used, $(python -c 'import sys; print(*sys.version_info[:3], sep=".")')"
