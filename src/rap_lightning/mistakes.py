@@ -354,8 +354,15 @@ def class_names(kind: Any) -> list[str]:
     from jsonargparse._typehints import get_all_subclass_paths, get_help_types
     from jsonargparse._util import import_object
 
+    def classes() -> Iterator[Any]:
+        for path in get_all_subclass_paths(kind):
+            try:
+                yield import_object(path)
+            except (ImportError, AttributeError):  # made while a program runs, as Lightning's wrapped optimizers
+                continue
+
     bases = get_help_types(kind) or ()
-    kinds = [one for one in map(import_object, get_all_subclass_paths(kind)) if not inspect.isabstract(one)]
+    kinds = [one for one in classes() if not inspect.isabstract(one)]
     kinds = [one for one in kinds if one not in bases] or kinds
     return sorted({one.__name__ for one in kinds}, key=str.lower)
 
