@@ -667,3 +667,32 @@ def test_weights_of_a_model_that_no_files_were_loaded_into_are_written_and_read_
     assert all(torch.equal(value, before[name].to(value.dtype)) for name, value in written.items())
     assert {value.dtype for value in written.values()} == {dtype or torch.float32}
     assert state.keys() == {f"model.{name}" for name in before}, "the caller's dict stays whole"
+
+
+def test_a_model_trained_on_plain_pairs_is_not_asked_for_a_goal_by_itself(
+    tiny: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--model.policy.path", str(tiny), "--data.source", str(pairs_folder), "--data.max_length", "160",
+        "--data.relabel", "none", "--trainer.accelerator", "cpu", "--trainer.max_steps", "1",
+    ]  # fmt: skip
+    assert call(monkeypatch, "fit", *options) == 0
+    run = tmp_path / "runs" / "version_0"
+    hf = run / "hf"
+    assert json.loads((hf / "goal.json").read_text())["trained"] is False
+    assert json.loads((run / "goal.json").read_text())["trained"] is False
+    assert BEGIN not in (hf / "chat_template.jinja").read_text()
+    card = (hf / "README.md").read_text()
+    assert "as any chat model" in card
+    assert "goal-conditioned" not in card
+    generate = ["generate", "--model", str(hf), "--prompts", str(pairs_folder), "--limit", "1", "--max_new_tokens", "2"]
+    found = {}
+    for name, more in {"own": [], "asked": ["--goal", "best"]}.items():
+        assert call(monkeypatch, *generate, "--output", f"{name}.jsonl", *more) == 0
+        found[name] = json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[0])["goal"]
+    assert found == {"own": None, "asked": "10"}
+    predict = ["predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    assert call(monkeypatch, *predict, "--model.generation.max_new_tokens", "2", "--data.predict.limit", "1") == 0
+    (written,) = tmp_path.glob("runs/*/predictions.jsonl")
+    assert json.loads(written.read_text().splitlines()[0])["goal"] is None

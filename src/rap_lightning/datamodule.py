@@ -54,7 +54,8 @@ class Prompts:
     Args:
         source: a file, folder or Hub id in any format that is read for training; by default the validation split. Each
             distinct conversation is one prompt.
-        goal: the number to ask for, on the scale that goals state; by default the best of the goal template.
+        goal: the number to ask for, on the scale that goals state; by default the best of the goal
+            template, and none where training pairs state none (relabel none).
         limit: at most this many prompts.
     """
 
@@ -509,7 +510,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             split = next((n for n in (*VALIDATION_NAMES, self.train_split) if n in available), available[0])
         histories = self.histories(split, source)[: self.predict.limit]
         goal = None
-        if self.goal is not None:
+        if self.goal is not None and (self.relabelling.conditioned or self.predict.goal is not None):
             goal = self.goal.best if self.predict.goal is None else self.predict.goal
         printed = None if self.goal is None or goal is None else self.goal.printed(goal)
         records: list[dict[str, Any]] = [{"messages": list(history), "goal": printed} for history in histories]

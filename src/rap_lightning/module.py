@@ -723,9 +723,16 @@ class PreferenceModule(pl.LightningModule):
         return {"pairs": size * accumulate * self.trainer.world_size, "accumulate": accumulate}
 
     def goal_record(self) -> dict[str, Any] | None:
-        """The data's goal template, with the numbers its scale was fitted to; None where there is none."""
-        goal = getattr(getattr(self.trainer, "datamodule", None), "goal", None)
-        return None if goal is None else goal.record()
+        """The data's goal template, with the numbers its scale was fitted to; None where there is none.
+
+        ``trained`` is false in it where no training pair states a goal.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "goal", None) is None:
+            return None
+        conditioned = getattr(getattr(data, "relabelling", None), "conditioned", True)
+        record: dict[str, Any] = data.goal.record()
+        return record | ({} if conditioned else {"trained": False})
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's, but a checkpoint of another model is the user's to mend."""

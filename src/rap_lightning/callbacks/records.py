@@ -21,6 +21,7 @@ from rap_lightning.callbacks.facts import run_facts, seed
 from rap_lightning.callbacks.folders import run_folder
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.models.saved import FACTS
+from rap_lightning.module import PreferenceModule
 
 
 class RunRecord(pl.Callback):
@@ -47,8 +48,8 @@ class RunRecord(pl.Callback):
         if isinstance(data, PreferenceDataModule):
             reports = [report.as_dict() for parts in data.reports.values() for report in parts]
             _write(folder / "data_report.json", reports)
-            if data.goal is not None:
-                _write(folder / "goal.json", data.goal.record())
+        if isinstance(pl_module, PreferenceModule) and (goal := pl_module.goal_record()) is not None:
+            _write(folder / "goal.json", goal)
         self._origin = _origin(trainer, folder)
         self._write_run(trainer, pl_module, finished=None)
 

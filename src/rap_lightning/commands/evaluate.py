@@ -19,7 +19,7 @@ from rap_lightning.onpolicy.measure.plan import OF_LIKELIHOODS, OF_SAMPLES, PART
 from rap_lightning.onpolicy.measure.run import evaluate_model
 from rap_lightning.onpolicy.measure.show import show
 from rap_lightning.onpolicy.model import Model
-from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.goals import GoalTemplate, is_trained
 from rap_lightning.preferences.grid import grid
 from rap_lightning.preferences.sources import Source, as_sources
 
@@ -105,7 +105,8 @@ def evaluate(
         base: the model that training began with; by default the one that the run, checkpoint or adapter names.
         parts: which of the above.
         goals: numbers on the scale that goals state, or none for no goal in the prompt; by default seven from its
-            lowest to its highest, and none alone where the model knows no goals (both with --template).
+            lowest to its highest, and none alone where the model knows no goals (both where it was trained without, or
+            with --template).
         template: how goals read, where the model's folder has no goal.json; OverallGoal say.
         goal_from: a folder with a goal.json (or the file), where the model itself has none.
         split: of the prompts; by default the first there is of validation, valid, val, test_prefs and test, or the
@@ -156,7 +157,7 @@ def evaluate(
     plan = Plan(
         model=one, base=found_base, template=known, sources=as_sources(source), output=_output(output, one),
         parts=wanted, explicit=parts is not None, left_out=left_out, judge=judge, engine=engine or Transformers(),
-        goals=_goals(goals, known, own=template is None and goal_from is None),
+        goals=_goals(goals, known, own=template is None and goal_from is None and is_trained(one.record())),
         sampling=Generation(
             _longest(max_new_tokens, engine, one, wanted), 1.0 if temperature is None else temperature,
             1.0 if top_p is None else top_p, guidance or 0.0, against, plausibility,

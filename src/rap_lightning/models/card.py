@@ -8,6 +8,7 @@ from typing import Any
 
 from rap_lightning.preferences.asked import Wording
 from rap_lightning.preferences.baked import how_to_ask
+from rap_lightning.preferences.goals import is_trained
 
 METHOD = "https://arxiv.org/abs/2410.08067"
 
@@ -28,7 +29,7 @@ def model_card(
     """
     base = facts.get("base_model") or {}
     hub_base = base_model or (base["name"] if base and not base["local"] else None)
-    goal = facts.get("goal")
+    goal = facts.get("goal") if is_trained(facts.get("goal")) else None
     sections = [
         _opening(facts, name, base_model or base.get("name"), adapter),
         _prompting(goal, goal_in_template, name or "MODEL", adapter),
@@ -47,7 +48,7 @@ def _metadata(facts: Mapping[str, Any], base_model: str | None, license: str | N
 
     loss = (facts.get("loss") or {}).get("name")
     tags = ["rap-lightning", "preference-alignment", loss.lower() if loss else None]
-    tags += ["reward-augmented", "goal-conditioned"] if facts.get("goal") else []
+    tags += ["reward-augmented", "goal-conditioned"] if is_trained(facts.get("goal")) else []
     tags += ["lora", "peft"] if adapter else []
     sources = (facts.get("data") or {}).get("sources", [])
     data = ModelCardData(
@@ -68,7 +69,7 @@ def _opening(facts: Mapping[str, Any], name: str | None, base: str | None, adapt
     version = (facts.get("versions") or {}).get("rap-lightning")
     lines = [f"# {name}\n" if name else "# Model card\n"]
     lines.append(f"{start}, aligned on preference pairs with rap-lightning{f' {version}' if version else ''}.")
-    if facts.get("goal"):
+    if is_trained(facts.get("goal")):
         lines.append(
             "The prompt states a goal, the score that the response should earn (reward-augmented preference "
             f"alignment, [Zhang et al. 2025]({METHOD})); at inference the best one is asked for."

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences import scales
 from rap_lightning.preferences.chat import render
-from rap_lightning.preferences.goals import GoalTemplate, Placement
+from rap_lightning.preferences.goals import GoalTemplate, Placement, is_trained
 from rap_lightning.preferences.scales import RewardScale
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ def resolve(option: GoalOption | None, record: Record | None, template: GoalTemp
     """The goal that is asked for.
 
     Args:
-        option: a number on the scale that goals state, ``best``, ``none``; None is ``best`` where the goal is known.
+        option: a number on the scale that goals state, ``best``, ``none``; None is ``best`` where the model was
+            trained with goals, or a template is given.
         record: the model's.
         template: the user's; by default that of the record.
 
@@ -122,7 +123,7 @@ def resolve(option: GoalOption | None, record: Record | None, template: GoalTemp
     """
     if option == "none":
         return Asked(None, None)
-    if option is None and record is None and template is None:
+    if option is None and template is None and not is_trained(record):
         return Asked(None, None)
     if record is None and template is None:
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rap_lightning.errors import ConfigError
@@ -132,6 +132,14 @@ class GoalTemplate(ABC):
             "best": self.write(self.best, self.best_attributes),
             "wording": None if wording is None else wording.record(),
         }
+
+
+def is_trained(record: Mapping[str, Any] | None) -> bool:
+    """Whether a model with this record has seen goals: not where it was trained on plain pairs (relabel none).
+
+    Such a model's record says how goals would read, so that it can be asked for one all the same, as a baseline is.
+    """
+    return record is not None and bool(record.get("trained", True))
 
 
 class OverallGoal(GoalTemplate):
