@@ -499,7 +499,8 @@ def test_the_card_tells_data_method_scale_and_how_to_prompt_and_no_path(runs: Pa
     for part in (
         "`DPO(beta=", "| reference | AdaptersOff |", "| adapter r | 4 |", "lr=0.3", "| seed | 0 |", "| step | 3 |",
         "low 1, high 10", OverallGoal().text(10), "goal=NUMBER asks for another, from 1 to 10", "abs/2410.08067",
-        '"chat_template_kwargs": {"goal": 5.5}', "As last measured.", "| val/loss |", f"torch {metadata.version('torch')}",
+        '"chat_template_kwargs": {"goal": 5.5}', "As last measured.", "| val/loss |",
+        f"torch {metadata.version('torch')}",
     ):  # fmt: skip
         assert part in body, part
     assert "/tmp" not in card
