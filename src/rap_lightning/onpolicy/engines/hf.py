@@ -168,8 +168,8 @@ class Transformers(Engine):
             from transformers import ContinuousBatchingConfig
         except ImportError:  # transformers 5.0 has an earlier form of it
             raise ConfigError(
-                f"--engine.continuous needs a newer transformers than {version('transformers')}. Upgrade it, or leave the "
-                "option out."
+                f"--engine.continuous needs a newer transformers than {version('transformers')}. Upgrade it, or leave "
+                "the option out."
             ) from None
 
         if not requests:
