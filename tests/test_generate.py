@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from conftest import called, make_model, make_tokenizer, scored_rows, write_jsonl
 from misbehaving import Server, echo, half, hang_up, raw, slow, status, unless
@@ -112,7 +113,11 @@ def test_prompts_are_those_of_training(prompts: Path, tmp_path: Path, monkeypatc
 
 def test_greedy_responses_are_those_of_single_sequences(prompts: Path, knowing: Path, tmp_path: Path) -> None:
     assert called(*options(prompts, knowing, tmp_path / "a.jsonl", temperature=0)) == 0
-    assert called(*options(prompts, knowing, tmp_path / "b.jsonl", temperature=0, **{"engine.continuous": "true"})) == 0
+    continuously = options(prompts, knowing, tmp_path / "b.jsonl", temperature=0, **{"engine.continuous": "true"})
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        assert called(*continuously) == 2
+        pytest.skip(f"transformers {transformers.__version__} has no such continuous batching; that is told")
+    assert called(*continuously) == 0
     batched, continuous = rows_of(tmp_path / "a.jsonl"), rows_of(tmp_path / "b.jsonl")
     by_prompt = {row["prompt_id"]: row["response"] for row in continuous.values()}
     model = Model(str(knowing)).load(torch.float32, "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from rap_lightning.errors import ConfigError
@@ -163,7 +164,13 @@ class Transformers(Engine):
         return Answer(request.id, text, end + 1, "stop")
 
     def _continuously(self, requests: list[Request], generation: Generation) -> Iterator[list[Answer]]:
-        from transformers import ContinuousBatchingConfig
+        try:
+            from transformers import ContinuousBatchingConfig
+        except ImportError:  # transformers 5.0 has an earlier form of it
+            raise ConfigError(
+                f"--engine.continuous needs a newer transformers than {version('transformers')}. Upgrade it, or leave "
+                "the option out."
+            ) from None
 
         if not requests:
             return
