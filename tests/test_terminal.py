@@ -51,7 +51,7 @@ def test_a_reader_that_leaves_gets_no_traceback(args: list[str], pairs_folder: P
     os.close(closed)
     done = subprocess.run([*COMMAND, *args, *source], stdout=end, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(end)
-    assert done.returncode == 141
+    assert done.returncode in (0, 141), "argparse drops what it can't print of a help"
     assert not done.stderr
 
 
