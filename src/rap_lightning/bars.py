@@ -39,6 +39,12 @@ class Lines(tqdm):
 
         return say
 
+    def close(self) -> None:
+        """Without the carriage return with which tqdm takes a bar away."""
+        if not self.disable:
+            self.disable = True
+            type(self)._decr_instances(self)
+
 
 def progress(iterable: Any = None, **options: Any) -> Any:
     """tqdm with its options; where standard error is no terminal, a line each 15 seconds, and none before."""
