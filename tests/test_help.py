@@ -102,12 +102,13 @@ def test_an_option_means_the_same_in_every_command(parsers: dict[str, list[Any]]
                 if action.dest in ("help", "config", "print_config") or action.dest.endswith(".help"):
                     continue
                 kind = action.type if hasattr(action, "type") and action.type else getattr(action, "_typehint", str)
-                several = [] if typing.get_origin(kind) is typing.Literal else typing.get_args(kind)
-                parts = [part for part in several if part is not type(None)] or [kind]
+                union = typing.get_origin(kind) is not typing.Literal
+                parts = [part for part in typing.get_args(kind) if part is not type(None)] if union else []
+                parts = parts or [kind]
                 text = " | ".join(sorted(getattr(part, "__name__", str(part)) for part in parts))
                 found.setdefault(action.dest, {}).setdefault(text, set()).add(name)
-    unlike = {dest: kinds for dest, kinds in found.items() if len(kinds) > 1}
-    assert set(unlike) == set(SEVERAL), {dest: unlike[dest] for dest in set(unlike) ^ set(SEVERAL)}
+    several = {dest: kinds for dest, kinds in found.items() if len(kinds) > 1}
+    assert set(several) == set(SEVERAL), {dest: several[dest] for dest in set(several) ^ set(SEVERAL)}
 
 
 SEVERAL = {

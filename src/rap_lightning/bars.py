@@ -29,6 +29,8 @@ def adapt_to_terminal() -> None:
 class Lines(tqdm):
     """tqdm's figures, in lines."""
 
+    disable: bool
+
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
         """What prints one state; tqdm's own returns to the beginning of the line."""
