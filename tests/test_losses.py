@@ -385,6 +385,22 @@ def test_pairs_that_count_are_found_on_the_device_of_the_pairs() -> None:
     assert live(PairLogps(own, own, own, own, weights=torch.tensor([0.0, 0.5, 0.0, 1.0]))).tolist() == [1, 3]
 
 
+def test_kto_estimates_its_divergence_from_two_pairs_on_and_without_a_gradient() -> None:
+    policy, reference = random_logps(2, seed=29), random_logps(2, seed=30)
+    assert policy.unrelated is not None
+    assert reference.unrelated is not None
+    raised = (policy.unrelated + 50).requires_grad_()
+    z = KTO().divergence(replace(policy, unrelated=raised), reference)
+    assert not z.requires_grad
+    torch.testing.assert_close(z, (raised.detach() - reference.unrelated).mean())
+    one = replace(policy, unrelated=raised, weights=torch.tensor([1.0, 0.0]))
+    assert KTO().divergence(one, reference) == 0
+
+
+def test_bco_counts_in_float64() -> None:
+    assert BCO().totals.dtype == torch.float64
+
+
 def test_terms_that_come_twice_are_numbered() -> None:
     assert list(Mixture([DPO(), DPO(0.2), SFT()]).term_names()) == ["DPO", "DPO-2", "SFT"]
 

@@ -144,3 +144,19 @@ def test_judges_without_a_range_are_ranked_on_the_same_numbers() -> None:
     assert for_unbounded(RewardScale(0, 5, 2)) == QuantileScale(0, 5, 2)
     own = LinearScale(judge_low=-1, judge_high=1)
     assert for_unbounded(own) is own
+
+
+def test_decimals_and_a_low_end_other_than_zero_are_kept_by_scales_that_map() -> None:
+    linear, ranks = LinearScale(2, 4, 3, 0.0, 10.0), QuantileScale(2, 4, 3, [0.0, 10.0])
+    for scale in (linear, ranks):
+        assert scale.goal(5.0) == 3.0
+        assert scale.printed(2.12345) == "2.123"
+
+
+def test_rewards_that_share_the_lowest_value_still_make_ranks() -> None:
+    scale = QuantileScale(knots=[1.0, 1.0, 2.0])
+    assert scale.needs_fit is False
+    fitted = QuantileScale()
+    fitted.fit([2.0, 1.0, 1.0])
+    assert fitted.needs_fit is False
+    assert fitted.goal(2.0) > fitted.goal(1.0)
