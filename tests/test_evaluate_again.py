@@ -106,3 +106,96 @@ def test_scores_outside_the_scale_can_be_left_out_or_clipped_by_option(
     for option, pairs in (("drop", 7), ("clip", 8)):
         assert called(*args, "--outside_scale", option, "--output", tmp_path / option) == 0
         assert document(tmp_path / option)["pairs"] == pairs
+
+
+# -- a second evaluation in the same folder ---------------------------------------------------------------------------
+
+
+def test_parts_measured_before_stay(
+    own_rows: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "version_0", model, DATA)
+    args = ["--model", run / "hf", "--source", own_rows]
+    judged = [*OBEDIENT[:4], "--goals", "[none, 1, 10]", *OBEDIENT[6:]]
+    assert called(*args, *judged, "--parts", "[controllability]") == 0
+    first = document(run / "evaluation")
+    samples = (run / "evaluation" / "samples.jsonl").read_bytes()
+    assert called(*args, "--scale_points", 3) == 0, "without a judge log-probabilities are measured"
+    second = document(run / "evaluation")
+    assert "kept from before: controllability" in capsys.readouterr().out
+    assert {"controllability", "unlearning", "discrimination"} <= second.keys()
+    of_samples = ("controllability", "without_goal", "samples", "goals", "judge", "temperature", "samples_per_prompt")
+    assert all(second[key] == first[key] for key in of_samples)
+    assert (run / "evaluation" / "samples.jsonl").read_bytes() == samples
+    assert set(second["left_out"]) == {"extrapolation", "length"}, "the part that stands is not left out"
+    assert [(one["parts"], one["seconds"]) for one in second["runs"]] == [
+        (["controllability"], first["seconds"]), (["unlearning", "discrimination"], second["seconds"]),
+    ]  # fmt: skip
+    assert called(*args, *judged, "--parts", "[length]") == 0
+    third = document(run / "evaluation")
+    assert third["controllability"] == first["controllability"]
+    assert third["unlearning"] == second["unlearning"]
+    assert set(third["without_goal"]) == {"controllability", "length"}
+    assert set(third["left_out"]) == {"extrapolation"}
+    assert third["base"] == second["base"] == str(model)
+
+
+def test_a_part_measured_again_is_replaced_alone(own_rows: Path, model: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "version_0", model, DATA)
+    args = ["--model", run / "hf", "--source", own_rows]
+    assert called(*args, "--parts", "[unlearning]", "--bins", 1) == 0
+    assert called(*args, "--parts", "[unlearning]", "--bins", 2, "--limit", 3) == 0, "nothing of other settings is left"
+    found = document(run / "evaluation")
+    assert (len(found["unlearning"]["bins"]), found["prompts"]) == (2, 3)
+    assert [one["parts"] for one in found["runs"]] == [["unlearning"]]
+
+
+@pytest.mark.parametrize("change", ["--limit 3", "--seed 1", "--format auto", "an earlier version's file"])
+def test_parts_of_other_settings_are_not_mixed_nor_lost(
+    change: str, own_rows: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "version_0", model, DATA)
+    args = ["--model", run / "hf", "--source", own_rows]
+    assert called(*args, "--parts", "[discrimination]", "--scale_points", 2) == 0
+    path = run / "evaluation" / "evaluation.json"
+    more = change.split() if change.startswith("--") else []
+    if change == "--format auto":  # other data
+        rows = scored_rows(4)
+        args[3] = write_jsonl(tmp_path / "other.jsonl", rows)
+    if not more:
+        found = document(run / "evaluation")
+        del found["runs"]
+        path.write_text(json.dumps(found))
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert called(*args, "--parts", "[unlearning]", *more) == 2
+    assert path.read_bytes() == before
+    said = capsys.readouterr().err
+    assert f"{path} holds discrimination" in said
+    assert {
+        "--limit 3": "prompts: 7 there, 3 now", "--seed 1": "seed: 0 there, 1 now", "--format auto": "data:",
+        "an earlier version's file": "does not say how",
+    }[change] in said  # fmt: skip
+    assert "--parts [unlearning, discrimination]" in said
+
+
+def test_figures_of_few_prompts_carry_a_warning(
+    own_rows: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--model", make_run(tmp_path / "version_0", model) / "hf", "--parts", "[controllability]", *OBEDIENT]
+    data = write_jsonl(tmp_path / "many.jsonl", scored_rows(20))
+    assert called(*args, "--source", data, "--limit", 19, "--output", tmp_path / "few") == 0
+    (warning,) = document(tmp_path / "few")["warnings"]
+    assert "19 prompts are too few" in warning
+    assert f"warning: {warning}" in capsys.readouterr().out
+    assert called(*args, "--source", data, "--output", tmp_path / "enough") == 0
+    assert document(tmp_path / "enough")["warnings"] == []
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_said_once(
+    own_rows: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "version_0", model, DATA)
+    assert called("--model", run / "hf", "--source", own_rows, "--scale_points", 2, "--bins", 1) == 0
+    assert capsys.readouterr().out.count("left out: controllability") == 1

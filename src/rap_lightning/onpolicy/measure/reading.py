@@ -35,7 +35,7 @@ def reading_of(model: Model, given: dict[str, Any], template: GoalTemplate | Non
         model: RUN/hf or RUN/checkpoints/x.ckpt, whose config.yaml says how the run read its data; any other model says
             nothing.
         given: options that were given, by name; they win over the run's.
-        template: of goals; the run's outside_scale is left alone where this has no scale that rewards could lie outside.
+        template: of goals; the run's outside_scale is left alone where no reward can lie outside its scale.
     """
     run = run_of(model)
     found: dict[str, Any] = {}
