@@ -219,9 +219,7 @@ def test_a_map_of_columns_the_wrong_way_round_is_recognised(tmp_path: Path) -> N
 @pytest.mark.parametrize("path", ["my-pairs/", "my pairs/train", "nowhere", "a/b/c", "./here/there", "x/rows.jsonl"])
 def test_a_path_to_nothing_is_told_from_a_hub_id(path: str) -> None:
     with pytest.raises(DataError, match="no such file or folder, and not a Hub id"):
-        read(Path(path)) if path != "my-pairs/" else list(
-            read_pairs(Source(path), "train", Rules(), DataReport("", ""))
-        )
+        list(read_pairs(Source(path), "train", Rules(), DataReport("", "train")))
 
 
 # -- a list of what was left out ---------------------------------------------------------------------------------------
