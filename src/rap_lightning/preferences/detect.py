@@ -18,8 +18,8 @@ from rap_lightning.preferences.sources import Source
 LOOK = 1000  # rows that the format is found by
 SCORE_COLUMNS = {"score_chosen", "score_rejected"}
 OURS = {
-    *SCORE_COLUMNS, "prompt", "prompt_id", "chosen", "rejected", "scores_chosen", "scores_rejected", "tools", "completions",
-    "responses", "scores", "instruction", "response", "helpfulness", "answers", "conversations",
+    *SCORE_COLUMNS, "prompt", "prompt_id", "chosen", "rejected", "scores_chosen", "scores_rejected", "tools",
+    "completions", "responses", "scores", "instruction", "response", "helpfulness", "answers", "conversations",
 }  # fmt: skip
 """Columns of the known formats: keys of a map that is the wrong way round."""
 
@@ -95,7 +95,7 @@ def _listed(names: Iterable[str]) -> str:
 def _check_renaming(rows: Sequence[Row], rules: Rules, source: Source) -> None:
     there = {name for row in rows for name in row}
     renamed = rules.columns or {}
-    if renamed and OURS >= set(renamed) and not there & set(renamed) and there >= set(renamed.values()):
+    if renamed and set(renamed) <= OURS and not there & set(renamed) and there >= set(renamed.values()):
         turned = ", ".join(f"{ours}: {theirs}" for theirs, ours in renamed.items())
         raise ConfigError(
             f"columns is a map of {{theirs: ours}}, and this one is the other way round: {source.path} has the columns "
