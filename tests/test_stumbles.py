@@ -222,6 +222,19 @@ def test_a_path_to_nothing_is_told_from_a_hub_id(path: str) -> None:
         list(read_pairs(Source(path), "train", Rules(), DataReport("", "train")))
 
 
+def test_a_model_that_is_not_there_is_told_from_a_hub_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", scored_rows(2))
+    for args in (
+        ("inspect", "--source", path, "--tokenizer", "runs/v/hf"),
+        ("generate", "--prompts", path, "--model", "runs/v/hf", "--output", tmp_path / "out.jsonl"),
+        ("fit", "--data.source", path, "--model.policy.path", "runs/v/hf", "--trainer.logger", "false"),
+    ):
+        assert called(*args) == 2
+        said = capsys.readouterr().err
+        assert "runs/v/hf: no such folder, and not a Hub id (org/name)." in said
+        assert "Repo id" not in said
+
+
 # -- a list of what was left out ---------------------------------------------------------------------------------------
 
 

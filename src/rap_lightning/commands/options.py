@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from inspect import cleandoc
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from rap_lightning.class_names import check_class_names
@@ -21,7 +22,7 @@ from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.select import Selection
-from rap_lightning.preferences.sources import Source, having
+from rap_lightning.preferences.sources import MODEL_ID, Source, having
 
 command_line: list[str] = []
 """The command that runs, with its arguments, so that it can start others like itself."""
@@ -72,6 +73,8 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not Path(path).exists() and not MODEL_ID.fullmatch(path):
+        raise ConfigError(f"--tokenizer {path}: no such folder, and not a Hub id (org/name).")
     try:
         with contextlib.redirect_stderr(None):
             return restore_own_template(AutoTokenizer.from_pretrained(path))

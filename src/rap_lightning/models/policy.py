@@ -17,6 +17,7 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch, Forest
 from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.sources import MODEL_ID
 from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now, declared_windows, forest_attention
 from rap_lightning.models.logps import Head, sum_by_segment
@@ -480,6 +481,8 @@ def _with_adapter(model: Any, lora: Lora) -> Any:
 
 
 def _load(what: str, path: str, factory: Any, options: dict[str, Any]) -> Any:
+    if not Path(path).exists() and not MODEL_ID.fullmatch(path):
+        raise ConfigError(f"--model.policy.path {path}: no such folder, and not a Hub id (org/name).")
     try:
         return factory.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:

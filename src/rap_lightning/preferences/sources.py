@@ -46,6 +46,8 @@ class Source:
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 """The name of a data set on the Hub, as opposed to a path."""
+MODEL_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+"""The name of a model on the Hub, as opposed to a path; the oldest have no owner."""
 VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
 """What splits to validate on are usually called; the first that is there counts."""
 
