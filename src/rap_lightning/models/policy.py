@@ -17,12 +17,12 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch, Forest
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences.sources import MODEL_ID
 from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now, declared_windows, forest_attention
 from rap_lightning.models.logps import Head, sum_by_segment
 from rap_lightning.models.memory import activations_on_host
 from rap_lightning.preferences.baked import restore_own_template
+from rap_lightning.preferences.sources import MODEL_ID
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKPOINTING_FROM = 1_000_000_000  # parameters
