@@ -72,6 +72,7 @@ def test_data_are_read_as_the_models_run_read_them(
     out = capsys.readouterr().out
     assert "read as the run read its own" in out
     assert "format my_rows.adapt, outside_scale drop" in out
+    assert f"looked for here; the run was started in {tmp_path}" in out
     found = document(run / "evaluation")
     assert found["pairs"] == 7, "the row outside the scale is left out"
     assert found["extrapolation"]["training"]["responses"] == 15, "so is its reward among those that training showed"
@@ -176,7 +177,10 @@ def test_parts_of_other_settings_are_not_mixed_nor_lost(
         "--limit 3": "prompts: 7 there, 3 now", "--seed 1": "seed: 0 there, 1 now", "--format auto": "data:",
         "an earlier version's file": "does not say how",
     }[change] in said  # fmt: skip
-    assert "--parts [unlearning, discrimination]" in said
+    assert ("--parts [unlearning, discrimination]" in said) is (change != "--seed 1"), (
+        "another seed doesn't go on there"
+    )
+    assert "another --output" in said
 
 
 def test_figures_of_few_prompts_carry_a_warning(

@@ -63,7 +63,10 @@ class Tally:
     @property
     def found(self) -> str:
         """The numbers in words, after a comma."""
-        return "" if self.span is None else f", from {self.span[0]:g} to {self.span[1]:g}"
+        if self.span is None:
+            return ""
+        low, high = self.span
+        return f", from {low:g} to {high:g}" if low < high else f", {low:g} each time"
 
 
 @dataclass

@@ -19,6 +19,8 @@ ABOUT_SAMPLES = (
     "note", "trouble", "without_goal",
 )  # fmt: skip
 """Keys of the document that tell of samples, beside the parts."""
+GOES_ON = {"split", "prompts", "data", "goals", "samples", "greedy"}
+"""Settings that may change within a folder: what is done already is of use all the same."""
 Settings = dict[str, dict[str, Any]]
 """What figures depend on: of all parts, and of those of samples and of log-probabilities where they are measured."""
 
@@ -100,19 +102,21 @@ class Earlier:
     def _refuse_others(self, path: Path) -> None:
         known = {part for run in self.runs for part in run["parts"]}
         changed = [] if known >= set(self.stands) else ["the file does not say how they were measured"]
+        names = set[str]()
         for run in self.runs:
             for group, now in self.settings.items():
                 there = run["settings"].get(group, now)
+                differ = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+                names |= set(differ)
                 changed += [
-                    f"{name}: {shown(there.get(name), 100)} there, {shown(now.get(name), 100)} now"
-                    for name in {**there, **now} if there.get(name) != now.get(name)
-                ]  # fmt: skip
+                    f"{name}: {shown(there.get(name), 100)} there, {shown(now.get(name), 100)} now" for name in differ
+                ]
         if changed:
             every = ", ".join(part for part in PARTS if part in {*self.stands, *self.parts})
+            whole = f" Or measure all of it in this way: --parts [{every}]." if names <= GOES_ON else ""
             raise ConfigError(
                 f"{path} holds {', '.join(self.stands)} of another evaluation, and one file never mixes two: "
-                f"{'; '.join(dict.fromkeys(changed))}. Measure all of it in this way (--parts [{every}]), name another "
-                "--output, or remove the file."
+                f"{'; '.join(dict.fromkeys(changed))}. Name another --output, or remove {path.parent}.{whole}"
             )
 
 

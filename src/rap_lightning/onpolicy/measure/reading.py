@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from rap_lightning.onpolicy.measure.base import config_of_run, run_of, started_in
@@ -57,6 +58,6 @@ def reading_of(model: Model, given: dict[str, Any], template: GoalTemplate | Non
         f"{name} {value if isinstance(value, str) else shown(value, 200)}" for name, value in found.items()
     )
     line = f"data are read as the run read its own ({run}/config.yaml): {listed}. An option given here wins."
-    if "." in found.get("format", "") and run is not None:
+    if "." in found.get("format", "") and run is not None and started_in(run).resolve() != Path.cwd():
         line += f" {found['format']} is looked for here; the run was started in {started_in(run)}."
     return Reading(**{**found, **given}), line
