@@ -20,6 +20,8 @@ from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.batches.pair_encoder import PairEncoder
 from rap_lightning.batches.stream import StepShape, StreamedPairs
 from rap_lightning.errors import DataError
+from rap_lightning.preferences.across import AcrossRows
+from rap_lightning.preferences.detect import find_format
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.preferences.read import read_pairs
 from rap_lightning.preferences.relabel import ORIGINS, RelabelledView, Relabelling
@@ -28,6 +30,12 @@ from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
 from rap_lightning.preferences.seen import Seen
 from rap_lightning.preferences.sources import Source
+
+
+def listing(report: DataReport) -> list[str]:
+    """What a report lists of rows, in an order of its own."""
+    return sorted(json.dumps(row, sort_keys=True) for row in report.rows or [])
+
 
 TOKENIZERS = {family: make_tokenizer(family) for family in FAMILIES}
 GOAL = OverallGoal()
@@ -405,7 +413,7 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
     """The fast lane of Arrow batches against the way of single rows, defects and all."""
     import pyarrow as pa
 
-    from rap_lightning.preferences import across, detect, ingest
+    from rap_lightning.preferences import ingest
     from rap_lightning.preferences.readers import Chunk
 
     for row in data:
@@ -439,15 +447,16 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
         }
     )  # fmt: skip
     chunk = Chunk("rows", 1, pa.RecordBatch.from_pylist(data, schema=schema).slice(0))
-    row_format = detect.find_format(chunk, rules, Source("rows"))
+    row_format = find_format(chunk, rules, Source("rows"))
     assert ingest._fast_lane(chunk, rules, row_format)
-    fast = ingest.ingest(chunk, rules, row_format)
-    slow = ingest.ingest(Chunk("rows", 1, data), rules, row_format)
+    fast = ingest.ingest(chunk, rules, row_format, listed=True)
+    slow = ingest.ingest(Chunk("rows", 1, data), rules, row_format, listed=True)
     assert (fast.columns.pairs() if fast.columns is not None else fast.pairs) == slow.pairs
     assert fast.report == slow.report
+    assert listing(fast.report) == listing(slow.report), "what is listed of rows is the same, not only their number"
     assert sorted(fast.ids) == sorted(slow.ids)
     reports = DataReport("", ""), DataReport("", "")
-    kept = [across.AcrossRows(rules, report).check(part) for report, part in zip(reports, (fast, slow), strict=True)]
+    kept = [AcrossRows(rules, report).check(part) for report, part in zip(reports, (fast, slow), strict=True)]
     first, second = (block if isinstance(block, list) else block.pairs() for block in kept)
     assert first == second
     assert reports[0] == reports[1]
@@ -458,12 +467,12 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
 def test_columns_are_written_as_single_rows_are(data: list[dict[str, Any]], keep: bool) -> None:
     import pyarrow as pa
 
-    from rap_lightning.preferences import detect, ingest, written
+    from rap_lightning.preferences import ingest, written
     from rap_lightning.preferences.readers import Chunk
 
     rules = Rules(relabelling=Relabelling(keep_original=keep))
     chunk = Chunk("rows", 1, pa.RecordBatch.from_pylist(data))
-    part = ingest.ingest(chunk, rules, detect.find_format(chunk, rules, Source("rows")))
+    part = ingest.ingest(chunk, rules, find_format(chunk, rules, Source("rows")))
     if part.columns is None or len(part.columns) == 0:
         return
     columns = written._relabel_columns(part.columns, rules).to_pylist()

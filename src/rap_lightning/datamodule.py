@@ -39,6 +39,7 @@ from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.select import Selection
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having, splits_of
 from rap_lightning.preferences.stored import as_pair, stored_pairs
+from rap_lightning.preferences.unseen import never_stated
 from rap_lightning.progress import batches_done
 
 Prompt = tuple[list[int], dict[str, Any], list[int] | None]
@@ -228,6 +229,9 @@ class PreferenceDataModule(pl.LightningDataModule):
             else:
                 self._pairs[name], self.reports[name] = self._encode(name)
             rank_zero_info("\n".join(line for report in self.reports[name] for line in report.lines()))
+            whole = name == self.train_split and not self.streaming  # of a stream the beginning alone was seen
+            if whole and (note := never_stated(self.rules, self.reports[name])):
+                rank_zero_info(note)
             self._refuse_idle_ranks(name)
         if stage == "fit" and validation is None:
             rank_zero_info(f"no validation: {self._named()} has no split named {', '.join(VALIDATION_NAMES)}")

@@ -16,6 +16,7 @@ from rap_lightning.onpolicy.goals import template_of
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.measure.base import recorded_base, run_of
 from rap_lightning.onpolicy.measure.plan import OF_LIKELIHOODS, OF_SAMPLES, PARTS, Part, Plan
+from rap_lightning.onpolicy.measure.reading import Reading, reading_of
 from rap_lightning.onpolicy.measure.run import evaluate_model
 from rap_lightning.onpolicy.measure.show import show
 from rap_lightning.onpolicy.model import Model
@@ -71,8 +72,10 @@ def evaluate(
     max_length: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     token_budget: int | None = None,
-    format: str = "auto",
+    format: str | None = None,
     columns: dict[str, str] | None = None,
+    outside_scale: Literal["error", "drop", "clip"] | None = None,
+    bad_rows: Literal["drop", "error"] | None = None,
     num_proc: int | None = None,
     seed: int = 0,
     revision: str | None = None,
@@ -131,8 +134,11 @@ def evaluate(
             the model's context where that is less.
         dtype: of the weights, for log-probabilities; float32 by default.
         token_budget: tokens in one forward pass, for log-probabilities; 8192 by default. Memory and speed only.
-        format: of the rows, as for fit.
-        columns: new names for columns, {theirs: ours}.
+        format: of the rows, as for fit; this and the next three by default as the run's config.yaml says, where the
+            model lies in a run's folder, and otherwise as fit has them by default. auto finds it by the columns.
+        columns: new names for columns, {theirs: ours}; {} renames none, whatever the run did.
+        outside_scale: scores outside the goal's scale: error, drop such pairs or responses, or clip them.
+        bad_rows: rows that can't be used: drop or error.
         num_proc: processes that share the reading.
         seed: of the prompts' choice, of sampling and of the intervals.
         revision: of the model on the Hub: a branch, tag or commit.
@@ -154,6 +160,9 @@ def evaluate(
         raise ConfigError("--temperature 0 would sample one response again and again; greedy ones are shown beside.")
     for part, why in left_out.items():
         print(f"left out: {part}: {why}")
+    reading, taken = reading_of(one, {n: given[n] for n in vars(Reading()) if n in given}, known)
+    if taken:
+        print(taken)
     plan = Plan(
         model=one, base=found_base, template=known, sources=as_sources(source), output=_output(output, one),
         parts=wanted, explicit=parts is not None, left_out=left_out, judge=judge, engine=engine or Transformers(),
@@ -166,7 +175,7 @@ def evaluate(
         scale_points=19 if scale_points is None else scale_points,
         max_length=max_length, max_prompt_length=max_prompt_length,
         dtype=dtype or "float32", token_budget=8192 if token_budget is None else token_budget, split=split, limit=limit,
-        format=format, columns=columns, num_proc=num_proc, seed=seed,
+        reading=reading, num_proc=num_proc, seed=seed,
     )  # fmt: skip
     try:
         document, missing = evaluate_model(plan)

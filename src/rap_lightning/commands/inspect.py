@@ -6,6 +6,7 @@ import json as jsonlib
 import sys
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +19,15 @@ from rap_lightning.preferences.chat import with_goal
 from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
+from rap_lightning.preferences.listing import Listing
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.read import read_blocks
 from rap_lightning.preferences.relabel import Mode, RelabelledPair, relabel
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.select import Selection
-from rap_lightning.preferences.sources import Source, as_sources, having, splits_among
+from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having, splits_among
+from rap_lightning.preferences.unseen import never_stated
 
 MEASURED = 20_000  # pairs that are tokenised
 LOT = 250  # pairs that are tokenised at a time
@@ -58,6 +61,7 @@ def inspect(
     examples: int | None = None,
     num_proc: int | None = None,
     seed: int = 42,
+    dropped: str | None = None,
     json: bool = False,
 ) -> int:
     """Show what would be trained on: rows kept and dropped with reasons, rewards, gaps, lengths, two pairs as
@@ -89,6 +93,8 @@ def inspect(
         examples: scored pairs that are shown as relabelled; by default 2.
         num_proc: processes that share the reading.
         seed: of the half that relabel half takes.
+        dropped: a file to write (json lines) that lists every row left out, repaired, cut or noted: file, line or row,
+            column and reason.
         json: print one JSON document for machines instead of tables.
     """
     if max_length is not None and tokenizer is None:
@@ -101,6 +107,7 @@ def inspect(
         raise ConfigError(f"--max_length must be at least 2, found {max_length}")
     if examples < 0:
         raise ConfigError(f"--examples must be at least 0, found {examples}")
+    target = _new_file(dropped)
     sources = as_sources(source)
     rules = make_rules(
         goal, relabel, keep_original, ties, selection, filters, outside_scale, bad_rows, format, columns, seed,
@@ -109,25 +116,53 @@ def inspect(
     encode = _encoder(tokenizer, rules, max_length) if tokenizer is not None else None
     splits = [split] if split is not None else splits_among(sources)
     fitted = fit_on_training_split(rules, sources, splits, num_proc)
-    documents, failed = [], False
-    for name in splits:
-        for one in having(sources, name):
-            report, census, shown = _census(one, name, rules, encode, max_length, examples, num_proc)
-            failed = failed or bool(report.faults) or not report.pairs
-            documents.append({**report.as_dict(), "figures": census.as_dict()})
-            if not json:
-                _print(report, census, max_length)
-                _print_examples(shown, rules, encode)
+    documents, faulty, empty = [], False, list[str]()
+    notes: dict[str, str] = {}
+    with Listing(target) as listing:
+        for name in splits:
+            reports = []
+            for one in having(sources, name):
+                report, census, shown = _census(one, name, rules, encode, max_length, examples, num_proc, listing)
+                reports.append(report)
+                faulty = faulty or bool(report.faults)
+                empty += [] if report.pairs else [f"{report.source} (split {name})"]
+                documents.append({**report.as_dict(), "figures": census.as_dict()})
+                if not json:
+                    _print(report, census, max_length)
+                    _print_examples(shown, rules, encode)
+            if name not in VALIDATION_NAMES and (note := never_stated(rules, reports)):
+                notes[name] = note
+    failed = faulty or bool(empty)
     if json:
         scale = rules.goal.record()["scale"] if rules.goal is not None else None
-        print(jsonlib.dumps({"splits": documents, "scale": scale, "faults": failed}, ensure_ascii=False))
+        found = {"splits": documents, "scale": scale, "notes": notes, "faults": failed}
+        print(jsonlib.dumps(found, ensure_ascii=False))
     elif fitted and rules.goal is not None:
         print(f"scale fitted: {rules.goal.scale}")
     if not json and any(one.weight != 1.0 for one in sources):
         print("every pair is shown once; the sources' weights apply in training")
-    if failed and not json:
-        print("Faults were found: fit would stop.", file=sys.stderr)
+    if not json:
+        for name, note in notes.items():
+            print(f"{name}: {note}")
+        if target is not None:
+            print(f"{dropped}: {listing.count:,} rows listed")
+        if faulty:
+            print("Faults were found: fit would stop.", file=sys.stderr)
+        elif empty:
+            print(f"No pair is left of {', '.join(empty)}: fit would stop.", file=sys.stderr)
     return int(failed)
+
+
+def _new_file(path: str | None) -> Path | None:
+    """A file to write, or none."""
+    if path is None:
+        return None
+    target = Path(path).expanduser()
+    if target.exists():
+        raise ConfigError(f"--dropped {path} exists. Name another file, or remove it.")
+    if not target.absolute().parent.is_dir():
+        raise ConfigError(f"--dropped {path}: no such folder: {target.parent}")
+    return target
 
 
 def _encoder(path: str, rules: Rules, max_length: int) -> Any:
@@ -138,9 +173,16 @@ def _encoder(path: str, rules: Rules, max_length: int) -> Any:
 
 
 def _census(
-    source: Source, split: str, rules: Rules, encode: Any, max_length: int, examples: int, num_proc: int | None
+    source: Source,
+    split: str,
+    rules: Rules,
+    encode: Any,
+    max_length: int,
+    examples: int,
+    num_proc: int | None,
+    listing: Listing,
 ) -> tuple[DataReport, Census, list[Pair]]:
-    report, census = DataReport(source.path, split), Census()
+    report, census = listing.report(source.path, split), Census()
     shown: list[Pair] = []
     lot: list[Pair] = []
     blocks = read_blocks(
@@ -161,8 +203,10 @@ def _census(
             while len(lot) >= LOT:
                 _measure(lot[:LOT], encode, census, report, max_length)
                 lot = lot[LOT:]
+        listing.take(report)
     if lot:
         _measure(lot, encode, census, report, max_length)
+    listing.take(report)
     return report, census, shown
 
 

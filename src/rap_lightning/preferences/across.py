@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.hashing import Hashes, hash_text, hash_turns, hash_unordered
-from rap_lightning.preferences.ingest import Ingested
+from rap_lightning.preferences.ingest import LEAVE_OUT, Ingested
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.rules import Rules
@@ -56,7 +56,7 @@ class AcrossRows:
         for index in np.flatnonzero(known).tolist():
             place = places.place(index) if isinstance(places, PairColumns) else places[index]
             if before[index] != ids[index]:
-                self.report.note(self.kind, CONTRADICTION, place, "chosen, rejected")
+                self._note(CONTRADICTION, place, "chosen, rejected")
                 keep[index] = False
             elif self.rules.filters.repeats == "drop":
                 self.report.note("dropped", REPEAT, place, "chosen, rejected")
@@ -64,6 +64,9 @@ class AcrossRows:
             else:
                 self.report.note("noted", REPEAT, place, "chosen, rejected")
         return keep
+
+    def _note(self, reason: str, place: str, column: str) -> None:
+        self.report.note(self.kind, reason, place, column).learn(None, LEAVE_OUT if self.kind == "faults" else "")
 
     def _check_ids(self, part: Ingested) -> set[str]:
         """The places of rows whose prompt_id stood for another prompt before."""
@@ -76,7 +79,7 @@ class AcrossRows:
         known, before = self.seen_ids.add(keys, values)
         wrong = [part.ids[index][3] for index in np.flatnonzero(known & (before != values)).tolist()]
         for place in wrong:
-            self.report.note(self.kind, OTHER_PROMPT, place, "prompt_id")
+            self._note(OTHER_PROMPT, place, "prompt_id")
         return set(wrong)
 
 

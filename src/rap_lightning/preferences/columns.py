@@ -51,11 +51,15 @@ class PairColumns:
 
     def place(self, index: int) -> str:
         """Where a pair was read."""
-        return f"{self.name} {self.unit} {self.numbers[index]}"
+        return self.place_of(int(self.numbers[index]))
+
+    def place_of(self, number: int) -> str:
+        """A line or row of the file."""
+        return f"{self.name} {self.unit} {number}"
 
     def places(self) -> list[str]:
         """Where each pair was read."""
-        return [f"{self.name} {self.unit} {number}" for number in self.numbers.tolist()]
+        return [self.place_of(number) for number in self.numbers.tolist()]
 
     def take(self, mask: NDArray[np.bool_]) -> PairColumns:
         """The pairs that a mask keeps."""

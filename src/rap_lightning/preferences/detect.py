@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
 from rap_lightning.errors import ConfigError, DataError
@@ -11,11 +11,17 @@ from rap_lightning.preferences.formats.base import Row, call_adapter
 from rap_lightning.preferences.groups import grouping, renamed
 from rap_lightning.preferences.pairs import BadRow
 from rap_lightning.preferences.readers import Chunk
+from rap_lightning.preferences.report import at
 from rap_lightning.preferences.rules import Rules, adapter_of
 from rap_lightning.preferences.sources import Source
 
 LOOK = 1000  # rows that the format is found by
 SCORE_COLUMNS = {"score_chosen", "score_rejected"}
+OURS = {
+    *SCORE_COLUMNS, "prompt", "prompt_id", "chosen", "rejected", "scores_chosen", "scores_rejected", "tools",
+    "completions", "responses", "scores", "instruction", "response", "helpfulness", "answers", "conversations",
+}  # fmt: skip
+"""Columns of the known formats: keys of a map that is the wrong way round."""
 
 
 def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
@@ -26,7 +32,8 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
         ConfigError: the named format does not exist, or an option has no effect on it.
     """
     chunk = chunk.head(LOOK)
-    rows = [row for _, row in chunk.rows() if isinstance(row, dict)]
+    numbered = [(number, row) for number, row in chunk.rows() if isinstance(row, dict)]
+    rows = [row for _, row in numbered]
     _check_renaming(rows, rules, source)
     rows = [renamed(row, rules.columns) for row in rows]
     if not rows:
@@ -38,12 +45,16 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
     scored = rules.scored
     if name not in ("auto", *(kind.name for kind in FORMATS)):
         adapt = adapter_of(name)
-        try:
-            adapted = [row for row in (call_adapter(adapt, row) for row in rows) if row]
-        except BadRow as problem:
-            raise DataError(f"{chunk.place(chunk.first)} and following: {problem.reason}") from problem
+        if rules.columns:
+            raise ConfigError(
+                f"columns has no place beside an adapter ({name}), which would no longer find {_listed(rules.columns)} "
+                "under the names that the file has. Let it give the columns their new names, and leave columns out."
+            )
+        adapted, problem = _adapted(adapt, numbered, chunk)
         if not adapted:
-            raise DataError(f"{source.path}: your adapter {name} left out all of the first {len(rows):,} rows.")
+            raise DataError(
+                problem or f"{source.path}: your adapter {name} left out all of the first {len(rows):,} rows."
+            )
         inner = _detected(adapted, source, rules, attributes, scored)
         if grouping(inner):
             raise ConfigError(f"format: {name} gives rows in groups ({inner.name}); give completions, a prompt a row.")
@@ -61,9 +72,35 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
     return found
 
 
+def _adapted(
+    adapt: Callable[[Row], Row | None], numbered: Sequence[tuple[int, Row]], chunk: Chunk
+) -> tuple[list[Row], str | None]:
+    """What an adapter makes of rows, and the first that it could not take: each such row is counted as it is read."""
+    adapted, first = list[Row](), None
+    for number, row in numbered:
+        try:
+            made = call_adapter(adapt, row)
+        except BadRow as problem:
+            first = first or f"{at(chunk.place(number), problem.column, problem.found)}: {problem.reason}"
+            continue
+        if made:
+            adapted.append(made)
+    return adapted, first
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
 def _check_renaming(rows: Sequence[Row], rules: Rules, source: Source) -> None:
     there = {name for row in rows for name in row}
     renamed = rules.columns or {}
+    if renamed and set(renamed) <= OURS and not there & set(renamed) and there >= set(renamed.values()):
+        turned = ", ".join(f"{ours}: {theirs}" for theirs, ours in renamed.items())
+        raise ConfigError(
+            f"columns is a map of {{theirs: ours}}, and this one is the other way round: {source.path} has the columns "
+            f"{_listed(renamed.values())}, and none named {_listed(renamed)}. Write {{{turned}}}."
+        )
     for theirs, ours in renamed.items():
         if theirs not in there:
             found = ", ".join(sorted(there))
@@ -81,7 +118,8 @@ def _detected(rows: Sequence[Row], source: Source, rules: Rules, attributes: Seq
         raise DataError(
             f"{source.path}: expected the columns of a known format; found the columns {found}."
             f"{_hint(columns, {'prompt', 'chosen', 'rejected', *SCORE_COLUMNS})}\n"
-            f"Rename columns with columns, or name a function that makes one of these of a row with format:\n{known}"
+            "Give them our names (columns {theirs: ours}), or write a function that makes one of these of a row, and "
+            f"name it (format my_rows.adapt):\n{known}"
         )
     row_format = kind(attributes, scored)
     if kind.paired and scored:
@@ -106,5 +144,9 @@ def _hint(columns: set[str], wanted: set[str]) -> str:
         near = next((c for c in sorted(columns - wanted) if set(c.lower().replace("-", "_").split("_")) == words), None)
         near = near or next(iter(get_close_matches(name, sorted(columns - wanted), 1, 0.8)), None)
         if near is not None:
-            hints.append(f"{near} -> {name}")
-    return f" Did you mean {', '.join(hints)}? Rename with columns." if hints else ""
+            hints.append((near, name))
+    if not hints:
+        return ""
+    asked = ", ".join(f"{near} -> {name}" for near, name in hints)
+    given = ", ".join(f"{near}: {name}" for near, name in hints)
+    return f" Did you mean {asked}? Say so: columns {{{given}}}."

@@ -19,7 +19,7 @@ from rap_lightning.preferences.hashing import hash_text, hash_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, make_pair
 from rap_lightning.preferences.readers import Chunk, an_object
 from rap_lightning.preferences.relabel import is_tie
-from rap_lightning.preferences.report import DataReport, Tally, at
+from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.rewards import CONTRADICTED
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.select import BestVsRandom
@@ -28,6 +28,11 @@ EXCHANGED = "score_chosen below score_rejected, exchanged so that the higher rew
 TIE = "tie: both scores print as the same goal"
 TIE_RULES = {"drop": "", "chosen": "; kept under the chosen response's goal", "error": ", and ties are an error"}
 OUTSIDE = "score outside the declared scale"
+RESCALE = (
+    "Declare the judge's scale (goal.scale.low and .high), map another one onto it (a LinearScale), mend the scores, "
+    "or leave such pairs out with outside_scale drop."
+)
+LEAVE_OUT = "Mend such rows, or leave them out, counted, with bad_rows drop."
 
 
 @dataclass
@@ -40,17 +45,31 @@ class Ingested:
     """The pairs, where all of them could be taken a column at a time."""
     ids: list[tuple[int, str, str, str]] = field(default_factory=list)
     """(number, prompt_id, prompt, place) of kept rows that have an id."""
-    outside: list[tuple[float, str]] = field(default_factory=list)
-    """(reward, place) of rewards outside the scale."""
+    outside: list[tuple[float, str, str]] = field(default_factory=list)
+    """(reward, place, column) of rewards outside the scale, where they stop the run."""
 
 
-def ingest(chunk: Chunk | Rows, rules: Rules, row_format: RowFormat) -> Ingested:
-    """The pairs of a chunk, looked at alone: a column at a time where that can be done, the others row by row."""
-    out = Ingested(DataReport("", ""))
+def ingest(chunk: Chunk | Rows, rules: Rules, row_format: RowFormat, listed: bool = False) -> Ingested:
+    """The pairs of a chunk, looked at alone: a column at a time where that can be done, the others row by row.
+
+    Args:
+        chunk: of the source.
+        rules: what is done with rows.
+        row_format: of the rows.
+        listed: the report lists all that it counts, in the order of rows.
+    """
+    out = Ingested(DataReport("", "", names=rules.names, rows=[] if listed else None))
+    _ingest(chunk, rules, row_format, out)
+    if out.report.rows is not None:
+        out.report.rows.sort(key=lambda row: row.get("line") or row.get("row") or 0)
+    return out
+
+
+def _ingest(chunk: Chunk | Rows, rules: Rules, row_format: RowFormat, out: Ingested) -> None:
     if not isinstance(chunk, Chunk) or not _fast_lane(chunk, rules, row_format) or rules.goal is None:
         for number, rows in groups(chunk, rules, row_format):
             _ingest_row(number, rows, chunk, rules, row_format, out)
-        return out
+        return
     columns, good, ids = surely_good(chunk.payload, rules.goal, chunk.first, chunk.name, chunk.unit)
     for index in np.flatnonzero(~good).tolist():
         row = an_object(chunk.payload.slice(index, 1).to_pylist()[0])
@@ -67,7 +86,6 @@ def ingest(chunk: Chunk | Rows, rules: Rules, row_format: RowFormat) -> Ingested
     else:  # rows of both ways stand between each other
         order = {chunk.place(number): number for number in range(chunk.first, chunk.first + len(good))}
         out.pairs = sorted([*out.pairs, *columns.pairs()], key=lambda pair: order[pair.place])
-    return out
 
 
 def _fast_lane(chunk: Chunk, rules: Rules, row_format: RowFormat) -> bool:
@@ -84,11 +102,9 @@ def _fast_lane(chunk: Chunk, rules: Rules, row_format: RowFormat) -> bool:
 
 
 def _note_columns(columns: PairColumns, ids: list[str | None], out: Ingested) -> None:
-    found = np.flatnonzero(columns.exchanged).tolist()
-    if found:
-        place = at(columns.place(found[0]), "score_chosen, score_rejected")
-        number = int(columns.numbers[found[0]])
-        out.report.repaired.setdefault(EXCHANGED, Tally()).add(place, len(found), number)
+    if columns.exchanged.any():
+        numbers = columns.numbers[columns.exchanged].tolist()
+        out.report.note_all("repaired", EXCHANGED, numbers, columns.place_of, "score_chosen, score_rejected")
     if ids and ids[0] is not None:
         numbers = columns.numbers.tolist()
         for index, (own, prompt) in enumerate(zip(ids, _first_users(columns), strict=True)):
@@ -105,11 +121,10 @@ def _without_ties(columns: PairColumns, rules: Rules, out: Ingested) -> NDArray[
     kind = {"drop": "dropped", "chosen": "noted", "error": "faults"}[rules.ties]
     equal = columns.rewards[:, 0] == columns.rewards[:, 1]
     for mask, reason in ((columns.tie & ~equal, TIE), (columns.tie & equal, f"{TIE} (equal)")):
-        found = np.flatnonzero(mask).tolist()
-        if found:
-            place = at(columns.place(found[0]), "score_chosen, score_rejected")
-            tally = out.report.tallies(kind).setdefault(f"{reason}{TIE_RULES[rules.ties]}", Tally())
-            tally.add(place, len(found), int(columns.numbers[found[0]]))
+        if mask.any():
+            numbers = columns.numbers[mask].tolist()
+            told = f"{reason}{TIE_RULES[rules.ties]}"
+            out.report.note_all(kind, told, numbers, columns.place_of, "score_chosen, score_rejected")
     return ~columns.tie if rules.ties != "chosen" else np.ones(len(columns), dtype=bool)
 
 
@@ -213,17 +228,24 @@ def _in_scale(judged: Judged, rules: Rules, place: str, out: Ingested) -> list[R
         if response.reward in rules.goal.scale:
             good.append(response)
         elif rules.outside_scale == "error":
-            out.outside.append((response.reward, f"{place}, column {column}"))
+            out.outside.append((response.reward, place, column))
         elif rules.outside_scale == "clip":
             clipped = min(max(response.reward, low_high[0]), low_high[1])
-            out.report.note("repaired", f"{OUTSIDE}, clipped to its end", place, column, f"{response.reward:g}")
+            note = out.report.note("repaired", f"{OUTSIDE}, clipped to its end", place, column, f"{response.reward:g}")
+            note.learn((response.reward, response.reward), "")
             good.append(replace(response, reward=clipped))
         elif judged.paired:
-            raise BadRow(column, OUTSIDE, response.reward, by_choice=True)
+            raise _outside(column, response.reward)
         else:
-            judged.left_out.append(BadRow(column, OUTSIDE, response.reward, by_choice=True))
+            judged.left_out.append(_outside(column, response.reward))
     stopped = rules.outside_scale == "error" and len(good) < len(judged.responses)
     return None if stopped else good
+
+
+def _outside(column: str, reward: float) -> BadRow:
+    problem = BadRow(column, OUTSIDE, reward, by_choice=True)
+    problem.span = (reward, reward)
+    return problem
 
 
 def _same_goal(a: Response, b: Response, goal: GoalTemplate | None) -> bool:
@@ -233,8 +255,15 @@ def _same_goal(a: Response, b: Response, goal: GoalTemplate | None) -> bool:
 
 
 def _problem(out: Ingested, problem: BadRow, place: str, rules: Rules, kind: str) -> None:
-    stops = problem.stops or (rules.bad_rows == "error" and not problem.by_choice)
-    out.report.problem("faults" if stops else kind, problem, place)
+    out.report.problem("faults" if stops(problem, rules) else kind, problem, place)
+
+
+def stops(problem: BadRow, rules: Rules) -> bool:
+    """Whether a run ends at a row; one that ends it because the rules say so has that for a remedy."""
+    if not problem.stops and rules.bad_rows == "error" and not problem.by_choice:
+        problem.remedy = problem.remedy or LEAVE_OUT
+        return True
+    return problem.stops
 
 
 def judged_of(rows: list[Row], rules: Rules, row_format: RowFormat) -> Judged:

@@ -19,6 +19,12 @@ INVISIBLE = frozenset("\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+NUMBERS = (
+    'Scores in quotes are not read: where one is text, others may be "8/10". Write numbers, or convert them in a '
+    "function of a row that format names (format my_rows.adapt)."
+)
+
+
 class BadRow(Exception):
     """A row, or one response of it, that can't be used.
 
@@ -29,12 +35,18 @@ class BadRow(Exception):
         stops: the file is not what it says it is (broken JSON, text for a number): nothing in it should be trusted,
             and the run stops. Otherwise the row is left out and counted.
         by_choice: left out by a rule that was asked for, not for a fault of its own.
+        span: lowest and highest number found, where numbers are what is wrong.
+        remedy: what can be done about it, for people.
     """
 
+    span: tuple[float, float] | None = None
+
     def __init__(
-        self, column: str, reason: str, found: Any = None, *, stops: bool = False, by_choice: bool = False
-    ) -> None:
+        self, column: str, reason: str, found: Any = None, *, stops: bool = False, by_choice: bool = False,
+        remedy: str = "",
+    ) -> None:  # fmt: skip
         super().__init__(reason)
+        self.remedy = remedy
         self.column, self.reason, self.stops, self.by_choice = column, reason, stops, by_choice
         self.found = "" if found is None else shown(found)
 
@@ -171,7 +183,7 @@ def read_number(value: Any, column: str) -> float:
     if value is None or value == "":
         raise BadRow(column, "no score: null or empty", value)
     if isinstance(value, str):
-        raise BadRow(column, "a score that is text, not a number", value, stops=True)
+        raise BadRow(column, "a score that is text, not a number", value, stops=True, remedy=NUMBERS)
     if isinstance(value, bool | Mapping | list):
         raise BadRow(column, f"a score that is {_kind(value)}, not a number", value, stops=True)
     try:

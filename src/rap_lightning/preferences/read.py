@@ -19,12 +19,12 @@ from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.detect import find_format
 from rap_lightning.preferences.formats import RowFormat
 from rap_lightning.preferences.groups import Rows, groups, whole_groups
-from rap_lightning.preferences.ingest import OUTSIDE, ingest, judged_of
+from rap_lightning.preferences.ingest import OUTSIDE, RESCALE, ingest, judged_of, stops
 from rap_lightning.preferences.pairs import BadRow, Judged, Pair
 from rap_lightning.preferences.parallel import in_order
 from rap_lightning.preferences.readers import Chunk
 from rap_lightning.preferences.relabel import Relabelling
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.report import DataReport, at
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source, chunks_of
 
@@ -61,10 +61,12 @@ def read_blocks(
     from tqdm import tqdm
 
     row_format, chunks = _opened(source, split, rules, streaming=streaming)
+    report.names = rules.names
+    work = partial(ingest, rules=rules, row_format=row_format, listed=report.rows is not None)
     across = AcrossRows(rules, report)
     bar = tqdm(desc=f"reading {split}", unit=" rows", delay=2, disable=not progress or None)
     with bar:
-        for part in in_order(partial(ingest, rules=rules, row_format=row_format), chunks, num_proc):
+        for part in in_order(work, chunks, num_proc):
             report.add(part.report)
             bar.update(part.report.read)
             if not collect_faults:
@@ -80,12 +82,19 @@ def read_blocks(
             if not len(kept):
                 continue
             ties = int(kept.tie.sum()) if isinstance(kept, PairColumns) else sum(pair.tie for pair in kept)
+            report.saw_rewards(*_lowest_and_highest(kept))
             report.pairs += len(kept)
             report.relabelled += (len(kept) - ties) * len(rules.relabelling.origins)
             report.relabelled += ties * len(rules.relabelling.of_ties)
             yield kept
     if not report.pairs and not collect_faults:
         raise DataError(f"{source.path} (split {split}): no pair is left to train on.\n" + "\n".join(report.lines()))
+
+
+def _lowest_and_highest(kept: PairColumns | list[Pair]) -> tuple[float, float]:
+    if isinstance(kept, PairColumns):
+        return float(kept.rewards.min()), float(kept.rewards.max())
+    return min(pair.rewards[1] for pair in kept), max(pair.rewards[0] for pair in kept)
 
 
 def _opened(
@@ -105,30 +114,30 @@ def refuse_faults(report: DataReport) -> None:
     faults = dict(report.faults)
     if faults:
         lines = [f"  {tally.first}: {reason} ({tally.count:,} so far)" for reason, tally in faults.items()]
-        raise DataError(
-            f"{report.source} (split {report.split}): {sum(t.count for t in faults.values())} faults found:\n"
-            + "\n".join(lines)
-        )
+        lines += [f"  {remedy}" for remedy in dict.fromkeys(t.remedy for t in faults.values() if t.remedy)]
+        count = sum(tally.count for tally in faults.values())
+        found = f"{count:,} fault{'' if count == 1 else 's'} found"
+        raise DataError(f"{report.source} (split {report.split}): {found}:\n" + "\n".join(lines))
 
 
-def refuse_outside(outside: Sequence[tuple[float, str]], rules: Rules, report: DataReport) -> None:
+def refuse_outside(outside: Sequence[tuple[float, str, str]], rules: Rules, report: DataReport) -> None:
     """Raise DataError where rewards lie outside the declared scale."""
     if not outside or rules.goal is None:
         return
     low, high = rules.goal.scale.judge_range
-    rewards = [reward for reward, _ in outside]
-    places = "; ".join(f"{place} = {reward:g}" for reward, place in outside[:5]) + ("; ..." if len(outside) > 5 else "")
+    rewards = [reward for reward, _, _ in outside]
+    places = "; ".join(f"{at(place, report.named(column))} = {reward:g}" for reward, place, column in outside[:5])
+    places += "; ..." if len(outside) > 5 else ""
     raise DataError(
         f"{report.source} (split {report.split}): expected scores from {low:g} to {high:g}, the declared scale; found "
         f"{len(outside):,} outside among {report.read:,} rows, from {min(rewards):g} to {max(rewards):g}: "
-        f"{places}. Declare the judge's scale (goal.scale.low and .high), map another one onto it (a LinearScale), "
-        "mend the scores, or leave such pairs out with outside_scale drop."
+        f"{places}. {RESCALE}"
     )
 
 
-def _count_outside(outside: Sequence[tuple[float, str]], report: DataReport) -> None:
-    for reward, place in outside:
-        report.note("faults", OUTSIDE, place, "", f"{reward:g}")
+def _count_outside(outside: Sequence[tuple[float, str, str]], report: DataReport) -> None:
+    for reward, place, column in outside:
+        report.note("faults", OUTSIDE, place, column, f"{reward:g}").learn((reward, reward), RESCALE)
 
 
 def fit_scale(rules: Rules, sources: Sequence[Source], split: str, *, num_proc: int | None = None) -> bool:
@@ -177,14 +186,14 @@ def _taken(
     chunk: Chunk | Rows, rules: Rules, row_format: RowFormat, take: Callable[[Judged], list[T]]
 ) -> tuple[DataReport, list[T]]:
     """What is wanted of each conversation: processes hand over no more than that."""
-    report, found = DataReport("", ""), list[T]()
+    report, found = DataReport("", "", names=rules.names), list[T]()
     for number, rows in groups(chunk, rules, row_format):
         try:
             if isinstance(rows, BadRow):
                 raise rows
             found += take(judged_of(rows, rules, row_format))
         except BadRow as problem:
-            if problem.stops or (rules.bad_rows == "error" and not problem.by_choice):
+            if stops(problem, rules):
                 report.problem("faults", problem, chunk.place(number))
     return report, found
 

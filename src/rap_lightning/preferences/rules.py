@@ -78,6 +78,11 @@ class Rules:
         """Whether rows must have scores."""
         return self.goal is not None and self.rewards is None
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What the source calls columns that were renamed, by our name."""
+        return {ours: theirs for theirs, ours in (self.columns or {}).items()}
+
     def unscored(self) -> Rules:
         """The same rows, whatever scores they have: nothing is selected, filtered or relabelled."""
         return Rules(

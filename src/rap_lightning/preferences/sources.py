@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ class Source:
                     raise ConfigError(f"source {self.path}: {name} has no effect on local files; leave it out.")
 
 
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+"""The name of a data set on the Hub, as opposed to a path."""
+MODEL_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+"""The name of a model on the Hub, as opposed to a path; the oldest have no owner."""
 VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
 """What splits to validate on are usually called; the first that is there counts."""
 
@@ -161,9 +166,10 @@ def _local(source: Source) -> Path | None:
             f"source: {shown(source.path)} is not a list of sources. Write one as "
             "[{path: a.jsonl}, {path: b.jsonl, weight: 2}]"
         )
-    looks_like_path = kind_of(source.path) or source.path.startswith((".", "/", "~")) or source.path.count("/") != 1
-    if looks_like_path:
-        raise DataError(f"{source.path}: no such file or folder. Give a file, a folder, or a Hub id like org/name.")
+    if kind_of(source.path) or not HUB_ID.fullmatch(source.path):
+        raise DataError(
+            f"{source.path}: no such file or folder, and not a Hub id (org/name). Give a file, a folder, or a Hub id."
+        )
     return None
 
 

@@ -17,7 +17,7 @@ from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.rules import Rules, key_of
 from rap_lightning.preferences.sources import Source, fingerprint
 
-FORMAT = 1  # part of the cache key: raise it when the columns or the reading of rows change
+FORMAT = 2  # part of the cache key: raise it when the columns or the reading of rows change
 
 
 def stored_pairs(

@@ -55,7 +55,7 @@ def recorded_base(model: Model) -> Model | str:
         found = Model(model.adapter_base(), None, model.trust_remote_code)
     else:
         run = run_of(model)
-        policy = _policy_of(_config(run / "config.yaml")) if run is not None else {}
+        policy = _policy_of(config_of_run(run)) if run is not None else {}
         path = policy.get("adapter") or policy.get("path")
         if run is None or not isinstance(path, str):
             return f"nothing says which model training began with. {ADVICE}"
@@ -64,7 +64,7 @@ def recorded_base(model: Model) -> Model | str:
                 f"training began with {path} at scaled rotary positions. Evaluate the run's checkpoint, whose base is "
                 "scaled alike, or name one with --base"
             )
-        found = Model(_found(path, _started_in(run)), None, model.trust_remote_code)
+        found = Model(_found(path, started_in(run)), None, model.trust_remote_code)
     if not Path(found.path).expanduser().exists() and not _on_hub(found.path):
         return f"training began with {found.path}, which isn't here. {ADVICE}"
     return found
@@ -98,15 +98,17 @@ def _policy_of(config: dict[str, Any]) -> dict[str, Any]:
     return policy if isinstance(policy, dict) else {}
 
 
-def _config(path: Path) -> dict[str, Any]:
+def config_of_run(run: Path) -> dict[str, Any]:
+    """A run's config.yaml; empty where there is none, or it can't be read."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _started_in(run: Path) -> Path:
+def started_in(run: Path) -> Path:
+    """The folder that a run was started in, as its run.json says; the present one where it doesn't."""
     try:
         return Path(json.loads((run / "run.json").read_text(encoding="utf-8"))["folder"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.onpolicy.measure.reading import Reading
 from rap_lightning.onpolicy.requests import prompt_id_of
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.hashing import hash_text, hash_turns
@@ -72,15 +73,13 @@ class Seen:
     split: str
 
 
-def make_rules(
-    template: GoalTemplate | None, format: str, columns: dict[str, str] | None, sources: Sequence[Source]
-) -> Rules:
+def make_rules(template: GoalTemplate | None, reading: Reading, sources: Sequence[Source]) -> Rules:
     """How rows are read: scored pairs, without those of equal reward.
 
     Without a template of the model, rewards are taken as they are, whatever their range.
     """
     goal = template or OverallGoal(LinearScale(decimals=6))
-    rules = Rules(goal, Relabelling("none"), format=format, columns=columns)
+    rules = Rules(goal, Relabelling("none"), **vars(reading))
     if goal.scale.needs_fit:
         if template is not None:
             raise ConfigError(
@@ -133,10 +132,20 @@ def read_seen(sources: Sequence[Source], rules: Rules, num_proc: int | None) -> 
     for source in having(sources, TRAIN):
         pairs = read_pairs(source, TRAIN, every, DataReport(source.path, TRAIN), num_proc=num_proc)
         best = best_rewards(pairs, best)
-        rewards += rewards_of(source, TRAIN, rules, num_proc=num_proc)
+        rewards += _on_scale(rewards_of(source, TRAIN, rules, num_proc=num_proc), rules)
     if not rewards:
         raise DataError(f"{', '.join(s.path for s in sources)} (split {TRAIN}): no reward.")
     return Seen(best, float(np.percentile(rewards, 99)), len(rewards), TRAIN)
+
+
+def _on_scale(rewards: list[float], rules: Rules) -> list[float]:
+    """Rewards as training stated them: those outside the scale left out, or clipped, as the rules say."""
+    if rules.goal is None or rules.outside_scale == "error":
+        return rewards
+    low, high = rules.goal.scale.judge_range
+    if rules.outside_scale == "clip":
+        return [min(max(reward, low), high) for reward in rewards]
+    return [reward for reward in rewards if low <= reward <= high]
 
 
 def best_rewards(pairs: Iterable[Pair], before: Mapping[str, float] | None = None) -> dict[str, float]:

@@ -11,6 +11,7 @@ from rap_lightning.onpolicy.engines import Engine
 from rap_lightning.onpolicy.goals import Asked, guided
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.measure import data
+from rap_lightning.onpolicy.measure.reading import Reading
 from rap_lightning.onpolicy.measure.sampled import Goal
 from rap_lightning.onpolicy.model import Model
 from rap_lightning.preferences.goals import GoalTemplate
@@ -52,14 +53,13 @@ class Plan:
     token_budget: int
     split: str | None
     limit: int
-    format: str
-    columns: dict[str, str] | None
+    reading: Reading
     num_proc: int | None
     seed: int
     rules: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rules = data.make_rules(self.template, self.format, self.columns, self.sources)
+        self.rules = data.make_rules(self.template, self.reading, self.sources)
 
     def asked(self) -> list[Asked]:
         """How each of the goals is asked for."""

@@ -12,6 +12,7 @@ from rap_lightning.onpolicy.generate import Generator
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.lines import write_json, write_lines
 from rap_lightning.onpolicy.measure import data
+from rap_lightning.onpolicy.measure.earlier import Earlier, settings_of
 from rap_lightning.onpolicy.measure.from_likelihoods import likelihood_parts
 from rap_lightning.onpolicy.measure.from_samples import sample_parts, set_goalless_apart, shown
 from rap_lightning.onpolicy.measure.logps import check_base
@@ -20,13 +21,15 @@ from rap_lightning.onpolicy.measure.sampled import sample
 
 WORK = "work"
 """Folder of what an evaluation is made of; a run that was stopped goes on from it."""
+FEW = 20
+"""Prompts, below which bootstrapped intervals are too narrow."""
 
 
 def evaluate_model(plan: Plan) -> tuple[dict[str, Any], int]:
     """Do what isn't done yet, write ``samples.jsonl`` and ``evaluation.json``; the document, and what is missing.
 
     Raises:
-        ConfigError: options that don't go together, or files of another evaluation.
+        ConfigError: options that don't go together, or files of another evaluation, whose parts would be lost.
         DataError: data that can't be read.
     """
     started = time.monotonic()
@@ -37,6 +40,7 @@ def evaluate_model(plan: Plan) -> tuple[dict[str, Any], int]:
     evaluated = data.read_evaluated(plan.sources, plan.rules, plan.split, plan.limit, plan.seed, plan.num_proc)
     print("\n".join(evaluated.lines()), flush=True)
     seen = _seen(plan)
+    earlier = Earlier(plan.output / "evaluation.json", plan.parts, settings_of(plan, evaluated))
     work = plan.output / WORK
     document = _head(plan, evaluated)
     sampled = None
@@ -55,6 +59,7 @@ def evaluate_model(plan: Plan) -> tuple[dict[str, Any], int]:
     if sampled is not None:
         document["samples"] = shown(sampled, evaluated.prompt_ids)
     document["seconds"] = round(time.monotonic() - started, 1)
+    document = earlier.with_what_stands(document)
     write_json(plan.output / "evaluation.json", document)
     return document, 0 if sampled is None else sampled.missing
 
@@ -96,8 +101,19 @@ def _head(plan: Plan, evaluated: data.Evaluated) -> dict[str, Any]:
         "split": evaluated.split,
         "bootstrap": {"over": "prompts", "level": figures.LEVEL, "resamples": figures.RESAMPLES, "kind": "percentile"},
         "left_out": plan.left_out,
+        "warnings": _warnings(len(evaluated.histories)),
         "package": __version__,
     }
+
+
+def _warnings(prompts: int) -> list[str]:
+    """What to know before anything is read into the figures."""
+    if prompts >= FEW:
+        return []
+    return [
+        f"{prompts} prompt{'s are' if prompts > 1 else ' is'} too few to tell much: intervals are over prompts, and of "
+        f"fewer than {FEW} they come out too narrow. Evaluate on more (--limit, --split, or more data)."
+    ]
 
 
 def _guidance(plan: Plan) -> dict[str, Any] | None:

@@ -22,8 +22,8 @@ def show(document: dict[str, Any]) -> None:
         console.print(_unlearning(document))
     for line in _discrimination(document):
         console.print(line, soft_wrap=True)
-    for part, why in document["left_out"].items():
-        console.print(f"left out: {part}: {why}", soft_wrap=True, markup=False)
+    for warning in document["warnings"]:
+        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
 
 
 def _by_goal(document: dict[str, Any]) -> Any:

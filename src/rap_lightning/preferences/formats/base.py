@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from rap_lightning.preferences.pairs import BadRow, Judged, is_blank, read_number, read_text
+from rap_lightning.preferences.pairs import BadRow, Judged, is_blank, read_number, read_text, shown
 
 Row = dict[str, Any]
+SHOWN = 160  # characters of a row that an adapter could not take
 
 
 class RowFormat(ABC):
@@ -113,7 +114,9 @@ def call_adapter(adapt: Callable[[Row], Row | None], row: Row) -> Row | None:
     except BadRow:
         raise
     except Exception as error:
-        raise BadRow("row", f"your adapter raised {type(error).__name__}: {error}", stops=True) from error
+        problem = BadRow("row", f"your adapter raised {type(error).__name__}: {error}", stops=True)
+        problem.found = shown(row, SHOWN)
+        raise problem from error
     if adapted is not None and not isinstance(adapted, dict):
         raise BadRow("row", f"your adapter returned a {type(adapted).__name__}, not a row (a dict)", stops=True)
     return adapted
