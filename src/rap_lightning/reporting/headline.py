@@ -202,6 +202,11 @@ def _caveats(runs: list[Run]) -> list[str]:
     found = [f"{_name(run)}: {note}." for run in runs for note in run.notes]
     if len(runs) < 2:
         return found
+    for run in runs:
+        folders = [session.folder.resolve() for session in run.sessions if session.folder is not None]
+        for other in (one for one in runs if one.folder.resolve() in folders):
+            end = run.sessions[folders.index(other.folder.resolve())].end
+            found.append(f"{_name(run)} goes on from {_name(other)}: up to step {end:,} they are one run.")
     steps = sorted({run.step for run in runs if run.step})
     if len(steps) > 1:
         told = listed([f"{_name(run)} {run.step:,}" for run in runs if run.step])
