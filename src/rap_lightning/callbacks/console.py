@@ -48,17 +48,18 @@ class ConsoleLines(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the validation's means."""
-        self._print_means(trainer, "val/", "validation")
+        self._print_means(trainer, pl_module, "val/", "validation")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the test's means."""
-        self._print_means(trainer, "test/", "test")
+        self._print_means(trainer, pl_module, "test/", "test")
 
     @rank_zero_only
-    def _print_means(self, trainer: pl.Trainer, prefix: str, title: str) -> None:
+    def _print_means(self, trainer: pl.Trainer, module: pl.LightningModule, prefix: str, title: str) -> None:
         values = {n.removeprefix(prefix): v for n, v in trainer.callback_metrics.items() if n.startswith(prefix)}
         if values and not trainer.sanity_checking:
-            print(f"{title} at step {trainer.global_step}  {self._shown(values)}", flush=True)
+            step = getattr(module, "steps_done", trainer.global_step)
+            print(f"{title} at step {step}  {self._shown(values)}", flush=True)
 
     @staticmethod
     def _shown(values: Any) -> str:

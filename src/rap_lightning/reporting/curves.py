@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_HALF = "(?:/(?:chosen-goal|rejected-goal|unconditioned))?"
+TERM = re.compile(rf"(?:val/)?loss/(.+?){_HALF}")
+"""A term that the loss itself reports: its name, without the origin. The loss by origin looks like one."""
 WANTED = re.compile(
-    r"(val/)?(loss|rewards/margins|rewards/accuracies)(/(chosen-goal|rejected-goal|unconditioned))?"
+    rf"(?:val/)?(?:loss|rewards/margins|rewards/accuracies){_HALF}|{TERM.pattern}"
     r"|(pairs|tokens)_per_second|steering/goal-.+"
 )
 STEERING = "steering/goal-"
