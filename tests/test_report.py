@@ -690,7 +690,7 @@ def test_a_browser_shows_the_page_at_a_phones_width_in_light_and_dark(pages: Pat
     assert "CONSOLE" not in shown.stderr
 
 
-# --- what a loss says of itself, and validation that never came --------------------------------------------------------
+# --- what a loss says of itself, and validation that never came ------------------------------------------------------
 
 
 def training_part(folder: Path) -> Any:

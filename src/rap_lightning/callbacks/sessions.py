@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is one run in several sessions, each with a folder: checkpoints carry the list."""
+"""A run that goes on from a checkpoint is one run in several sessions, each with a folder; checkpoints list them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Sessions:
         self._this, self._clock = {"folder": str(folder.resolve()), "started": started}, time.monotonic()
 
     def take_up(self, checkpoint: dict[str, Any], path: Any) -> None:
-        """Go on from a checkpoint: a file, a folder or a URL. Of one that tells of no sessions only the step is known."""
+        """Go on from a checkpoint, a file, folder or URL. Of one that tells of no sessions only the step is known."""
         self.checkpoint = str(path) if "://" in str(path) else os.path.realpath(path)
         self.from_step = int(checkpoint["global_step"])
         unknown = {"folder": None, "started": None, "from_step": 0, "step": self.from_step, "seconds": None}

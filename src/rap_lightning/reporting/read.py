@@ -118,7 +118,7 @@ class Run:
         return which, sum(known)
 
     def files(self, name: str) -> Iterator[tuple[Path, int | None]]:
-        """A file of each session that has it, the oldest first, and the step up to which it counts; None of the last."""
+        """A file of each session that has it, the oldest first, and the step up to which it counts; None: all of it."""
         folders = [(one.folder, one.end) for one in self.sessions if one.folder is not None]
         for folder, end in [*folders, (self.folder, None)]:
             if (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""The earlier sessions of a run that went on from a checkpoint, as its run.json names them, and where their files are."""
+"""The earlier sessions of a run that went on from a checkpoint, as its run.json names them; where their files are."""
 
 from __future__ import annotations
 

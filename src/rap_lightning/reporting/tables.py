@@ -46,9 +46,10 @@ def run_rows(runs: list[Run]) -> list[dict[str, Any]]:
             figures.append((f"wall time{run.wall_time[0]}", duration(run.wall_time[1])))
         badge = "" if run.record.get("finished") is not None or not run.record else "not finished"
         badge = badge if run.stopped is None else f"stopped at step {run.stopped[0]:,}"
+        folders = [str(one.folder) for one in run.sessions if one.folder is not None] + [str(run.folder)]
         rows.append({
             "run": run.index, "name": run.name, "what": describe(run), "figures": figures, "badge": badge,
-            "folders": [str(one.folder) for one in (*run.sessions, run) if one.folder is not None], "base": as_dict(run.facts.get("base_model")).get("name"),
+            "folders": folders, "base": as_dict(run.facts.get("base_model")).get("name"),
         })  # fmt: skip
     return rows
 

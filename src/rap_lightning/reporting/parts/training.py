@@ -93,7 +93,8 @@ def _terms(runs: list[Run]) -> Picture:
         for origin, lines in series.items():
             half = f", {ORIGINS[origin]}" if sum(map(bool, series.values())) > 1 else ""
             panels.append(Panel(f"{clean(term, 60)}{half}", "optimizer step", "mean over pairs", lines, whole=True))
-    return Picture("training-terms", "Parts of the loss", TERMS, [panel for panel in panels if panel.runs], shared=False)
+    shown = [panel for panel in panels if panel.runs]
+    return Picture("training-terms", "Parts of the loss", TERMS, shown, shared=False)
 
 
 def _curves(run: Run, metric: str, origin: str) -> list[Series]:
