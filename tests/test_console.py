@@ -24,7 +24,7 @@ def test_what_comes_before_the_first_line_of_training_is_announced(
     said = lines(tmp_path, tiny, pairs_folder, capsys, log_every_n_steps=2)
     assert said[:2] == [
         "first, validation on a batch, to see that it works",
-        "training: steps 1 to 3, a line for the first, then every 2",
+        "training: steps 1 to 3, a line every 2 and for the first",
     ]
     assert said[2].startswith("step 1/3 ")
     assert not any(": batch " in line for line in said), "what is quick needs no lines of its own"

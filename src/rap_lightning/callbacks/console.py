@@ -39,7 +39,7 @@ class ConsoleLines(pl.Callback):
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
         if step < total:
             every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-            lines = "a line each" if every == 1 else f"a line for the first, then every {every}"
+            lines = "a line each" if every == 1 else f"a line every {every}{' and for the first' if step == 0 else ''}"
             self._say(f"training: steps {step + 1} to {total}, {lines}")
 
     # The module logs at the end of a batch, after the callbacks' turn: so what it logged is printed at what comes next.
