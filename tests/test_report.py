@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.losses import DPO, SFT, Mixture
 from rap_lightning.reporting.curves import read_curves, thinned
 from rap_lightning.reporting.differences import differences
 from rap_lightning.reporting.evaluation import read_evaluation
-from rap_lightning.reporting.headline import headline
+from rap_lightning.reporting.headline import describe, headline
 from rap_lightning.reporting.parts import all_parts
 from rap_lightning.reporting.read import read_runs
 from rap_lightning.reporting.tables import cost_rows, data_groups, samples
@@ -719,6 +720,13 @@ def test_terms_of_the_loss_have_panels_by_half_and_only_where_there_are_any(tmp_
         }
         for term in ("DPO-2", "SFT") for half in ("chosen", "rejected")
     }  # fmt: skip
+
+
+def test_a_mixture_is_told_on_one_line(tmp_path: Path) -> None:
+    shown = str(Mixture([DPO(0.5), SFT()], [1.0, 0.2]))
+    assert "\n" in shown
+    run = make_run(tmp_path / "run", facts={"loss": {"shown": shown}})
+    assert describe(*read_runs([str(run)])) == f"Mixture({DPO(0.5)}, {SFT()}, weights=[1.0, 0.2])"
 
 
 def test_terms_of_plain_pairs_have_a_panel_each(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from rap_lightning.callbacks import Checkpoints, RunRecord
 from rap_lightning.callbacks.interrupts import Stopped
 from rap_lightning.callbacks.sessions import SESSIONS
 from rap_lightning.losses import DPO
+from rap_lightning.reporting.curves import Curves, joined
 from rap_lightning.reporting.headline import headline
 from rap_lightning.reporting.read import Run, read_runs
 from rap_lightning.reporting.tables import cost_rows, run_rows
@@ -107,6 +108,14 @@ def test_the_report_joins_the_curves_of_three_sessions_and_cuts_what_led_to_noth
     assert run.wall_time == (" of 3 sessions", pytest.approx(told + run.seconds))
     assert "wall time of 3 sessions" in figures
     assert dict(cost_rows([run])[0][1]).keys() >= {"wall time of fit, 3 sessions"}
+
+
+def test_what_a_session_logged_beyond_the_checkpoint_is_cut_even_where_nothing_took_its_place() -> None:
+    first = Curves({"loss": [(1, 0.1), (4, 0.4), (9, 0.9)], "val/loss": [(9, 0.5)]}, {"loss": 3, "lr": 9}, 1, 9)
+    second = Curves({"loss": [(4, 0.44), (8, 0.8)]}, {}, 0, 8)
+    whole = joined([(first, 4)], second)
+    assert whole.values == {"loss": [(1, 0.1), (4, 0.44), (8, 0.8)]}
+    assert (whole.not_finite, whole.broken, whole.last_step) == ({"loss": 3}, 1, 8)
 
 
 def test_runs_that_were_moved_together_are_found_and_a_folder_that_is_gone_is_named(
