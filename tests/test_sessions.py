@@ -166,8 +166,9 @@ class Interrupts(pl.Callback):
 
 @pytest.mark.parametrize("by", ["Ctrl-C", "OSError", "SIGTERM"])
 def test_a_stopped_run_says_where_and_its_checkpoint_goes_on_from_there(
-    by: str, tiny: Path, pairs_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+    by: str, tiny: Path, pairs_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     saver = Checkpoints(save_on_exception=True)
     options = {"logger": CSVLogger(tmp_path, name=""), "callbacks": [RunRecord(), saver, Interrupts(by)]}
     module, data = build(tiny, pairs_folder, loss=DPO(0.5), batch_size=4)
@@ -181,12 +182,20 @@ def test_a_stopped_run_says_where_and_its_checkpoint_goes_on_from_there(
     assert run.notes[0] == f"was stopped at step 3, by {by}"
     assert run_rows([run])[0]["badge"] == "stopped at step 3"
     assert run.seconds is not None
-    said = capfd.readouterr()
+    assert "first batch: policy and reference differ" in caplog.text, "Lightning's lines are heard here"
+    assert "was raised with message" not in caplog.text
     (saved,) = (folder / "checkpoints").glob("*.ckpt")
-    assert f"to go on, run the same command with: --ckpt_path {saved}" in said.out
-    assert "was raised with message" not in said.out + said.err
+    assert f"to go on, run the same command with: --ckpt_path {saved}" in capfd.readouterr().out
     (session,) = torch.load(saved, weights_only=True)[SESSIONS]
     assert (session["step"], session["folder"], session["started"]) == (3, str(folder), told["started"])
+
+
+def test_a_stopped_run_that_saves_nothing_says_where_too(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    module, data = build(tiny, pairs_folder, loss=DPO(0.5), batch_size=4)
+    with pytest.raises(OSError, match="gone"):
+        make_trainer(tmp_path, max_steps=5, callbacks=[RunRecord(), Interrupts("OSError")]).fit(module, data)
+    told = record(tmp_path / "version_0")
+    assert (told["stopped"]["step"], told["facts"]["step"], told["finished"]) == (3, 3, None)
 
 
 def test_a_killed_run_leaves_the_step_of_its_last_checkpoint(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
