@@ -331,7 +331,9 @@ def test_a_key_that_jsonargparse_stumbles_over_ends_in_a_message(
     assert "error: the options can't be used: AttributeError" in capfd.readouterr().err
 
 
-def test_predict_and_export_from_a_checkpoint(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_test_and_export_from_a_checkpoint(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert call(monkeypatch, "fit", "--config", str(config), "--model.policy.lora.r", "4") == 0
     last = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
     common = ["--config", str(config), "--model.policy.lora.r", "4", "--ckpt_path", str(last)]
@@ -339,8 +341,13 @@ def test_predict_and_export_from_a_checkpoint(config: Path, tmp_path: Path, monk
     assert call(monkeypatch, "predict", *common, *goal) == 0
     (path,) = tmp_path.rglob("predictions.jsonl")
     assert [json.loads(line)["goal"] for line in path.read_text().splitlines()] == ["4"] * 3
-    assert call(monkeypatch, "test", *common) == 0
-    assert float(rows(path.parents[1] / "version_2")[-1]["test/pairs"]) == 18
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert step > 0
+    for command, prefix, title in (("test", "test", "test"), ("validate", "val", "validation")):
+        assert call(monkeypatch, command, *common) == 0
+        row = rows(sorted((tmp_path / "runs").glob("version_*"))[-1])[-1]
+        assert (float(row[f"{prefix}/pairs"]), int(row["step"])) == (18, step)
+        assert f"{title} at step {step} " in capfd.readouterr().out, "the checkpoint's, in the log and on the console"
     out = tmp_path / "out"
     assert call(monkeypatch, "export", "--checkpoint", str(last), "--output", str(out), "--merge", "true") == 0
     assert (out / "model.safetensors").is_file()

@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.losses import DPO, SFT, Mixture
 from rap_lightning.reporting.curves import read_curves, thinned
 from rap_lightning.reporting.differences import differences
 from rap_lightning.reporting.evaluation import read_evaluation
-from rap_lightning.reporting.headline import headline
+from rap_lightning.reporting.headline import describe, headline
 from rap_lightning.reporting.parts import all_parts
 from rap_lightning.reporting.read import read_runs
 from rap_lightning.reporting.tables import cost_rows, data_groups, samples
@@ -401,7 +402,7 @@ def test_a_killed_run_says_so(tmp_path: Path) -> None:
         file.write("21,nan,nan")
     said = whole(folder)
     assert "has not ended" in said
-    assert "the last step logged is 20" in said
+    assert "the last step known is 20" in said
     assert "1 line of metrics.csv" in said
     assert read_runs([str(folder)])[0].seconds is None
 
@@ -688,3 +689,77 @@ def test_a_browser_shows_the_page_at_a_phones_width_in_light_and_dark(pages: Pat
     assert seen["wide"] == []
     assert seen["ground"] == ("rgb(18, 22, 28)" if scheme == "dark" else "rgb(255, 255, 255)")
     assert "CONSOLE" not in shown.stderr
+
+
+# --- what a loss says of itself, and validation that never came ------------------------------------------------------
+
+
+def training_part(folder: Path) -> Any:
+    return next(part for part in all_parts(read_runs([str(folder)])) if part.name == "training")
+
+
+def test_terms_of_the_loss_have_panels_by_half_and_only_where_there_are_any(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert [picture.title for picture in training_part(folder).pictures] == ["Loss", "Margin", "Accuracy"]
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    names = [f"{p}loss/{term}{half}" for p in ("", "val/") for term in ("SFT", "DPO-2") for half in
+             ("", "/chosen-goal", "/rejected-goal")]  # fmt: skip
+    values = [str(i / 10) for i in range(len(names))]
+    lines[0] += "," + ",".join(names)
+    lines[1:] = [f"{line},{','.join(values)}" for line in lines[1:]]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    terms = training_part(folder).pictures[1]
+    assert terms.title == "Parts of the loss"
+    found = {panel.title: {one.what: one.points[0][1].value for one in panel.series} for panel in terms.panels}
+    told = {"chosen": "chosen-goal half: asked for the better score",
+            "rejected": "rejected-goal half: asked for the worse score"}  # fmt: skip
+    at = dict(zip(names, map(float, values), strict=True))
+    assert found == {
+        f"{term}, {told[half]}": {
+            "training": at[f"loss/{term}/{half}-goal"], "validation": at[f"val/loss/{term}/{half}-goal"]
+        }
+        for term in ("DPO-2", "SFT") for half in ("chosen", "rejected")
+    }  # fmt: skip
+
+
+def test_a_mixture_is_told_on_one_line(tmp_path: Path) -> None:
+    shown = str(Mixture([DPO(0.5), SFT()], [1.0, 0.2]))
+    assert "\n" in shown
+    run = make_run(tmp_path / "run", facts={"loss": {"shown": shown}})
+    assert describe(*read_runs([str(run)])) == f"Mixture({DPO(0.5)}, {SFT()}, weights=[1.0, 0.2])"
+
+
+def test_terms_of_plain_pairs_have_a_panel_each(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", relabel="none")
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    lines[1:] = [f"{line},0.25" for line in lines[1:]]
+    (folder / "metrics.csv").write_text("\n".join([f"{lines[0]},loss/of/mine", *lines[1:]]) + "\n")
+    assert [panel.title for panel in training_part(folder).pictures[1].panels] == ["of/mine"]
+
+
+def test_no_split_validation_turned_off_and_validation_not_yet_due_are_told_apart(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", stopped=None)
+    (folder / "metrics.csv").write_text("step,loss\n1,0.7\n8,0.6\n")
+
+    def told() -> tuple[str, str]:
+        ((_, why, how),) = training_part(folder).pictures[0].missing
+        return why, how
+
+    assert "fit validates where the data have a test or validation split" in told()[0]
+    data = json.loads((folder / "data_report.json").read_text())
+    held_out = data[0] | {"split": "test"}
+    (folder / "data_report.json").write_text(json.dumps([*data, held_out]))
+    why, how = told()
+    assert "its data have the split test, and it ended at step 20, before the first validation was due" in why
+    assert "--trainer.val_check_interval" in how
+    record = json.loads((folder / "run.json").read_text()) | {"finished": None}
+    record["facts"]["step"] = 8
+    (folder / "run.json").write_text(json.dumps(record))
+    assert "its last known step is 8, before" in told()[0]
+    (folder / "run.json").write_text(json.dumps(record | {"stopped": {"step": 8, "by": "Ctrl-C"}}))
+    assert "it was stopped at step 8, before" in told()[0]
+    (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": {"limit_val_batches": 0.0}}))
+    assert "--trainer.limit_val_batches 0 turned it off" in told()[0]
+    (folder / "config.yaml").write_text("{}")
+    (folder / "data_report.json").write_text(json.dumps([*data, held_out | {"relabelled_pairs": 0}]))
+    assert "fit validates where" in told()[0], "a split of which nothing was left can't be validated on"

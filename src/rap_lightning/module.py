@@ -133,6 +133,11 @@ class PreferenceModule(pl.LightningModule):
         return self.policy_config.load_tokenizer()
 
     @property
+    def steps_done(self) -> int:
+        """Optimizer steps that the weights at hand have taken; the trainer counts none in validate and test."""
+        return self.global_step if self.trainer.state.fn == TrainerFn.FITTING else self._steps_done
+
+    @property
     def warming_up(self) -> bool:
         """Whether the next step is one of the warm-up's."""
         return self.warm_up is not None and self._steps_done < self.warm_up.steps
@@ -595,7 +600,7 @@ class PreferenceModule(pl.LightningModule):
             self.log_dict(bar, prog_bar=True, logger=False)
             self.log_dict({n: v for n, v in named.items() if n not in bar}, logger=False)
         for logger in self.loggers:  # by hand: Lightning would number these by batches, one too low
-            logger.log_metrics(named, step=self.global_step)
+            logger.log_metrics(named, step=self.steps_done)
             logger.save()
 
     def _check_agreement(self, policy: PairLogps, reference: PairLogps, losses: Tensor, batch: Batch) -> None:

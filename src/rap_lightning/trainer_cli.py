@@ -343,6 +343,8 @@ def _quieten() -> None:
     warnings.filterwarnings(
         "ignore", message=r".*does not have many workers.*"
     )  # tokens are ready, workers gain little
+    if not any(name.startswith("SLURM_") for name in os.environ):  # slurm is installed, and this is none of its jobs
+        warnings.filterwarnings("ignore", message=r"The `srun` command is available")
 
 
 def _terminal() -> bool:

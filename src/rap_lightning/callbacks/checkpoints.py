@@ -53,7 +53,7 @@ class Checkpoints(ModelCheckpoint):
                 rank_zero_warn(f"no checkpoint of this moment: {why}.")
         else:
             try:
-                super().on_exception(trainer, pl_module, exception)
+                self._save_at(trainer)
             except NotFinite as problem:
                 rank_zero_warn(str(problem))
             except NotSaved as problem:
@@ -62,6 +62,13 @@ class Checkpoints(ModelCheckpoint):
                 except NotSaved:
                     rank_zero_warn(str(problem))
         self._print_newest(trainer, exception)
+
+    def _save_at(self, trainer: pl.Trainer) -> None:
+        """What ModelCheckpoint.on_exception does, without its line; the newest checkpoint is pointed to in any case."""
+        if self._should_save_on_exception(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
+            self._save_last_checkpoint(trainer, candidates)
 
     def _not_worth_saving(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> str:
         if not getattr(exception, "saves", True):

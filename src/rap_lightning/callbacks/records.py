@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 import rap_lightning
 from rap_lightning import provenance
 from rap_lightning.callbacks.facts import run_facts, seed
 from rap_lightning.callbacks.folders import run_folder
+from rap_lightning.callbacks.interrupts import Stopped
+from rap_lightning.callbacks.sessions import SESSIONS, Sessions
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.models.saved import FACTS
 from rap_lightning.module import PreferenceModule
@@ -29,7 +33,8 @@ class RunRecord(pl.Callback):
 
     - ``run.json``: where the run comes from (versions of all packages, the commit of the folder it was started in and
       whether files differ from it, seeds, machine), the command, a line that repeats it, the highest memory of rank
-      zero's process and device, and what a model card says;
+      zero's process and device, what a model card says; what it went on from, and whether it has finished or where it
+      stopped (of a process that was killed, the step of its last checkpoint);
     - ``data_report.json``: rows read, kept, dropped, repaired and truncated, with reasons;
     - ``goal.json``: the goal template, with the numbers its scale was fitted to.
 
@@ -38,6 +43,22 @@ class RunRecord(pl.Callback):
 
     def __init__(self) -> None:
         self._origin: dict[str, Any] = {}
+        self._facts: dict[str, Any] = {}
+        self._stopped: dict[str, Any] | None = None
+        self._finished: str | None = None
+        self._sessions = Sessions()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget an earlier fit of the same trainer, before a checkpoint is read."""
+        if stage == "fit":
+            self._origin, self._facts, self._stopped, self._finished = {}, {}, None, None
+            self._sessions = Sessions()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Learn what this run goes on from."""
+        self._sessions.take_up(checkpoint, trainer.ckpt_path)
 
     @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -51,23 +72,71 @@ class RunRecord(pl.Callback):
         if isinstance(pl_module, PreferenceModule) and (goal := pl_module.goal_record()) is not None:
             _write(folder / "goal.json", goal)
         self._origin = _origin(trainer, folder)
-        self._write_run(trainer, pl_module, finished=None)
+        self._sessions.begin(folder, self._origin["started"])
+        self._facts = run_facts(trainer, pl_module)
+        self._write_run(trainer)
+
+    @rank_zero_only
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Only now every strategy has read its checkpoint: write what the run goes on from, and say it."""
+        if self._sessions.checkpoint is None:
+            return
+        self._facts = run_facts(trainer, pl_module)
+        self._write_run(trainer)
+        before, here = self._sessions.earlier[-1]["folder"] or self._sessions.checkpoint, run_folder(trainer)
+        rank_zero_info(
+            f"going on from step {self._sessions.from_step} of {_near(before)}; this session writes to {here}, and "
+            f"`rap-lightning report {here}` shows the run from its beginning"
+        )
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the figures the run ended with."""
-        self._write_run(trainer, pl_module, finished=_now())
+        self._facts = run_facts(trainer, pl_module)
+        self._finished = _now()
+        self._write_run(trainer)
 
-    def _write_run(self, trainer: pl.Trainer, module: pl.LightningModule, finished: str | None) -> None:
-        run = {**self._origin, "finished": finished, "facts": run_facts(trainer, module)}
-        run["peak_memory"] = peak_memory()
-        _write(run_folder(trainer) / "run.json", run)
+    @rank_zero_only
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Write that the run stopped, and at which step."""
+        if trainer.state.fn != TrainerFn.FITTING or not self._origin:
+            return
+        self._stopped = {"at": _now(), "step": trainer.global_step, "by": _named(exception)}
+        self._facts["step"] = trainer.global_step  # the other facts may be made by all ranks only
+        self._write_run(trainer)
+
+    def _write_run(self, trainer: pl.Trainer) -> None:
+        ends = {"finished": self._finished, "stopped": self._stopped, "continues": self._sessions.record()}
+        run = {**self._origin, **ends, "facts": self._facts, "peak_memory": peak_memory()}
+        try:
+            _write(run_folder(trainer) / "run.json", run)
+        except OSError as error:  # a full disk must not end a run
+            rank_zero_warn(f"run.json was not written: {error.strerror or error}.")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let the checkpoint say what the model card will."""
+        """Let the checkpoint say what the model card will, and which sessions led to it."""
         checkpoint[FACTS] = run_facts(trainer, pl_module)
+        checkpoint[SESSIONS] = self._sessions.so_far(checkpoint["global_step"])
+        if self._origin and trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
+            self._facts = checkpoint[FACTS]
+            self._write_run(trainer)  # a process that is killed leaves this
+
+
+def _named(exception: BaseException) -> str:
+    """What stopped a run, in a word or two."""
+    if isinstance(exception, KeyboardInterrupt):
+        return "Ctrl-C"
+    if isinstance(exception, Stopped):
+        return signal.Signals(int(exception.code) - 128).name  # type: ignore[arg-type]
+    return type(exception).__name__
+
+
+def _near(path: str) -> str:
+    """As seen from here, where it is below."""
+    place, here = Path(path), Path.cwd().resolve()
+    return str(place.relative_to(here)) if place.is_relative_to(here) else path
 
 
 def _origin(trainer: pl.Trainer, folder: Path) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_HALF = "(?:/(?:chosen-goal|rejected-goal|unconditioned))?"
+TERM = re.compile(rf"(?:val/)?loss/(.+?){_HALF}")
+"""A term that the loss itself reports: its name, without the origin. The loss by origin looks like one."""
 WANTED = re.compile(
-    r"(val/)?(loss|rewards/margins|rewards/accuracies)(/(chosen-goal|rejected-goal|unconditioned))?"
+    rf"(?:val/)?(?:loss|rewards/margins|rewards/accuracies){_HALF}|{TERM.pattern}"
     r"|(pairs|tokens)_per_second|steering/goal-.+"
 )
 STEERING = "steering/goal-"
@@ -75,6 +78,28 @@ def read_curves(path: Path) -> Curves:
                     latest.setdefault(name, {}).pop(int(step), None)
     curves.values = {name: sorted(points.items()) for name, points in sorted(latest.items()) if points}
     return curves
+
+
+def joined(earlier: list[tuple[Curves, int]], last: Curves) -> Curves:
+    """The curves of a run in several sessions.
+
+    Args:
+        earlier: of each session but the last, in order: its curves, and the step at which the next went on. What it
+            logged beyond that led to nothing, and is left out.
+        last: of the last one. Of a step that two sessions logged, the later value stands.
+    """
+    whole = Curves(broken=last.broken + sum(curves.broken for curves, _ in earlier), last_step=last.last_step)
+    points: dict[str, dict[int, float]] = {}
+    for curves, end in [*earlier, (last, None)]:
+        for name, found in curves.values.items():
+            points.setdefault(name, {}).update((step, value) for step, value in found if end is None or step <= end)
+        for name, step in curves.not_finite.items():
+            if end is None or step <= end:
+                whole.not_finite.setdefault(name, step)
+        if end is not None:
+            whole.last_step = max(whole.last_step, min(end, curves.last_step))
+    whole.values = {name: sorted(found.items()) for name, found in sorted(points.items()) if found}
+    return whole
 
 
 def thinned(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:

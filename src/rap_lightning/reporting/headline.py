@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -202,6 +203,11 @@ def _caveats(runs: list[Run]) -> list[str]:
     found = [f"{_name(run)}: {note}." for run in runs for note in run.notes]
     if len(runs) < 2:
         return found
+    for run in runs:
+        folders = [session.folder.resolve() for session in run.sessions if session.folder is not None]
+        for other in (one for one in runs if one.folder.resolve() in folders):
+            end = run.sessions[folders.index(other.folder.resolve())].end
+            found.append(f"{_name(run)} goes on from {_name(other)}: up to step {end:,} they are one run.")
     steps = sorted({run.step for run in runs if run.step})
     if len(steps) > 1:
         told = listed([f"{_name(run)} {run.step:,}" for run in runs if run.step])
@@ -225,19 +231,29 @@ def _caveats(runs: list[Run]) -> list[str]:
     return found
 
 
+def _one_line(shown: str) -> str:
+    """A mixture as ``Mixture(DPO(beta=0.1), SFT(), weights=[1.0, 0.2])``; torch writes it over many lines."""
+    lines = [line.strip() for line in shown.splitlines()]
+    parts = [part for line in lines if (part := re.sub(r"^\(\d+\): ", "", line)) != line]
+    if not parts or any(part.count("(") != part.count(")") for part in parts):
+        return " ".join(lines)
+    options = [line for line in lines[1:] if line.strip(")") and not line.startswith("(")]
+    return f"{lines[0]}{', '.join([*parts, *options])})"
+
+
 def describe(run: Run) -> str:
     """What a run is, in a few words."""
     if not run.facts:
         evaluated = run.evaluation is not None and not run.evaluation.empty and run.curves is None
         return "an evaluation without a run" if evaluated else "its method isn't known"
-    loss = (run.facts.get("loss") or {}).get("shown", "")
+    loss = _one_line(str((run.facts.get("loss") or {}).get("shown", "")))
     mode = run.relabel
     halves = {
         "both": "pairs under both goals", "half": "half of the prompts under both goals",
         "chosen": "pairs under the better score only", "rejected": "pairs under the worse score only",
         "none": "plain pairs, no goals",
     }  # fmt: skip
-    told = [str(loss), halves.get(mode or "", "")]
+    told = [loss, halves.get(mode or "", "")]
     if run.facts.get("adapter"):
         told.append(f"LoRA r={run.facts['adapter'].get('r')}")
     return ", ".join(one for one in told if one)

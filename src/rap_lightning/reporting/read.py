@@ -15,9 +15,10 @@ import yaml
 from tqdm import tqdm
 
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.reporting.curves import Curves, as_number, read_curves
+from rap_lightning.reporting.curves import Curves, as_number, joined, read_curves
 from rap_lightning.reporting.evaluation import Evaluation, Sample, read_evaluation, sample_of
 from rap_lightning.reporting.paired import Scores, mean_scores, scored_of
+from rap_lightning.reporting.sessions import Session, earlier_sessions
 from rap_lightning.reporting.text import clean, counted
 
 T = TypeVar("T")
@@ -44,6 +45,8 @@ class Run:
     Attributes:
         folder: as it was given; name: how the page calls it; index: its place, which fixes colour and marker.
         config, record, goal: config.yaml, run.json, goal.json; empty where there is none.
+        sessions: those before the last one, of a run that went on from a checkpoint. What they logged up to there is
+            in ``curves``, ``samples``, ``steering`` and ``likelihood``.
         data: data_report.json, a dict per split and source.
         curves: of metrics.csv, None without one.
         scores: of evaluate's samples, to compare runs prompt by prompt.
@@ -58,6 +61,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     goal: dict[str, Any] = field(default_factory=dict)
+    sessions: list[Session] = field(default_factory=list)
     data: list[dict[str, Any]] = field(default_factory=list)
     curves: Curves | None = None
     evaluation: Evaluation | None = None
@@ -87,13 +91,38 @@ class Run:
         return mode if isinstance(mode, str) else None
 
     @property
+    def stopped(self) -> tuple[int, str] | None:
+        """The step at which a run was ended, and by what; None of one that finished, and where nobody could say it."""
+        told = as_dict(self.record.get("stopped"))
+        step = as_number(told.get("step"))
+        return None if step is None or self.record.get("finished") else (int(step), clean(told.get("by"), 60))
+
+    @property
     def seconds(self) -> float | None:
-        """Wall time from the first step to the last, what callbacks do around them included."""
+        """Wall time from the first step to the last, what callbacks do around them included, of the last session."""
+        end = self.record.get("finished") or as_dict(self.record.get("stopped")).get("at")
         try:
-            ends = [datetime.strptime(str(self.record[end]), "%Y-%m-%dT%H:%M:%S%z") for end in ("started", "finished")]
-        except (KeyError, ValueError):
+            ends = [datetime.strptime(str(one), "%Y-%m-%dT%H:%M:%S%z") for one in (self.record.get("started"), end)]
+        except ValueError:
             return None
         return (ends[1] - ends[0]).total_seconds()
+
+    @property
+    def wall_time(self) -> tuple[str, float] | None:
+        """What is known of its wall time: of which sessions, and their seconds together."""
+        known = [one for one in (*(session.seconds for session in self.sessions), self.seconds) if one is not None]
+        if not known:
+            return None
+        among, of = len(self.sessions) + 1, len(known)
+        which = "" if among == 1 else f" of {among} sessions" if of == among else f" of {of} of {among} sessions"
+        return which, sum(known)
+
+    def files(self, name: str) -> Iterator[tuple[Path, int | None]]:
+        """A file of each session that has it, the oldest first, and the step up to which it counts; None: all of it."""
+        folders = [(one.folder, one.end) for one in self.sessions if one.folder is not None]
+        for folder, end in [*folders, (self.folder, None)]:
+            if (folder / name).is_file():
+                yield folder / name, end
 
     @property
     def scale(self) -> tuple[float, float] | None:
@@ -178,8 +207,10 @@ def _run(folder: Path, name: str, index: int) -> Run:
     run.goal = as_dict(_load(run, "goal.json"))
     data = _load(run, "data_report.json")
     run.data = [part for part in data if isinstance(part, dict)] if isinstance(data, list) else []
-    if (path := folder / "metrics.csv").is_file():
-        run.curves = read_curves(path)
+    run.sessions = earlier_sessions(folder, run.record)
+    if found := [(read_curves(path), end) for path, end in run.files("metrics.csv")]:
+        last = found.pop()[0] if found[-1][1] is None else Curves()
+        run.curves = joined([(curves, end) for curves, end in found if end is not None], last)
     evaluated = next(
         (p for p in (folder / "evaluation" / "evaluation.json", folder / "evaluation.json") if p.is_file()), None
     )
@@ -194,10 +225,14 @@ def _run(folder: Path, name: str, index: int) -> Run:
 
 
 def _note(run: Run) -> None:
-    if run.record and run.record.get("finished") is None:
-        run.notes.append(
-            f"has not ended: it is still running, or was stopped; the last step logged is {run.step or 0:,}"
-        )
+    if run.stopped is not None:
+        run.notes.append(f"was stopped at step {run.stopped[0]:,}, by {run.stopped[1]}")
+    elif run.record and run.record.get("finished") is None:
+        run.notes.append(f"has not ended: it is still running, or was killed; the last step known is {run.step or 0:,}")
+    for session in run.sessions:
+        if session.lost:
+            steps = f"steps {session.first + 1:,} to {session.end:,} are not shown"
+            run.notes.append(f"{steps}: {clean(session.lost, 300)}")
     if run.curves is not None:
         if run.curves.broken:
             run.notes.append(
@@ -244,7 +279,7 @@ def _lines(run: Run, path: Path, read: Callable[[dict[str, Any]], T | None]) -> 
             elif line.strip():
                 bad += 1
     if bad:
-        name = path.relative_to(run.folder)
+        name = path.relative_to(run.folder) if path.is_relative_to(run.folder) else path
         run.notes.append(f"{counted(bad, 'line')} of {name} left out: not to be read, cut off perhaps")
 
 
@@ -253,19 +288,22 @@ def _read_samples(run: Run) -> None:
         step = as_number(line.get("step"))
         return None if step is None else (int(step), sample_of(line))
 
-    scores: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     last = -1
-    for step, sample in _lines(run, run.folder / "samples.jsonl", step_and_sample):
-        if sample.goal is not None and sample.score is not None:
-            scores[step][sample.goal].append(sample.score)
-        if step > last:
-            last, run.samples = step, []
-        if step == last:
-            run.samples.append(sample)
-    run.steering = {
-        step: {goal: sum(found) / len(found) for goal, found in sorted(by.items())}
-        for step, by in sorted(scores.items())
-    }
+    for path, end in run.files("samples.jsonl"):
+        scores: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for step, sample in _lines(run, path, step_and_sample):
+            if end is not None and step > end:
+                continue
+            if sample.goal is not None and sample.score is not None:
+                scores[step][sample.goal].append(sample.score)
+            if step > last:
+                last, run.samples = step, []
+            if step == last:
+                run.samples.append(sample)
+        run.steering |= {
+            step: {goal: sum(found) / len(found) for goal, found in sorted(by.items())} for step, by in scores.items()
+        }
+    run.steering = dict(sorted(run.steering.items()))
 
 
 def _read_likelihood(run: Run) -> None:
@@ -276,7 +314,8 @@ def _read_likelihood(run: Run) -> None:
         step, low, high, change = (float(value) for value in numbers if value is not None)
         return Probe(int(step), str(line.get("condition")), str(line.get("role")), low, high, change)
 
-    run.likelihood = list(_lines(run, run.folder / "likelihood.jsonl", probe))
+    for path, end in run.files("likelihood.jsonl"):
+        run.likelihood += [one for one in _lines(run, path, probe) if end is None or one.step <= end]
 
 
 def as_dict(value: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rap_lightning.reporting.evaluation import Sample
 from rap_lightning.reporting.headline import describe
 from rap_lightning.reporting.panels import estimate
 from rap_lightning.reporting.read import Run, as_dict
-from rap_lightning.reporting.text import clean, duration, number, size
+from rap_lightning.reporting.text import clean, duration, listed, number, size
 
 ByValue = tuple[str, list[tuple[str, list[int]]]]
 """A key, and each of its values with the runs that have it."""
@@ -39,12 +39,17 @@ def run_rows(runs: list[Run]) -> list[dict[str, Any]]:
         accuracy = run.curves.last("val/rewards/accuracies") if run.curves is not None else None
         if accuracy is not None:
             figures.append(("held-out pairs ranked right", number(accuracy, True)))
-        if run.seconds is not None:
-            figures.append(("wall time", duration(run.seconds)))
-        ended = run.record.get("finished") is not None or not run.record
+        if run.sessions:
+            told = listed([f"{session.end:,}" for session in run.sessions])
+            figures.append(("sessions", f"{len(run.sessions) + 1:,}, going on at step {told}"))
+        if run.wall_time is not None:
+            figures.append((f"wall time{run.wall_time[0]}", duration(run.wall_time[1])))
+        badge = "" if run.record.get("finished") is not None or not run.record else "not finished"
+        badge = badge if run.stopped is None else f"stopped at step {run.stopped[0]:,}"
+        folders = [str(one.folder) for one in run.sessions if one.folder is not None] + [str(run.folder)]
         rows.append({
-            "run": run.index, "name": run.name, "what": describe(run), "figures": figures, "ended": ended,
-            "folder": str(run.folder), "base": as_dict(run.facts.get("base_model")).get("name"),
+            "run": run.index, "name": run.name, "what": describe(run), "figures": figures, "badge": badge,
+            "folders": folders, "base": as_dict(run.facts.get("base_model")).get("name"),
         })  # fmt: skip
     return rows
 
@@ -154,8 +159,8 @@ def cost_rows(runs: list[Run]) -> list[tuple[int, list[tuple[str, str]]]]:
     rows = []
     for run in runs:
         found: list[tuple[str, str]] = []
-        if run.seconds is not None:
-            found.append(("wall time of fit", duration(run.seconds)))
+        if run.wall_time is not None:
+            found.append((f"wall time of fit{run.wall_time[0].replace(' of', ',', 1)}", duration(run.wall_time[1])))
         if run.curves is not None:
             for name, label in (
                 ("pairs_per_second", "pairs a second (median)"),
@@ -163,10 +168,11 @@ def cost_rows(runs: list[Run]) -> list[tuple[int, list[tuple[str, str]]]]:
             ):
                 if values := [value for _, value in run.curves.values.get(name, [])]:
                     found.append((label, number(median(values))))
-        memory = as_dict(run.record.get("peak_memory"))
+        records = [session.record for session in run.sessions] + [run.record]
+        memories = [as_dict(record.get("peak_memory")) for record in records]
         for key, label in (("host_bytes", "peak memory of the process"), ("device_bytes", "peak memory of the device")):
-            if isinstance(memory.get(key), int | float):
-                found.append((label, size(memory[key])))
+            if peaks := [memory[key] for memory in memories if isinstance(memory.get(key), int | float)]:
+                found.append((label, size(max(peaks))))
         devices = run.record.get("devices")
         if isinstance(devices, list) and devices:
             processes = run.record.get("processes", 1)

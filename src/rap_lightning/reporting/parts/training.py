@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from rap_lightning.reporting.curves import thinned
+from rap_lightning.reporting.curves import TERM, as_number, thinned
 from rap_lightning.reporting.evaluation import Estimate
 from rap_lightning.reporting.panels import Panel, Picture, Series
 from rap_lightning.reporting.parts.base import Part
-from rap_lightning.reporting.read import Run
+from rap_lightning.reporting.read import Run, as_dict
+from rap_lightning.reporting.text import clean
 
 ORIGINS = {
     "chosen-goal": "chosen-goal half: asked for the better score",
@@ -30,11 +31,18 @@ ABOUT = (
     "for the worse response's score and prefers that one. Thin lines are training, markers are validation on pairs "
     "held out."
 )
-UNVALIDATED = "no validation, so its markers are training; fit validates where the data have a test or validation split"
+UNVALIDATED = "no validation, so its markers are training"
+NO_SPLIT = f"{UNVALIDATED}; fit validates where the data have a test or validation split"
+TURNED_OFF = f"{UNVALIDATED}: --trainer.limit_val_batches 0 turned it off"
+SOONER = "rap-lightning fit --config CONFIG --trainer.val_check_interval BATCHES"
+TERMS = (
+    "What the loss reports of its parts, a panel for each (of a mixture, before their weights). Look for a part that "
+    "rises while the whole falls: it is being paid for the others."
+)
 
 
 def training(runs: list[Run]) -> Part:
-    """Loss, margin and accuracy; a panel for each origin that a run has."""
+    """Loss and its parts, margin and accuracy; a panel for each origin that a run has."""
     pictures = []
     for metric, title, axis, look in PICTURES:
         panels = []
@@ -46,6 +54,7 @@ def training(runs: list[Run]) -> Part:
             )  # fmt: skip
         shown = [panel for panel in panels if panel.runs]
         pictures.append(Picture(f"training-{title.lower()}", title, look, shown))
+    pictures.insert(1, _terms(runs))
     part = Part("training", "How training went", ABOUT, [picture for picture in pictures if picture.runs])
     if not part.pictures:
         part.lacking = "no run has figures in a metrics.csv, which fit writes"
@@ -54,8 +63,38 @@ def training(runs: list[Run]) -> Part:
         if run.curves is None:
             part.pictures[0].missing.append((run.index, "no metrics.csv, which fit leaves in a run's folder", ""))
         elif run.curves.values and not any(name.startswith("val/") for name in run.curves.values):
-            part.pictures[0].missing.append((run.index, UNVALIDATED, ""))
+            part.pictures[0].missing.append((run.index, *_unvalidated(run)))
     return part
+
+
+def _unvalidated(run: Run) -> tuple[str, str]:
+    """Why a run was not validated, and the command that does it."""
+    splits = list(dict.fromkeys(str(part.get("split")) for part in run.data if part.get("relabelled_pairs") != 0))
+    if as_number(as_dict(run.config.get("trainer")).get("limit_val_batches")) == 0:
+        return TURNED_OFF, ""
+    if len(splits) < 2:
+        return NO_SPLIT, ""
+    finished = run.record.get("finished") is not None
+    end = "it ended at step" if finished else "it was stopped at step" if run.stopped else "its last known step is"
+    return (
+        f"{UNVALIDATED}: its data have the split {clean(splits[-1], 40)}, and {end} {run.step or 0:,}, before the "
+        "first validation was due",
+        SOONER,
+    )
+
+
+def _terms(runs: list[Run]) -> Picture:
+    """The loss's own terms: a panel for each, by origin."""
+    names = [name for run in runs if run.curves is not None for name in run.curves.values]
+    terms = sorted({match[1] for name in names if (match := TERM.fullmatch(name)) and match[1] not in ORIGINS})
+    panels = []
+    for term in terms:
+        series = {origin: [one for run in runs for one in _curves(run, f"loss/{term}", origin)] for origin in ORIGINS}
+        for origin, lines in series.items():
+            half = f", {ORIGINS[origin]}" if sum(map(bool, series.values())) > 1 else ""
+            panels.append(Panel(f"{clean(term, 60)}{half}", "optimizer step", "mean over pairs", lines, whole=True))
+    shown = [panel for panel in panels if panel.runs]
+    return Picture("training-terms", "Parts of the loss", TERMS, shown, shared=False)
 
 
 def _curves(run: Run, metric: str, origin: str) -> list[Series]:

@@ -1,0 +1,42 @@
+"""The lines that stand in for progress bars: nothing that takes long is silent."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import build, make_trainer
+from rap_lightning.callbacks import ConsoleLines, console
+from rap_lightning.losses import DPO
+
+
+def lines(folder: Path, model: Path, data: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> list[str]:
+    module, datamodule = build(model, data, loss=DPO(0.5), batch_size=4)
+    trainer = make_trainer(folder, callbacks=[ConsoleLines()], max_steps=3, num_sanity_val_steps=1, **options)
+    trainer.fit(module, datamodule)
+    trainer.test(module, datamodule, verbose=False)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_what_comes_before_the_first_line_of_training_is_announced(
+    tiny: Path, pairs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = lines(tmp_path, tiny, pairs_folder, capsys, log_every_n_steps=2)
+    assert said[:2] == [
+        "first, validation on a batch, to see that it works",
+        "training: steps 1 to 3, a line every 2 and for the first",
+    ]
+    assert said[2].startswith("step 1/3 ")
+    assert not any(": batch " in line for line in said), "what is quick needs no lines of its own"
+
+
+def test_long_validations_and_tests_say_how_far_they_are(
+    tiny: Path, pairs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    said = lines(tmp_path, tiny, pairs_folder, capsys, val_check_interval=3)
+    batches = 5  # 18 pairs, 4 a batch
+    for what in ("validation", "test"):
+        found = [line.partition(",")[0] for line in said if line.startswith(f"{what}: batch")]
+        assert found == [f"{what}: batch {i}/{batches}" for i in range(1, batches)]
+    assert any(line.startswith("validation at step 3 ") for line in said)
