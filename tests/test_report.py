@@ -195,6 +195,19 @@ def test_an_evaluation_folder_alone_can_be_compared(tmp_path: Path) -> None:
     assert outcome(run, tmp_path / "base") == "Asked for a score of 10, run scores highest: 9 against 5 of base."
 
 
+def test_a_page_without_the_base_says_that_steering_may_be_its(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [2.0, 5.0, 9.0])
+    written = run / "evaluation" / "evaluation.json"
+    written.write_text(json.dumps(evaluation([2.0, 5.0, 9.0], base="hub/base")), encoding="utf-8")
+    said = whole(run)
+    assert "What hub/base, where training began, does with goals isn't on this page" in said
+    assert f"--model hub/base --goal_from {run / 'hf'} --output base-evaluation" in said
+    (tmp_path / "base").mkdir()
+    of_base = evaluation([5.0, 5.1, 5.2], model="hub/base")
+    (tmp_path / "base" / "evaluation.json").write_text(json.dumps(of_base), encoding="utf-8")
+    assert "isn't on this page" not in whole(run, tmp_path / "base")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -200,7 +200,7 @@ def _plain(value: Any) -> str:
 
 
 def _caveats(runs: list[Run]) -> list[str]:
-    found = [f"{_name(run)}: {note}." for run in runs for note in run.notes]
+    found = [f"{_name(run)}: {note}." for run in runs for note in run.notes] + _without_base(runs)
     if len(runs) < 2:
         return found
     for run in runs:
@@ -229,6 +229,21 @@ def _caveats(runs: list[Run]) -> list[str]:
             "seeds."
         )
     return found
+
+
+def _without_base(runs: list[Run]) -> list[str]:
+    """What training began with may steer already, and tell good from bad: a page without it can't say what is new."""
+    measured = [run.evaluation.about for run in runs if run.evaluation is not None]
+    models = {str(about.get("model")) for about in measured}
+    for run in runs:
+        base = str(run.evaluation.about.get("base") or "") if run.evaluation is not None else ""
+        if base and base not in models:
+            return [
+                f"What {base}, where training began, does with goals isn't on this page: some of the steering may be "
+                f"its own. Evaluate it with the same options, but --model {base} --goal_from {run.folder / 'hf'} "
+                "--output base-evaluation, and add base=base-evaluation."
+            ]
+    return []
 
 
 def _one_line(shown: str) -> str:
