@@ -1,11 +1,15 @@
 """The lines that stand in for progress bars: nothing that takes long is silent."""
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.plugins.environments import slurm
 
 from conftest import build, make_trainer
+from rap_lightning import trainer_cli
 from rap_lightning.callbacks import ConsoleLines, console
 from rap_lightning.losses import DPO
 
@@ -40,3 +44,18 @@ def test_long_validations_and_tests_say_how_far_they_are(
         found = [line.partition(",")[0] for line in said if line.startswith(f"{what}: batch")]
         assert found == [f"{what}: batch {i}/{batches}" for i in range(1, batches)]
     assert any(line.startswith("validation at step 3 ") for line in said)
+
+
+@pytest.mark.parametrize("in_slurm", [False, True])
+def test_srun_is_advised_within_slurm_only(in_slurm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    if in_slurm:
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(slurm, "_is_srun_used", lambda: False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_cli._quieten()
+        slurm.SLURMEnvironment._validate_srun_used()
+    assert any("srun" in str(one.message) for one in caught) is in_slurm
