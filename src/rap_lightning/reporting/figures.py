@@ -220,6 +220,9 @@ def _lines(axes: Any, panel: Panel, ink: Ink, ends: tuple[float, float] | None) 
         if one.style == "bare":
             axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.55)
             continue
+        if one.style == "level":
+            axes.plot(xs, ys, color=colour, linewidth=1.2, linestyle=(0, (1, 1.6)))
+            continue
         step = min(0.008, 0.04 / len(shown)) * spread  # intervals stand beside each other
         aside = (shown.index(one.run) - (len(shown) - 1) / 2) * step
         every = max(1, len(points) // 8)

@@ -9,7 +9,7 @@ from typing import Literal
 from rap_lightning.reporting.evaluation import Estimate
 from rap_lightning.reporting.text import number
 
-Style = Literal["marked", "bare"]
+Style = Literal["marked", "bare", "level"]
 """``marked`` has the run's marker at each point; ``bare`` is a thin line behind it, for what is dense."""
 
 TABLED = 9
@@ -81,7 +81,7 @@ class Panel:
 
     def alt(self, names: list[str]) -> str:
         """The picture in words, for those who don't see it."""
-        told = [self._told(one, names[one.run]) for one in self.series if one.points and one.style == "marked"]
+        told = [self._told(one, names[one.run]) for one in self.series if one.points and one.style != "bare"]
         kind = f"Dots with intervals: {self.y}" if self.by_run else f"Line chart, {self.y} against {self.x}"
         return f"{kind} ({self.title}). " + " ".join(told)
 
@@ -129,7 +129,8 @@ class Picture:
                 yield panel.title, ["run", panel.x], rows
                 continue
             dense = [one for one in series if one.style == "bare"]
-            for part in (dense, [one for one in series if one.style != "bare"]):
+            level = [one for one in series if one.style == "level"]
+            for part in (dense, [one for one in series if one.style == "marked"]):
                 if not part:
                     continue
                 places = _some(sorted({x for one in part for x, _ in one.points}))
@@ -137,6 +138,9 @@ class Picture:
                 head = [panel.x, *(names[one.run] for one in part)]
                 what = f"{panel.title}, {part[0].what}" if part[0].what else panel.title
                 yield what, head, [[number(x), *(column.get(x, "") for column in columns)] for x in places]
+            if level:
+                rows = [[names[one.run], estimate(one.points[0][1], panel.percent)] for one in level]
+                yield f"{panel.title}, {level[0].what}", ["run", panel.y], rows
 
 
 def estimate(figure: Estimate, percent: bool = False) -> str:

@@ -25,7 +25,7 @@ UNASKED = "asked for no score"
 KEY = (
     "Spearman: 1 where a higher goal always scores higher, 0 where goals change nothing. Slope: points of score per "
     "point of goal. Best goal: the one with the highest mean score, and how sure that is (share of bootstrap draws). "
-    "A level line from end to end: no goal in the prompt."
+    "A dotted level line: no goal in the prompt."
 )
 
 
@@ -60,7 +60,7 @@ def _panels(runs: list[Run], kind: str, title: str) -> list[Panel]:
         asked = [goal for _, goals, _ in curves for goal in goals]
         ends = scale or (min(asked, default=0.0), max(asked, default=1.0))
         series += [
-            Series(run.index, ends, [one.unasked] * 2, what=UNASKED)
+            Series(run.index, ends, [one.unasked] * 2, style="level", what=UNASKED)
             for run, _, one in curves
             if one.unasked is not None
         ]
