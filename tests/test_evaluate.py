@@ -335,7 +335,7 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
         (["--split", "tests"], "no split 'tests'"),
         (["--limit", 0], "--limit must be at least 1"),
         ([*JUDGE, "--base", "not/here"], "--base not/here: not a folder here"),
-        (["--limits", 3], "unrecognized arguments: --limits 3. Did you mean --limit?"),
+        (["--limits", 3], "--limits: no such option. Did you mean --limit?"),
         (["--guidance", 0.5], "--guidance has no effect without the parts controllability"),
         ([*JUDGE, "--against", 1], "against has no effect without a guidance above 0"),
         ([*JUDGE, "--guidance", 1, "--goals", "[1]"], "--guidance has no effect: the goal that it pushes away from, 1"),

@@ -485,9 +485,9 @@ def test_missing_score_columns_and_unusable_rows_are_named(tiny: Path, tmp_path:
 
 def test_a_policy_that_is_no_model_is_named(pairs_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    for path in (tmp_path / "model", tmp_path / "nothing"):
-        module, data = build(path, pairs_folder)
-        with pytest.raises(ConfigError, match=r"--model\.policy\.path.*Expected a Hugging Face folder"):
+    for name, said in (("model", "Expected a Hugging Face folder"), ("nothing", r"no such folder, and not a Hub id")):
+        module, data = build(tmp_path / name, pairs_folder)
+        with pytest.raises(ConfigError, match=rf"--model\.policy\.path.*{said}"):
             make_trainer(tmp_path).fit(module, data)
 
 
