@@ -252,7 +252,8 @@ def test_the_newest_whole_checkpoint_is_found_and_others_are_said(tmp_path: Path
     assert found == tmp_path / "runs/b/b.ckpt"
     assert len(said) == 2
     assert "d.ckpt" in said[0]
-    assert "1 newer checkpoints" in said[1]
+    assert said[1].startswith("passed over, of runs with other model, data or seed_everything options")
+    assert said[1].endswith("runs/c/c.ckpt")
     assert newest_whole(tmp_path / "nowhere", lambda path: True, said.append) is None
 
 

@@ -7,7 +7,9 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -512,6 +514,11 @@ def test_the_card_tells_data_method_scale_and_how_to_prompt_and_no_path(runs: Pa
     code = code.replace('"my-model"', repr(str(tmp_path / "my-model")))
     with contextlib.redirect_stdout(None):
         exec(code.replace("max_new_tokens=256", "max_new_tokens=2"), {})  # what the card shows must run
+    # a server answers only for the model by the very text that it was started with
+    (served,) = re.findall(r"^transformers serve (\S+)$", body, re.MULTILINE)
+    assert served == "my-model"
+    assert f'"model": "{served}"' in body
+    assert 'pip install "transformers[serving]"' in body
 
 
 class FakeHub:
@@ -617,6 +624,11 @@ def test_a_runs_folder_says_where_it_comes_from_and_its_line_repeats_it(
     assert run["command"].startswith("rap-lightning fit --model.policy.path")
     assert run["finished"] >= run["started"]
     assert {"config.yaml", "data_report.json", "goal.json", "metrics.csv"} <= {f.name for f in first.iterdir()}
+    card = (first / "hf" / "README.md").read_text()
+    assert "\n# version_0\n" in card, "the run's name"
+    assert 'AutoModelForCausalLM.from_pretrained("hf")' in card
+    assert "With transformers and peft, where the folder `hf` lies:" in card
+    assert "\ntransformers serve hf\n" in card
     there, line = run["repeat"].split(" && ")
     assert there == f"cd {shlex.quote(str(tmp_path))}"
     monkeypatch.chdir(os.path.relpath(tmp_path, Path.cwd()))
@@ -630,6 +642,43 @@ def test_a_runs_folder_says_where_it_comes_from_and_its_line_repeats_it(
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(value.abs().max() > 0 for name, value in one.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_under_torchrun_a_runs_line_names_the_launcher(
+    nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what torchrun itself sets, read by a process of it."""
+    from rap_lightning.callbacks.records import _repeat
+
+    (tmp_path / "config.yaml").write_text("")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    code = "import os, json; print(json.dumps(dict(os.environ)))"
+    how = ["--standalone"] if nodes == 1 else ["--master_addr", "localhost", "--master_port", str(port)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc_per_node", "1", *how]
+    (tmp_path / "show.py").write_text(code)
+    ranks = [
+        subprocess.Popen(
+            [*torchrun, *(["--node_rank", str(rank)] if nodes > 1 else []), "show.py"],
+            cwd=tmp_path,
+            stdout=-1,
+            text=True,
+        )
+        for rank in range(nodes)
+    ]
+    seen, *_ = [json.loads(rank.communicate(timeout=200)[0]) for rank in ranks]
+    for name in ("TORCHELASTIC_RUN_ID", "GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, seen[name])
+    line = str(_repeat(tmp_path, tmp_path)).split(" && ")[1]
+    start = f"torchrun --nnodes={nodes} --nproc_per_node=1 "
+    more = "--standalone"
+    if nodes > 1:
+        more = f'--node_rank="${{NODE_RANK:?on every node, from 0}}" --master_addr=localhost --master_port={port}'
+    assert line == f"{start}{more} --no-python rap-lightning fit --config config.yaml"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert str(_repeat(tmp_path, tmp_path)).endswith(" && rap-lightning fit --config config.yaml")
 
 
 def test_the_recorded_command_hides_what_is_secret() -> None:

@@ -30,11 +30,12 @@ class Pair:
         nodes: 2: each rank is a node's first.
         second: more options of rank 1.
         alone: start this rank only.
+        apart: working folder of each rank: relative paths are then as on hosts without a shared disk.
     """
 
     def __init__(
         self, start: Any, arguments: list[str], strategy: list[str], nodes: int = 1, second: Sequence[str] = (),
-        alone: int | None = None,
+        alone: int | None = None, apart: Sequence[Path] = (),
     ) -> None:  # fmt: skip
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
@@ -45,6 +46,7 @@ class Pair:
         for rank in range(2) if alone is None else [alone]:
             place = (rank, 0) if nodes == 2 else (0, rank)
             cluster |= dict(zip(("NODE_RANK", "LOCAL_RANK"), map(str, place), strict=True))
+            cluster |= {"PWD": str(apart[rank])} if apart else {}
             self.ranks.append(start([*both, *(second if rank else ())], **cluster))
 
     def end(self) -> list[int]:

@@ -66,6 +66,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
 
 def command(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    os.chdir(environment.get("PWD", "."))
     kills.command(arguments, log)
 
 
@@ -186,7 +187,10 @@ def test_last_passes_over_damaged_checkpoints_with_a_word(runs: Any, world: Path
     assert f"--ckpt_path last: {saved[-2]}" in again.said
     other = runs([*arguments, "--model.loss.beta", "0.7"])
     assert other.end() == 0
-    assert re.search(r"\d checkpoints below \S+ are of runs with other options, and passed over", other.said)
+    assert re.search(
+        r"passed over, of runs with other model, data or seed_everything options .*: \S+\.ckpt", other.said
+    )
+    assert re.search(r"none of the \d checkpoints below \S+ will do, so this run begins at step 0", other.said)
 
 
 @pytest.mark.parametrize("workers", ["2", pytest.param("0", marks=pytest.mark.slow)])

@@ -90,6 +90,24 @@ def test_a_node_with_another_config_or_other_data_is_named_before_a_model_is_loa
         assert "policy:" not in rank.said, "no model is loaded"
 
 
+def test_hosts_that_would_write_shards_to_disks_of_their_own_are_refused_before_a_model_is_loaded(
+    start: Any, world: Path, tmp_path: Path
+) -> None:
+    hosts = [tmp_path / "host0", tmp_path / "host1"]
+    for host in hosts:
+        host.mkdir()
+    run = Pair(start, arguments(world, Path("runs")), FSDP2, nodes=2, apart=hosts)
+    assert run.end() == [2, 2], run.said[-3000:]
+    for rank in run.ranks:
+        (error,) = errors(rank.said)
+        assert re.search(
+            r"rank 1 on \S+ can't see what rank 0 on \S+ writes to \S+/runs/version_0/checkpoints\.", error
+        )
+        assert "one file system that all hosts share" in error
+        assert "policy:" not in rank.said, "no model is loaded"
+    assert not list(hosts[0].rglob(".seen-by-all-*")), "the probe is taken away"
+
+
 @SLOW
 def test_a_node_that_never_comes_is_named_by_those_that_did(start: Any, world: Path, tmp_path: Path) -> None:
     run = Pair(start, arguments(world, tmp_path / "run"), DDP, nodes=2, alone=0)

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -12,12 +13,15 @@ from random import Random
 from statistics import correlation, fmean, stdev
 
 import pytest
+from jsonargparse import ArgumentParser
 
-from conftest import ROOT, pair_of
+from conftest import ROOT, called, pair_of
 from rap_lightning import cli
+from rap_lightning.errors import DataError
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.world import attributes, make_pairs, make_prompts, make_world, score
 from rap_lightning.world.data import GOAL_MESSAGE, STRAYS, Pair, respond
+from rap_lightning.world.datamodule import WorldDataModule
 from rap_lightning.world.make import pair_figures
 from rap_lightning.world.rule import FAMILIES, WORDS, parse_prompt
 
@@ -174,6 +178,39 @@ def test_a_world_from_before_there_were_knobs_is_found(tmp_path: Path, capsys: p
     )
     make_world(tmp_path)
     assert "is there already" in capsys.readouterr().out
+
+
+def test_another_world_in_the_folder_is_told_by_what_differs_and_the_flags_that_take_it(tmp_path: Path) -> None:
+    plain = {"train_pairs": 2000, "test_pairs": 200, "base_steps": 600, "version": 1}
+    (tmp_path / "world.json").write_text(json.dumps({"settings": plain | {"seed": 1, "families": ["words"]}}))
+    module = WorldDataModule(str(tmp_path))
+    with pytest.raises(DataError) as caught:
+        module.prepare_data()
+    said = str(caught.value)
+    assert "seed is 1 there, 0 was asked for" in said
+    assert "--data.families '[words]' --data.world_seed 1)" in said
+    assert "base_steps" not in said, "it is the same"
+    parser = ArgumentParser()
+    parser.add_class_arguments(WorldDataModule, "data", fail_untyped=False)
+    flags = shlex.split(said[said.index("--data.families") : said.index("), or choose")])
+    given = parser.parse_args([*flags, "--data.source", str(tmp_path)]).data
+    assert (given.families, given.world_seed) == (["words"], 1)
+
+
+def test_plan_says_how_to_make_the_quickstarts_model_before_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"base_steps": 5, "train_pairs": 20, "test_pairs": 10}
+    flags = [part for name, value in small.items() for part in (f"--data.{name}", str(value))]
+    plan = ["plan", "--config", ROOT / "configs/quickstart.yaml", *flags]
+    assert called(*plan) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: --model.policy.path runs/world/base isn't there yet. fit makes it")
+    command = said.strip().rpartition(": ")[2]
+    assert command == "python -m rap_lightning.world runs/world --train_pairs 20 --test_pairs 10 --base_steps 5"
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, timeout=120)
+    assert called(*plan) == 0
 
 
 def test_the_base_saw_the_goal_text_that_training_uses() -> None:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.sharding import Sharding
+from rap_lightning.models.shards import of_shards
 
 METADATA = "meta.pt"  # where Lightning keeps what is neither weight nor optimizer state
 
@@ -193,6 +194,12 @@ def check_size(strategy: Any) -> None:
                 f"{ranks} processes of {strategy.num_nodes} nodes with {strategy.num_processes} devices each. Set "
                 f"data_parallel_size {ranks} and tensor_parallel_size 1, or use --trainer.strategy fsdp2."
             )
+
+
+def check_resumes(strategy: Any, path: str | None) -> None:
+    """Raise ConfigError where a strategy can't go on from a folder of shards, before any process is started."""
+    if path is not None and Path(path).is_dir() and not isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy):
+        raise ConfigError(of_shards(Path(path)))
 
 
 # so that a bare name does: --trainer.strategy fsdp2

@@ -42,7 +42,7 @@ from rap_lightning.errors import ConfigError, UserError
 from rap_lightning.help_text import Filled, arrange_trainer
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.mistakes import Explains, causes, configs_named, content_of
-from rap_lightning.models.checkpoints import newest_whole, refuse_damaged, run_key
+from rap_lightning.models.checkpoints import count, newest_whole, refuse_damaged, run_key
 from rap_lightning.models.held import AdapterAsLoaded
 from rap_lightning.models.reference import Reference
 from rap_lightning.models.stored import Stored
@@ -52,7 +52,7 @@ from rap_lightning.nulls import refuse_nulls
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.schedules import Schedule
-from rap_lightning.strategies import FSDP2, check_asked, check_size
+from rap_lightning.strategies import FSDP2, check_asked, check_resumes, check_size
 from rap_lightning.together import Together
 
 # jsonargparse knows a class by its short name once it has been imported
@@ -117,13 +117,22 @@ class PreferenceCLI(LightningCLI):
                     "--trainer.default_root_dir of this job's own, give --ckpt_path, or remove the file."
                 )
         if path == "last":
-            found = newest_whole(root, lambda other: run_key(other) == self._run_key, _notice)
+            found = newest_whole(root, self._is_of_this_run, _notice)
             if found is None and self.config["subcommand"] != "fit":
                 raise ConfigError(f"--ckpt_path last: no checkpoint below {root} is of a run with these options.")
-            _notice(f"--ckpt_path last: {found or f'no checkpoint below {root} yet, so this run begins at step 0'}")
+            none = f"none of the {there} checkpoints below {root} will do" if (there := count(root)) else ""
+            begins = f"{none or f'no checkpoint below {root} yet'}, so this run begins at step 0"
+            _notice(f"--ckpt_path last: {found or begins}")
             options["ckpt_path"] = None if found is None else str(found)
         elif path not in (None, "best", "hpc", "registry"):
             refuse_damaged(Path(path))
+
+    def _is_of_this_run(self, path: Path) -> bool:
+        if (key := run_key(path)) is None:
+            raise ConfigError(
+                f"{path} doesn't say which options it was trained with; if it is of this run, give its path."
+            )
+        return key == self._run_key
 
     def instantiate_classes(self) -> None:
         """Also tell the module by which key its checkpoints are found again."""
@@ -156,6 +165,8 @@ class PreferenceCLI(LightningCLI):
         kwargs["callbacks"].append(self.together)
         trainer = super().instantiate_trainer(**kwargs)
         check_size(trainer.strategy)
+        if "subcommand" in self.config:
+            check_resumes(trainer.strategy, self.config[self.config["subcommand"]].get("ckpt_path"))
         self.together.attach(trainer.strategy)
         return trainer
 

@@ -13,9 +13,10 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from rap_lightning.errors import NotSaved
+from rap_lightning.errors import ConfigError, NotSaved
 from rap_lightning.models.checkpoints import refuse_unreadable
 from rap_lightning.models.sealed import partial_of, verify, write_sealed
+from rap_lightning.models.shards import of_shards
 
 
 class SealedCheckpoints(TorchCheckpointIO):
@@ -48,6 +49,8 @@ class SealedCheckpoints(TorchCheckpointIO):
         """Verify, then read."""
         if _is_local_file_protocol(path):
             refuse_unreadable(Path(path))
+            if Path(path).is_dir():  # a strategy that shards reads its own
+                raise ConfigError(of_shards(Path(path)))
             if not verify(Path(path)):
                 rank_zero_info(f"{path} has no digest of its content, so it is read without being verified.")
         return super().load_checkpoint(path, *args, **kwargs)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
+from rap_lightning.callbacks.one_disk import refuse_apart, writes_shards
 from rap_lightning.errors import NotFinite, NotSaved
 from rap_lightning.models.digests import not_finite
 from rap_lightning.models.sealed import folder_digests, seal_folder, unseal_folder
@@ -43,6 +44,13 @@ class Checkpoints(ModelCheckpoint):
         self._doomed: list[str] = []
         self._unsaved = False
         self._bytes = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """As Lightning's; hosts that are to write one folder together must see the same one."""
+        super().setup(trainer, pl_module, stage)
+        saves = stage == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if saves and trainer.num_nodes > 1 and writes_shards(trainer.strategy):
+            refuse_apart(trainer.strategy, Path(str(self.dirpath)))
 
     # -- when a run ends ------------------------------------------------------------------------------------------
 

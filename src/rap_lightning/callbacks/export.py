@@ -72,7 +72,7 @@ class ExportHF(pl.Callback):
         assert module.policy is not None, "fit builds the policy"
         output, config, goal = _free(run / "hf"), module.policy_config, module.goal_record()
         adapter = module.policy.has_adapter
-        card = model_card(facts, adapter=adapter, goal_in_template=self.goal_in_template)
+        card = self._card(facts, output, adapter)
         leaving = Leaving(goal=goal, goal_in_template=self.goal_in_template, card=card)
         export(module.policy, state, module.tokenizer, output, config, leaving)
         rank_zero_info(f"exported: {output}")
@@ -83,10 +83,15 @@ class ExportHF(pl.Callback):
                 return PeftModel.from_pretrained(config.load_model(torch.float32), str(output))
 
             merged = _free(run / "hf-merged")
-            card = model_card(facts, adapter=False, goal_in_template=self.goal_in_template)
+            card = self._card(facts, merged, adapter=False)
             leaving = Leaving(goal=goal, goal_in_template=self.goal_in_template, card=card)
             checked = merge(load, module.tokenizer, merged, config, leaving)
             rank_zero_info(f"exported, adapter merged: {merged} ({checked})")
+
+    def _card(self, facts: dict[str, Any], output: Path, adapter: bool) -> str:
+        """Titled as the run, for ``hf`` tells little; the code loads the folder."""
+        title = output.resolve().parent.name
+        return model_card(facts, adapter=adapter, goal_in_template=self.goal_in_template, name=output.name, title=title)
 
 
 def _free(folder: Path) -> Path:

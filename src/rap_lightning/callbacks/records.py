@@ -167,7 +167,20 @@ def _repeat(here: Path, folder: Path) -> str | None:
     if not config.is_file():
         return None
     shown = os.path.relpath(config, here) if config.is_relative_to(here) else str(config)
-    return f"cd {shlex.quote(str(here))} && rap-lightning fit --config {shlex.quote(shown)}"
+    return f"cd {shlex.quote(str(here))} && {_launcher()}rap-lightning fit --config {shlex.quote(shown)}"
+
+
+def _launcher() -> str:
+    """What torchrun was started with, where it started this process: the command alone would wait for other ranks."""
+    if not torch.distributed.is_torchelastic_launched():
+        return ""
+    nodes, processes = (int(os.environ.get(name, 1)) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    how = "--standalone"
+    if nodes > 1:
+        address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        rank = '"${NODE_RANK:?on every node, from 0}"'
+        how = f"--node_rank={rank} --master_addr={shlex.quote(address)} --master_port={shlex.quote(port)}"
+    return f"torchrun --nnodes={nodes} --nproc_per_node={processes} {how} --no-python "
 
 
 def peak_memory() -> dict[str, int]:

@@ -43,7 +43,7 @@ def export(
     DeepSpeed's need deepspeed installed. Nothing is overwritten: the output appears whole, or not at all.
 
     Example: rap-lightning export --checkpoint runs/version_0/checkpoints/last.ckpt --output my-model --merge true
-             transformers serve my-model
+             pip install "transformers[serving]"; transformers serve my-model
 
     Args:
         checkpoint: a .ckpt that fit wrote, file or folder.

@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -105,10 +106,18 @@ def _gpu(own: argparse.Namespace) -> GPU | None:
     return None
 
 
+def _refuse_unmade(path: str, data: Any) -> None:
+    """A data module of one's own may make the model too, when fit begins."""
+    hint = data.how_to_make(path) if hasattr(data, "how_to_make") and not Path(path).exists() else ""
+    if hint:
+        raise ConfigError(f"--model.policy.path {path} isn't there yet. {hint}")
+
+
 class _Plan:
     def __init__(self, cli: PreferenceCLI, gpu: GPU | None, own: argparse.Namespace) -> None:
         self.module: PreferenceModule = cli.model
         self.data, self.gpu, self.own = cli.datamodule, gpu, own
+        _refuse_unmade(self.module.policy_config.path, self.data)
         trainer = cli.config["trainer"]
         self.precision = PRECISIONS.get(str(trainer.get("precision") or "32-true"), "")
         if not self.precision:

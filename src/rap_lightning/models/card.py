@@ -15,7 +15,7 @@ METHOD = "https://arxiv.org/abs/2410.08067"
 
 def model_card(
     facts: Mapping[str, Any], *, adapter: bool, goal_in_template: bool, name: str | None = None,
-    base_model: str | None = None, license: str | None = None,
+    base_model: str | None = None, license: str | None = None, title: str | None = None,
 ) -> str:  # fmt: skip
     """The text of README.md, its YAML metadata first.
 
@@ -23,15 +23,16 @@ def model_card(
         facts: as ``callbacks.facts.run_facts`` gathers them.
         adapter: the folder holds an adapter, not a whole model.
         goal_in_template: the chat template asks for the best goal by itself.
-        name: of the model; the code examples use it.
+        name: of the model, a folder's or ORG/NAME; the code examples use it.
         base_model: its Hub id, where the model was loaded from a folder.
         license: of the model.
+        title: the heading, where it isn't the name.
     """
     base = facts.get("base_model") or {}
     hub_base = base_model or (base["name"] if base and not base["local"] else None)
     goal = facts.get("goal") if is_trained(facts.get("goal")) else None
     sections = [
-        _opening(facts, name, base_model or base.get("name"), adapter),
+        _opening(facts, title or name, base_model or base.get("name"), adapter),
         _prompting(goal, goal_in_template, name or "MODEL", adapter),
         _goal(goal),
         _data(facts.get("data")),
@@ -79,6 +80,7 @@ def _opening(facts: Mapping[str, Any], name: str | None, base: str | None, adapt
 
 def _prompting(goal: Mapping[str, Any] | None, in_template: bool, name: str, adapter: bool) -> str:
     needs = "transformers and peft" if adapter else "transformers"
+    needs += "" if "/" in name else f", where the folder `{name}` lies"  # no path: it may go anywhere
     example = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,7 +117,9 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
     if wording:
         request["chat_template_kwargs"] = {"goal": other}
     parts.append(
-        "Behind an OpenAI-compatible server that passes them on (`transformers serve` does):\n\n"
+        "Behind an OpenAI-compatible server that passes them on, as `transformers serve` does. The request's `model` "
+        "must be the very text that the server was started with:\n\n"
+        f'```sh\npip install "transformers[serving]"{" peft" if adapter else ""}\ntransformers serve {name}\n```\n\n'
         "```sh\ncurl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"  -d '{json.dumps(request)}'\n```"
     )

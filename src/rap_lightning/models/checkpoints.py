@@ -11,14 +11,19 @@ import torch
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.sealed import verify
+from rap_lightning.models.shards import refuse_incomplete
 
 
 def refuse_unreadable(path: Path) -> None:
     """Raise ConfigError where no checkpoint can be at ``path``: nothing there, or a file that is cut off or foreign.
 
-    A sharded checkpoint is a folder; its own reader looks into it.
+    A sharded checkpoint is a folder, with a list of what must be in it.
     """
     if path.is_dir():
+        try:
+            refuse_incomplete(path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_another(path)}") from error
         return
     if not path.is_file():
         gone = f"it points to {path.readlink()}, which is gone" if path.is_symlink() else "no such file"
@@ -56,21 +61,27 @@ def newest_whole(root: Path, fits: Callable[[Path], bool], say: Callable[[str], 
         fits: whether a checkpoint is of the run that is to go on; asked of whole ones only.
         say: is told which newer ones were passed over, and why.
     """
-    others = 0
+    others: list[Path] = []
+    found = None
     for path in _checkpoints(root):
         try:
             refuse_unreadable(path)
             verify(path)
             if fits(path):
-                if others:
-                    say(f"{others} newer checkpoints below {root} are of runs with other options, and passed over.")
-                return path
-            others += 1
+                found = path
+                break
+            others.append(path)
         except ConfigError as error:
             say(f"passed over: {error}")
     if others:
-        say(f"{others} checkpoints below {root} are of runs with other options, and passed over.")
-    return None
+        shown = ", ".join(str(path) for path in others[:4]) + (f" and {len(others) - 4} more" if others[4:] else "")
+        say(f"passed over, of runs with other model, data or seed_everything options than this one: {shown}")
+    return found
+
+
+def count(root: Path) -> int:
+    """Checkpoints below a folder, whatever state they are in."""
+    return len(_checkpoints(root))
 
 
 def _checkpoints(root: Path) -> list[Path]:
@@ -82,7 +93,11 @@ def _another(path: Path) -> str:
     """A sentence that names the newest whole checkpoint beside one that can't be used, or ""."""
     for other in _checkpoints(path.parent):
         try:
-            if other.resolve() != path.resolve() and (other.is_dir() or _is_archive(other)) and verify(other):
+            if other.resolve() == path.resolve():
+                continue
+            if other.is_dir():
+                refuse_incomplete(other)
+            if (other.is_dir() or _is_archive(other)) and verify(other):
                 return f" The newest whole one there is {other}: give that instead."
         except ConfigError:
             continue

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection
@@ -16,13 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.adapters import of_adapter
 from rap_lightning.models.checkpoints import read_checkpoint, refuse_damaged
 from rap_lightning.models.digests import base_digest, same_base
 from rap_lightning.models.policy import Lora, Policy, PolicyConfig
+from rap_lightning.models.shards import LISTING, PlainReader, short
 
 PREFIX = "policy."
 META = "meta.pt"
@@ -104,14 +103,10 @@ def open_saved(path: Path) -> SavedPolicy:
     saved: SavedPolicy
     if not path.is_dir():
         saved = _OneFile(path)
-    elif (path / ".metadata").is_file():
+    elif (path / LISTING).is_file():
         saved = _Shards(path)
-    elif (path / "latest").is_file():
-        saved = _Zero(path)
     else:
-        raise ConfigError(
-            f"{path} is a folder, but no sharded checkpoint: it has neither .metadata (FSDP2) nor latest (DeepSpeed)."
-        )
+        saved = _Zero(path)
     saved.verified = verified
     return saved
 
@@ -188,7 +183,7 @@ class _Shards(SavedPolicy):
         meta = path / META
         if not meta.is_file():
             raise ConfigError(f"{path}: {META} is missing, which says what was trained. Was the copy interrupted?")
-        self._reader = _PlainReader(path)
+        self._reader = PlainReader(path)
         try:
             metadata = self._reader.read_metadata()
             content = torch.load(meta, map_location="cpu", weights_only=True)
@@ -196,7 +191,7 @@ class _Shards(SavedPolicy):
         except ConfigError:
             raise
         except Exception as error:  # broken files fail in whatever way their bytes happen to
-            raise ConfigError(f"{path} can't be read as a sharded checkpoint: {_short(error)}") from error
+            raise ConfigError(f"{path} can't be read as a sharded checkpoint: {short(error)}") from error
         lead = f"state_dict.{PREFIX}"
         entries = {k: v for k, v in metadata.state_dict_metadata.items() if k.startswith(lead) and hasattr(v, "size")}
         self._entries: dict[str, Any] = {key.removeprefix(lead): entry for key, entry in entries.items()}
@@ -221,40 +216,9 @@ class _Shards(SavedPolicy):
             )  # fmt: skip
         except Exception as error:
             raise ConfigError(
-                f"{self.path}: its shards can't be read, one is missing, cut off or damaged: {_short(error)}"
+                f"{self.path}: its shards can't be read, one is missing, cut off or damaged: {short(error)}"
             ) from error
         return state
-
-
-class _PlainReader(FileSystemReader):
-    """torch's reader, but its metadata, a pickle, may hold plain records of torch.distributed.checkpoint only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        from torch.distributed.checkpoint.metadata import StorageMeta
-
-        with open(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-            metadata = _PlainUnpickler(file).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    records = (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING", "Metadata", "MetadataIndex",
-        "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_StorageInfo",
-    )  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        ours = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        paths = module.startswith("pathlib") and name in ("PosixPath", "WindowsPath", "PurePosixPath")
-        plain = paths or (module, name) in (("torch", "Size"), ("collections", "OrderedDict"))
-        kinds = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
-        places = module == "torch.serialization" and name == "_get_layout"
-        if plain or kinds or places or (ours and name in self.records):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint's metadata never does")
 
 
 class _Zero(SavedPolicy):
@@ -315,7 +279,7 @@ class _Zero(SavedPolicy):
         except Exception as error:
             raise ConfigError(
                 f"{self.path}: DeepSpeed can't put its weights together, a file is missing, cut off or damaged: "
-                f"{_short(error)}"
+                f"{short(error)}"
             ) from error
 
 
@@ -326,8 +290,3 @@ FACTS = "rap_lightning_facts"
 def _most(dtypes: list[torch.dtype]) -> torch.dtype:
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]
     return Counter(floating).most_common(1)[0][0] if floating else torch.float32
-
-
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]

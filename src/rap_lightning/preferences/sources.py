@@ -48,6 +48,11 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 """The name of a data set on the Hub, as opposed to a path."""
 MODEL_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 """The name of a model on the Hub, as opposed to a path; the oldest have no owner."""
+SPLIT_FLAGS = (
+    "Where a config of other data names it, give yours: --data.train_split NAME and --data.val_split NAME (null: the "
+    "usual one, if there is any); in commands other than fit, --split NAME."
+)
+"""What chooses splits, for messages of one that isn't there."""
 VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
 """What splits to validate on are usually called; the first that is there counts."""
 
@@ -119,13 +124,15 @@ def files_of(source: Source, split: str) -> list[tuple[str, str]] | None:
         return None
     if path.is_file():
         if split != "train":
-            raise DataError(f"{source.path} is one file and has the single split 'train'; {split!r} was asked for.")
+            raise DataError(
+                f"{source.path} is one file and has the single split 'train'; {split!r} was asked for. {SPLIT_FLAGS}"
+            )
         return [(str(path), path.name)]
     if _saved_to_disk(path) is not None:
         return None
     available = _builder_splits(source)
     if split not in available:
-        raise DataError(f"{source.path} has the splits {', '.join(available)}; {split!r} was asked for.")
+        raise DataError(f"{source.path} has the splits {', '.join(available)}; {split!r} was asked for. {SPLIT_FLAGS}")
     files = available[split]
     if any(kind_of(file) is None for file in files):
         return None
@@ -199,7 +206,7 @@ def _load(source: Source, split: str, *, streaming: bool) -> Any:
 
     available = splits_of(source)
     if split not in available:
-        raise DataError(f"{source.path} has the splits {', '.join(available)}; {split!r} was asked for.")
+        raise DataError(f"{source.path} has the splits {', '.join(available)}; {split!r} was asked for. {SPLIT_FLAGS}")
     path = _local(source)
     try:
         if path is not None and _saved_to_disk(path) is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import DataError
 from rap_lightning.world.data import BEST, FAMILIES_BY_DEFAULT
-from rap_lightning.world.make import make_world
+from rap_lightning.world.make import make_world, options_for
 
 
 class WorldDataModule(PreferenceDataModule):
@@ -55,6 +57,17 @@ class WorldDataModule(PreferenceDataModule):
             "contrast": contrast, "judge_noise": judge_noise, "on_policy": on_policy,
             "goal_share": goal_share, "goal_noise": goal_noise,
         }  # fmt: skip
+
+    def how_to_make(self, path: str) -> str:
+        """A sentence that says how to make a model that fit would make at ``path``; "" where it makes none there."""
+        source = self.sources[0].path
+        if Path(path) != Path(source) / "base":
+            return ""
+        defaults = {name: parameter.default for name, parameter in signature(make_world).parameters.items()}
+        others = [name for name, value in self._settings.items() if value != defaults[name]]
+        options = options_for(self._settings, others)
+        command = f"python -m rap_lightning.world {source} {options}".strip()
+        return f"fit makes it when it begins; to have it before (about a minute): {command}"
 
     def prepare_data(self) -> None:
         """Make the world, then fill the cache as every data module does."""

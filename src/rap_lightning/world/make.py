@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import shlex
 import shutil
 import statistics
 import tempfile
@@ -129,13 +130,32 @@ def _is_there(root: Path, settings: dict[str, Any]) -> bool:
     if record.is_file():
         found = KNOBS | json.loads(record.read_text())["settings"]
         if found != settings:
-            raise ValueError(
-                f"{root} holds a world with other settings: {found}, not {settings}; choose another folder"
-            )
+            raise ValueError(_other_settings(root, found, settings))
         return True
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise ValueError(f"{root} exists and holds no world; choose another folder")
     return False
+
+
+def options_for(settings: dict[str, Any], names: Iterable[str], fit: bool = False) -> str:
+    """Some of a world's settings as options of ``python -m rap_lightning.world``, or of fit."""
+
+    def flag(name: str) -> str:
+        return f"--data.{'world_seed' if name == 'seed' else name}" if fit else f"--{name}"
+
+    def shown(value: Any) -> str:
+        return shlex.quote(f"[{','.join(value)}]" if isinstance(value, list | tuple) else str(value))
+
+    return " ".join(f"{flag(name)} {shown(settings[name])}" for name in names)
+
+
+def _other_settings(root: Path, there: dict[str, Any], asked: dict[str, Any]) -> str:
+    """What differs, and the options with which fit takes the world that is there."""
+    names = [name for name in sorted(asked) if there.get(name) != asked[name]]
+    shown = "; ".join(f"{name} is {there.get(name)} there, {asked[name]} was asked for" for name in names)
+    other = "choose another folder (in fit: --data.source FOLDER --model.policy.path FOLDER/base)"
+    use = f"use it as it is (in fit: {options_for(there, names, fit=True)}), or " if "version" not in names else ""
+    return f"{root} holds a world with other settings: {shown}. To go on, {use}{other}."
 
 
 def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:

@@ -1,0 +1,100 @@
+"""Checkpoints of shards: a folder that this run can't read, and one of which a host kept its part."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.distributed.checkpoint import FileSystemWriter, save
+
+from conftest import called
+from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.checkpoints import newest_whole, refuse_damaged
+from rap_lightning.models.saved import open_saved
+from rap_lightning.models.sealed import folder_digests, seal_folder
+from rap_lightning.strategies import FSDP2, check_resumes
+
+
+def shards(folder: Path, run_key: str = "this") -> Path:
+    """What FSDP2 leaves, written by torch, in two files of shards."""
+    state = {f"state_dict.policy.{name}": torch.ones(4) for name in ("a", "b")}
+    save(state, storage_writer=FileSystemWriter(folder, thread_count=2), no_dist=True)
+    torch.save({"rap_lightning": {"run_key": run_key}}, folder / "meta.pt")
+    return folder
+
+
+def test_only_strategies_that_shard_go_on_from_a_folder(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "epoch=0-step=4.ckpt")
+    said = rf"{folder} is a checkpoint of shards.*configs/strategy/fsdp2\.yaml.*cpu-fsdp2\.yaml.*--trainer\.devices 1"
+    with pytest.raises(ConfigError, match=said):
+        check_resumes(SingleDeviceStrategy(), str(folder))
+    with pytest.raises(ConfigError, match=said):  # Trainer.fit in Python comes here
+        SealedCheckpoints().load_checkpoint(folder)
+    check_resumes(FSDP2(), str(folder))
+    check_resumes(SingleDeviceStrategy(), None)
+
+
+@pytest.mark.parametrize("given", ["its path", "last"])
+def test_fit_without_the_overlay_names_it_before_anything_is_loaded(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from rap_lightning import trainer_cli
+
+    monkeypatch.setattr(trainer_cli, "run_key_of", lambda options: "this")
+    folder = shards(tmp_path / "runs" / "version_0" / "epoch=0-step=4.ckpt")
+    path = str(folder) if given == "its path" else "last"
+    options = ["--model.policy.path", "nowhere", "--data.source", "nowhere", "--trainer.accelerator", "cpu"]
+    assert called("fit", *options, "--trainer.default_root_dir", str(tmp_path / "runs"), "--ckpt_path", path) == 2
+    said = capfd.readouterr().err
+    assert f"error: {folder} is a checkpoint of shards, which this run's strategy doesn't read" in said
+    assert "-c configs/strategy/fsdp2.yaml (-c configs/strategy/cpu-fsdp2.yaml on CPUs)" in said
+    assert "Traceback" not in said
+
+
+def test_shards_that_lie_on_another_host_are_named(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "new" / "step=8.ckpt")
+    older = shards(tmp_path / "new" / "step=4.ckpt")
+    seal_folder(older, folder_digests(older))
+    refuse_damaged(folder)
+    names = sorted(path.name for path in folder.glob("*.distcp"))
+    assert len(names) == 2
+    (folder / names[1]).unlink()
+    seal_folder(folder, folder_digests(folder))  # ranks seal what each sees: the digests of such a folder agree
+    with pytest.raises(ConfigError, match=rf"lacks 1 of its 2 files of shards: {names[1]}\. .*one shared file system"):
+        open_saved(folder)
+    with pytest.raises(ConfigError, match=rf"The newest whole one there is {older}"):
+        refuse_damaged(folder)
+    said: list[str] = []
+    assert newest_whole(tmp_path, lambda path: path.name == "step=8.ckpt", said.append) is None
+    assert any(f"passed over: {folder} lacks 1 of its 2 files" in line for line in said)
+    # the other host's folder has parts, and no list of them
+    (folder / ".metadata").unlink()
+    with pytest.raises(ConfigError, match=r"1 files of shards .* but not rank zero's list of them"):
+        open_saved(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"neither \.metadata \(FSDP2\) nor latest \(DeepSpeed\)"):
+        refuse_damaged(folder)
+
+
+def test_last_says_why_it_takes_none_of_what_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from rap_lightning import trainer_cli
+
+    monkeypatch.setattr(trainer_cli, "run_key_of", lambda options: "this")
+    runs = tmp_path / "runs"
+    other = shards(runs / "other.ckpt", run_key="another")
+    torn = shards(runs / "torn.ckpt")
+    sorted(torn.glob("*.distcp"))[0].unlink()
+    silent = shards(runs / "silent.ckpt")
+    (silent / "meta.pt").unlink()
+    options = ["--model.policy.path", "nowhere", "--data.source", "nowhere", "--trainer.accelerator", "cpu"]
+    called("fit", *options, "--trainer.default_root_dir", str(runs), "--ckpt_path", "last")
+    said = capfd.readouterr().err
+    assert f"passed over, of runs with other model, data or seed_everything options than this one: {other}\n" in said
+    assert f"passed over: {torn} lacks 1 of its 2 files of shards" in said
+    assert f"passed over: {silent} doesn't say which options it was trained with" in said
+    assert f"--ckpt_path last: none of the 3 checkpoints below {runs} will do, so this run begins at step 0" in said
