@@ -334,7 +334,7 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
         (["--max_length", 5000], "must be from 2 to what the model takes, 512"),
         (["--split", "tests"], "no split 'tests'"),
         (["--limit", 0], "--limit must be at least 1"),
-        ([*JUDGE, "--base", "not/here"], "--base not/here: not a folder here"),
+        ([*JUDGE, "--base", "not/here/there"], "--base not/here/there: no such folder, and not a Hub id"),
         (["--limits", 3], "--limits: no such option. Did you mean --limit?"),
         (["--guidance", 0.5], "--guidance has no effect without the parts controllability"),
         ([*JUDGE, "--against", 1], "against has no effect without a guidance above 0"),

@@ -127,7 +127,7 @@ COMMANDS = {
     "inspect": "missing: --source. Give it as an option, or in a config (--config FILE).\n  rap-lightning inspect",
     "inspect --source x --filters.mingap 1": "Did you mean --filters.min_gap?",
     "inspect --source x --max_length ten": "--max_length: expected a whole number or null; found 'ten'.",
-    "relabel --source x --output y --rewards ImplictReward": "Did you mean ImplicitReward?\n  There are Function, ",
+    "relabel --source x --output y --rewards ImplictReward": "Did you mean ImplicitReward?\n  There are ",
     "generate --prompts x --model y --output z --temprature 1": "Did you mean --temperature?",
     "generate --prompts x --model y --output z --engine Endpoint --engine.ur u": "Endpoint has no option ur. Did you",
     "score --source x --output y --judge RewardModl": "--judge RewardModl: no such class. Did you mean RewardModel?",
