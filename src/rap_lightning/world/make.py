@@ -119,7 +119,11 @@ def make_world(
         figures = _fill(work, settings)
         (work / "world.json").write_text(json.dumps({"settings": settings, "figures": figures}, indent=2) + "\n")
         work.chmod(0o755)
-        work.replace(root)
+        try:
+            work.replace(root)
+        except OSError:  # the first process of another host has made it meanwhile, on the disk that both share
+            if not _is_there(root, settings):
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"world: wrote {root}")
