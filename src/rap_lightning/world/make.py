@@ -121,9 +121,11 @@ def make_world(
         work.chmod(0o755)
         try:
             work.replace(root)
-        except OSError:  # the first process of another host has made it meanwhile, on the disk that both share
+        except OSError:
             if not _is_there(root, settings):
                 raise
+            print(f"world: another process has made {root} meanwhile, with these settings")
+            return
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"world: wrote {root}")
