@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # One node:                launch/torchrun.sh --config configs/llama-3.1-8b-instruct.yaml -c configs/strategy/fsdp2.yaml
 # Several (on each node):  NODES=4 NODE_RANK=0 MAIN=node0.cluster launch/torchrun.sh --config ...
+# Without GPUs:            GPUS=2 launch/torchrun.sh --config ... -c configs/strategy/cpu-fsdp2.yaml
+#   --trainer.default_root_dir (runs, by default) must be a folder that all nodes share, under the same path: of a
+#   sharded checkpoint each process writes its part there, and rank zero everything else. Sharded runs check it.
 # Elastic (on each node):  NODES=2:4 MAIN=node0.cluster launch/torchrun.sh --config ...
 #   a node may go or come; the run starts again with those that are there. Give --ckpt_path last, so that it goes on.
 set -euo pipefail

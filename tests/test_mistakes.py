@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, build, called, scored_rows, write_jsonl
+from conftest import ROOT, called, scored_rows, write_jsonl
 
 BASE = "model:\n  policy: {path: x}\ndata: {source: y}\n"
 
@@ -181,25 +181,25 @@ def test_the_last_place_that_gives_an_option_is_the_one_that_is_named(
 
 
 def test_splits_and_lengths_that_a_config_of_other_data_sets_are_told_with_their_flags(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A recipe on one's own pairs: train_prefs is no split of theirs, and its prompts are longer than all of theirs."""
-    pairs = scored_rows(6)
-    write_jsonl(tmp_path / "mine" / "train.jsonl", pairs)
-    build(tmp_path / "model")
-    recipe = ["--config", ROOT / "configs/smollm2-135m-instruct.yaml", "--trainer.accelerator", "cpu"]
-    own = ["--model.policy.path", tmp_path / "model", "--data.source", tmp_path / "mine", "--data.max_length", "192"]
-    own += ["--trainer.default_root_dir", tmp_path, "--trainer.max_steps", "1", "--trainer.precision", "32-true"]
-    assert called("fit", *recipe, *own, "--data.max_prompt_length", "512") == 2
+    pairs, folder = scored_rows(6), tmp_path / "mine"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", pairs)
+    one = write_jsonl(tmp_path / "one.jsonl", pairs)
+    recipe = ["fit", "--config", ROOT / "configs/smollm2-135m-instruct.yaml", "--trainer.accelerator", "cpu"]
+    recipe += ["--model.policy.path", tiny, "--data.max_length", "192", "--trainer.default_root_dir", tmp_path]
+    for source, there in ((folder, "has the splits train"), (one, "has the single split 'train'")):
+        assert called(*recipe, "--data.source", source) == 2
+        said = capfd.readouterr().err
+        assert (
+            f"{source.name} {'is one file and ' if source == one else ''}{there}; 'train_prefs' was asked for." in said
+        )
+        assert "--data.train_split NAME and --data.val_split NAME (null: " in said
+    named = ["--data.train_split", "train", "--data.val_split", "null", "--trainer.val_check_interval", "1.0"]
+    recipe += ["--data.source", folder, *named, "--export.enabled", "false"]
+    assert called(*recipe) == 2
     said = capfd.readouterr().err
     assert "from 1 to max_length - 1 = 191, found 512. Set --data.max_prompt_length, or raise --data.max_length" in said
-    assert called("fit", *recipe, *own) == 2
-    said = capfd.readouterr().err
-    assert "mine has the splits train; 'train_prefs' was asked for." in said
-    assert "--data.train_split NAME and --data.val_split NAME" in said
-    write_jsonl(tmp_path / "one.jsonl", pairs)
-    assert called("fit", *recipe, *own, "--data.source", tmp_path / "one.jsonl") == 2
-    assert "--data.train_split NAME" in capfd.readouterr().err
-    # and they do it
-    splits = ["--data.train_split", "train", "--data.val_split", "null", "--data.max_prompt_length", "64"]
-    assert called("fit", *recipe, *own, *splits) == 0, capfd.readouterr().err
+    assert called(*recipe, "--data.max_prompt_length", "64") == 0, capfd.readouterr().err

@@ -1,6 +1,12 @@
 """Checkpoints of shards: a folder that this run can't read, and one of which a host kept its part."""
 
+import json
+import os
+import shlex
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from conftest import called
+from conftest import ROOT, called
 from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.checkpoints import newest_whole, refuse_damaged
@@ -98,3 +104,63 @@ def test_last_says_why_it_takes_none_of_what_lies_there(
     assert f"passed over: {torn} lacks 1 of its 2 files of shards" in said
     assert f"passed over: {silent} doesn't say which options it was trained with" in said
     assert f"--ckpt_path last: none of the 3 checkpoints below {runs} will do, so this run begins at step 0" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_documented_command_runs_the_quickstart_on_two_nodes_and_what_it_leaves_is_gone_on_from_and_exported(
+    tmp_path: Path,
+) -> None:
+    """launch/torchrun.sh as docs/scaling.md has it, both nodes on this machine and in one folder."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    programs = {"torchrun": "-m torch.distributed.run", "rap-lightning": "-m rap_lightning.cli"}
+    for name, module in programs.items():
+        script = tmp_path / "bin" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
+        script.chmod(0o755)
+    (command,) = {
+        line.partition("launch/torchrun.sh ")[2]
+        for line in (ROOT / "docs/scaling.md").read_text().splitlines()
+        if line.startswith("NODES=2 ")
+    }
+    small = ["--data.base_steps", "30", "--data.train_pairs", "80", "--data.test_pairs", "20", "--trainer.max_epochs"]
+    small += ["1", "--trainer.callbacks", "[]", "--checkpoint.every_n_train_steps", "1"]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    cluster = {"NODES": "2", "MAIN": "localhost", "PORT": str(port), "GPUS": "1"}
+    run = [ROOT / "launch/torchrun.sh", *shlex.split(command), *small]
+    nodes = [
+        subprocess.Popen(
+            run, cwd=tmp_path, env=environment | cluster | {"NODE_RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=600)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)[-4000:]
+    assert (tmp_path / "runs/world/base/model.safetensors").is_file()
+    (folder,) = (path for path in tmp_path.glob("runs/version_0/checkpoints/*.ckpt") if not path.is_symlink())
+    assert folder.is_dir()
+    refuse_damaged(folder)
+    repeat = json.loads((tmp_path / "runs/version_0/run.json").read_text())["repeat"]
+    assert "torchrun --nnodes=2 --nproc_per_node=1 --node_rank=" in repeat
+    assert f"--master_addr=localhost --master_port={port} --no-python rap-lightning fit --config" in repeat
+
+    def alone(*options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "rap_lightning.cli", *map(str, options)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+
+    fit = ["fit", "-c", "configs/quickstart.yaml", *small, "--ckpt_path", folder, "--data.batch_size", "64"]
+    plain = alone(*fit)
+    assert plain.returncode == 2
+    assert "is a checkpoint of shards" in plain.stderr
+    more = alone(*fit, "-c", "configs/strategy/cpu-fsdp2.yaml", "--trainer.devices", "1", "--trainer.max_epochs", "2")
+    assert more.returncode == 0, more.stderr[-3000:]
+    assert alone("export", "--checkpoint", folder, "--output", "whole").returncode == 0
+    next(folder.glob("__1_*.distcp")).unlink()
+    torn = alone("export", "--checkpoint", folder, "--output", "torn")
+    assert torn.returncode == 2
+    assert "lacks 1 of its 2 files of shards: __1_0.distcp. Rank R writes" in torn.stderr

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import correlation, fmean, stdev
+from typing import Any
 
 import pytest
 from jsonargparse import ArgumentParser
@@ -19,7 +20,7 @@ from conftest import ROOT, called, pair_of
 from rap_lightning import cli
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.goals import OverallGoal
-from rap_lightning.world import attributes, make_pairs, make_prompts, make_world, score
+from rap_lightning.world import attributes, make, make_pairs, make_prompts, make_world, score
 from rap_lightning.world.data import GOAL_MESSAGE, STRAYS, Pair, respond
 from rap_lightning.world.datamodule import WorldDataModule
 from rap_lightning.world.make import pair_figures
@@ -195,6 +196,23 @@ def test_another_world_in_the_folder_is_told_by_what_differs_and_the_flags_that_
     flags = shlex.split(said[said.index("--data.families") : said.index("), or choose")])
     given = parser.parse_args([*flags, "--data.source", str(tmp_path)]).data
     assert (given.families, given.world_seed) == (["words"], 1)
+
+
+def test_a_world_that_another_host_makes_meanwhile_on_a_shared_disk_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"train_pairs": 20, "test_pairs": 10, "base_steps": 2}
+    fill, root = make._fill, tmp_path / "world"
+
+    def both(folder: Path, settings: Any) -> Any:
+        monkeypatch.setattr(make, "_fill", fill)
+        make_world(root, **small)
+        return fill(folder, settings)
+
+    monkeypatch.setattr(make, "_fill", both)
+    make_world(root, **small)
+    assert "another process has made" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["world"], "nothing is left beside it"
 
 
 def test_plan_says_how_to_make_the_quickstarts_model_before_it_is_there(

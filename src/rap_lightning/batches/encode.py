@@ -80,9 +80,9 @@ class Encoder:
         self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         if not 1 <= self.max_prompt_length < max_length:
             raise ConfigError(
-                f"max_prompt_length must be from 1 to max_length - 1 = {max_length - 1}, found {self.max_prompt_length}. "
-                f"Set --data.max_prompt_length, or raise --data.max_length {max_length} (without data. in other commands "
-                "than fit and plan; a config may have set either)."
+                f"max_prompt_length must be from 1 to max_length - 1 = {max_length - 1}, found "
+                f"{self.max_prompt_length}. Set --data.max_prompt_length, or raise --data.max_length {max_length} "
+                "(without data. in commands other than fit and plan); a config may have set either."
             )
         self.placement = resolve_placement(tokenizer, goal.placement if goal else "auto")
         self.system_shown = shows_system(tokenizer)

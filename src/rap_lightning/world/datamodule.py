@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from inspect import signature
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import DataError
@@ -71,8 +76,20 @@ class WorldDataModule(PreferenceDataModule):
 
     def prepare_data(self) -> None:
         """Make the world, then fill the cache as every data module does."""
-        try:
-            make_world(self.sources[0].path, **self._settings)
-        except ValueError as error:
-            raise DataError(str(error)) from error
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+            self._make_apart()
+        else:
+            try:
+                make_world(self.sources[0].path, **self._settings)
+            except ValueError as error:
+                raise DataError(str(error)) from error
         super().prepare_data()
+
+    def _make_apart(self) -> None:
+        """In a process of its own, on a host but the first: in a group, transformers saves models on rank zero only."""
+        options = shlex.split(options_for(self._settings, self._settings))
+        command = [sys.executable, "-m", "rap_lightning.world", self.sources[0].path, *options]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        if made.returncode:
+            raise DataError(made.stderr.strip().rpartition("error: ")[2] or f"{shlex.join(command)} failed")
+        print(made.stdout, end="")

@@ -119,7 +119,13 @@ def make_world(
         figures = _fill(work, settings)
         (work / "world.json").write_text(json.dumps({"settings": settings, "figures": figures}, indent=2) + "\n")
         work.chmod(0o755)
-        work.replace(root)
+        try:
+            work.replace(root)
+        except OSError:
+            if not _is_there(root, settings):
+                raise
+            print(f"world: another process has made {root} meanwhile, with these settings")
+            return
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"world: wrote {root}")
