@@ -177,7 +177,7 @@ def test_parts_of_other_settings_are_not_mixed_nor_lost(
         "--limit 3": "prompts: 7 there, 3 now", "--seed 1": "seed: 0 there, 1 now", "--format auto": "data:",
         "an earlier version's file": "does not say how",
     }[change] in said  # fmt: skip
-    assert ("--parts [unlearning, discrimination]" in said) is (change != "--seed 1"), (
+    assert ("--parts '[unlearning,discrimination]'" in said) is (change != "--seed 1"), (
         "another seed doesn't go on there"
     )
     assert "another --output" in said
@@ -203,3 +203,19 @@ def test_what_is_left_out_is_said_once(
     run = make_run(tmp_path / "version_0", model, DATA)
     assert called("--model", run / "hf", "--source", own_rows, "--scale_points", 2, "--bins", 1) == 0
     assert capsys.readouterr().out.count("left out: controllability") == 1
+
+
+def test_extrapolation_does_not_outlive_the_training_data_it_was_compared_with(
+    own_rows: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "version_0", model, DATA)
+    measure = ("--model", run / "hf", "--source", own_rows, *OBEDIENT, "--parts")
+    assert called(*measure, "[extrapolation,controllability]") == 0
+    train = own_rows / "train.jsonl"
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[:4]))
+    assert called(*measure, "[length]") == 2
+    assert "training data:" in capsys.readouterr().err
+    assert called(*measure, "[extrapolation,length]") == 0, "measured again, it is of the data as they are"
+    found = document(run / "evaluation")
+    assert {"controllability", "extrapolation", "length"} <= found.keys()
+    assert found["extrapolation"]["training"]["responses"] == 7

@@ -1,5 +1,6 @@
 """A loss that is not what the trainer takes it for is refused before anything is loaded."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -41,19 +42,51 @@ def test_every_loss_of_the_package_passes_and_is_left_as_it_was(kind: Any) -> No
     ("change", "message"),
     [
         (torch.mean, r"Mine\.forward must return a tensor \[B\].*not their mean.*shape \[\]"),
-        (lambda v: torch.cat([v, v]), r"of 3 pairs it returned a tensor of shape \[6\]"),
-        (lambda v: v[:, None], r"shape \[3, 1\]"),
+        (lambda v: torch.cat([v, v]), r"of 4 pairs it returned a tensor of shape \[8\]"),
+        (lambda v: v[:, None], r"shape \[4, 1\]"),
         (lambda v: (v, {}), "a tuple"),
         (lambda v: None, "is there a return"),
-        (lambda v: v / 0, "not finite"),
         (torch.detach, "without a gradient"),
         (torch.neg, r"a step does not raise chosen \(its slope there is 0\.1\) and does not lower rejected"),
-        (lambda v: v + missing, "raised NameError on made-up numbers.*test_losses_contract.py, line"),  # noqa: F821
     ],
 )
 def test_what_forward_returns_is_checked(change: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_loss(forward_is(change))
+
+
+class _Locked(_Of):
+    def __init__(self) -> None:
+        super().__init__(0.1)
+        self.lock = threading.Lock()
+
+
+def _on_meta() -> PreferenceLoss:
+    loss = DPO()
+    loss.register_buffer("mean", torch.zeros(1, device="meta"))
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (forward_is(lambda v: v / 0), "forward returned .*inf"),
+        (forward_is(lambda v: v + missing), "raised NameError.*test_losses_contract.py, line"),  # noqa: F821
+        (_Locked(), "it can't be copied"),
+        (_on_meta(), "it is on meta"),
+    ],
+)
+def test_what_made_up_numbers_say_nothing_of_is_told_and_let_through(loss: PreferenceLoss, why: str) -> None:
+    with pytest.warns(UserWarning, match=f"could not be tried on made-up numbers.*{why}"):
+        check_loss(loss)
+
+
+def test_random_numbers_of_the_run_are_those_without_the_check() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    check_loss(forward_is(lambda v: v * (1 + torch.rand(4))))
+    assert torch.equal(torch.rand(2), expected)
 
 
 def test_a_sign_that_is_meant_is_let_through_with_its_reason() -> None:

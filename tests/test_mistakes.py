@@ -203,3 +203,21 @@ def test_splits_and_lengths_that_a_config_of_other_data_sets_are_told_with_their
     said = capfd.readouterr().err
     assert "from 1 to max_length - 1 = 191, found 512. Set --data.max_prompt_length, or raise --data.max_length" in said
     assert called(*recipe, "--data.max_prompt_length", "64") == 0, capfd.readouterr().err
+
+
+def test_an_error_that_ones_own_code_had_handled_is_no_cause_of_the_next() -> None:
+    from rap_lightning.errors import ConfigError
+    from rap_lightning.mistakes import causes
+
+    def own() -> None:
+        try:
+            raise ConfigError("handled")
+        except ConfigError:
+            {}["missing"]
+
+    with pytest.raises(KeyError) as caught:
+        own()
+    assert list(causes(caught.value)) == [caught.value]
+    wrapped = RuntimeError("told")
+    wrapped.__cause__ = ConfigError("beneath")
+    assert list(causes(wrapped)) == [wrapped, wrapped.__cause__]

@@ -205,11 +205,12 @@ class PreferenceDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Fill the on-disk cache once per machine, before the other processes read it."""
         stage = str(self.trainer.state.fn.value) if self.trainer is not None and self.trainer.state.fn else "fit"
-        wanted = {"fit": {self.train_split, self.validation_split()}, "predict": set()}
+        validation = self.validation_split()
+        wanted = {"fit": [self.train_split, validation], "predict": []}
         self._fit_scale()
-        for split in wanted.get(stage, {self.validation_split()}) - {None}:
-            if not (self.streaming and split == self.train_split):
-                self._encode(str(split))
+        for split in dict.fromkeys(wanted.get(stage, [validation])):
+            if split is not None and not (self.streaming and split == self.train_split):
+                self._encode(split)
 
     def setup(self, stage: str) -> None:
         """Load what the stage needs; raises DataError with what is wrong before any model is loaded."""

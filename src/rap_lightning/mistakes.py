@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 else:
     _Parser = object
 
+LIBRARIES = ("rap_lightning", "lightning", "jsonargparse", "argparse", "yaml", "torch", "transformers", "inspect")
 FEW = 12
 """Names that are listed beside the nearest one."""
 OURS = ("rap_lightning.", "torch.optim.")
@@ -85,12 +86,25 @@ def explained(parser: Any, message: str, error: BaseException | None = None) -> 
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, and those beneath it."""
+    """An exception, and those beneath it: what it was raised from, and what a library was at when it raised it.
+
+    What a user's own code had caught before something else went wrong in it is no cause.
+    """
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
         yield error
-        error = error.__cause__ or error.__context__
+        within = None if error.__suppress_context__ or raised_in(error) not in LIBRARIES else error.__context__
+        error = error.__cause__ or within
+
+
+def raised_in(error: BaseException) -> str:
+    """The package whose code raised an exception."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    name = str(last.tb_frame.f_globals.get("__name__", "")) if last is not None else ""
+    return name.partition(".")[0]
 
 
 def _fault(texts: Iterable[str]) -> _Fault:

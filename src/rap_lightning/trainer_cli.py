@@ -41,7 +41,7 @@ from rap_lightning.deepspeed import refuse_in_config
 from rap_lightning.errors import ConfigError, UserError
 from rap_lightning.help_text import Filled, arrange_trainer
 from rap_lightning.losses import PreferenceLoss
-from rap_lightning.mistakes import Explains, causes, configs_named, content_of
+from rap_lightning.mistakes import LIBRARIES, Explains, causes, configs_named, content_of, raised_in
 from rap_lightning.models.checkpoints import count, newest_whole, refuse_damaged, run_key
 from rap_lightning.models.held import AdapterAsLoaded
 from rap_lightning.models.reference import Reference
@@ -198,26 +198,12 @@ def _refuse_nulls(section: str, kind: type, options: Any) -> None:
         refuse_nulls(owner, options.get("init_args") or options, f"--{section}")
 
 
-LIBRARIES = ("rap_lightning", "lightning", "jsonargparse", "argparse", "yaml", "torch", "transformers", "inspect")
-
-
 def _told(error: Exception) -> Exception:
     """The error of ours that is beneath what jsonargparse makes of it; else, of a library's refusal, its text."""
     chain = list(causes(error))
     if ours := [one for one in chain if isinstance(one, UserError)]:
         return ours[-1]
-    last = chain[-1].__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    place = str(last.tb_frame.f_globals.get("__name__", "")) if last is not None else ""
-    if place.partition(".")[0] not in (
-        "rap_lightning",
-        "lightning",
-        "jsonargparse",
-        "torch",
-        "transformers",
-        "inspect",
-    ):
+    if raised_in(chain[-1]) not in LIBRARIES:
         return error  # of the user's own class: its stack is what they need
     text = (str(chain[-1]).strip().splitlines() or [""])[0]
     return ConfigError(f"the options can't be used: {type(chain[-1]).__name__}: {text}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import traceback
+import warnings
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from rap_lightning.losses.base import PreferenceLoss
 def check_loss(loss: PreferenceLoss) -> None:
     """Call a copy of a loss once, on a few pairs where policy and reference agree; takes milliseconds.
 
+    Where that can't be done (it raises, is not finite, can't be copied) a warning says so, and the run goes on.
+
     Checked are: what ``forward`` is called with and returns, ``implicit_rewards``, that ``terms`` are those that
     ``term_names`` says, and that a step raises chosen and lowers rejected, unless ``at_zero_margin`` says why not.
 
@@ -28,13 +31,34 @@ def check_loss(loss: PreferenceLoss) -> None:
     if "_modules" not in vars(loss):
         raise ConfigError(f"{name}.__init__ must call super().__init__(beta), before it sets anything.")
     _check_signature(loss)
-    loss = copy.deepcopy(loss).train()  # of a loss that keeps running means the run's own stay as they are
-    pairs = max(3, loss.least_pairs)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return  # a loss that sums over ranks would wait for them, and the first module of the process was checked
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _try(loss)
+    except _Untried as reason:
+        warnings.warn(f"{name} could not be tried on made-up numbers: {reason}", stacklevel=2)
+
+
+class _Untried(Exception):
+    """Made-up numbers say nothing of this loss."""
+
+
+def _try(loss: PreferenceLoss) -> None:
+    name = type(loss).__name__
+    try:
+        loss = copy.deepcopy(loss).train()  # of a loss that keeps running means the run's own stay as they are
+    except Exception as error:
+        raise _Untried(f"it can't be copied: {error}") from error
+    held = [*loss.parameters(), *loss.buffers()]
+    if any(value.device.type != "cpu" for value in held):
+        raise _Untried(f"it is on {held[0].device}")
+    pairs = max(4, loss.least_pairs)
     chosen, rejected = (torch.full((pairs,), -30.0, requires_grad=True) for _ in range(2))
     policy = _logps(chosen, rejected, loss, collisions=loss.needs_collisions)
     same = _logps(chosen.detach(), rejected.detach(), loss)
     reference = same if loss.needs_reference else None
-    rewards = PairRewards(torch.full((pairs,), 8.0), torch.full((pairs,), 3.0), torch.ones(pairs, dtype=torch.bool))
+    rewards = PairRewards(torch.full((pairs,), 0.8), torch.full((pairs,), 0.3), torch.ones(pairs, dtype=torch.bool))
     with torch.enable_grad():
         losses = _called(loss, "forward", loss.per_pair, policy, reference, rewards)
         _check_values(f"{name}.forward", losses, pairs, "the loss of each pair, not their mean")
@@ -93,9 +117,9 @@ def _called(loss: PreferenceLoss, method: str, function: Any, *args: Any) -> Any
         raise
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"{type(loss).__name__}.{method} raised {type(error).__name__} on made-up numbers: {error} "
-            f"({last.filename}, line {last.lineno}: {last.line}). docs/own-loss.md says what it is given."
+        raise _Untried(
+            f"{method} raised {type(error).__name__}: {error} ({last.filename}, line {last.lineno}: {last.line}). "
+            "docs/own-loss.md says what it is given."
         ) from error
 
 
@@ -107,7 +131,7 @@ def _check_values(what: str, values: Any, pairs: int, meaning: str) -> None:
     elif not values.is_floating_point():
         found = f"a tensor of {values.dtype}"
     elif not values.isfinite().all():
-        found = f"{values.tolist()}, which is not finite"
+        raise _Untried(f"{what} returned {values.tolist()}")
     else:
         return
     raise ConfigError(f"{what} must return a tensor [B] of float32, {meaning}; of {pairs} pairs it returned {found}.")

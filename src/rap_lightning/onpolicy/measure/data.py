@@ -19,7 +19,7 @@ from rap_lightning.preferences.relabel import Relabelling
 from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import LinearScale
-from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, having, splits_among
+from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, fingerprint, having, splits_among
 
 TRAIN = "train"
 
@@ -136,6 +136,13 @@ def read_seen(sources: Sequence[Source], rules: Rules, num_proc: int | None) -> 
     if not rewards:
         raise DataError(f"{', '.join(s.path for s in sources)} (split {TRAIN}): no reward.")
     return Seen(best, float(np.percentile(rewards, 99)), len(rewards), TRAIN)
+
+
+def training_print(sources: Sequence[Source]) -> str:
+    """A digest of the training split, without reading it; "" where there is none."""
+    if TRAIN not in splits_among(sources):
+        return ""
+    return " ".join(fingerprint(source, TRAIN) for source in having(sources, TRAIN))
 
 
 def _on_scale(rewards: list[float], rules: Rules) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 from rap_lightning import __version__
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.lines import digest_of
-from rap_lightning.onpolicy.measure.data import Evaluated
+from rap_lightning.onpolicy.measure.data import Evaluated, training_print
 from rap_lightning.onpolicy.measure.plan import OF_LIKELIHOODS, OF_SAMPLES, PARTS, Part, Plan
 from rap_lightning.preferences.pairs import shown
 
@@ -21,8 +21,13 @@ ABOUT_SAMPLES = (
 """Keys of the document that tell of samples, beside the parts."""
 GOES_ON = {"split", "prompts", "data", "goals", "samples", "greedy"}
 """Settings that may change within a folder: what is done already is of use all the same."""
+OF_GROUP: dict[str, tuple[Part, ...]] = {
+    "training": ("extrapolation",), "samples": OF_SAMPLES, "log-probabilities": OF_LIKELIHOODS
+}  # fmt: skip
+"""The parts that depend on a group of settings; the group ``all`` is of every part."""
 Settings = dict[str, dict[str, Any]]
-"""What figures depend on: of all parts, and of those of samples and of log-probabilities where they are measured."""
+"""What figures depend on: of all parts, of what is compared with training, and of those of samples and of
+log-probabilities where they are measured."""
 
 
 def settings_of(plan: Plan, evaluated: Evaluated) -> Settings:
@@ -35,12 +40,14 @@ def settings_of(plan: Plan, evaluated: Evaluated) -> Settings:
             "prompts": len(evaluated.prompt_ids),
             "seed": plan.seed,
             "data": digest_of([[pair.id, pair.rewards, pair.attributes] for pair in evaluated.pairs]),
-        }
+        },
+        "training": {"training data": training_print(plan.sources)},
     }
     if set(plan.parts) & set(OF_SAMPLES):
         assert plan.judge is not None, "parts of samples have a judge"
         settings["samples"] = {
             "judge": [type(plan.judge).__name__, digest_of(plan.judge.settings())],
+            "engine": [type(plan.engine).__name__, plan.engine.settings()],
             "goals": plan.goals,
             "sampling": asdict(plan.sampling),
             "samples": plan.samples,
@@ -105,6 +112,8 @@ class Earlier:
         names = set[str]()
         for run in self.runs:
             for group, now in self.settings.items():
+                if group in OF_GROUP and not set(run["parts"]) & set(OF_GROUP[group]):
+                    continue  # of what that run measured in this way nothing stands
                 there = run["settings"].get(group, now)
                 differ = [name for name in {**there, **now} if there.get(name) != now.get(name)]
                 names |= set(differ)
@@ -112,8 +121,8 @@ class Earlier:
                     f"{name}: {shown(there.get(name), 100)} there, {shown(now.get(name), 100)} now" for name in differ
                 ]
         if changed:
-            every = ", ".join(part for part in PARTS if part in {*self.stands, *self.parts})
-            whole = f" Or measure all of it in this way: --parts [{every}]." if names <= GOES_ON else ""
+            every = ",".join(part for part in PARTS if part in {*self.stands, *self.parts})
+            whole = f" Or measure all of it in this way: --parts '[{every}]'" if names <= GOES_ON else ""
             raise ConfigError(
                 f"{path} holds {', '.join(self.stands)} of another evaluation, and one file never mixes two: "
                 f"{'; '.join(dict.fromkeys(changed))}. Name another --output, or remove {path.parent}.{whole}"
