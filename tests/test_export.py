@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -512,7 +513,7 @@ def test_the_card_tells_data_method_scale_and_how_to_prompt_and_no_path(runs: Pa
     assert str(runs.parent) not in card
     (code, *_) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
     code = code.replace('"my-model"', repr(str(tmp_path / "my-model")))
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         exec(code.replace("max_new_tokens=256", "max_new_tokens=2"), {})  # what the card shows must run
     # a server answers only for the model by the very text that it was started with
     (served,) = re.findall(r"^transformers serve (\S+)$", body, re.MULTILINE)
