@@ -124,7 +124,7 @@ def small(args: list[str]) -> list[str]:
         given = set(args)
         args += [part for key, value in zip(short[::2], short[1::2], strict=True) if key not in given
                  for part in (key, value)]  # fmt: skip
-    if "configs/quickstart.yaml" in args:
+    if any(arg.endswith("/quickstart.yaml") for arg in args):
         args += [
             "--data.train_pairs",
             "40",

@@ -111,3 +111,14 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "can't be written" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_classes_that_exist_only_while_a_program_runs_are_passed_over() -> None:
+    import torch
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    from rap_lightning.commands.schema import config_schema
+
+    held = LightningOptimizer(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+    assert type(held).__name__ == "LightningAdamW"
+    assert "LightningAdamW" not in json.dumps(config_schema())

@@ -365,20 +365,27 @@ def class_names(kind: Any) -> list[str]:
     >>> class_names(int)
     []
     """
-    from jsonargparse._typehints import get_all_subclass_paths, get_help_types
-    from jsonargparse._util import import_object
-
-    def classes() -> Iterator[Any]:
-        for path in get_all_subclass_paths(kind):
-            try:
-                yield import_object(path)
-            except (ImportError, AttributeError):  # made while a program runs, as Lightning's wrapped optimizers
-                continue
+    from jsonargparse._typehints import get_help_types
 
     bases = get_help_types(kind) or ()
-    kinds = [one for one in classes() if not inspect.isabstract(one)]
+    kinds = [one for _, one in subclasses_of(kind) if not inspect.isabstract(one)]
     kinds = [one for one in kinds if one not in bases] or kinds
     return sorted({one.__name__ for one in kinds}, key=str.lower)
+
+
+def subclasses_of(kind: Any) -> Iterator[tuple[str, Any]]:
+    """Import paths of the classes that a type of an option takes, with the classes.
+
+    Those that exist only while a program runs are passed over: Lightning makes such of optimizers.
+    """
+    from jsonargparse._typehints import get_all_subclass_paths
+    from jsonargparse._util import import_object
+
+    for path in get_all_subclass_paths(kind):
+        try:
+            yield path, import_object(path)
+        except (ImportError, AttributeError):
+            continue
 
 
 def configs_named(args: Sequence[str]) -> list[str]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse._completions_jsonschema import ParserJsonschema, new_object
-from jsonargparse._typehints import get_all_subclass_paths
 from jsonargparse._util import get_import_path
 
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
+from rap_lightning.mistakes import subclasses_of
 
 DESCRIBED = ("rap_lightning.", "lightning.pytorch.", "torch.optim.")
 """Packages whose classes are described with their options. Of others, and of yours, any option is accepted."""
@@ -105,7 +105,7 @@ class _Schema(ParserJsonschema):
 
 def _subclasses(kind: Any) -> list[str]:
     try:
-        return list(get_all_subclass_paths(kind))
+        return [path for path, _ in subclasses_of(kind)]
     except TypeError:  # a type of types has no list of subclasses
         return []
 
