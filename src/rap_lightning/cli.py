@@ -104,10 +104,9 @@ def _main(args: list[str]) -> None:
 
     adapt_to_terminal()
     try:
-        if any(arg.partition("=")[0] in ("-c", "--config") for arg in args):
-            from rap_lightning.commands.configs import refuse_absent
+        from rap_lightning.commands.configs import refuse_absent
 
-            refuse_absent(args)
+        refuse_absent(args)
         if args[0] in TRAINER_COMMANDS:
             from rap_lightning.trainer_cli import run
 
@@ -132,11 +131,9 @@ def _main(args: list[str]) -> None:
 
 def _is_lightnings_refusal(error: Exception) -> bool:
     """Whether Lightning itself refused the trainer's options: its text says what to do, and its stack says nothing."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    raised_in = str(last.tb_frame.f_globals.get("__name__", "")) if last is not None else ""
-    ours = isinstance(error, ValueError | TypeError) and raised_in.startswith("lightning.")
+    from rap_lightning.mistakes import raised_in
+
+    ours = isinstance(error, ValueError | TypeError) and raised_in(error) == "lightning"
     return ours or type(error).__name__ == "MisconfigurationException"
 
 

@@ -1,6 +1,17 @@
 """The errors a user can cause. The command line prints their text alone, without a traceback."""
 
 import sys
+from collections.abc import Sequence
+
+
+def few(names: Sequence[object], most: int = 4) -> str:
+    """The first of many, and how many more there are.
+
+    >>> few(["a", "b"]), few("abcdef")
+    ('a, b', 'a, b, c, d and 2 more')
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def say(message: object) -> None:

@@ -359,9 +359,9 @@ def _subclasses(parser: Any, keys: list[str], owners: list[str]) -> list[str]:
 def class_names(kind: Any) -> list[str]:
     """Names of the classes that a type of an option takes, without abstract ones and, where there are others, its own.
 
-    >>> from rap_lightning.preferences.goals import GoalTemplate
-    >>> class_names(GoalTemplate | None)
-    ['AttributeGoal', 'OverallGoal']
+    >>> from rap_lightning.schedules import Schedule
+    >>> class_names(Schedule | None)
+    ['ConstantWithWarmup', 'CosineWithWarmup']
     >>> class_names(int)
     []
     """

@@ -323,16 +323,10 @@ def losses_by_family() -> str:
     return "\n\n".join(["", head, *blocks])
 
 
-UNSAID = (
-    "litlogger",
-    "An KeyboardInterrupt was raised",  # Checkpoints names the checkpoint to go on from
-)
-
-
 def _quieten() -> None:
     """Leave out advertisements, and deprecations that only Lightning's, peft's or torch's authors can act on."""
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in UNSAID))
+        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=r".*recommended to use .self.log.*sync_dist.*")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")

@@ -46,7 +46,7 @@ class ExportHF(pl.Callback):
         if self._writes(trainer, pl_module):
             assert isinstance(pl_module, PreferenceModule), "looked at above"
             goal = pl_module.goal_record()
-            if goal is not None and is_trained(goal) and self.goal_in_template:
+            if is_trained(goal) and self.goal_in_template:
                 write_goals_by_itself(pl_module.tokenizer, goal)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

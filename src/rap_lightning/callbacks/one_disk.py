@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, few
 
 WITHIN = 10.0
 """Seconds after which a file that another host wrote must be seen: network file systems remember what wasn't there."""
@@ -56,9 +56,8 @@ def refuse_apart(strategy: Any, folder: Path) -> None:
         with suppress(OSError):
             (folder / name).unlink()
     if found := [one for one in blind if one]:
-        shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
         error = ConfigError(
-            f"{shown} can't see what rank 0 on {first} writes to {folder.absolute()}. "
+            f"{few(found)} can't see what rank 0 on {first} writes to {folder.absolute()}. "
             "Each rank writes its part of a sharded checkpoint there, so it must be on one file system that all hosts "
             "share. Set --trainer.default_root_dir (or --checkpoint.dirpath) to such a folder, by the same path."
         )

@@ -85,8 +85,8 @@ class RunRecord(pl.Callback):
         self._write_run(trainer)
         before, here = self._sessions.earlier[-1]["folder"] or self._sessions.checkpoint, run_folder(trainer)
         rank_zero_info(
-            f"going on from step {self._sessions.from_step} of {_near(before)}; this session writes to {here}, and "
-            f"`rap-lightning report {here}` shows the run from its beginning"
+            f"going on from step {self._sessions.from_step} of {_near(before, Path.cwd())}; this session writes to "
+            f"{here}, and `rap-lightning report {here}` shows the run from its beginning"
         )
 
     @rank_zero_only
@@ -133,9 +133,9 @@ def _named(exception: BaseException) -> str:
     return type(exception).__name__
 
 
-def _near(path: str) -> str:
-    """As seen from here, where it is below."""
-    place, here = Path(path), Path.cwd().resolve()
+def _near(path: str, here: Path) -> str:
+    """As seen from a folder, where it is below."""
+    place = Path(path)
     return str(place.relative_to(here)) if place.is_relative_to(here) else path
 
 
@@ -166,8 +166,8 @@ def _repeat(here: Path, folder: Path) -> str | None:
     config = folder.resolve() / "config.yaml"
     if not config.is_file():
         return None
-    shown = os.path.relpath(config, here) if config.is_relative_to(here) else str(config)
-    return f"cd {shlex.quote(str(here))} && {_launcher()}rap-lightning fit --config {shlex.quote(shown)}"
+    line = f"{_launcher()}rap-lightning fit --config {shlex.quote(_near(str(config), here))}"
+    return f"cd {shlex.quote(str(here))} && {line}"
 
 
 def _launcher() -> str:

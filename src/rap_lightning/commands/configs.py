@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.mistakes import configs_named
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 """In a checkout a link to its configs/, in a wheel their copies."""
@@ -82,11 +83,7 @@ def refuse_absent(args: Sequence[str]) -> None:
     Raises:
         ConfigError: one is named and absent.
     """
-    for place, arg in enumerate(args):
-        option, equals, path = arg.partition("=")
-        if option not in ("-c", "--config"):
-            continue
-        path = path if equals else "".join(args[place + 1 : place + 2])
+    for path in configs_named(args):
         if path.endswith(".yaml") and path.removeprefix("configs/") in shipped() and not Path(path).exists():
             raise ConfigError(
                 f"--config {path}: no such file in {Path.cwd()}. It comes with rap-lightning: "

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import cleandoc
-from pathlib import Path
 from typing import Any, Literal
 
 from rap_lightning.errors import ConfigError
@@ -20,7 +19,7 @@ from rap_lightning.preferences.relabel import Mode, Relabelling
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.select import Selection
-from rap_lightning.preferences.sources import MODEL_ID, Source, having
+from rap_lightning.preferences.sources import Source, having, refuse_no_model
 
 command_line: list[str] = []
 """The command that runs, with its arguments, so that it can start others like itself."""
@@ -67,8 +66,7 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not Path(path).exists() and not MODEL_ID.fullmatch(path):
-        raise ConfigError(f"--tokenizer {path}: no such folder, and not a Hub id (org/name).")
+    refuse_no_model("--tokenizer", path)
     try:
         with contextlib.redirect_stderr(None):
             return restore_own_template(AutoTokenizer.from_pretrained(path))

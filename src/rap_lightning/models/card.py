@@ -30,7 +30,8 @@ def model_card(
     """
     base = facts.get("base_model") or {}
     hub_base = base_model or (base["name"] if base and not base["local"] else None)
-    goal = facts.get("goal") if is_trained(facts.get("goal")) else None
+    goal = facts.get("goal")
+    goal = goal if is_trained(goal) else None
     sections = [
         _opening(facts, title or name, base_model or base.get("name"), adapter),
         _prompting(goal, goal_in_template, name or "MODEL", adapter),

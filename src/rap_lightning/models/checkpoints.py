@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, few
 from rap_lightning.models.sealed import verify
 from rap_lightning.models.shards import refuse_incomplete
 
@@ -74,8 +74,7 @@ def newest_whole(root: Path, fits: Callable[[Path], bool], say: Callable[[str], 
         except ConfigError as error:
             say(f"passed over: {error}")
     if others:
-        shown = ", ".join(str(path) for path in others[:4]) + (f" and {len(others) - 4} more" if others[4:] else "")
-        say(f"passed over, of runs with other model, data or seed_everything options than this one: {shown}")
+        say(f"passed over, of runs with other model, data or seed_everything options than this one: {few(others)}")
     return found
 
 

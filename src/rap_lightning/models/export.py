@@ -235,7 +235,7 @@ def _write_rest(folder: Path, model: Any, tokenizer: Any, leaving: Leaving) -> N
     generation = type(model.generation_config).from_dict(model.generation_config.to_dict())
     generation.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
     generation.save_pretrained(folder)
-    if leaving.goal is not None and is_trained(leaving.goal) and leaving.goal_in_template:
+    if is_trained(leaving.goal) and leaving.goal_in_template:
         tokenizer = write_goals_by_itself(tokenizer, leaving.goal)
     tokenizer.init_kwargs.pop("local_files_only", None)  # of how it was loaded here, not of what it is
     tokenizer.save_pretrained(folder)

@@ -22,7 +22,7 @@ from rap_lightning.models.attention import attention_as_now, declared_windows, f
 from rap_lightning.models.logps import Head, sum_by_segment
 from rap_lightning.models.memory import activations_on_host
 from rap_lightning.preferences.baked import restore_own_template
-from rap_lightning.preferences.sources import MODEL_ID
+from rap_lightning.preferences.sources import refuse_no_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKPOINTING_FROM = 1_000_000_000  # parameters
@@ -481,8 +481,7 @@ def _with_adapter(model: Any, lora: Lora) -> Any:
 
 
 def _load(what: str, path: str, factory: Any, options: dict[str, Any]) -> Any:
-    if not Path(path).exists() and not MODEL_ID.fullmatch(path):
-        raise ConfigError(f"--model.policy.path {path}: no such folder, and not a Hub id (org/name).")
+    refuse_no_model("--model.policy.path", path)
     try:
         return factory.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, few
 
 LISTING = ".metadata"
 """What torch.distributed.checkpoint writes last, on rank zero: which tensor lies in which file."""
@@ -34,11 +34,10 @@ def refuse_incomplete(folder: Path) -> None:
         raise ConfigError(f"{folder} can't be read as a sharded checkpoint: {short(error)}") from error
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise ConfigError(
-            f"{folder} lacks {len(missing)} of its {len(names)} files of shards: {shown}. Rank R writes __R_*.distcp: "
-            "were they left on other hosts? All hosts of a run must write to one shared file system. Copy them "
-            "here from the same folder there, or go on from another checkpoint."
+            f"{folder} lacks {len(missing)} of its {len(names)} files of shards: {few(missing)}. Rank R writes "
+            "__R_*.distcp: were they left on other hosts? All hosts of a run must write to one shared file system. "
+            "Copy them here from the same folder there, or go on from another checkpoint."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences import codekeys
@@ -134,7 +134,7 @@ class GoalTemplate(ABC):
         }
 
 
-def is_trained(record: Mapping[str, Any] | None) -> bool:
+def is_trained(record: Mapping[str, Any] | None) -> TypeGuard[dict[str, Any]]:
     """Whether a model with this record has seen goals: not where it was trained on plain pairs (relabel none).
 
     Such a model's record says how goals would read, so that it can be asked for one all the same, as a baseline is.

@@ -151,7 +151,7 @@ def shown(value: Any, limit: int = 40) -> str:
     """A value for messages: short, and with everything that a terminal would obey escaped.
 
     >>> shown("a\\x1b[31m" + "b" * 100, 16)
-    "'a\\\\x1b[31mbbbbb..."
+    "'a\\\\x1b[31mbbbbbb..."
     """
     text = ascii(value[: limit * 2] if isinstance(value, str) else value)
     return text if len(text) <= limit else text[:limit] + "..."

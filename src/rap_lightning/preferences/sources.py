@@ -57,6 +57,12 @@ VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
 """What splits to validate on are usually called; the first that is there counts."""
 
 
+def refuse_no_model(option: str, path: str) -> None:
+    """Raise ConfigError where a model, named by an option, can be neither a folder nor on the Hub."""
+    if not Path(path).exists() and not MODEL_ID.fullmatch(path):
+        raise ConfigError(f"{option} {path}: no such folder, and not a Hub id (org/name).")
+
+
 def as_sources(source: str | Sequence[Source]) -> list[Source]:
     """One path, or several sources."""
     sources = [Source(source)] if isinstance(source, str) else list(source)
