@@ -220,7 +220,7 @@ def call(arguments: list[str], folder: Path) -> tuple[int | None, str, float]:
         sys.argv = ["rap-lightning", *arguments]
         code = 0
         try:
-            from rap_lightning.cli import main
+            from rap_lightning.cli.main import main
 
             main()
         except SystemExit as stop:
@@ -286,14 +286,14 @@ def prepared(work: Path) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
 
 def preload() -> None:
     for name in (
-        "torch", "peft", "transformers.models.llama.modeling_llama", "rap_lightning.trainer_cli",
+        "torch", "peft", "transformers.models.llama.modeling_llama", "rap_lightning.cli.trainer_cli",
         "rap_lightning.commands.inspect",
     ):  # fmt: skip
         import_module(name)
     import torch
     from lightning.pytorch.cli import LightningCLI
 
-    from rap_lightning.trainer_cli import PreferenceCLI
+    from rap_lightning.cli.trainer_cli import PreferenceCLI
 
     torch.set_num_threads(1)
     # the options of validate, test and predict are not looked at here, and take three quarters of the time

@@ -16,11 +16,11 @@ from collections import Counter
 
 import torch
 
-from rap_lightning.models.generate import Generation, left_pad
+from rap_lightning.models.generation import Generation, left_pad
 from rap_lightning.onpolicy.engines import Transformers
-from rap_lightning.onpolicy.model import Model
 from rap_lightning.onpolicy.prompts import read_prompts
 from rap_lightning.onpolicy.requests import Request, prompt_id_of
+from rap_lightning.onpolicy.sampled_model import Model
 
 
 def main() -> None:

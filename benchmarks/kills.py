@@ -37,7 +37,9 @@ COMBINATIONS = list(
 def server() -> Any:
     """What forks processes that have imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rap_lightning.trainer_cli", "transformers.models.llama.modeling_llama", "peft"])
+    context.set_forkserver_preload(
+        ["rap_lightning.cli.trainer_cli", "transformers.models.llama.modeling_llama", "peft"]
+    )
     first = context.Process(target=os.getpid)  # returns when everything has been imported
     first.start()
     first.join()
@@ -55,7 +57,7 @@ def command(arguments: list[str], log: str) -> None:
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as where the command line is started
-    from rap_lightning.cli import main
+    from rap_lightning.cli.main import main
 
     code = 0
     try:

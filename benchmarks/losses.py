@@ -28,9 +28,9 @@ from rap_lightning import DPO, PreferenceDataModule, PreferenceModule
 from rap_lightning.batches.types import Batch
 from rap_lightning.losses import BCO, IPO, SFT, Mixture
 from rap_lightning.models.policy import Lora, Policy, PolicyConfig
-from rap_lightning.models.reference import AdaptersOff
-from rap_lightning.models.synchronised import Synchronised
-from rap_lightning.schedules import ConstantWithWarmup
+from rap_lightning.models.references.base import AdaptersOff
+from rap_lightning.models.references.synchronised import Synchronised
+from rap_lightning.training.schedules import ConstantWithWarmup
 
 
 def contenders() -> dict[str, dict[str, Any]]:

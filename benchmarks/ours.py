@@ -25,8 +25,8 @@ def main() -> None:
     from rap_lightning import DPO, PreferenceDataModule, PreferenceModule, Stored
     from rap_lightning.batches.layouts import LAYOUTS
     from rap_lightning.models.policy import Lora, PolicyConfig
-    from rap_lightning.models.reference import Frozen
-    from rap_lightning.schedules import ConstantWithWarmup
+    from rap_lightning.models.references.base import Frozen
+    from rap_lightning.training.schedules import ConstantWithWarmup
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder = Path(tempfile.mkdtemp())

@@ -50,9 +50,9 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from rap_lightning import AdaptersOff, Frozen, PreferenceDataModule, PreferenceModule, Stored
-    from rap_lightning.models.held import AdapterAsLoaded
     from rap_lightning.models.policy import Lora, PolicyConfig
-    from rap_lightning.schedules import ConstantWithWarmup
+    from rap_lightning.models.references.policy_copy import AdapterAsLoaded
+    from rap_lightning.training.schedules import ConstantWithWarmup
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     kind, work = KINDS[a.kind], Path(a.work)

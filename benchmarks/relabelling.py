@@ -101,8 +101,8 @@ def _conditioned(row: dict[str, Any], swap: int) -> dict[str, Any]:
 
 
 def _blocks(source: str) -> Any:
-    from rap_lightning.preferences.read import read_blocks
-    from rap_lightning.preferences.report import DataReport
+    from rap_lightning.preferences.data_report import DataReport
+    from rap_lightning.preferences.read_pairs import read_blocks
     from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
 
@@ -111,8 +111,8 @@ def _blocks(source: str) -> Any:
 
 def side_view(source: str) -> dict[str, float]:
     """Relabelling alone, of pairs that were read before: columns to columns, nothing written."""
+    from rap_lightning.preferences.relabel_export import relabelled
     from rap_lightning.preferences.rules import Rules
-    from rap_lightning.preferences.written import relabelled
 
     _one_core()
     rules, seconds, pairs = Rules(), 0.0, 0

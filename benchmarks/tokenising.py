@@ -33,13 +33,13 @@ def main() -> None:
 
     from rap_lightning.batches.encode import Encoder
     from rap_lightning.batches.pair_encoder import PairEncoder
+    from rap_lightning.preferences.data_report import DataReport
     from rap_lightning.preferences.goals import OverallGoal
-    from rap_lightning.preferences.read import read_pairs
-    from rap_lightning.preferences.relabel import ORIGINS, Relabelling
-    from rap_lightning.preferences.report import DataReport
+    from rap_lightning.preferences.read_pairs import read_pairs
+    from rap_lightning.preferences.relabel_export import _relabel_rows
+    from rap_lightning.preferences.relabelling import ORIGINS, Relabelling
     from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
-    from rap_lightning.preferences.written import _relabel_rows
 
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)

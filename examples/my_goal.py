@@ -9,7 +9,7 @@ shows two pairs as they are trained on.
 from collections.abc import Sequence
 
 from rap_lightning import GoalTemplate, RewardScale
-from rap_lightning.preferences.asked import Number, Wording
+from rap_lightning.preferences.goal_spec import Number, Wording
 from rap_lightning.preferences.goals import OVERALL, Placement
 
 

@@ -136,7 +136,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def pairs_of(rows: list[dict[str, Any]], **rules: Any) -> tuple[list[Any], Any]:
     """The scored pairs of rows in memory, and the report; ``rules`` are those of Rules."""
-    from rap_lightning.preferences.detect import find_format
+    from rap_lightning.preferences.format_detection import find_format
     from rap_lightning.preferences.ingest import ingest
     from rap_lightning.preferences.readers import Chunk
     from rap_lightning.preferences.rules import Rules
@@ -161,10 +161,10 @@ def encode(tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> tuple[
 
     from rap_lightning.batches.dataset import encode_pairs
     from rap_lightning.batches.encode import Encoder
-    from rap_lightning.preferences.relabel import Relabelling
+    from rap_lightning.preferences.pair_cache import stored_pairs
+    from rap_lightning.preferences.relabelling import Relabelling
     from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
-    from rap_lightning.preferences.stored import stored_pairs
 
     goal = options.pop("goal", OverallGoal())
     lengths = options.pop("max_length", 512), options.pop("max_prompt_length", None)
@@ -200,7 +200,7 @@ def make_model(folder: Path, family: str = "chatml", **options: Any) -> Path:
 
 def called(*args: object) -> int:
     """The exit code of a command line, in this process."""
-    from rap_lightning import cli
+    from rap_lightning.cli import main as cli
 
     try:
         cli.main(list(map(str, args)))

@@ -17,12 +17,12 @@ import torch
 from conftest import build, make_trainer, sgd
 from rap_lightning.callbacks import ExportHF
 from rap_lightning.losses import DPO
-from rap_lightning.models.export import full_state
+from rap_lightning.models.hf_export import full_state
 from rap_lightning.models.policy import Lora, PolicyConfig
-from rap_lightning.models.reference import AdaptersOff, Frozen
-from rap_lightning.models.stored import Stored
-from rap_lightning.schedules import ConstantWithWarmup
+from rap_lightning.models.references.base import AdaptersOff, Frozen
+from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.strategies import FSDP2
+from rap_lightning.training.schedules import ConstantWithWarmup
 
 
 def strategy(name: str, ranks: int, options: dict[str, Any]) -> Any:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from rap_lightning.onpolicy.engines import Engine
-from rap_lightning.onpolicy.model import Model
 from rap_lightning.onpolicy.requests import Answer, Request
+from rap_lightning.onpolicy.sampled_model import Model
 
 
 class Obedient(Engine):

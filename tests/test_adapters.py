@@ -14,11 +14,11 @@ from conftest import build, make_model, make_trainer
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO
 from rap_lightning.models.adapters import adapter_digest
-from rap_lightning.models.held import AdapterAsLoaded
 from rap_lightning.models.policy import Lora, PolicyConfig
-from rap_lightning.models.reference import AdaptersOff, Frozen
-from rap_lightning.models.stored import Stored
-from rap_lightning.models.synchronised import Synchronised
+from rap_lightning.models.references.base import AdaptersOff, Frozen
+from rap_lightning.models.references.policy_copy import AdapterAsLoaded
+from rap_lightning.models.references.precomputed import Stored
+from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
 from test_fit import assert_same, logged, weights
 from test_resume import fit as fit_adam
@@ -48,7 +48,7 @@ def sgd(params: Any) -> torch.optim.Optimizer:
 
 
 def fit(run: Path, data: Path, config: PolicyConfig, reference: Any = None, **options: Any) -> Any:
-    from rap_lightning.schedules import ConstantWithWarmup
+    from rap_lightning.training.schedules import ConstantWithWarmup
 
     module, source = build(
         Path(config.path), data, policy=config, reference=reference, loss=DPO(0.5), optimizer=sgd,

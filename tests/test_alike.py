@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rap_lightning.alike import difference, flat, model_facts
+from rap_lightning.distributed.consistency import difference, flat, model_facts
 
 
 def test_nodes_may_keep_model_data_and_store_in_other_places_however_the_classes_are_named() -> None:

@@ -15,9 +15,9 @@ import torch
 from conftest import build, make_trainer, sgd
 from rap_lightning.callbacks import Checkpoints, SealedCheckpoints, WholeSteps
 from rap_lightning.errors import ConfigError, NotFinite, NotSaved
-from rap_lightning.models import sealed
-from rap_lightning.models.checkpoints import newest_whole, refuse_damaged
-from rap_lightning.models.sealed import partial_of, verify, write_sealed
+from rap_lightning.models.checkpoint import integrity as sealed
+from rap_lightning.models.checkpoint.integrity import partial_of, verify, write_sealed
+from rap_lightning.models.checkpoint.read_checkpoint import newest_whole, refuse_damaged
 from test_fit import assert_same, logged, weights
 from test_resume import StopIn
 

@@ -17,11 +17,11 @@ import torch
 import yaml
 
 from conftest import ROOT, scored_rows, write_jsonl
-from rap_lightning import cli
+from rap_lightning.cli import main as cli
 from rap_lightning.losses import DPO, SimPO
 
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "rounds")
-COMMAND = [sys.executable, "-m", "rap_lightning.cli"]
+COMMAND = [sys.executable, "-m", "rap_lightning.cli.main"]
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_and_version_import_neither_torch_nor_lightning(flag: str) -> None:
     code = (
-        "import sys; from rap_lightning.cli import main\n"
+        "import sys; from rap_lightning.cli.main import main\n"
         f"try: main(['{flag}'])\nexcept SystemExit as e: assert e.code == 0\n"
         "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
     )

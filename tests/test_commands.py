@@ -16,7 +16,7 @@ from conftest import called, make_tokenizer, scored_rows, write_jsonl
 from rap_lightning.commands.inspect import inspect, visible
 from rap_lightning.commands.relabel import relabel
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.preferences import written
+from rap_lightning.preferences import relabel_export as written
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from rap_lightning.preferences.scales import QuantileScale, RewardScale
 
@@ -194,7 +194,7 @@ def test_relabel_puts_the_goal_before_the_user_where_there_is_no_system_role(row
 def test_ctrl_c_ends_relabel_at_once_and_it_goes_on_later(tmp_path: Path) -> None:
     rows = scored_rows(60_000)
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    command = [sys.executable, "-m", "rap_lightning.cli", "relabel", "--source", str(source)]
+    command = [sys.executable, "-m", "rap_lightning.cli.main", "relabel", "--source", str(source)]
     # a shell's background job ignores SIGINT, and its children inherit that
     fresh = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
     run = subprocess.Popen([*command, "--output", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, **fresh)

@@ -23,7 +23,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("shtab")
     path: Path = tmp_path_factory.mktemp("completion") / "rap-lightning"
     with path.open("w") as file:
-        command = [sys.executable, "-m", "rap_lightning.cli", "completion", "bash"]
+        command = [sys.executable, "-m", "rap_lightning.cli.main", "completion", "bash"]
         subprocess.run(command, stdout=file, check=True, timeout=300)
     return path
 

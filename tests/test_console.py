@@ -9,8 +9,9 @@ import pytest
 from lightning.fabric.plugins.environments import slurm
 
 from conftest import build, make_trainer
-from rap_lightning import trainer_cli
-from rap_lightning.callbacks import ConsoleLines, console
+from rap_lightning.callbacks import ConsoleLines
+from rap_lightning.callbacks import console_lines as console
+from rap_lightning.cli import trainer_cli
 from rap_lightning.losses import DPO
 
 

@@ -10,9 +10,9 @@ import yaml
 
 from conftest import ROOT
 from rap_lightning.callbacks import Guard
-from rap_lightning.deepspeed import refuse_in_config, refuse_in_trainer
+from rap_lightning.cli.trainer_cli import parse_only
+from rap_lightning.distributed.deepspeed_checks import refuse_in_config, refuse_in_trainer
 from rap_lightning.errors import ConfigError
-from rap_lightning.trainer_cli import parse_only
 
 OVERLAYS = sorted((ROOT / "configs" / "strategy").glob("deepspeed-*.yaml"))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import REAL_DATA, make_tokenizer
-from rap_lightning import cli
+from rap_lightning.cli import main as cli
 
 FOLDER = REAL_DATA / "bad_inputs"
 FILES: list[dict[str, Any]] = []
@@ -107,8 +107,8 @@ def test_a_missing_attribute_is_named_when_attributes_are_configured(capsys: pyt
 @pytest.mark.skipif(not FILES, reason="the defect files are not there")
 @pytest.mark.parametrize("name", ["unicode_mixed", "prompt_format_fields", "unicode_bidi_and_zero_width", "file_crlf"])
 def test_valid_text_reaches_the_pairs_letter_for_letter(name: str) -> None:
-    from rap_lightning.preferences.read import read_pairs
-    from rap_lightning.preferences.report import DataReport
+    from rap_lightning.preferences.data_report import DataReport
+    from rap_lightning.preferences.read_pairs import read_pairs
     from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, make_model, make_tokenizer, scored_rows, write_jsonl
-from rap_lightning import cli
+from rap_lightning.cli import main as cli
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
 TINY = [

@@ -7,9 +7,9 @@ import pytest
 from conftest import FAMILIES, make_tokenizer, pair_of, scored_rows
 from rap_lightning.batches.encode import BOUNDARY, ENDED, LOOKALIKE, Encoder, Notes
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences.chat import shows_system, with_goal
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.preferences.pairs import BadRow
+from rap_lightning.preferences.rendering import shows_system, with_goal
 
 USER = {"role": "user", "content": "hello there"}
 SYSTEM = {"role": "system", "content": "Be brief."}

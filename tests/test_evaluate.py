@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from conftest import build, called, make_model, make_trainer, scored_rows, sgd, write_jsonl
-from rap_lightning import cli
+from rap_lightning.cli import main as cli
 from rap_lightning.models.policy import PolicyConfig
-from rap_lightning.onpolicy.lines import Ledger, line_of
-from rap_lightning.onpolicy.measure.base import recorded_base
-from rap_lightning.onpolicy.model import Model
-from rap_lightning.preferences.chat import with_goal
+from rap_lightning.onpolicy.evaluate.base_model_record import recorded_base
+from rap_lightning.onpolicy.jsonl_ledger import Ledger, line_of
+from rap_lightning.onpolicy.sampled_model import Model
 from rap_lightning.preferences.goals import OverallGoal
+from rap_lightning.preferences.rendering import with_goal
 
 JUDGE = ["--judge", "Function", "--judge.function", "rigged.by_letters", "--judge.scale", "[1, 10]"]
 FEW = ["--samples", 2, "--max_new_tokens", 6, "--engine", "Transformers", "--engine.batch_size", 8]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from rap_lightning import cli
+from rap_lightning.cli import main as cli
 
 SOURCE = ROOT / "examples" / "my_losses"
 

@@ -19,7 +19,7 @@ EXAMPLES = ROOT / "examples"
 
 def command(*args: str, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "rap_lightning.cli", *args],
+        [sys.executable, "-m", "rap_lightning.cli.main", *args],
         capture_output=True, text=True, timeout=120, cwd=cwd, env=_environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

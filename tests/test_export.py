@@ -25,13 +25,13 @@ from conftest import build, make_model, make_tokenizer, make_trainer
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.commands.export import export
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.export import Leaving, full_state
-from rap_lightning.models.export import export as export_policy
-from rap_lightning.models.folder import all_or_nothing
+from rap_lightning.models.atomic_folder import all_or_nothing
+from rap_lightning.models.checkpoint.saved_policy import config_of
+from rap_lightning.models.hf_export import Leaving, full_state
+from rap_lightning.models.hf_export import export as export_policy
 from rap_lightning.models.policy import Policy, PolicyConfig
 from rap_lightning.models.prompting import write_goals_by_itself
-from rap_lightning.models.saved import config_of
-from rap_lightning.preferences.baked import BEGIN, unbaked
+from rap_lightning.preferences.chat_template import BEGIN, unbaked
 from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
 from rap_lightning.preferences.scales import RewardScale
 from test_cli import call
@@ -145,7 +145,7 @@ def test_a_template_with_a_goal_of_its_own_and_a_goal_that_reads_like_control_ar
 
 
 def test_a_template_that_writes_otherwise_than_training_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rap_lightning.preferences import baked
+    from rap_lightning.preferences import chat_template as baked
 
     monkeypatch.setattr(baked, "SEPARATOR", "\n")
     with pytest.raises(ConfigError, match="writes something else than training did"):
@@ -223,7 +223,7 @@ def test_predict_asks_with_the_ids_of_the_exported_template(runs: Path, pairs_fo
     from transformers import AutoTokenizer
 
     from rap_lightning.datamodule import Prompts
-    from rap_lightning.models.generate import Generation
+    from rap_lightning.models.generation import Generation
 
     export(ckpt(runs, "full"), str(tmp_path / "out"))
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -398,8 +398,8 @@ def test_frozen_parts_of_an_adapter_stay_frozen_and_leave_with_it(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from rap_lightning.models import reference as references
     from rap_lightning.models.policy import Lora, PolicyConfig
+    from rap_lightning.models.references import base as references
 
     policy = PolicyConfig(str(tiny), lora=Lora(r=4), freeze=["lora_A"])
     big = lambda params: torch.optim.SGD(params, lr=0.3)  # noqa: E731
@@ -650,7 +650,7 @@ def test_under_torchrun_a_runs_line_names_the_launcher(
     nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what torchrun itself sets, read by a process of it."""
-    from rap_lightning.callbacks.records import _repeat
+    from rap_lightning.callbacks.run_record import _repeat
 
     (tmp_path / "config.yaml").write_text("")
     with socket.socket() as probe:

@@ -17,10 +17,10 @@ from conftest import build, make_model, make_trainer, scored_rows, sgd, write_js
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, Hinge, SimPO
 from rap_lightning.models.policy import PolicyConfig
-from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference
-from rap_lightning.models.synchronised import Synchronised
+from rap_lightning.models.references.base import AdaptersOff, Frozen, NoReference
+from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
-from rap_lightning.schedules import ConstantWithWarmup, CosineWithWarmup
+from rap_lightning.training.schedules import ConstantWithWarmup, CosineWithWarmup
 
 CONSTANT = ConstantWithWarmup()
 
@@ -371,7 +371,7 @@ def test_the_exported_folder_loads_with_plain_transformers(tiny: Path, pairs_fol
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rap_lightning.callbacks import ExportHF
-    from rap_lightning.preferences.baked import unbaked
+    from rap_lightning.preferences.chat_template import unbaked
 
     module = fit(tmp_path, tiny, pairs_folder, trainer={"max_steps": 2, "callbacks": [ExportHF()]})
     (folder,) = tmp_path.rglob("hf")
@@ -437,7 +437,7 @@ def test_a_checkpoint_exports_on_demand_to_what_fit_exported(
 def test_predict_writes_a_line_per_prompt_at_the_goal(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
     from rap_lightning.callbacks import WritePredictions
     from rap_lightning.datamodule import Prompts
-    from rap_lightning.models.generate import Generation
+    from rap_lightning.models.generation import Generation
 
     for goal, printed in ((None, "10"), (3.5, "3.5")):
         module, data = build(
@@ -580,7 +580,7 @@ def test_a_checkpoint_never_decides_to_run_a_models_code(tiny: Path, pairs_folde
 
 
 def test_generation_at_temperature_zero_ignores_penalties_that_a_model_ships(tiny: Path) -> None:
-    from rap_lightning.models.generate import Generation, generate, left_pad
+    from rap_lightning.models.generation import Generation, generate, left_pad
 
     policy = PolicyConfig(str(tiny)).build(torch.float32)
     tokenizer = PolicyConfig(str(tiny)).load_tokenizer()

@@ -12,15 +12,15 @@ import pytest
 
 from conftest import pairs_of, scored_rows, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from rap_lightning.preferences.pairs import Pair
-from rap_lightning.preferences.read import read_pairs
-from rap_lightning.preferences.relabel import Relabelling
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.read_pairs import read_pairs
+from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import RewardScale
-from rap_lightning.preferences.select import AdjacentPairs, AllPairs, BestVsRandom, BestVsWorst
+from rap_lightning.preferences.selection import AdjacentPairs, AllPairs, BestVsRandom, BestVsWorst
 from rap_lightning.preferences.sources import Source, splits_of
 
 
@@ -423,7 +423,7 @@ def test_what_is_kept_on_disk_is_made_anew_when_code_or_lists_change(
     import importlib
     import sys
 
-    from rap_lightning.preferences.stored import stored_pairs
+    from rap_lightning.preferences.pair_cache import stored_pairs
 
     source = Source(str(write_jsonl(tmp_path / "rows.jsonl", plain_rows(10))))
     bench = tmp_path / "bench.txt"
@@ -465,7 +465,7 @@ def test_work_that_is_no_longer_wanted_ends(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import time\nfrom rap_lightning.preferences.parallel import in_order\n"
+        "import time\nfrom rap_lightning.preferences.process_pool import in_order\n"
         "if __name__ == '__main__':\n"
         "    g = in_order(abs, iter(range(1000)), 2); next(g); time.sleep(0.3); g.close(); print('ended')"
     )

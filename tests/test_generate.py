@@ -16,11 +16,12 @@ import transformers
 from conftest import called, make_model, make_tokenizer, scored_rows, write_jsonl
 from misbehaving import Server, echo, half, hang_up, raw, slow, status, unless
 from rap_lightning.batches.encode import Encoder, Notes
-from rap_lightning.onpolicy import goals, http
+from rap_lightning.onpolicy import asked_goals as goals
+from rap_lightning.onpolicy import http
 from rap_lightning.onpolicy.engines import Transformers
-from rap_lightning.onpolicy.engines.sampling import SeededSampling, draw
-from rap_lightning.onpolicy.lines import parts_of, read_rows
-from rap_lightning.onpolicy.model import Model
+from rap_lightning.onpolicy.engines.seeded_sampling import SeededSampling, draw
+from rap_lightning.onpolicy.jsonl_ledger import parts_of, read_rows
+from rap_lightning.onpolicy.sampled_model import Model
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from rap_lightning.preferences.scales import LinearScale, RewardScale
 
@@ -255,7 +256,7 @@ def test_shards_and_processes_share_the_work(prompts: Path, knowing: Path, tmp_p
 
 
 def test_a_batch_script_of_slurm_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rap_lightning.onpolicy.shards import own_part
+    from rap_lightning.onpolicy.work_split import own_part
 
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "8")

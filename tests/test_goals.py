@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences.asked import Number, Wording
+from rap_lightning.preferences.goal_spec import Number, Wording
 from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
 from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
 

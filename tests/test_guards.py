@@ -13,10 +13,10 @@ from conftest import build, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.callbacks import Checkpoints, Guard, SteeringTable, Watchdog
 from rap_lightning.errors import ConfigError, NotFinite, OutOfMemory
 from rap_lightning.losses import BCO, DPO, Hinge, Mixture
-from rap_lightning.models.generate import Generation
+from rap_lightning.models.generation import Generation
 from rap_lightning.models.policy import PolicyConfig
-from rap_lightning.models.reference import Frozen
-from rap_lightning.schedules import ConstantWithWarmup
+from rap_lightning.models.references.base import Frozen
+from rap_lightning.training.schedules import ConstantWithWarmup
 from test_fit import assert_same, logged, weights
 
 BAD = 3  # the step at which something breaks

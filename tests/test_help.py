@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import called
-from rap_lightning.cli import HELP
+from rap_lightning.cli.main import HELP
 from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
 from rap_lightning.commands.completion import _parsers, _trainer
 

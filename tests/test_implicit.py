@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conftest import build, make_model, make_trainer, scored_rows, write_jsonl
-from rap_lightning import cli
 from rap_lightning.callbacks import ExportHF, LikelihoodProbe
+from rap_lightning.cli import main as cli
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO
@@ -236,7 +236,7 @@ def module_of(folder: Path, tiny: Path, **options: Any) -> Any:
 def test_what_was_judged_is_not_judged_again_and_a_killed_run_goes_on(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rap_lightning.models import rated as home
+    from rap_lightning.models import judge_rewards as home
 
     monkeypatch.setattr(home, "FLUSH_SECONDS", -1.0)
     (tmp_path / "data").mkdir()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.onpolicy.lines import Ledger, meta_path, parts_of, read_rows, shard_path
+from rap_lightning.onpolicy.jsonl_ledger import Ledger, meta_path, parts_of, read_rows, shard_path
 
 ROWS = [{"id": f"r{i}", "text": "blå " * i + "\n\u2028"} for i in range(4)]
 
@@ -55,7 +55,7 @@ def test_other_settings_do_not_go_on_in_the_same_file(tmp_path: Path) -> None:
 def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     code = (
-        "import sys; from pathlib import Path; from rap_lightning.onpolicy.lines import Ledger\n"
+        "import sys; from pathlib import Path; from rap_lightning.onpolicy.jsonl_ledger import Ledger\n"
         "with Ledger(Path(sys.argv[1]), {}): pass"
     )
     with Ledger(path, {}):

@@ -19,9 +19,9 @@ from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import AOT, BCO, DPO, KTO, LDDPO, SFT, WPO, MarginDPO, Mixture
 from rap_lightning.models.policy import Lora, Policy, PolicyConfig
-from rap_lightning.models.reference import AdaptersOff, Frozen
-from rap_lightning.models.synchronised import Synchronised
-from rap_lightning.schedules import ConstantWithWarmup
+from rap_lightning.models.references.base import AdaptersOff, Frozen
+from rap_lightning.models.references.synchronised import Synchronised
+from rap_lightning.training.schedules import ConstantWithWarmup
 
 
 def fit(folder: Path, model: Path, data: Path, *, ckpt: Path | None = None, trainer: Any = None, **options: Any) -> Any:
@@ -351,7 +351,7 @@ def test_a_loss_of_whole_batches_is_refused_where_batches_are_taken_apart(
 def test_stored_log_probabilities_are_refused_where_they_cannot_be_known(
     tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
-    from rap_lightning.models.stored import Stored
+    from rap_lightning.models.references.precomputed import Stored
 
     with pytest.raises(ConfigError, match="looks at more than the sums"):
         build(tiny, pairs_folder, loss=KTO(), reference=Stored(folder=str(tmp_path / "store")))

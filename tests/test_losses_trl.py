@@ -49,7 +49,7 @@ from rap_lightning.losses import (
     SPPOHard,
 )
 from rap_lightning.models.policy import Policy, PolicyConfig
-from rap_lightning.models.reference import Frozen
+from rap_lightning.models.references.base import Frozen
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import OverallGoal
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from conftest import ROOT
-from rap_lightning.models.export import _tensors
+from rap_lightning.models.hf_export import _tensors
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import processes
 
-FIT = ["-m", "rap_lightning.cli", "fit"]
+FIT = ["-m", "rap_lightning.cli.main", "fit"]
 TIMEOUT = 15
 
 

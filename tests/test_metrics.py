@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rap_lightning.batches.types import PairLogps
-from rap_lightning.metrics import PairMetrics
+from rap_lightning.training.metrics import PairMetrics
 
 
 def add(

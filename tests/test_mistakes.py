@@ -206,8 +206,8 @@ def test_splits_and_lengths_that_a_config_of_other_data_sets_are_told_with_their
 
 
 def test_an_error_that_ones_own_code_had_handled_is_no_cause_of_the_next() -> None:
+    from rap_lightning.cli.error_messages import causes
     from rap_lightning.errors import ConfigError
-    from rap_lightning.mistakes import causes
 
     def own() -> None:
         try:

@@ -16,10 +16,10 @@ from conftest import build, make_trainer, sgd
 from rank_worker import run
 from rap_lightning.callbacks import Checkpoints, GoalSamples, LikelihoodProbe, SteeringTable
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.generate import Generation
+from rap_lightning.models.generation import Generation
 from rap_lightning.models.policy import Lora, PolicyConfig
 from rap_lightning.preferences.goals import OverallGoal
-from rap_lightning.schedules import ConstantWithWarmup
+from rap_lightning.training.schedules import ConstantWithWarmup
 from test_evaluate import logps_by_hand
 from test_strategies import base, start  # noqa: F401
 

@@ -20,15 +20,15 @@ from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.batches.pair_encoder import PairEncoder
 from rap_lightning.batches.stream import StepShape, StreamedPairs
 from rap_lightning.errors import DataError
-from rap_lightning.preferences.across import AcrossRows
-from rap_lightning.preferences.detect import find_format
+from rap_lightning.preferences.cross_row_checks import AcrossRows
+from rap_lightning.preferences.data_report import DataReport
+from rap_lightning.preferences.dedup_index import Seen
+from rap_lightning.preferences.format_detection import find_format
 from rap_lightning.preferences.goals import OverallGoal
-from rap_lightning.preferences.read import read_pairs
-from rap_lightning.preferences.relabel import ORIGINS, RelabelledView, Relabelling
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.read_pairs import read_pairs
+from rap_lightning.preferences.relabelling import ORIGINS, RelabelledView, Relabelling
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
-from rap_lightning.preferences.seen import Seen
 from rap_lightning.preferences.sources import Source
 
 
@@ -390,7 +390,7 @@ def test_a_stream_counts_what_it_cuts_even_if_it_is_left_early(
 
 
 def test_weights_draw_by_content_and_seed() -> None:
-    from rap_lightning.preferences.mix import copies, stream_mixed
+    from rap_lightning.preferences.source_mix import copies, stream_mixed
 
     with tempfile.TemporaryDirectory() as folder:
         a = write_jsonl(Path(folder) / "a.jsonl", many_rows(200))
@@ -467,7 +467,8 @@ def test_columns_and_single_rows_give_the_same_pairs_and_counts(
 def test_columns_are_written_as_single_rows_are(data: list[dict[str, Any]], keep: bool) -> None:
     import pyarrow as pa
 
-    from rap_lightning.preferences import ingest, written
+    from rap_lightning.preferences import ingest
+    from rap_lightning.preferences import relabel_export as written
     from rap_lightning.preferences.readers import Chunk
 
     rules = Rules(relabelling=Relabelling(keep_original=keep))

@@ -15,7 +15,7 @@ def test_the_command_is_recorded_without_secrets_and_with_all_numbers() -> None:
 def test_the_highest_memory_of_the_process_is_recorded_in_bytes() -> None:
     import numpy as np
 
-    from rap_lightning.callbacks.records import peak_memory
+    from rap_lightning.callbacks.run_record import peak_memory
 
     before = peak_memory()["host_bytes"]
     held = np.ones(before // 8 + 2**23)  # more than there ever was, every page written

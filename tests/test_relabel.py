@@ -13,7 +13,8 @@ from rap_lightning.batches.dataset import encode_pairs
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
-from rap_lightning.preferences.relabel import (
+from rap_lightning.preferences.pair_cache import stored_pairs
+from rap_lightning.preferences.relabelling import (
     ORIGINS,
     RelabelledView,
     Relabelling,
@@ -24,7 +25,6 @@ from rap_lightning.preferences.relabel import (
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.sources import Source
-from rap_lightning.preferences.stored import stored_pairs
 
 
 def test_the_view_swaps_under_the_rejected_goal_and_edits_nothing() -> None:

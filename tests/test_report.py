@@ -21,7 +21,7 @@ from rap_lightning.reporting.differences import differences
 from rap_lightning.reporting.evaluation import read_evaluation
 from rap_lightning.reporting.headline import describe, headline
 from rap_lightning.reporting.parts import all_parts
-from rap_lightning.reporting.read import read_runs
+from rap_lightning.reporting.read_runs import read_runs
 from rap_lightning.reporting.tables import cost_rows, data_groups, samples
 from rap_lightning.reporting.text import clean, number
 
@@ -91,7 +91,7 @@ def make_run(folder: Path, scores: list[float] | None = None, relabel: str = "bo
 
 
 def report(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rap_lightning.cli", "report", *map(str, args)]
+    command = [sys.executable, "-m", "rap_lightning.cli.main", "report", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -660,7 +660,7 @@ def test_a_report_is_replaced_only_when_asked_and_nothing_else_is(pages: Path, t
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "matplotlib").mkdir()
     (tmp_path / "matplotlib" / "__init__.py").write_text("raise ImportError('none')", encoding="utf-8")
-    command = [sys.executable, "-m", "rap_lightning.cli", "report", "x", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "rap_lightning.cli.main", "report", "x", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}, timeout=60)
     assert done.returncode == 2
     assert "pip install 'rap-lightning[report]'" in done.stderr

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from conftest import build, make_trainer
 from rap_lightning.losses import BCO, DPO
 from rap_lightning.models.policy import Lora, PolicyConfig
-from rap_lightning.models.synchronised import Synchronised
-from rap_lightning.schedules import CosineWithWarmup
+from rap_lightning.models.references.synchronised import Synchronised
+from rap_lightning.training.schedules import CosineWithWarmup
 from test_fit import StopAt, assert_same, checkpoints, logged, weights
 
 
@@ -131,7 +131,7 @@ def test_moving_averages_and_a_following_reference_go_on(
 def test_a_run_that_max_steps_ended_within_an_epoch_goes_on_there(
     tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
-    from rap_lightning.schedules import ConstantWithWarmup
+    from rap_lightning.training.schedules import ConstantWithWarmup
 
     options = {"schedule": ConstantWithWarmup()}
     whole = fit(tmp_path / "whole", tiny, pairs_folder, trainer={"max_steps": 12}, **options)

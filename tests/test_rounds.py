@@ -14,8 +14,8 @@ from conftest import ROOT, called, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy import fitting
 from rap_lightning.onpolicy.stages import Stages
-from rap_lightning.world.data import make_prompts
 from rap_lightning.world.make import make_world
+from rap_lightning.world.world_data import make_prompts
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +230,9 @@ def test_a_stage_that_was_interrupted_goes_on_and_one_of_other_inputs_begins_ane
 def test_every_recipe_is_read_and_its_fit_section_is_taken_by_fit(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rap_lightning.onpolicy import prompts, rounds
-    from rap_lightning.onpolicy.model import Model
+    from rap_lightning.onpolicy import prompts
+    from rap_lightning.onpolicy import run_rounds as rounds
+    from rap_lightning.onpolicy.sampled_model import Model
 
     plans: list[Any] = []
     names = iter(range(10))
@@ -251,7 +252,7 @@ def test_rounds_killed_anywhere_end_as_rounds_that_were_not(config: Path, tmp_pa
     assert called("rounds", "--config", config) == 0
     whole = tmp_path / "rounds"
     shutil.move(whole, tmp_path / "whole")
-    command = [sys.executable, "-m", "rap_lightning.cli", "rounds", "--config", str(config)]
+    command = [sys.executable, "-m", "rap_lightning.cli.main", "rounds", "--config", str(config)]
     for patience in [7, 9, 11, 13, 15, 400]:
         run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0)
         try:

@@ -20,7 +20,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name 
 @pytest.fixture(scope="module")
 def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("schema") / "s.json"
-    command = [sys.executable, "-m", "rap_lightning.cli", "schema", "--output", str(path)]
+    command = [sys.executable, "-m", "rap_lightning.cli.main", "schema", "--output", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"$schema={path}" in done.stdout
@@ -44,7 +44,7 @@ def test_a_whole_printed_config_keeps_to_it(schema: dict[str, Any]) -> None:
     command = [
         sys.executable,
         "-m",
-        "rap_lightning.cli",
+        "rap_lightning.cli.main",
         "fit",
         "--config",
         "configs/quickstart.yaml",
@@ -106,7 +106,7 @@ def test_keys_carry_their_help_and_defaults(schema: dict[str, Any]) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rap_lightning.cli", "schema", "--output", str(tmp_path / "no" / "s.json")]
+    command = [sys.executable, "-m", "rap_lightning.cli.main", "schema", "--output", str(tmp_path / "no" / "s.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "can't be written" in done.stderr

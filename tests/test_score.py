@@ -11,9 +11,9 @@ from conftest import called, make_tokenizer, write_jsonl
 from misbehaving import Server, completion, hang_up, raw, says, status, unless
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy import http
+from rap_lightning.onpolicy.jsonl_ledger import read_meta
 from rap_lightning.onpolicy.judges import RewardModel, rubric
 from rap_lightning.onpolicy.judges.base import Item
-from rap_lightning.onpolicy.lines import read_meta
 
 GOOD = {"instruction_following": 4, "truthfulness": 5, "honesty": 3, "helpfulness": 4, "overall_score": 7.5}
 

@@ -14,14 +14,14 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from conftest import build, make_trainer
-from rap_lightning import cli
 from rap_lightning.callbacks import Checkpoints, RunRecord
-from rap_lightning.callbacks.interrupts import Stopped
-from rap_lightning.callbacks.sessions import SESSIONS
+from rap_lightning.callbacks.run_sessions import SESSIONS
+from rap_lightning.callbacks.signals import Stopped
+from rap_lightning.cli import main as cli
 from rap_lightning.losses import DPO
 from rap_lightning.reporting.curves import Curves, joined
 from rap_lightning.reporting.headline import headline
-from rap_lightning.reporting.read import Run, read_runs
+from rap_lightning.reporting.read_runs import Run, read_runs
 from rap_lightning.reporting.tables import cost_rows, run_rows
 
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from conftest import make_tokenizer
+from rap_lightning.distributed.fsdp2 import Sharding
+from rap_lightning.distributed.sharded_load import blank_model, load_sharded
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy import Lora, Policy, PolicyConfig, check_head, check_sharing
-from rap_lightning.models.sharded_load import blank_model, load_sharded
-from rap_lightning.models.sharding import Sharding
 
 SIZES = {
     "vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from conftest import ROOT, called
 from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.checkpoints import newest_whole, refuse_damaged
-from rap_lightning.models.saved import open_saved
-from rap_lightning.models.sealed import folder_digests, seal_folder
+from rap_lightning.models.checkpoint.integrity import folder_digests, seal_folder
+from rap_lightning.models.checkpoint.read_checkpoint import newest_whole, refuse_damaged
+from rap_lightning.models.checkpoint.saved_policy import open_saved
 from rap_lightning.strategies import FSDP2, check_resumes
 
 
@@ -46,7 +46,7 @@ def test_only_strategies_that_shard_go_on_from_a_folder(tmp_path: Path) -> None:
 def test_fit_without_the_overlay_names_it_before_anything_is_loaded(
     given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from rap_lightning import trainer_cli
+    from rap_lightning.cli import trainer_cli
 
     monkeypatch.setattr(trainer_cli, "run_key_of", lambda options: "this")
     folder = shards(tmp_path / "runs" / "version_0" / "epoch=0-step=4.ckpt")
@@ -88,7 +88,7 @@ def test_shards_that_lie_on_another_host_are_named(tmp_path: Path) -> None:
 def test_last_says_why_it_takes_none_of_what_lies_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from rap_lightning import trainer_cli
+    from rap_lightning.cli import trainer_cli
 
     monkeypatch.setattr(trainer_cli, "run_key_of", lambda options: "this")
     runs = tmp_path / "runs"
@@ -115,7 +115,7 @@ def test_the_documented_command_runs_the_quickstart_on_two_nodes_and_what_it_lea
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    programs = {"torchrun": "-m torch.distributed.run", "rap-lightning": "-m rap_lightning.cli"}
+    programs = {"torchrun": "-m torch.distributed.run", "rap-lightning": "-m rap_lightning.cli.main"}
     for name, module in programs.items():
         script = tmp_path / "bin" / name
         script.parent.mkdir(exist_ok=True)
@@ -150,7 +150,7 @@ def test_the_documented_command_runs_the_quickstart_on_two_nodes_and_what_it_lea
     assert f"--master_addr=localhost --master_port={port} --no-python rap-lightning fit --config" in repeat
 
     def alone(*options: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "rap_lightning.cli", *map(str, options)]
+        command = [sys.executable, "-m", "rap_lightning.cli.main", *map(str, options)]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
 
     fit = ["fit", "-c", "configs/quickstart.yaml", *small, "--ckpt_path", folder, "--data.batch_size", "64"]

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from conftest import ROOT, scored_rows, write_jsonl
-from rap_lightning import cli
-from rap_lightning.models.sealed import verify
+from rap_lightning.cli import main as cli
+from rap_lightning.models.checkpoint.integrity import verify
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import fuzz

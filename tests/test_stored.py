@@ -19,13 +19,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from conftest import ROOT, build, make_model, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO, Hinge
-from rap_lightning.models import stored as stored_module
 from rap_lightning.models.policy import Policy, PolicyConfig
-from rap_lightning.models.reference import Frozen
-from rap_lightning.models.store import LogpStore
-from rap_lightning.models.stored import Stored
+from rap_lightning.models.references import precomputed as stored_module
+from rap_lightning.models.references.base import Frozen
+from rap_lightning.models.references.logp_store import LogpStore
+from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.preferences.goals import OverallGoal
-from rap_lightning.schedules import ConstantWithWarmup
+from rap_lightning.training.schedules import ConstantWithWarmup
 from test_fit import Interrupt, StopAt, assert_same, checkpoints, logged, weights
 
 RESPONSES = 4 * (23 + 9)  # two goals, two responses, training and validation split
@@ -156,8 +156,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-import rap_lightning.models.stored as stored
-from rap_lightning.models.store import LogpStore
+import rap_lightning.models.references.precomputed as stored
+from rap_lightning.models.references.logp_store import LogpStore
 from test_stored import fit
 
 stored.FLUSH_SECONDS = 0.0

@@ -107,7 +107,7 @@ def test_a_checkpoint_of_any_strategy_exports_to_the_same_folder(
     kind: str, base: dict[str, Any], tmp_path: Path
 ) -> None:
     from rap_lightning.commands.export import export
-    from rap_lightning.onpolicy.model import Model
+    from rap_lightning.onpolicy.sampled_model import Model
 
     case = variants(base)["tree-off" if kind == "lora" else "tree-frozen"] | {"every": 3, "export": True}
     case["model"] = base["untied" if kind == "full" else "model"]

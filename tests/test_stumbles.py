@@ -12,10 +12,10 @@ import pytest
 from conftest import build, called, make_trainer, scored_rows, write_jsonl
 from rap_lightning.commands.inspect import inspect
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
-from rap_lightning.preferences.read import read_pairs
-from rap_lightning.preferences.relabel import Relabelling
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.read_pairs import read_pairs
+from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import LinearScale, RewardScale
 from rap_lightning.preferences.sources import Source
@@ -307,7 +307,7 @@ def test_a_list_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_scales_that_are_fitted_are_not_noted() -> None:
-    from rap_lightning.preferences.unseen import never_stated
+    from rap_lightning.preferences.scale_checks import never_stated
 
     report = DataReport("", "train", rewards=(1.0, 5.0))
     rules = Rules(OverallGoal(LinearScale(judge_low=0, judge_high=10)), Relabelling("both"))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rap_lightning import bars
+from rap_lightning import progress_bar as bars
 
-COMMAND = [sys.executable, "-m", "rap_lightning.cli"]
+COMMAND = [sys.executable, "-m", "rap_lightning.cli.main"]
 
 
 def on_a_terminal(*args: str, **env: str) -> bytes:

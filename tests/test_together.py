@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, write_jsonl
+from rap_lightning.distributed.rank_monitor import Meeting, Together, Watch
 from rap_lightning.errors import DataError
-from rap_lightning.together import Meeting, Together, Watch
 from test_ranks import Pair, arguments, start  # noqa: F401
 from test_stops import context, world  # noqa: F401
 

@@ -12,13 +12,13 @@ from conftest import build, make_trainer
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import BCO, DPO, SFT, Mixture, SimPO
 from rap_lightning.models.policy import Lora, PolicyConfig
-from rap_lightning.models.reference import AdaptersOff, Frozen
-from rap_lightning.models.stored import Stored
-from rap_lightning.models.synchronised import Synchronised
-from rap_lightning.models.warmed import Warmed
+from rap_lightning.models.references.base import AdaptersOff, Frozen
+from rap_lightning.models.references.post_warmup import Warmed
+from rap_lightning.models.references.precomputed import Stored
+from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
-from rap_lightning.schedules import CosineWithWarmup
-from rap_lightning.warm_up import WarmUp
+from rap_lightning.training.schedules import CosineWithWarmup
+from rap_lightning.training.warm_up import WarmUp
 from test_cli import call
 from test_fit import Interrupt, StopAt, assert_same, checkpoints, fit, logged, weights
 

@@ -11,8 +11,8 @@ from rap_lightning.batches.types import PairLogps
 from rap_lightning.losses import DPO, SFT, APOZero, DPOPositive, Mixture, PreferenceLoss
 from rap_lightning.module import Pass
 from rap_lightning.preferences.filters import Filters
-from rap_lightning.preferences.relabel import ORIGINS
-from rap_lightning.schedules import ConstantWithWarmup
+from rap_lightning.preferences.relabelling import ORIGINS
+from rap_lightning.training.schedules import ConstantWithWarmup
 
 
 def one_step(folder: Path, model: Path, data: Path, **options: Any) -> tuple[Pass, Any]:

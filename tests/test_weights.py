@@ -11,8 +11,8 @@ from conftest import build, make_trainer, sgd
 from rap_lightning.batches.sampler import StepSampler
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import AOT, BCO, DPO, KTO, SimPO
-from rap_lightning.preferences.relabel import Relabelling
-from rap_lightning.schedules import ConstantWithWarmup
+from rap_lightning.preferences.relabelling import Relabelling
+from rap_lightning.training.schedules import ConstantWithWarmup
 from test_fit import assert_same, logged, weights
 
 PAIRS = 23  # of pairs_folder's training split; none of them ties

@@ -71,7 +71,7 @@ def test_the_metadata_say_what_an_installer_and_a_reader_need(wheel: Path) -> No
         (name,) = [name for name in packed.namelist() if name.endswith("METADATA")]
         told = message_from_bytes(packed.read(name))
         (entry,) = [name for name in packed.namelist() if name.endswith("entry_points.txt")]
-        assert "rap-lightning = rap_lightning.cli:main" in packed.read(entry).decode()
+        assert "rap-lightning = rap_lightning.cli.main:main" in packed.read(entry).decode()
     assert (told["Name"], told["Version"]) == ("rap-lightning", PACKAGE["version"])
     assert told["License-Expression"] == "Apache-2.0"
     assert told["Requires-Python"] == PACKAGE["requires-python"]
@@ -88,7 +88,7 @@ def test_far_from_a_checkout_the_configs_of_the_readme_are_a_command_away(wheel:
 
     def called(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "rap_lightning.cli", *args],
+            [sys.executable, "-m", "rap_lightning.cli.main", *args],
             cwd=place, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
 

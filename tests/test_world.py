@@ -17,14 +17,14 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from conftest import ROOT, called, pair_of
-from rap_lightning import cli
+from rap_lightning.cli import main as cli
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.world import attributes, make, make_pairs, make_prompts, make_world, score
-from rap_lightning.world.data import GOAL_MESSAGE, STRAYS, Pair, respond
-from rap_lightning.world.datamodule import WorldDataModule
 from rap_lightning.world.make import pair_figures
 from rap_lightning.world.rule import FAMILIES, WORDS, parse_prompt
+from rap_lightning.world.world_data import GOAL_MESSAGE, STRAYS, Pair, respond
+from rap_lightning.world.world_datamodule import WorldDataModule
 
 
 def test_the_rules_examples_are_true() -> None:

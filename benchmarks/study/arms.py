@@ -26,7 +26,7 @@ from rap_lightning.losses import (
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
 from rap_lightning.preferences.scales import QuantileScale
-from rap_lightning.warm_up import WarmUp
+from rap_lightning.training.warm_up import WarmUp
 
 Trial = dict[str, float]
 """One setting: ``lr``, ``beta``, or what stands in for it."""

@@ -16,10 +16,10 @@ from rap_lightning.batches.types import Batch
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.policy import Policy, PolicyConfig
-from rap_lightning.models.reference import Frozen
+from rap_lightning.models.references.base import Frozen
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.warm_up import WarmUp
+from rap_lightning.training.warm_up import WarmUp
 
 
 @dataclass

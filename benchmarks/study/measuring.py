@@ -18,7 +18,7 @@ from rap_lightning.batches.types import PromptBatch
 from rap_lightning.evaluation import read_off
 from rap_lightning.evaluation.likelihoods import bin_numbers
 from rap_lightning.evaluation.statistics import curve_spearman, slope, spearman
-from rap_lightning.models.generate import Generation, generate, left_pad
+from rap_lightning.models.generation import Generation, generate, left_pad
 from rap_lightning.models.policy import Policy, evaluating
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.world.rule import attributes, score

@@ -12,9 +12,9 @@ from typing import Any
 from benchmarks.study.settings import Size
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rap_lightning.world.base import sampler
-from rap_lightning.world.data import GOAL_MESSAGE, make_pairs, make_prompts
+from rap_lightning.world.base_model import sampler
 from rap_lightning.world.make import make_world, pair_figures
+from rap_lightning.world.world_data import GOAL_MESSAGE, make_pairs, make_prompts
 
 #: Settings of the dose-response: name -> knobs of make_world. The first is the world of all other runs.
 KNOBS: dict[str, dict[str, Any]] = {

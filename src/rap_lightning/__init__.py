@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from rap_lightning.datamodule import PreferenceDataModule
     from rap_lightning.losses import DPO, Hinge, PreferenceLoss, SimPO
     from rap_lightning.models.guidance import GoalGuidance
-    from rap_lightning.models.held import AdapterAsLoaded
-    from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference
-    from rap_lightning.models.stored import Stored
-    from rap_lightning.models.synchronised import Synchronised
+    from rap_lightning.models.references.base import AdaptersOff, Frozen, NoReference
+    from rap_lightning.models.references.policy_copy import AdapterAsLoaded
+    from rap_lightning.models.references.precomputed import Stored
+    from rap_lightning.models.references.synchronised import Synchronised
     from rap_lightning.module import PreferenceModule
     from rap_lightning.preferences.filters import Filters
     from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
-    from rap_lightning.preferences.relabel import RelabelledView, relabel
+    from rap_lightning.preferences.relabelling import RelabelledView, relabel
     from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
-    from rap_lightning.preferences.select import AdjacentPairs, AllPairs, BestVsRandom, BestVsWorst, Selection
+    from rap_lightning.preferences.selection import AdjacentPairs, AllPairs, BestVsRandom, BestVsWorst, Selection
     from rap_lightning.preferences.sources import Source
 
 _HOMES = {
@@ -31,28 +31,28 @@ _HOMES = {
     "DPO": "losses",
     "Hinge": "losses",
     "SimPO": "losses",
-    "AdapterAsLoaded": "models.held",
-    "AdaptersOff": "models.reference",
-    "Frozen": "models.reference",
-    "NoReference": "models.reference",
+    "AdapterAsLoaded": "models.references.policy_copy",
+    "AdaptersOff": "models.references.base",
+    "Frozen": "models.references.base",
+    "NoReference": "models.references.base",
     "GoalGuidance": "models.guidance",
     "AttributeGoal": "preferences.goals",
-    "Synchronised": "models.synchronised",
-    "Stored": "models.stored",
+    "Synchronised": "models.references.synchronised",
+    "Stored": "models.references.precomputed",
     "GoalTemplate": "preferences.goals",
     "OverallGoal": "preferences.goals",
     "LinearScale": "preferences.scales",
     "QuantileScale": "preferences.scales",
     "RewardScale": "preferences.scales",
-    "AdjacentPairs": "preferences.select",
-    "AllPairs": "preferences.select",
-    "BestVsRandom": "preferences.select",
-    "BestVsWorst": "preferences.select",
-    "Selection": "preferences.select",
+    "AdjacentPairs": "preferences.selection",
+    "AllPairs": "preferences.selection",
+    "BestVsRandom": "preferences.selection",
+    "BestVsWorst": "preferences.selection",
+    "Selection": "preferences.selection",
     "Filters": "preferences.filters",
     "Source": "preferences.sources",
-    "RelabelledView": "preferences.relabel",
-    "relabel": "preferences.relabel",
+    "RelabelledView": "preferences.relabelling",
+    "relabel": "preferences.relabelling",
 }
 
 __all__ = [

@@ -23,24 +23,24 @@ from rap_lightning.batches.sampler import Packing, StepSampler
 from rap_lightning.batches.stream import StepShape, StreamedPairs, StreamLoader
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.models.generate import Generation, left_pad
-from rap_lightning.models.rated import rated
+from rap_lightning.models.generation import Generation, left_pad
+from rap_lightning.models.judge_rewards import rated
+from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.hashing import hash_text
 from rap_lightning.preferences.judge import Judge, rated_goal
-from rap_lightning.preferences.mix import copies, stream_mixed
+from rap_lightning.preferences.pair_cache import as_pair, stored_pairs
 from rap_lightning.preferences.pairs import BadRow, Pair
-from rap_lightning.preferences.read import fit_scale
-from rap_lightning.preferences.relabel import Mode, Relabelling
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.read_pairs import fit_scale
+from rap_lightning.preferences.relabelling import Mode, Relabelling
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.select import Selection
+from rap_lightning.preferences.scale_checks import never_stated
+from rap_lightning.preferences.selection import Selection
+from rap_lightning.preferences.source_mix import copies, stream_mixed
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having, splits_of
-from rap_lightning.preferences.stored import as_pair, stored_pairs
-from rap_lightning.preferences.unseen import never_stated
-from rap_lightning.progress import batches_done
+from rap_lightning.training.run_state import batches_done
 
 Prompt = tuple[list[int], dict[str, Any], list[int] | None]
 """Token ids at the goal, what is written beside the response, and with guidance the ids at the low goal."""
@@ -443,7 +443,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         return self._encode_prompts(histories, text)
 
     def prompt_batch(self, histories: list[Any], goal: float | None, generation: Generation) -> PromptBatch:
-        """Conversations at a goal, ready for :func:`rap_lightning.models.generate.generate`, guidance included.
+        """Conversations at a goal, ready for :func:`rap_lightning.models.generation.generate`, guidance included.
 
         Raises:
             BadRow: the chat template refuses a conversation.

@@ -23,27 +23,27 @@ from torch import Tensor
 
 from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBatch, TokenLogps
 from rap_lightning.batches.unrelated import unrelated
-from rap_lightning.deepspeed import refuse_in_trainer
+from rap_lightning.distributed.deepspeed_checks import refuse_in_trainer
+from rap_lightning.distributed.fsdp2 import Sharding, reshard
+from rap_lightning.distributed.sharded_load import load_sharded
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, SFT, PreferenceLoss
 from rap_lightning.losses.base import over_ranks
 from rap_lightning.losses.contract import check_loss
-from rap_lightning.metrics import PairMetrics
-from rap_lightning.models import memory
 from rap_lightning.models.adapters import adapter_digest, of_adapter
 from rap_lightning.models.digests import base_digest, same_base
-from rap_lightning.models.generate import Generation, generate
-from rap_lightning.models.held import AdapterAsLoaded
+from rap_lightning.models.generation import Generation, generate
 from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing
-from rap_lightning.models.reference import AdaptersOff, Frozen, NoReference, Reference
-from rap_lightning.models.sharded_load import load_sharded
-from rap_lightning.models.sharding import Sharding, reshard
-from rap_lightning.models.warmed import Warmed
-from rap_lightning.preferences.relabel import UNCONDITIONED
-from rap_lightning.progress import random_state, recount, set_random_state, settle
-from rap_lightning.schedules import CosineWithWarmup, Schedule
-from rap_lightning.warm_up import WarmUp, check_strategy
+from rap_lightning.models.references.base import AdaptersOff, Frozen, NoReference, Reference
+from rap_lightning.models.references.policy_copy import AdapterAsLoaded
+from rap_lightning.models.references.post_warmup import Warmed
+from rap_lightning.preferences.relabelling import UNCONDITIONED
+from rap_lightning.training import out_of_memory as memory
+from rap_lightning.training.metrics import PairMetrics
+from rap_lightning.training.run_state import random_state, recount, set_random_state, settle
+from rap_lightning.training.schedules import CosineWithWarmup, Schedule
+from rap_lightning.training.warm_up import WarmUp, check_strategy
 
 IMITATION = SFT()
 """What a warm-up trains on."""

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import init_device_mesh
 
+from rap_lightning.distributed.fsdp2 import Sharding
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.sharding import Sharding
-from rap_lightning.models.shards import of_shards
+from rap_lightning.models.checkpoint.sharded_files import of_shards
 
 METADATA = "meta.pt"  # where Lightning keeps what is neither weight nor optimizer state
 

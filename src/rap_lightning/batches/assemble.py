@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rap_lightning.batches.encode import RESERVED, Encoder
-from rap_lightning.preferences.chat import render, with_goal
 from rap_lightning.preferences.pairs import Message
+from rap_lightning.preferences.rendering import render, with_goal
 from rap_lightning.preferences.templates import passes_through
 
 GAP = re.compile("\ue000([0-9]+)\ue001")  # private-use characters around the number of a turn

@@ -11,11 +11,11 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.pair_encoder import PairEncoder, note_encoding
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
+from rap_lightning.preferences.data_report import DataReport
+from rap_lightning.preferences.goal_grid import own_texts
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.grid import own_texts
 from rap_lightning.preferences.pairs import Pair
-from rap_lightning.preferences.relabel import CHOSEN_GOAL, UNCONDITIONED, Relabelling
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.relabelling import CHOSEN_GOAL, UNCONDITIONED, Relabelling
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Scored pairs, encoded once, seen as training pairs.
 
 Each scored pair is one row of an Arrow table with its prompts under either goal and both responses; training pairs are
-found by index arithmetic over it (rap_lightning.preferences.relabel).
+found by index arithmetic over it (rap_lightning.preferences.relabelling).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from rap_lightning.batches.encode import Encoder
 from rap_lightning.batches.pair_encoder import FORMAT, PairEncoder, features, note_encoding
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.errors import DataError
-from rap_lightning.preferences.relabel import REJECTED_GOAL, UNCONDITIONED, Relabelling, TrainingIndex
-from rap_lightning.preferences.report import DataReport
-from rap_lightning.preferences.stored import as_pair
+from rap_lightning.preferences.data_report import DataReport
+from rap_lightning.preferences.pair_cache import as_pair
+from rap_lightning.preferences.relabelling import REJECTED_GOAL, UNCONDITIONED, Relabelling, TrainingIndex
 
 ROWS = 250  # encoded at a time
 DIGESTED = 1000  # rows whose bytes are hashed at a time
@@ -125,7 +125,7 @@ def encode_pairs(
     """Tokenise scored pairs, with progress, cached by content.
 
     Args:
-        pairs: a table of scored pairs (rap_lightning.preferences.stored).
+        pairs: a table of scored pairs (rap_lightning.preferences.pair_cache).
         encoder: renders and tokenises.
         relabelling: what each pair becomes.
         report: gets what was repaired, truncated or dropped here, and the final counts.

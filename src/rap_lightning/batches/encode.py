@@ -20,9 +20,9 @@ from typing import Any
 
 from rap_lightning import __version__
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences.chat import render, resolve_placement, shows_system, with_goal
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import BadRow, Message
+from rap_lightning.preferences.rendering import render, resolve_placement, shows_system, with_goal
 
 # Unicode noncharacters, never part of real text:
 MARK = chr(0xFDD0)  # put inside rendered text to break what imitates a control token

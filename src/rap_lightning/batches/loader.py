@@ -53,7 +53,7 @@ class PairLoader(DataLoader[tuple[Batch, ...]]):
         return self
 
     # Lightning takes a loader with these two for resumable. The position itself is the trainer's to keep: it alone
-    # knows which batches have become whole optimizer steps (rap_lightning.progress).
+    # knows which batches have become whole optimizer steps (rap_lightning.training.run_state).
 
     def state_dict(self) -> dict[str, int]:
         """Nothing beyond what the trainer's own progress says."""

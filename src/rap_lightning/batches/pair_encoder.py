@@ -8,9 +8,9 @@ from typing import Any
 
 from rap_lightning.batches.assemble import Assembled, Assembler, Job
 from rap_lightning.batches.encode import Encoder, Notes
+from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.pairs import BadRow, Pair
-from rap_lightning.preferences.relabel import REJECTED_GOAL, UNCONDITIONED, Relabelling
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.relabelling import REJECTED_GOAL, UNCONDITIONED, Relabelling
 
 log = logging.getLogger("rap_lightning")
 

@@ -22,10 +22,10 @@ from rap_lightning.batches.loader import plainly
 from rap_lightning.batches.pair_encoder import PairEncoder, note_encoding
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
-from rap_lightning.preferences.mix import stream_mixed
+from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.pairs import Pair
-from rap_lightning.preferences.report import DataReport
 from rap_lightning.preferences.rules import Rules
+from rap_lightning.preferences.source_mix import stream_mixed
 from rap_lightning.preferences.sources import Source
 
 log = logging.getLogger("rap_lightning")

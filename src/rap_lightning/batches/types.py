@@ -85,7 +85,7 @@ class Batch(_Movable):
         segment: [M] int64, which of the 2B responses the token belongs to.
         lengths: [2B] int64, response tokens including the end of turn.
         rewards: [B, 2] float32, the judge's rewards of chosen and rejected, in the scale's units.
-        origin: [B] int64, index into :data:`rap_lightning.preferences.relabel.ORIGINS`.
+        origin: [B] int64, index into :data:`rap_lightning.preferences.relabelling.ORIGINS`.
         weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch.
         step_pairs: pairs of weight 1 in the whole optimizer step, over all ranks and accumulated batches.
         loss_weights: [B] float32, what a pair's loss counts in the mean over the step: ``weights``, but where the data

@@ -1,16 +1,16 @@
 """Lightning callbacks."""
 
 from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
-from rap_lightning.callbacks.checkpoints import Checkpoints
-from rap_lightning.callbacks.console import ConsoleLines
-from rap_lightning.callbacks.export import ExportHF
+from rap_lightning.callbacks.checkpointing import Checkpoints
+from rap_lightning.callbacks.console_lines import ConsoleLines
+from rap_lightning.callbacks.export_hf import ExportHF
 from rap_lightning.callbacks.goal_samples import GoalSamples
 from rap_lightning.callbacks.guard import Guard
-from rap_lightning.callbacks.interrupts import WholeSteps
-from rap_lightning.callbacks.likelihood import LikelihoodProbe
+from rap_lightning.callbacks.likelihood_probe import LikelihoodProbe
 from rap_lightning.callbacks.predictions import WritePredictions
-from rap_lightning.callbacks.records import RunRecord
-from rap_lightning.callbacks.steering import SteeringTable
+from rap_lightning.callbacks.run_record import RunRecord
+from rap_lightning.callbacks.signals import WholeSteps
+from rap_lightning.callbacks.steering_table import SteeringTable
 from rap_lightning.callbacks.watchdog import Watchdog
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Checkpoint files through :mod:`rap_lightning.models.sealed`: whole or not there, and verified when they are read."""
+"""Checkpoint files, written atomically and verified when they are read."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from rap_lightning.errors import ConfigError, NotSaved
-from rap_lightning.models.checkpoints import refuse_unreadable
-from rap_lightning.models.sealed import partial_of, verify, write_sealed
-from rap_lightning.models.shards import of_shards
+from rap_lightning.models.checkpoint.integrity import partial_of, verify, write_sealed
+from rap_lightning.models.checkpoint.read_checkpoint import refuse_unreadable
+from rap_lightning.models.checkpoint.sharded_files import of_shards
 
 
 class SealedCheckpoints(TorchCheckpointIO):

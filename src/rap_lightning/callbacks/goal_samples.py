@@ -11,12 +11,12 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from rap_lightning.callbacks.goal_sampling import Goal, Judge, Sample, parts_of_fit, sample_at_goals, tell_watchdog
 from rap_lightning.callbacks.intervals import AtIntervals, Row
-from rap_lightning.callbacks.sampling import Goal, Judge, Sample, parts_of_fit, sample_at_goals, tell_watchdog
-from rap_lightning.callbacks.steering import SteeringTable
+from rap_lightning.callbacks.steering_table import SteeringTable
 from rap_lightning.errors import ConfigError
 from rap_lightning.evaluation.statistics import curve_spearman
-from rap_lightning.preferences.grid import grid
+from rap_lightning.preferences.goal_grid import grid
 
 
 class GoalSamples(AtIntervals):

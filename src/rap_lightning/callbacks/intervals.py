@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from rap_lightning.callbacks.folders import run_folder
-from rap_lightning.callbacks.sampling import log_now
+from rap_lightning.callbacks.goal_sampling import log_now
+from rap_lightning.callbacks.run_folder import run_folder
 from rap_lightning.errors import ConfigError
 from rap_lightning.module import PreferenceModule
 

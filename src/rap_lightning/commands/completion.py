@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
+from rap_lightning.cli.error_messages import class_names, nested_options
+from rap_lightning.cli.help_format import PlainParser
 from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
 from rap_lightning.errors import ConfigError
-from rap_lightning.help_text import PlainParser
-from rap_lightning.mistakes import class_names, nested_options
 from rap_lightning.planning.gpus import GPUS
 
 SHELLS = ("bash", "zsh", "fish")
@@ -68,7 +68,7 @@ def whole_parser(file: Any) -> argparse.ArgumentParser:
 
 
 def _trainer(name: str) -> Iterator[argparse.ArgumentParser]:
-    from rap_lightning.trainer_cli import fit_parser
+    from rap_lightning.cli.trainer_cli import fit_parser
 
     yield fit_parser(name)
 

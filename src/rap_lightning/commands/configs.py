@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from rap_lightning.cli.error_messages import configs_named
 from rap_lightning.errors import ConfigError
-from rap_lightning.mistakes import configs_named
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 """In a checkout a link to its configs/, in a wheel their copies."""

@@ -7,21 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from rap_lightning.cli.error_messages import configs_named, content_of
 from rap_lightning.commands import suites
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
-from rap_lightning.mistakes import configs_named, content_of
+from rap_lightning.onpolicy.asked_goals import template_of
 from rap_lightning.onpolicy.engines import Engine, Transformers
-from rap_lightning.onpolicy.goals import template_of
+from rap_lightning.onpolicy.evaluate.base_model_record import recorded_base, run_of
+from rap_lightning.onpolicy.evaluate.evaluation_plan import OF_LIKELIHOODS, OF_SAMPLES, PARTS, Part, Plan
+from rap_lightning.onpolicy.evaluate.reading import Reading, reading_of
+from rap_lightning.onpolicy.evaluate.run import evaluate_model
+from rap_lightning.onpolicy.evaluate.terminal_tables import show
 from rap_lightning.onpolicy.judges import Judge
-from rap_lightning.onpolicy.measure.base import recorded_base, run_of
-from rap_lightning.onpolicy.measure.plan import OF_LIKELIHOODS, OF_SAMPLES, PARTS, Part, Plan
-from rap_lightning.onpolicy.measure.reading import Reading, reading_of
-from rap_lightning.onpolicy.measure.run import evaluate_model
-from rap_lightning.onpolicy.measure.show import show
-from rap_lightning.onpolicy.model import Model
+from rap_lightning.onpolicy.sampled_model import Model
+from rap_lightning.preferences.goal_grid import grid
 from rap_lightning.preferences.goals import GoalTemplate, is_trained
-from rap_lightning.preferences.grid import grid
 from rap_lightning.preferences.sources import Source, as_sources
 
 GOALS = 7
@@ -144,7 +144,7 @@ def evaluate(
         revision: of the model on the Hub: a branch, tag or commit.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
-    from rap_lightning.models.generate import Generation
+    from rap_lightning.models.generation import Generation
 
     given = {name: value for name, value in locals().items() if name in _parameters(evaluate) and value is not None}
     least = {"limit": 1, "samples": 1, "bins": 1, "scale_points": 2, "token_budget": 1, "num_proc": 1}

@@ -11,8 +11,8 @@ from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rap_lightning.models.checkpoint.saved_policy import SavedPolicy
     from rap_lightning.models.policy import PolicyConfig
-    from rap_lightning.models.saved import SavedPolicy
 
 
 def run(args: list[str]) -> int:
@@ -60,7 +60,7 @@ def export(
         private: whether a repository made by the upload is private, which it is by default.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
-    from rap_lightning.models.folder import refuse_non_empty
+    from rap_lightning.models.atomic_folder import refuse_non_empty
     from rap_lightning.models.hub import check_push
 
     if private is not None and push_to_hub is None:
@@ -72,10 +72,10 @@ def export(
 
     import torch
 
-    from rap_lightning.models import export as files
+    from rap_lightning.models import hf_export as files
     from rap_lightning.models import hub
-    from rap_lightning.models.card import model_card
-    from rap_lightning.models.saved import open_saved, restored
+    from rap_lightning.models.checkpoint.saved_policy import open_saved, restored
+    from rap_lightning.models.model_card import model_card
 
     _say(f"reading {checkpoint}")
     saved = open_saved(Path(checkpoint))
@@ -121,7 +121,7 @@ def export(
 
 def _config(saved: SavedPolicy, trust_remote_code: bool) -> PolicyConfig:
     """The policy's config as it was recorded; an adapter leaves for a base in its own precision."""
-    from rap_lightning.models.saved import config_of
+    from rap_lightning.models.checkpoint.saved_policy import config_of
 
     options = saved.record["policy"] | {"quantize": None}
     return config_of(options, saved.path, trust_remote_code=trust_remote_code)
@@ -129,7 +129,7 @@ def _config(saved: SavedPolicy, trust_remote_code: bool) -> PolicyConfig:
 
 def _facts(saved: SavedPolicy) -> dict[str, Any]:
     """What the checkpoint says of its run; a checkpoint that says nothing has a run folder around it, maybe."""
-    from rap_lightning.models.saved import FACTS
+    from rap_lightning.models.checkpoint.saved_policy import FACTS
 
     facts: dict[str, Any] = dict(saved.meta.get(FACTS) or {})
     beside = saved.path.parent.parent / "run.json"

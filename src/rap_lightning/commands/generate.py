@@ -8,8 +8,8 @@ from typing import Literal
 from rap_lightning.commands.options import command_line
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
+from rap_lightning.onpolicy.asked_goals import GoalOption
 from rap_lightning.onpolicy.engines import Engine, Transformers
-from rap_lightning.onpolicy.goals import GoalOption
 from rap_lightning.preferences.goals import GoalTemplate
 
 
@@ -82,17 +82,17 @@ def generate(
         revision: of the model on the Hub: a branch, tag or commit.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
-    from rap_lightning.onpolicy.shards import in_processes, own_part
+    from rap_lightning.onpolicy.work_split import in_processes, own_part
 
     if processes != 1:
         if processes < 1 or shard is not None:
             raise ConfigError("--processes must be at least 1, and goes without --shard")
         return in_processes(processes, [*command_line, "--processes", "1"])
-    from rap_lightning.models.generate import Generation
-    from rap_lightning.onpolicy.generate import Generator
-    from rap_lightning.onpolicy.goals import guided, resolve
-    from rap_lightning.onpolicy.model import Model
+    from rap_lightning.models.generation import Generation
+    from rap_lightning.onpolicy.asked_goals import guided, resolve
     from rap_lightning.onpolicy.prompts import read_prompts
+    from rap_lightning.onpolicy.response_generator import Generator
+    from rap_lightning.onpolicy.sampled_model import Model
 
     own, shards, rank = own_part(shard)
     source = Model(model, revision, trust_remote_code)

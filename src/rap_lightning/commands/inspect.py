@@ -14,20 +14,20 @@ import numpy as np
 from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError, DataError, say
-from rap_lightning.preferences.census import Census
-from rap_lightning.preferences.chat import with_goal
 from rap_lightning.preferences.columns import PairColumns
+from rap_lightning.preferences.data_report import DataReport
+from rap_lightning.preferences.data_stats import Census
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.listing import Listing
 from rap_lightning.preferences.pairs import Pair
-from rap_lightning.preferences.read import read_blocks
-from rap_lightning.preferences.relabel import Mode, RelabelledPair, relabel
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.read_pairs import read_blocks
+from rap_lightning.preferences.relabelling import Mode, RelabelledPair, relabel
+from rap_lightning.preferences.rendering import with_goal
+from rap_lightning.preferences.row_log import Listing
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.select import Selection
+from rap_lightning.preferences.scale_checks import never_stated
+from rap_lightning.preferences.selection import Selection
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having, splits_among
-from rap_lightning.preferences.unseen import never_stated
 
 MEASURED = 20_000  # pairs that are tokenised
 LOT = 250  # pairs that are tokenised at a time

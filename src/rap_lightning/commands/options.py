@@ -8,17 +8,17 @@ from dataclasses import replace
 from inspect import cleandoc
 from typing import Any, Literal
 
+from rap_lightning.cli.error_messages import Explains
+from rap_lightning.cli.help_format import Filled, arrange
 from rap_lightning.errors import ConfigError
-from rap_lightning.help_text import Filled, arrange
-from rap_lightning.mistakes import Explains
-from rap_lightning.preferences.baked import restore_own_template
+from rap_lightning.preferences.chat_template import restore_own_template
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.read import fit_scale
-from rap_lightning.preferences.relabel import Mode, Relabelling
+from rap_lightning.preferences.read_pairs import fit_scale
+from rap_lightning.preferences.relabelling import Mode, Relabelling
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.select import Selection
+from rap_lightning.preferences.selection import Selection
 from rap_lightning.preferences.sources import Source, having, refuse_no_model
 
 command_line: list[str] = []

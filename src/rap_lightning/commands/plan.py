@@ -15,16 +15,16 @@ import torch
 
 from rap_lightning.batches.layouts import LAYOUTS
 from rap_lightning.batches.sampler import PairSize
+from rap_lightning.cli.help_format import PlainParser
+from rap_lightning.cli.trainer_cli import PreferenceCLI, parse_only
+from rap_lightning.distributed.sharded_load import blank_model
 from rap_lightning.errors import ConfigError
-from rap_lightning.help_text import PlainParser
 from rap_lightning.models.policy import CHECKPOINTING_FROM, DTYPES, Lora, _load
-from rap_lightning.models.reference import Frozen
-from rap_lightning.models.sharded_load import blank_model
+from rap_lightning.models.references.base import Frozen
 from rap_lightning.module import PreferenceModule
 from rap_lightning.planning.estimate import LIVE, USABLE, Device, Memory, ReferenceKind, Spread, duration, memory
 from rap_lightning.planning.gpus import GPU, GPUS, find_gpu
 from rap_lightning.planning.trace import Step, batch_of, trace
-from rap_lightning.trainer_cli import PreferenceCLI, parse_only
 
 DESCRIPTION = """Say what a run will take, before anything is loaded: from the model's config alone, on any machine.
 

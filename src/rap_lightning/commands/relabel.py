@@ -16,20 +16,20 @@ from rap_lightning.commands.options import fit_on_training_split, load_tokenizer
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.judges import Judge
-from rap_lightning.preferences.chat import resolve_placement, shows_system
 from rap_lightning.preferences.columns import PairColumns
+from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.judge import rated_goal
-from rap_lightning.preferences.mix import copies
-from rap_lightning.preferences.read import read_blocks
-from rap_lightning.preferences.relabel import Mode
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.read_pairs import read_blocks
+from rap_lightning.preferences.relabel_export import Block, ShardedFolder, relabelled, shards_of
+from rap_lightning.preferences.relabelling import Mode
+from rap_lightning.preferences.rendering import resolve_placement, shows_system
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules, key_of
-from rap_lightning.preferences.select import Selection
+from rap_lightning.preferences.selection import Selection
+from rap_lightning.preferences.source_mix import copies
 from rap_lightning.preferences.sources import Source, as_sources, fingerprint, having, splits_among
-from rap_lightning.preferences.written import Block, ShardedFolder, relabelled, shards_of
 
 WHAT = (
     "chosen-goal: the winner's reward is the goal, and the winner is chosen",
@@ -139,7 +139,7 @@ def relabel(
 def _rated(
     judge: Judge, sources: list[Source], splits: list[str], rules: Rules, num_proc: int | None
 ) -> dict[str, RewardTable]:
-    from rap_lightning.models.rated import rated  # torch is not to be waited for without need
+    from rap_lightning.models.judge_rewards import rated  # torch is not to be waited for without need
 
     tables = {}
     for split in splits:

@@ -7,9 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from rap_lightning.cli.help_format import PlainParser
 from rap_lightning.errors import ConfigError
-from rap_lightning.help_text import PlainParser
-from rap_lightning.models.folder import all_or_nothing, refuse_non_empty
+from rap_lightning.models.atomic_folder import all_or_nothing, refuse_non_empty
 
 DESCRIPTION = """One self-contained HTML page, with PNGs beside it, that compares runs of fit.
 
@@ -35,7 +35,7 @@ def run(args: list[str]) -> int:
         refuse_non_empty(output)
     from rap_lightning.reporting.headline import headline
     from rap_lightning.reporting.page import PAGE, write
-    from rap_lightning.reporting.read import read_runs
+    from rap_lightning.reporting.read_runs import read_runs
 
     runs = read_runs(own.runs)
     old = _set_aside(output) if own.overwrite and _is_report(output) else None

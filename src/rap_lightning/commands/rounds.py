@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
+from rap_lightning.onpolicy.asked_goals import GoalOption
 from rap_lightning.onpolicy.engines import Engine, Transformers
-from rap_lightning.onpolicy.goals import GoalOption
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.relabel import Mode, Relabelling
-from rap_lightning.preferences.select import Selection
+from rap_lightning.preferences.relabelling import Mode, Relabelling
+from rap_lightning.preferences.selection import Selection
 
 
 def run(args: list[str]) -> int:
@@ -102,10 +102,10 @@ def rounds(
     """
     from jsonargparse import ArgumentParser
 
-    from rap_lightning.models.generate import Generation
-    from rap_lightning.onpolicy.model import Model
+    from rap_lightning.models.generation import Generation
     from rap_lightning.onpolicy.prompts import read_prompts
-    from rap_lightning.onpolicy.rounds import Plan, run_rounds
+    from rap_lightning.onpolicy.run_rounds import Plan, run_rounds
+    from rap_lightning.onpolicy.sampled_model import Model
 
     if rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, found {rounds}")

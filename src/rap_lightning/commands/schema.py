@@ -9,9 +9,9 @@ from typing import Any
 from jsonargparse._completions_jsonschema import ParserJsonschema, new_object
 from jsonargparse._util import get_import_path
 
+from rap_lightning.cli.error_messages import subclasses_of
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
-from rap_lightning.mistakes import subclasses_of
 
 DESCRIBED = ("rap_lightning.", "lightning.pytorch.", "torch.optim.")
 """Packages whose classes are described with their options. Of others, and of yours, any option is accepted."""
@@ -49,7 +49,7 @@ def schema(output: str | None = None) -> int:
 
 def config_schema() -> dict[str, Any]:
     """The JSON schema (2020-12) of fit's configs: the parser's own options, nothing kept by hand."""
-    from rap_lightning.trainer_cli import fit_parser
+    from rap_lightning.cli.trainer_cli import fit_parser
 
     made = _Schema().generate(fit_parser())
     made["title"] = "rap-lightning fit"

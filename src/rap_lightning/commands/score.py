@@ -35,7 +35,7 @@ def score(source: str, judge: Judge, output: str, split: str | None = None) -> i
         output: json lines to write. OUTPUT.meta.json holds the judge and its scale; one file never mixes two.
         split: of the source, where it has several.
     """
-    from rap_lightning.onpolicy.score import expected, score_file
+    from rap_lightning.onpolicy.scoring import expected, score_file
 
     scored = score_file(source, Path(output), judge, split)
     there = expected(source)

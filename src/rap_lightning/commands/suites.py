@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.onpolicy.asked_goals import GoalOption
 from rap_lightning.onpolicy.engines import Engine, Transformers
-from rap_lightning.onpolicy.goals import GoalOption
 from rap_lightning.onpolicy.suites import Suite
 from rap_lightning.preferences.goals import GoalTemplate
 
@@ -58,9 +58,9 @@ def answer_suite(
         revision: of the model on the Hub: a branch, tag or commit.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
-    from rap_lightning.models.generate import Generation
-    from rap_lightning.onpolicy.goals import resolve
-    from rap_lightning.onpolicy.model import Model
+    from rap_lightning.models.generation import Generation
+    from rap_lightning.onpolicy.asked_goals import resolve
+    from rap_lightning.onpolicy.sampled_model import Model
     from rap_lightning.onpolicy.suites import MTBench
     from rap_lightning.onpolicy.suites.base import Work
 

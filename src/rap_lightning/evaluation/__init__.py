@@ -4,7 +4,7 @@ Everything is a statistic of observations that belong to prompts. Its uncertaint
 from resampling whole prompts (:class:`Bootstrap`), since samples of one prompt are no news about another.
 """
 
-from rap_lightning.evaluation.figures import Bootstrap, Figure
+from rap_lightning.evaluation.estimates import Bootstrap, Figure
 from rap_lightning.evaluation.likelihoods import Responses, bins_of, discrimination, read_off, unlearning
 from rap_lightning.evaluation.samples import Samples, controllability, extrapolation, length
 

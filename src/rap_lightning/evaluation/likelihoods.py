@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rap_lightning.evaluation import statistics
-from rap_lightning.evaluation.figures import Bootstrap, Floats
+from rap_lightning.evaluation.estimates import Bootstrap, Floats
 
 ROLES = ("chosen", "rejected")
 CONDITIONS = ("none", "best", "worst", "own")

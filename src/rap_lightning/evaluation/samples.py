@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rap_lightning.evaluation import statistics
-from rap_lightning.evaluation.figures import Bootstrap, Figure, Floats
+from rap_lightning.evaluation.estimates import Bootstrap, Figure, Floats
 
 Goal = float | None
 """What was asked for; None: no goal in the prompt."""

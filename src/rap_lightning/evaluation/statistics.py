@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rap_lightning.evaluation.figures import Floats
+from rap_lightning.evaluation.estimates import Floats
 
 
 def mean(values: Floats, weights: Floats) -> Floats:

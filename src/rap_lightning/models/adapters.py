@@ -141,7 +141,7 @@ def _refuse_other_base(named: str | None, base: str, path: str) -> None:
 
     Names alone prove nothing (a folder may hold what the Hub calls something else), so files are compared.
     """
-    from rap_lightning.models.store import weights_digest
+    from rap_lightning.models.references.logp_store import weights_digest
 
     if not named or named == base or not Path(named).is_dir() or not Path(base).is_dir():
         return

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rap_lightning.batches.types import Forest
-from rap_lightning.models import flex
+from rap_lightning.models import flex_attention as flex
 
 NAME = "rap_forest"
 WINDOWS = ("sliding_window", "attention_chunk_size")

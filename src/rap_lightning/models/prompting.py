@@ -7,11 +7,11 @@ from typing import Any
 
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences.asked import Wording
-from rap_lightning.preferences.baked import bake, restore_own_template
-from rap_lightning.preferences.chat import resolve_placement
+from rap_lightning.preferences.chat_template import bake, restore_own_template
+from rap_lightning.preferences.goal_spec import Wording
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import Message
+from rap_lightning.preferences.rendering import resolve_placement
 
 LEAVE = "Leave the chat template as it is: --goal_in_template false"
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.lines import write_whole
+from rap_lightning.onpolicy.jsonl_ledger import write_whole
 
 TAKEN = {"path": "the round's policy", "source": "the round's pairs", "goal": "the round's goal.yaml"}
 
@@ -119,4 +119,4 @@ def _trained(run: Path) -> Path | None:
 
 
 def _command(config: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "rap_lightning.cli", "fit", "--config", str(config), *more]
+    return [sys.executable, "-m", "rap_lightning.cli.main", "fit", "--config", str(config), *more]

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rap_lightning.onpolicy.lines import digest_of
+from rap_lightning.onpolicy.jsonl_ledger import digest_of
 from rap_lightning.preferences.pairs import Message
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rap_lightning.errors import DataError
-from rap_lightning.onpolicy.lines import file_digest, write_json
+from rap_lightning.onpolicy.jsonl_ledger import file_digest, write_json
 
 
 class Stages:

@@ -24,10 +24,10 @@ from rap_lightning.batches.dataset import Example
 from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
+from rap_lightning.distributed.sharded_load import blank_model
 from rap_lightning.errors import ConfigError
 from rap_lightning.models import logps
 from rap_lightning.models.policy import Policy, PolicyConfig, evaluating
-from rap_lightning.models.sharded_load import blank_model
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

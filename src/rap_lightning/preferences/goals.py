@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences import codekeys
-from rap_lightning.preferences.asked import Number, Wording
+from rap_lightning.preferences import fingerprint as codekeys
+from rap_lightning.preferences.goal_spec import Number, Wording
 from rap_lightning.preferences.scales import RewardScale
 
 Placement = Literal["auto", "system", "user"]

@@ -10,19 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rap_lightning.preferences.columns import PairColumns, fits, surely_good
+from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.formats import RowFormat, ScoredPairs
 from rap_lightning.preferences.formats.base import Row
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.groups import Rows, groups
 from rap_lightning.preferences.hashing import hash_text, hash_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, make_pair
 from rap_lightning.preferences.readers import Chunk, an_object
-from rap_lightning.preferences.relabel import is_tie
-from rap_lightning.preferences.report import DataReport
+from rap_lightning.preferences.relabelling import is_tie
 from rap_lightning.preferences.rewards import CONTRADICTED
+from rap_lightning.preferences.row_groups import Rows, groups
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.select import BestVsRandom
+from rap_lightning.preferences.selection import BestVsRandom
 
 EXCHANGED = "score_chosen below score_rejected, exchanged so that the higher reward wins"
 TIE = "tie: both scores print as the same goal"

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences import codekeys
+from rap_lightning.preferences import fingerprint as codekeys
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.formats import FORMATS
 from rap_lightning.preferences.formats.base import Row
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.relabel import Relabelling
+from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rewards import RewardTable
-from rap_lightning.preferences.select import BestVsRandom, Selection
+from rap_lightning.preferences.selection import BestVsRandom, Selection
 
 
 @dataclass(frozen=True)

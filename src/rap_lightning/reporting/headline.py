@@ -10,7 +10,7 @@ from typing import Any
 from rap_lightning.reporting.evaluation import Estimate
 from rap_lightning.reporting.paired import difference
 from rap_lightning.reporting.panels import estimate
-from rap_lightning.reporting.read import Run
+from rap_lightning.reporting.read_runs import Run
 from rap_lightning.reporting.text import isolated, listed, number
 
 MANY = 4

@@ -15,7 +15,7 @@ from rap_lightning.reporting import figures, tables
 from rap_lightning.reporting.headline import headline
 from rap_lightning.reporting.panels import Picture
 from rap_lightning.reporting.parts import Part, all_parts, evaluate_command
-from rap_lightning.reporting.read import Run
+from rap_lightning.reporting.read_runs import Run
 from rap_lightning.reporting.text import clean, short
 
 PAGE = "index.html"

@@ -11,7 +11,7 @@ from rap_lightning.reporting.differences import differences
 from rap_lightning.reporting.evaluation import Sample
 from rap_lightning.reporting.headline import describe
 from rap_lightning.reporting.panels import estimate
-from rap_lightning.reporting.read import Run, as_dict
+from rap_lightning.reporting.read_runs import Run, as_dict
 from rap_lightning.reporting.text import clean, duration, listed, number, size
 
 ByValue = tuple[str, list[tuple[str, list[int]]]]

@@ -14,13 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rap_lightning.world.data import GOAL_MESSAGE as GOAL_MESSAGE
-    from rap_lightning.world.data import Pair as Pair
-    from rap_lightning.world.data import make_pairs as make_pairs
-    from rap_lightning.world.data import make_prompts as make_prompts
     from rap_lightning.world.make import make_world as make_world
     from rap_lightning.world.rule import attributes as attributes
     from rap_lightning.world.rule import score as score
+    from rap_lightning.world.world_data import GOAL_MESSAGE as GOAL_MESSAGE
+    from rap_lightning.world.world_data import Pair as Pair
+    from rap_lightning.world.world_data import make_pairs as make_pairs
+    from rap_lightning.world.world_data import make_prompts as make_prompts
 
 _HOMES = {
     "attributes": "rule",

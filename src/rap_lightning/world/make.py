@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rap_lightning.world.data import (
+from rap_lightning.world.world_data import (
     BEST,
     FAMILIES_BY_DEFAULT,
     Pair,
@@ -166,7 +166,7 @@ def _other_settings(root: Path, there: dict[str, Any], asked: dict[str, Any]) ->
 
 def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
     # Here and not above: torch and transformers take seconds to import, which a world that is there need not pay.
-    from rap_lightning.world.base import new_model, sampler, train_base, train_tokenizer
+    from rap_lightning.world.base_model import new_model, sampler, train_base, train_tokenizer
 
     start = time.perf_counter()
     seed = settings["seed"]

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rap_lightning.onpolicy.model import Model
 from rap_lightning.onpolicy.requests import Answer, Request
+from rap_lightning.onpolicy.sampled_model import Model
 
 if TYPE_CHECKING:
-    from rap_lightning.models.generate import Generation
+    from rap_lightning.models.generation import Generation
 
 
 class Engine(ABC):

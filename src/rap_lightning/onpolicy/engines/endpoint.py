@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rap_lightning.onpolicy import goals
+from rap_lightning.onpolicy import asked_goals as goals
 from rap_lightning.onpolicy.engines.base import Engine
 from rap_lightning.onpolicy.http import Connection
-from rap_lightning.onpolicy.model import Model
 from rap_lightning.onpolicy.requests import Answer, Request
+from rap_lightning.onpolicy.sampled_model import Model
 
 if TYPE_CHECKING:
-    from rap_lightning.models.generate import Generation
+    from rap_lightning.models.generation import Generation
 
 
 class Endpoint(Engine):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines.base import Engine
-from rap_lightning.onpolicy.model import Model, free_memory, weights_dtype
 from rap_lightning.onpolicy.requests import Answer, Request, chunks_by_length
+from rap_lightning.onpolicy.sampled_model import Model, free_memory, weights_dtype
 
 if TYPE_CHECKING:
-    from rap_lightning.models.generate import Generation
+    from rap_lightning.models.generation import Generation
 
 
 class Transformers(Engine):
@@ -108,7 +108,7 @@ class Transformers(Engine):
     def _config(self, generation: Generation) -> tuple[Any, list[int]]:
         from transformers import GenerationConfig
 
-        from rap_lightning.models.generate import end_of_turn_ids
+        from rap_lightning.models.generation import end_of_turn_ids
 
         ends = end_of_turn_ids(self._tokenizer, _causal_lm(self._model))
         return GenerationConfig(
@@ -124,8 +124,8 @@ class Transformers(Engine):
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
-        from rap_lightning.models.generate import guidance_of, left_pad
-        from rap_lightning.onpolicy.engines.sampling import SeededSampling
+        from rap_lightning.models.generation import guidance_of, left_pad
+        from rap_lightning.onpolicy.engines.seeded_sampling import SeededSampling
 
         batch = left_pad([request.ids for request in chunk], self._pad, [])
         width = batch.input_ids.shape[1]

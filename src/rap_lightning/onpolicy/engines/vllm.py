@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines.base import Engine
-from rap_lightning.onpolicy.model import Model, free_memory
 from rap_lightning.onpolicy.requests import Answer, Request, chunks_by_length
+from rap_lightning.onpolicy.sampled_model import Model, free_memory
 
 if TYPE_CHECKING:
-    from rap_lightning.models.generate import Generation
+    from rap_lightning.models.generation import Generation
 
 
 class VLLM(Engine):
@@ -84,7 +84,7 @@ class VLLM(Engine):
         )  # fmt: skip
         from transformers import GenerationConfig
 
-        from rap_lightning.models.generate import end_of_turn_ids
+        from rap_lightning.models.generation import end_of_turn_ids
 
         try:
             own = GenerationConfig.from_pretrained(path, revision=model.revision)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.judges.base import Item, Judge, Verdict, declared
-from rap_lightning.preferences import codekeys
+from rap_lightning.preferences import fingerprint as codekeys
 
 CHUNK = 256
 

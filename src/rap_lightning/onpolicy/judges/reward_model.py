@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.judges.base import Item, Judge, Verdict, declared
-from rap_lightning.onpolicy.model import Model, free_memory, weights_dtype
+from rap_lightning.onpolicy.sampled_model import Model, free_memory, weights_dtype
 from rap_lightning.preferences.pairs import BadRow
 
 OVERALL = "overall_score"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.lines import write_json
+from rap_lightning.onpolicy.jsonl_ledger import write_json
 from rap_lightning.onpolicy.requests import prompt_id_of
 from rap_lightning.onpolicy.suites.base import Suite, Work, from_hub, read_questions, user
 

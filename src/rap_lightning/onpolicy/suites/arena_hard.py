@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rap_lightning.errors import DataError
-from rap_lightning.onpolicy.lines import digest_of, write_lines
+from rap_lightning.onpolicy.jsonl_ledger import digest_of, write_lines
 from rap_lightning.onpolicy.requests import prompt_id_of
 from rap_lightning.onpolicy.suites.base import Suite, Work, from_hub, read_questions, user
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.onpolicy.asked_goals import Asked
 from rap_lightning.onpolicy.engines import Engine
-from rap_lightning.onpolicy.goals import Asked
-from rap_lightning.onpolicy.lines import parts_of, read_rows
-from rap_lightning.onpolicy.model import Model
+from rap_lightning.onpolicy.jsonl_ledger import parts_of, read_rows
 from rap_lightning.onpolicy.requests import prompt_id_of
+from rap_lightning.onpolicy.sampled_model import Model
 from rap_lightning.preferences.pairs import Message
 
 if TYPE_CHECKING:
-    from rap_lightning.models.generate import Generation
-    from rap_lightning.onpolicy.generate import Generator
+    from rap_lightning.models.generation import Generation
+    from rap_lightning.onpolicy.response_generator import Generator
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Work:
 
     def generator(self) -> Generator:
         """A generator for this work's model."""
-        from rap_lightning.onpolicy.generate import Generator
+        from rap_lightning.onpolicy.response_generator import Generator
 
         return Generator(self.model, self.engine, max_prompt_length=self.max_prompt_length)
 

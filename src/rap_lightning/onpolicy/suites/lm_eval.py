@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.lines import write_json, write_whole
-from rap_lightning.onpolicy.model import weights_dtype
+from rap_lightning.onpolicy.jsonl_ledger import write_json, write_whole
+from rap_lightning.onpolicy.sampled_model import weights_dtype
 from rap_lightning.onpolicy.suites.base import Suite, Work
-from rap_lightning.preferences.chat import resolve_placement, shows_system, with_goal
+from rap_lightning.preferences.rendering import resolve_placement, shows_system, with_goal
 
 PAPER = ["gsm8k", "leaderboard_gpqa", "leaderboard_musr", "truthfulqa_mc2", "leaderboard_bbh", "arc_challenge"]
 

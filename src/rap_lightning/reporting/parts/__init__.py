@@ -1,11 +1,11 @@
 """From runs to pictures: each part of the page, where its files are there, and how to get it where they aren't."""
 
 from rap_lightning.reporting.parts.base import Part, evaluate_command
-from rap_lightning.reporting.parts.beyond import discrimination, extrapolation, length
-from rap_lightning.reporting.parts.steering import steering
+from rap_lightning.reporting.parts.extrapolation import discrimination, extrapolation, length
+from rap_lightning.reporting.parts.goal_steering import steering
 from rap_lightning.reporting.parts.training import training
 from rap_lightning.reporting.parts.unlearning import unlearning
-from rap_lightning.reporting.read import Run
+from rap_lightning.reporting.read_runs import Run
 
 __all__ = ["Part", "all_parts", "evaluate_command"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from rap_lightning.reporting.evaluation import Estimate, Evaluation
 from rap_lightning.reporting.panels import Panel, Picture, Series
-from rap_lightning.reporting.read import Run, as_dict
+from rap_lightning.reporting.read_runs import Run, as_dict
 from rap_lightning.reporting.text import number
 
 CONDITIONS = {

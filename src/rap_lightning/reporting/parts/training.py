@@ -6,7 +6,7 @@ from rap_lightning.reporting.curves import TERM, as_number, thinned
 from rap_lightning.reporting.evaluation import Estimate
 from rap_lightning.reporting.panels import Panel, Picture, Series
 from rap_lightning.reporting.parts.base import Part
-from rap_lightning.reporting.read import Run, as_dict
+from rap_lightning.reporting.read_runs import Run, as_dict
 from rap_lightning.reporting.text import clean
 
 ORIGINS = {

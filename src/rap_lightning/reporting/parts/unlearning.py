@@ -5,7 +5,7 @@ from __future__ import annotations
 from rap_lightning.reporting.evaluation import Estimate
 from rap_lightning.reporting.panels import Panel, Picture, Series
 from rap_lightning.reporting.parts.base import CONDITIONS, Part, evaluated, evaluation_part
-from rap_lightning.reporting.read import Run
+from rap_lightning.reporting.read_runs import Run
 from rap_lightning.reporting.text import number
 
 ROLES = ("chosen", "rejected")

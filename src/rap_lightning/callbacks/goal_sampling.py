@@ -1,0 +1,98 @@
+"""Samples of the policy that is being trained, at goals, without a trace in the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from rap_lightning.callbacks.ranks import gathered
+from rap_lightning.callbacks.watchdog import Watchdog
+from rap_lightning.datamodule import PreferenceDataModule
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.generation import generate
+from rap_lightning.module import PreferenceModule
+
+Goal = float | None
+Judge = Callable[[str, str], float]
+"""(prompt, response) -> reward on the goal template's scale"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response: its prompt's last turn, its text, and its tokens, end of turn included."""
+
+    prompt: str
+    text: str
+    tokens: int
+
+
+def parts_of_fit(
+    trainer: pl.Trainer, module: pl.LightningModule, name: str
+) -> tuple[PreferenceModule, PreferenceDataModule]:  # fmt: skip
+    """Our module and data module.
+
+    Raises:
+        ConfigError: the run is of others.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, PreferenceDataModule) or not isinstance(module, PreferenceModule):
+        raise ConfigError(f"{name} needs a PreferenceModule and a PreferenceDataModule; remove it from the callbacks.")
+    return module, data
+
+
+def tell_watchdog(trainer: pl.Trainer, found: Mapping[Any, Sequence[Sample]]) -> None:
+    """The lengths of samples by goal, to whom it concerns."""
+    lengths = [one.tokens for samples in found.values() for one in samples]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Watchdog):
+            callback.saw_samples(lengths, trainer.global_step)
+
+
+def log_now(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """To every logger, on disk at once: a run may be killed before its next line."""
+    for logger in trainer.loggers if metrics else ():
+        logger.log_metrics(dict(metrics), step=trainer.global_step)
+        logger.save()
+
+
+def sample_at_goals(
+    trainer: pl.Trainer, module: PreferenceModule, data: PreferenceDataModule, histories: Sequence[Any],
+    goals: Sequence[Goal], seed: int, name: str,
+) -> dict[Goal, list[Sample]]:  # fmt: skip
+    """A response to each conversation at each goal, on every rank; the ranks share the work.
+
+    The run's random numbers are left as they were. Texts depend on the seed, and, where there are several ranks, on how
+    many.
+
+    Raises:
+        ConfigError: the policy is sharded.
+    """
+    assert module.policy is not None, "fit builds the policy"
+    if module.device_mesh is not None:
+        raise ConfigError(f"{name} can't sample from a sharded policy yet; remove it from the callbacks.")
+    ranks, rank = trainer.world_size, trainer.global_rank
+    mine = list(histories)[rank::ranks]
+    found: dict[Goal, list[Sample]] = {}
+    with isolate_rng():
+        torch.manual_seed(seed + rank)
+        for goal in goals:
+            texts: list[str] = []
+            for first in range(0, len(mine), data.batch_size):
+                part = mine[first : first + data.batch_size]
+                batch = data.prompt_batch(part, goal, module.generation).to(module.device)
+                texts += generate(module.policy, module.tokenizer, batch, module.generation)
+            # counted as they read: one more for the end of turn, which a response that ran out of tokens lacks
+            tokens = map(len, module.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+            longest = module.generation.max_new_tokens
+            own = [
+                Sample(history[-1]["content"], text, min(count + 1, longest))
+                for history, text, count in zip(mine, texts, tokens, strict=True)
+            ]
+            shares = gathered(own)
+            found[goal] = [shares[i % ranks][i // ranks] for i in range(len(histories))]
+    return found

@@ -1,0 +1,174 @@
+"""Does the goal steer? Samples at goals from low to high, judged, before and after training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rap_lightning.callbacks.goal_sampling import Judge, Sample, log_now, parts_of_fit, sample_at_goals, tell_watchdog
+from rap_lightning.callbacks.run_folder import run_folder
+from rap_lightning.errors import ConfigError
+
+FILE = "steering.json"
+"""What a run's table leaves in its folder."""
+
+
+class SteeringTable(pl.Callback):
+    """Samples responses at several goals before and after fit, and prints how a judge scores them.
+
+    The run's folder gets ``steering.json``: the mean score at each goal before and after, and the samples shown.
+
+    Args:
+        judge: a function of (prompt, response), by import path, that gives the reward.
+        goals: rewards to ask for, low to high.
+        samples: how many responses are sampled at each goal; validation prompts repeat where there are fewer.
+        seed: of the sampling; the run's own random numbers are left as they were.
+        beside: folder of another run with this callback, or of several, of which the newest counts: its scores and
+            samples are shown beside this run's. It must have asked for the same goals, with as many samples, the same
+            seed (so that prompts are the same) and the same module's ``generation``.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        goals: Sequence[float] = (1, 4, 7, 10),
+        samples: int = 64,
+        seed: int = 0,
+        beside: str | None = None,
+    ) -> None:
+        if len(goals) < 2 or samples < 2:
+            raise ConfigError("SteeringTable needs at least two goals and two samples")
+        self.judge, self.goals, self.samples, self.seed = judge, sorted(goals), samples, seed
+        self.beside = beside
+        self._other: dict[str, Any] | None = None
+        self._generation: dict[str, Any] = {}
+        self.before: dict[float, list[float]] = {}
+        self.after: dict[float, list[float]] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sample the untrained policy.
+
+        Raises:
+            ConfigError: the run to show beside this one can't be found or compared, or the judge gives no reward.
+        """
+        self._generation = parts_of_fit(trainer, pl_module, "SteeringTable")[0].generation.settings()
+        if self.beside is not None:
+            self._other = self._read(Path(self.beside))
+        self.before = {goal: [s for _, _, s in rows] for goal, rows in self._sample(trainer, pl_module).items()}
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sample the trained policy and print the table; a judge that fails only now costs the table, not the run."""
+        try:
+            samples = self._sample(trainer, pl_module)
+        except ConfigError as error:
+            rank_zero_warn(f"{error} There is no table, and the policy is trained.")
+            return
+        self.after = {goal: [score for _, _, score in rows] for goal, rows in samples.items()}
+        if trainer.is_global_zero:
+            self._print(trainer, pl_module, samples)
+            self._write(run_folder(trainer) / FILE, samples)
+
+    def _sample(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[float, list[tuple[str, str, float]]]:
+        ours, data = parts_of_fit(trainer, module, "SteeringTable")
+        if data.goal is None:
+            raise ConfigError("SteeringTable needs data with a goal template; remove it from the callbacks.")
+        distinct = data.histories()
+        histories = [distinct[i % len(distinct)] for i in range(self.samples)]
+        found = sample_at_goals(trainer, ours, data, histories, self.goals, self.seed, "SteeringTable")
+        tell_watchdog(trainer, found)
+        return {goal: [(one.prompt, one.text, self._score(one)) for one in found[goal]] for goal in self.goals}
+
+    def _score(self, sample: Sample) -> float:
+        try:
+            score = float(self.judge(sample.prompt, sample.text))
+        except Exception as error:  # whatever a user's judge raises
+            raise ConfigError(f"SteeringTable: the judge raised {type(error).__name__}: {error}.") from error
+        if not isfinite(score):
+            raise ConfigError(f"SteeringTable: the judge gave {score}, not a finite number.")
+        return score
+
+    def _settings(self) -> dict[str, Any]:
+        """What two runs must share to be shown beside each other."""
+        return {
+            "goals": list(self.goals), "samples": self.samples, "seed": self.seed, "generation": self._generation
+        }  # fmt: skip
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        found = sorted(folder.rglob(FILE), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise ConfigError(
+                f"SteeringTable: no {FILE} below {folder}. Train the run to be shown beside this one first, with this "
+                "callback, or leave beside out."
+            )
+        other: dict[str, Any] = json.loads(found[-1].read_text())
+        theirs = {name: other.get(name) for name in self._settings()}
+        if theirs != self._settings():
+            raise ConfigError(
+                f"SteeringTable: {found[-1]} was sampled with {theirs}, and this run samples with {self._settings()}: "
+                "their numbers don't compare. Use the same goals, samples, seed and --model.generation."
+            )
+        return other
+
+    def _write(self, path: Path, samples: dict[float, list[tuple[str, str, float]]]) -> None:
+        rows = [
+            {
+                "before": _figures(self.before[goal]), "after": _figures(self.after[goal]),
+                "prompt": samples[goal][0][0], "response": samples[goal][0][1], "score": samples[goal][0][2],
+            }
+            for goal in self.goals
+        ]  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**self._settings(), "rows": rows}, indent=1) + "\n")
+
+    def _print(self, trainer: pl.Trainer, module: Any, samples: dict[float, list[Any]]) -> None:
+        options, count = module.generation, len(next(iter(samples.values())))
+        heat = f"temperature {options.temperature:g}"
+        floor = f", floor {options.plausibility:g}" if options.plausibility is not None else ""
+        guided = f", guidance {options.guidance:g}" if options.guidance else ""
+        table = Table(
+            title=f"Asked for a score, what comes back ({count} samples a goal, {heat}{guided}{floor})",
+            caption="mean score ± standard error, by the judge; the samples are of the trained policy",
+        )
+        for name in ("goal", "before", "after"):
+            table.add_column(name, justify="right")
+        table.add_column("a sample after training (its score)", overflow="fold")
+        other = None if self._other is None or self.beside is None else self._other["rows"]
+        if other is not None:
+            name = Path(self.beside or "").name
+            table.add_column(name, justify="right")
+            table.add_column(f"a sample of {name} (its score)", overflow="fold")
+        prompt_of_first = samples[self.goals[0]][0][0]
+        for place, goal in enumerate(self.goals):
+            _, text, score = samples[goal][0]
+            cells = [f"{goal:g}", *(_shown(_figures(scores[goal])) for scores in (self.before, self.after))]
+            cells.append(_sample(text, score))
+            if other is not None:
+                cells += [_shown(other[place]["after"]), _sample(other[place]["response"], other[place]["score"])]
+            table.add_row(*cells)
+        console = Console(width=None if Console().is_terminal else 120)
+        console.print(table)
+        console.print(f"The samples answer: {escape(prompt_of_first)}", highlight=False)
+        log_now(trainer, {f"steering/goal-{goal:g}": fmean(self.after[goal]) for goal in self.goals})
+
+
+def _figures(scores: list[float]) -> dict[str, float]:
+    """Mean and standard error."""
+    return {"mean": fmean(scores), "error": stdev(scores) / len(scores) ** 0.5}
+
+
+def _shown(figures: dict[str, float]) -> str:
+    return f"{figures['mean']:.2f} ± {figures['error']:.2f}"
+
+
+def _sample(text: str, score: float) -> str:
+    return f"{escape(text.strip())} [dim]({score:g})[/dim]"

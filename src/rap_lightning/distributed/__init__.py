@@ -1,0 +1,1 @@
+"""Several processes: sharding, sharded loading, consistency between ranks."""

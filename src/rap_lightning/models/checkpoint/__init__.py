@@ -1,0 +1,1 @@
+"""Checkpoint files: written atomically, verified, read without unpickling code."""

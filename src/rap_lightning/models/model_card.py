@@ -1,0 +1,208 @@
+"""The README of an exported model, from what its run recorded. What isn't known is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rap_lightning.preferences.chat_template import how_to_ask
+from rap_lightning.preferences.goal_spec import Wording
+from rap_lightning.preferences.goals import is_trained
+
+METHOD = "https://arxiv.org/abs/2410.08067"
+
+
+def model_card(
+    facts: Mapping[str, Any], *, adapter: bool, goal_in_template: bool, name: str | None = None,
+    base_model: str | None = None, license: str | None = None, title: str | None = None,
+) -> str:  # fmt: skip
+    """The text of README.md, its YAML metadata first.
+
+    Args:
+        facts: as ``callbacks.facts.run_facts`` gathers them.
+        adapter: the folder holds an adapter, not a whole model.
+        goal_in_template: the chat template asks for the best goal by itself.
+        name: of the model, a folder's or ORG/NAME; the code examples use it.
+        base_model: its Hub id, where the model was loaded from a folder.
+        license: of the model.
+        title: the heading, where it isn't the name.
+    """
+    base = facts.get("base_model") or {}
+    hub_base = base_model or (base["name"] if base and not base["local"] else None)
+    goal = facts.get("goal")
+    goal = goal if is_trained(goal) else None
+    sections = [
+        _opening(facts, title or name, base_model or base.get("name"), adapter),
+        _prompting(goal, goal_in_template, name or "MODEL", adapter),
+        _goal(goal),
+        _data(facts.get("data")),
+        _training(facts),
+        _metrics(facts),
+        _versions(facts),
+    ]
+    text = "\n\n".join(section for section in sections if section)
+    return f"---\n{_metadata(facts, hub_base, license, adapter)}\n---\n\n{text}\n"
+
+
+def _metadata(facts: Mapping[str, Any], base_model: str | None, license: str | None, adapter: bool) -> str:
+    from huggingface_hub import ModelCardData
+
+    loss = (facts.get("loss") or {}).get("name")
+    tags = ["rap-lightning", "preference-alignment", loss.lower() if loss else None]
+    tags += ["reward-augmented", "goal-conditioned"] if is_trained(facts.get("goal")) else []
+    tags += ["lora", "peft"] if adapter else []
+    sources = (facts.get("data") or {}).get("sources", [])
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[tag for tag in tags if tag],
+        license=license,
+        datasets=[s["name"] for s in sources if not s["local"]] or None,
+        ignore_metadata_errors=True,
+    )
+    return data.to_yaml().strip()
+
+
+def _opening(facts: Mapping[str, Any], name: str | None, base: str | None, adapter: bool) -> str:
+    what = "A LoRA adapter for" if adapter else "Trained from"
+    start = f"{what} `{base}`" if base else ("A LoRA adapter" if adapter else "A causal language model")
+    version = (facts.get("versions") or {}).get("rap-lightning")
+    lines = [f"# {name}\n" if name else "# Model card\n"]
+    lines.append(f"{start}, aligned on preference pairs with rap-lightning{f' {version}' if version else ''}.")
+    if is_trained(facts.get("goal")):
+        lines.append(
+            "The prompt states a goal, the score that the response should earn (reward-augmented preference "
+            f"alignment, [Zhang et al. 2025]({METHOD})); at inference the best one is asked for."
+        )
+    return "\n".join(lines)
+
+
+def _prompting(goal: Mapping[str, Any] | None, in_template: bool, name: str, adapter: bool) -> str:
+    needs = "transformers and peft" if adapter else "transformers"
+    needs += "" if "/" in name else f", where the folder `{name}` lies"  # no path: it may go anywhere
+    example = f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+chat = [{{"role": "user", "content": "Why is the sky blue?"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+    parts = ["## How to prompt"]
+    if goal is None:
+        parts.append(f"With {needs}, as any chat model:")
+        return "\n\n".join([*parts, f"```python\n{example}\n```"])
+    if not in_template:
+        where = "as the system message" if goal["placement"] != "user" else "before the first user message"
+        also = "; where the chat template has no system role, before the first user message" if (
+            goal["placement"] == "auto") else ""  # fmt: skip
+        parts.append(
+            f"The chat template knows nothing of goals. Write the goal {where}{also}, a blank line before what follows "
+            f"in the same message:\n\n```\n{goal['best']}\n```"
+        )
+        return "\n\n".join([*parts, f"With {needs}:", f"```python\n{example}\n```"])
+    wording = Wording.of(goal["wording"]) if goal.get("wording") else None
+    parts.append(
+        "Nothing special is needed: the chat template writes the best goal into every conversation, before a system "
+        f"message of your own if there is one. With {needs}:"
+    )
+    parts.append(f"```python\n{example}\n```")
+    parts.append(f"With `chat_template_kwargs`, {how_to_ask(wording)}")
+    other = _other_goal(wording)
+    asked = f"\ntokenizer.apply_chat_template(chat, goal={other}, add_generation_prompt=True)" if wording else ""
+    parts.append(f"```python\ntokenizer.apply_chat_template(chat, goal=False, add_generation_prompt=True){asked}\n```")
+    request: dict[str, Any] = {"model": name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+    if wording:
+        request["chat_template_kwargs"] = {"goal": other}
+    parts.append(
+        "Behind an OpenAI-compatible server that passes them on, as `transformers serve` does. The request's `model` "
+        "must be the very text that the server was started with:\n\n"
+        f'```sh\npip install "transformers[serving]"{" peft" if adapter else ""}\ntransformers serve {name}\n```\n\n'
+        "```sh\ncurl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  -d '{json.dumps(request)}'\n```"
+    )
+    return "\n\n".join(parts)
+
+
+def _other_goal(wording: Wording | None) -> Any:
+    """A goal for examples, in the middle of the scale."""
+    if wording is None:
+        return False
+    middle = {n.name: round((n.low + n.high) / 2, n.decimals) for n in wording.numbers}
+    return middle[wording.alone] if wording.alone else middle
+
+
+def _goal(goal: Mapping[str, Any] | None) -> str:
+    if goal is None:
+        return ""
+    scale = {k: v for k, v in goal["scale"].items() if k not in ("class", "knots") and v is not None}
+    lines = [
+        "## Goals",
+        f"Template `{goal['template']}`, scale `{goal['scale'].get('class')}` "
+        f"({', '.join(f'{k} {v:g}' for k, v in scale.items())}). The best goal reads:",
+        f"```\n{goal['best']}\n```",
+    ]
+    if goal.get("attributes"):
+        lines.append(f"Attributes: {', '.join(goal['attributes'])}.")
+    return "\n\n".join(lines)
+
+
+def _data(data: Mapping[str, Any] | None) -> str:
+    if not data or not data.get("splits"):
+        return ""
+    rows = [[s["split"], s["source"], s["rows_read"], s["pairs_kept"], s["relabelled_pairs"]] for s in data["splits"]]
+    table = _table(["split", "source", "rows read", "pairs kept", "training pairs"], rows)
+    lines = [f"## Data\n\n{table}"]
+    words = {"dropped": "dropped", "repaired": "repaired", "truncated": "truncated", "left_out": "left out"}
+    for split in data["splits"]:
+        for kind, word in words.items():
+            for reason, number in sorted(split.get(kind, {}).items(), key=lambda item: -item[1]):
+                lines.append(f"- {split['split']}: {number:,} {word}: {reason}")
+    first, *rest = lines
+    return first + ("\n\n" + "\n".join(rest) if rest else "")
+
+
+def _training(facts: Mapping[str, Any]) -> str:
+    rows: list[list[Any]] = []
+    if loss := facts.get("loss"):
+        rows += [["loss", f"`{loss['shown']}`"]]
+    if "reference" in facts:
+        rows.append(["reference", facts["reference"]])
+    if relabel := (facts.get("data") or {}).get("relabel"):
+        weight = facts["data"].get("rejected_weight", 1)
+        rows.append(["relabelling", relabel if weight == 1 else f"{relabel}, the rejected-goal half weighs {weight:g}"])
+    if adapter := facts.get("adapter"):
+        rows += [[f"adapter {key}", value] for key, value in adapter.items()]
+    rows += [[key.replace("_", " "), value] for key, value in (facts.get("hyperparameters") or {}).items()]
+    rows += [[key, facts[key]] for key in ("seed", "step") if facts.get(key) is not None]
+    if not rows:
+        return ""
+    about = f"\n\n{loss['about']}" if loss and loss.get("about") else ""
+    return f"## Training{about}\n\n{_table(['', ''], rows)}"
+
+
+def _metrics(facts: Mapping[str, Any]) -> str:
+    rows = [[name, f"{value:.4f}"] for name, value in (facts.get("metrics") or {}).items() if "/" in name]
+    held_out = [row for row in rows if row[0].startswith(("val/", "test/"))]
+    shown = held_out or rows
+    return f"## Metrics\n\nAs last measured.\n\n{_table(['metric', 'mean'], shown)}" if shown else ""
+
+
+def _versions(facts: Mapping[str, Any]) -> str:
+    versions = facts.get("versions")
+    return "## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in versions.items()) if versions else ""
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [list(head), *rows]
+    cells = [[_cell(value) for value in line] for line in lines]
+    cells.insert(1, ["---"] * len(cells[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,1 @@
+"""References: where reference log-probabilities come from."""

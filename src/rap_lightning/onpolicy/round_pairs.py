@@ -1,0 +1,124 @@
+"""Scored responses to pairs, and how pairs are to be relabelled: two stages of a round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.onpolicy.asked_goals import config_of
+from rap_lightning.onpolicy.jsonl_ledger import write_json, write_lines, write_whole
+from rap_lightning.onpolicy.sampled_model import Model
+from rap_lightning.preferences.columns import PairColumns
+from rap_lightning.preferences.data_report import DataReport
+from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.read_pairs import fit_scale, read_blocks, rewards_of
+from rap_lightning.preferences.relabel_export import relabelled, schema
+from rap_lightning.preferences.rendering import resolve_placement, shows_system
+from rap_lightning.preferences.rules import Rules
+from rap_lightning.preferences.sources import Source
+
+REPORT = "select_report.json"
+
+
+def rewards_are_tied(scored: Path, rules: Rules) -> bool:
+    """Whether all rewards of a file are the same, so that nothing can be learnt from them."""
+    return len(set(rewards_of(Source(str(scored)), "train", rules))) < 2
+
+
+def fitted(scored: Path, rules: Rules) -> None:
+    """Take the scale's open numbers from the scored responses.
+
+    Raises:
+        DataError: all rewards are the same.
+    """
+    if rewards_are_tied(scored, rules):
+        raise DataError(
+            f"{scored}: all rewards are the same, so no response is better than another, and there is nothing "
+            "to learn. "
+            "Sample with a higher temperature, or more; or use a judge that tells them apart. What is finished is kept."
+        )
+    fit_scale(rules, [Source(str(scored))], "train")
+
+
+def write_pairs(scored: Path, rules: Rules, output: Path) -> DataReport:
+    """The pairs that the selection makes, in the layout of scored pairs, with the counted report beside.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    report = DataReport(scored.name, "train")
+    rows = []
+    try:
+        for block in read_blocks(Source(str(scored)), "train", rules, report):
+            pairs = block.pairs() if isinstance(block, PairColumns) else block
+            rows += [_row(pair, rules.goal) for pair in pairs]
+    except DataError as error:
+        if report.pairs or not report.read:
+            raise
+        write_json(output.with_name(REPORT), report.as_dict())
+        raise DataError(
+            f"{error}\nNo two responses to a prompt have goals that differ. Sample with a higher temperature, "
+            "or more; or print "
+            "goals with more decimals. What is finished is kept."
+        ) from error
+    write_json(output.with_name(REPORT), report.as_dict())
+    write_lines(output, rows)
+    print("\n".join(report.lines()))
+    return report
+
+
+def _row(pair: Pair, goal: GoalTemplate | None) -> dict[str, Any]:
+    names = goal.attributes if goal is not None else ()
+    row: dict[str, Any] = {"pair_id": pair.id, "place": pair.place}
+    for side, text, reward, attributes in zip(
+        ("chosen", "rejected"), pair.responses, pair.rewards, pair.attributes, strict=True
+    ):
+        row[side] = [*map(dict, pair.history), {"role": "assistant", "content": text}]
+        row[f"score_{side}"] = reward
+        if names:
+            row[f"scores_{side}"] = dict(zip(names, attributes, strict=True))
+    return row
+
+
+def write_goal(rules: Rules, output: Path) -> None:
+    """How pairs are relabelled, as options of the data section: goal with its fitted scale, halves, ties."""
+    assert rules.goal is not None, "rounds are about goals"
+    best = rules.goal.write(rules.goal.best, rules.goal.best_attributes)
+    head = ["# How this round's pairs are relabelled; may be edited. At its best the goal reads:", "#"]
+    head += [f"#   {line}" for line in best.splitlines()]
+    body = {
+        "goal": config_of(rules.goal),
+        "relabel": rules.relabelling.mode,
+        "keep_original": rules.relabelling.keep_original,
+        "ties": rules.ties,
+    }
+    write_whole(output, "\n".join(head) + "\n\n" + yaml.safe_dump(body, sort_keys=False, allow_unicode=True))
+
+
+def read_goal(path: Path) -> dict[str, Any]:
+    """The options that :func:`write_goal` wrote, or someone made of them."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(found, dict) or "goal" not in found:
+        raise ConfigError(f"{path}: expected goal, relabel, keep_original and ties")
+    return found
+
+
+def write_view(pairs: Path, rules: Rules, policy: Model, output: Path) -> None:
+    """The relabelled pairs as training sees them, to look at: messages, goals, origins."""
+    import pyarrow.parquet as pq
+
+    placement = resolve_placement(policy.tokenizer(), rules.goal.placement if rules.goal is not None else "auto")
+    system_shown = shows_system(policy.tokenizer())
+    partial = output.with_name(f".{output.name}.partial")
+    blocks = read_blocks(Source(str(pairs)), "train", rules, DataReport(pairs.name, "train"), progress=False)
+    with pq.ParquetWriter(partial, schema(), compression="zstd") as writer:
+        for batch in relabelled(blocks, rules, placement, system_shown):
+            writer.write_batch(batch)
+    partial.rename(output)

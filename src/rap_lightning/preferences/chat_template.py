@@ -1,0 +1,258 @@
+"""Goals inside a chat template: a few lines of Jinja before the model's own, which rewrite ``messages``.
+
+A plain chat then asks for the best goal, as training wrote it; ``chat_template_kwargs`` may ask for another
+(``goal=7.5``) or for none (``goal=false``). The model's own template follows unchanged, so its tools and switches work
+as before.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.goal_spec import Wording
+from rap_lightning.preferences.rendering import SEPARATOR
+
+BEGIN = "{#- rap-lightning: a goal in the prompt."
+END = "{#- rap-lightning: the model's own chat template follows. -#}"
+# an empty expression at the end: a block's or comment's end would swallow a newline that the own template begins with
+_SEAM = '{{- "" }}'
+
+
+def bake(template: str, goal: Mapping[str, Any], placement: Literal["system", "user"], *, system_shown: bool) -> str:
+    """A chat template that writes a goal by itself; one that already does gets the new goal instead.
+
+    Args:
+        template: the model's own.
+        goal: the record of the goal template that the model was trained with.
+        placement: where training wrote the goal, and
+        system_shown: whether the own template shows a system message.
+
+    Raises:
+        ConfigError: the own template uses a variable of the name ``goal``.
+    """
+    own = unbaked(template)
+    if "goal" in _variables(own):
+        raise ConfigError(
+            "the model's chat template has a variable named 'goal' of its own, so no goal can be asked for by that "
+            "name. Leave the template as it is: --goal_in_template false"
+        )
+    wording = Wording.of(goal["wording"]) if goal.get("wording") else None
+    rewrite = SYSTEM if placement == "system" else BESIDE_SYSTEM if system_shown else BEFORE_USER
+    how = how_to_ask(wording).replace("#}", "# }")  # names must not end the comment
+    parts = [
+        f"{BEGIN}\nA plain chat asks for the best. With chat_template_kwargs, {how}\n-#}}",
+        "{%- if goal is not defined -%}",
+        _set("rap_goal", goal["best"]),
+        "{%- elif goal is none or goal is false -%}",
+        "{%- set rap_goal = none -%}",
+        "{%- else -%}",
+        *([FIXED] if wording is None else _explicit(wording)),
+        "{%- endif -%}",
+        _set("rap_gap", SEPARATOR),
+        SPLIT,
+        *rewrite,
+        END + _SEAM,
+    ]
+    prefix = "\n".join(parts)
+    if unbaked(prefix):
+        raise ConfigError("the goal's text looks like the end of what export writes into a chat template; reword it.")
+    return prefix + own
+
+
+def unbaked(template: str) -> str:
+    """The model's own chat template, which is what training and prediction write goals with."""
+    if not template.startswith(BEGIN):
+        return template
+    _, _, own = template.partition(END + _SEAM)
+    return own
+
+
+def restore_own_template(tokenizer: Any) -> Any:
+    """A tokenizer of an exported model with the chat template it was trained with: goals are then written by us."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, str):
+        tokenizer.chat_template = unbaked(template)
+    elif isinstance(template, dict):
+        tokenizer.chat_template = {name: unbaked(text) for name, text in template.items()}
+    return tokenizer
+
+
+def how_to_ask(wording: Wording | None) -> str:
+    """In words, what ``goal`` may be."""
+    none = "goal=false asks for none"
+    if wording is None:
+        return f"{none}; other goals aren't available, since the goal template writes texts of its own."
+    ranges = ", ".join(f"{n.name} from {n.low:g} to {n.high:g}" for n in wording.numbers)
+    if _is_one_number(wording):
+        (number,) = wording.numbers
+        return f"goal=NUMBER asks for another, from {number.low:g} to {number.high:g}; {none}."
+    text = f"goal={{name: NUMBER}} asks for others ({ranges}; those left out are the best)"
+    if wording.alone is not None:
+        text += f"; goal=NUMBER sets {wording.alone} alone"
+    return f"{text}; {none}."
+
+
+def _is_one_number(wording: Wording) -> bool:
+    return len(wording.numbers) == 1 and wording.alone is not None
+
+
+def _explicit(wording: Wording) -> list[str]:
+    """Jinja that writes the goal's text at the numbers that the caller asks for into ``rap_goal``."""
+    names = [number.name for number in wording.numbers]
+    rows = [
+        [n.name, n.low, n.high, n.decimals, f"%.{n.decimals}f", wording.best(n), after]
+        for n, after in zip(wording.numbers, wording.parts[1:], strict=True)
+    ]
+    alone = f"{{%- set rap_asked = {{{_literal(wording.alone)}: goal}} -%}}"
+    refused = '{{- raise_exception("goal must be a mapping of numbers, or false") -}}'
+    asked = [
+        "{%- if goal is mapping -%}",
+        "{%- set rap_asked = goal -%}",
+        "{%- else -%}",
+        alone if wording.alone is not None else refused,
+        "{%- endif -%}",
+    ]
+    start = f"{{%- set rap_text = namespace(value={_literal(wording.parts[0])}) -%}}"
+    return [*asked, _set("rap_names", names), _set("rap_rows", rows), start, NUMBERS]
+
+
+def _set(name: str, value: Any) -> str:
+    return f"{{%- set {name} = {_literal(value)} -%}}"
+
+
+def _literal(value: Any) -> str:
+    """A Jinja literal: JSON is one, as long as it writes no surrogate pairs."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _variables(template: str) -> set[str]:
+    """The names a template takes from outside; none where it uses tags that plain Jinja doesn't know."""
+    import jinja2
+    from jinja2 import meta
+
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # transformers' own tag
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except jinja2.TemplateError:
+        return set()
+    return set(meta.find_undeclared_variables(tree))
+
+
+FIXED = """\
+{{- raise_exception("goal: this template knows the best goal, asked for by leaving goal out, and goal=false") -}}"""
+
+# A row is name, low, high, decimals, format, the best as printed, and the words that follow. An engine whose "format"
+# isn't Python's leaves the percent sign: there, a number must already be as short as it is printed.
+NUMBERS = """\
+{%- for rap_name in rap_asked -%}
+{%- if rap_name not in rap_names -%}
+{{- raise_exception("goal: no number is named " ~ rap_name ~ "; there are " ~ (rap_names | join(", "))) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- for rap_row in rap_rows -%}
+{%- if rap_row[0] in rap_asked -%}
+{%- set rap_value = rap_asked[rap_row[0]] -%}
+{%- set rap_range = " must be a number from " ~ rap_row[1] ~ " to " ~ rap_row[2] ~ ", found " ~ rap_value -%}
+{%- if rap_value is boolean or rap_value is not number or not (rap_value >= rap_row[1] and rap_value <= rap_row[2]) -%}
+{{- raise_exception("goal: " ~ rap_row[0] ~ rap_range) -}}
+{%- endif -%}
+{%- set rap_shown = rap_row[4] | format(rap_value) -%}
+{%- if "%" in rap_shown -%}
+{%- set rap_shown = rap_value | string -%}
+{%- set rap_split = rap_shown.split(".") -%}
+{%- if rap_split | length > 1 and rap_split[1] != "0" and rap_split[1] | length > rap_row[3] -%}
+{{- raise_exception("goal: " ~ rap_row[0] ~ " takes at most " ~ rap_row[3] ~ " decimals, found " ~ rap_value) -}}
+{%- endif -%}
+{%- endif -%}
+{%- if "." in rap_shown -%}
+{%- set rap_shown = rap_shown.rstrip("0").rstrip(".") -%}
+{%- endif -%}
+{%- if rap_shown == "-0" -%}
+{%- set rap_shown = "0" -%}
+{%- endif -%}
+{%- else -%}
+{%- set rap_shown = rap_row[5] -%}
+{%- endif -%}
+{%- set rap_text.value = rap_text.value ~ rap_shown ~ rap_row[6] -%}
+{%- endfor -%}
+{%- set rap_goal = rap_text.value -%}"""
+
+# The leading system messages, and the turns after them. Later system messages stay where they are.
+SPLIT = """\
+{%- set rap = namespace(system=[], rest=[]) -%}
+{%- for rap_turn in messages -%}
+{%- if rap_turn["role"] == "system" and not rap.rest -%}
+{%- set rap.system = rap.system + [rap_turn["content"]] -%}
+{%- else -%}
+{%- set rap.rest = rap.rest + [rap_turn] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set rap_lead = [rap_goal] if rap_goal is not none else [] -%}"""
+
+ONLY_TEXTS = """\
+{%- for rap_one in rap.system -%}
+{%- if rap_one is not string -%}
+{{- raise_exception("a system message made of parts can't be joined with another text here: send a text") -}}
+{%- endif -%}
+{%- endfor -%}"""
+
+# The texts of rap_lead before the content rap_last, which is a text or a list of parts, as some servers make it.
+JOIN = """\
+{%- if rap_last is string -%}
+{%- set rap_top = (rap_lead + [rap_last]) | join(rap_gap) -%}
+{%- elif not rap_lead -%}
+{%- set rap_top = rap_last -%}
+{%- elif rap_last and rap_last[0]["type"] == "text" -%}
+{%- set rap_first = (rap_lead + [rap_last[0]["text"]]) | join(rap_gap) -%}
+{%- set rap_top = [{"type": "text", "text": rap_first}] + rap_last[1:] -%}
+{%- else -%}
+{%- set rap_top = [{"type": "text", "text": (rap_lead | join(rap_gap)) ~ rap_gap}] + rap_last -%}
+{%- endif -%}"""
+
+# As training does it where the goal is a system message: the goal, then the conversation's own.
+SYSTEM = (
+    """\
+{%- set rap_top = rap_lead | join(rap_gap) -%}
+{%- if rap.system | length > 1 -%}""",
+    ONLY_TEXTS,
+    """\
+{%- endif -%}
+{%- if rap.system -%}
+{%- set rap_lead = rap_lead + rap.system[:-1] -%}
+{%- set rap_last = rap.system[-1] -%}""",
+    JOIN,
+    """\
+{%- endif -%}
+{%- set messages = ([{"role": "system", "content": rap_top}] if rap_top else []) + rap.rest -%}""",
+)
+
+_TO_USER = (
+    """\
+{%- if rap_lead -%}
+{%- if not rap.rest or rap.rest[0]["role"] != "user" -%}
+{{- raise_exception("the goal stands before the first user turn, and this conversation doesn't begin with one") -}}
+{%- endif -%}
+{%- set rap_last = rap.rest[0]["content"] -%}""",
+    JOIN,
+    """\
+{%- set rap.rest = [dict(rap.rest[0], content=rap_top)] + rap.rest[1:] -%}
+{%- endif -%}""",
+)
+
+# Where there is no system role: the goal, then a system message's text, then the first user turn's own.
+BEFORE_USER = (
+    ONLY_TEXTS,
+    "{%- set rap_lead = rap_lead + rap.system -%}",
+    *_TO_USER,
+    "{%- set messages = rap.rest -%}",
+)
+
+# Where the user turn was asked for although there is a system role: system messages stay there.
+BESIDE_SYSTEM = (
+    *_TO_USER,
+    "{%- set messages = messages[:rap.system | length] + rap.rest -%}",
+)

@@ -1,0 +1,110 @@
+"""Scored pairs on disk: read once, then memory-mapped, so that memory does not grow with their number."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rap_lightning import __version__
+from rap_lightning.preferences.data_report import DataReport
+from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.read_pairs import read_pairs
+from rap_lightning.preferences.rules import Rules, key_of
+from rap_lightning.preferences.sources import Source, fingerprint
+
+FORMAT = 2  # part of the cache key: raise it when the columns or the reading of rows change
+
+
+def stored_pairs(
+    source: Source, split: str, rules: Rules, *, num_proc: int | None = None, cache: Path | None = None
+) -> tuple[Any, DataReport]:
+    """The scored pairs of a split as a memory-mapped ``datasets.Dataset``, and the report of how they came about.
+
+    They are read once and kept under a key of the source's content and the rules; two runs at the same time do no harm.
+
+    Args:
+        source: where from.
+        split: which.
+        rules: what is done with rows.
+        num_proc: processes that share the work.
+        cache: folder to keep them in; by default one within the datasets library's.
+
+    Raises:
+        DataError: as for :func:`rap_lightning.preferences.read_pairs.read_pairs`.
+    """
+    import datasets
+
+    root = cache or Path(datasets.config.HF_DATASETS_CACHE) / "rap_lightning"
+    folder = root / key_of(
+        rules, [fingerprint(source, split), source.path, split, repr(source), __version__, str(FORMAT)]
+    )
+    if not (folder / "report.json").is_file():
+        root.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
+        try:
+            report = DataReport(source.path, split)
+            write_pairs(work / "pairs.arrow", read_pairs(source, split, rules, report, num_proc=num_proc))
+            (work / "report.json").write_text(json.dumps(report.as_dict()), encoding="utf-8")
+            try:
+                work.rename(folder)
+            except OSError:
+                if not (folder / "report.json").is_file():
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    table = datasets.Dataset.from_file(str(folder / "pairs.arrow"))
+    table._fingerprint = folder.name
+    return table, DataReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+
+
+def write_pairs(path: Path, pairs: Iterable[Pair], rows: int = 1000) -> None:
+    """Write pairs as an Arrow stream."""
+    import pyarrow as pa
+
+    layout = schema()
+    remaining = iter(pairs)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, layout) as writer:
+        while part := list(islice(remaining, rows)):
+            writer.write_batch(pa.RecordBatch.from_pylist([as_row(pair) for pair in part], schema=layout))
+
+
+def schema() -> Any:
+    """The columns of a stored pair; the history is JSON, since turns differ in their keys."""
+    import pyarrow as pa
+
+    text, flag, numbers = pa.string(), pa.bool_(), pa.list_(pa.float64())
+    return pa.schema(
+        {
+            "id": text, "history": text, "responses": pa.list_(text), "rewards": numbers,
+            "attributes": pa.list_(numbers), "tools": text, "exchanged": flag, "tie": flag, "place": text,
+        }
+    )  # fmt: skip
+
+
+def as_row(pair: Pair) -> dict[str, Any]:
+    """A pair as a row with the columns of :func:`schema`."""
+    return {
+        "id": pair.id, "history": json.dumps(pair.history, ensure_ascii=False), "responses": list(pair.responses),
+        "rewards": list(pair.rewards), "attributes": [list(values) for values in pair.attributes], "tools": pair.tools,
+        "exchanged": pair.exchanged, "tie": pair.tie, "place": pair.place,
+    }  # fmt: skip
+
+
+def as_pair(row: dict[str, Any]) -> Pair:
+    """A row of a table of scored pairs."""
+    return Pair(
+        id=row["id"],
+        history=tuple(json.loads(row["history"])),
+        responses=(row["responses"][0], row["responses"][1]),
+        rewards=(row["rewards"][0], row["rewards"][1]),
+        attributes=(tuple(row["attributes"][0]), tuple(row["attributes"][1])),
+        tools=row["tools"],
+        exchanged=row["exchanged"],
+        tie=row["tie"],
+        place=row["place"],
+    )

@@ -1,0 +1,50 @@
+"""Several sources with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rap_lightning.preferences.data_report import DataReport
+from rap_lightning.preferences.hashing import hash_text
+from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.read_pairs import read_pairs
+from rap_lightning.preferences.rules import Rules
+from rap_lightning.preferences.sources import Source
+
+
+def copies(pair_id: str, weight: float, seed: int) -> int:
+    """How often a pair of a source with a weight is seen in an epoch: 2.5 is twice, and a third time for a seeded half.
+
+    It depends on the pair's content and the seed alone.
+    """
+    whole = int(weight)
+    part = weight - whole
+    if part <= 0:
+        return whole
+    return whole + (hash_text(f"{seed} {pair_id}") / 2**64 < part)
+
+
+def stream_mixed(sources: Sequence[Source], split: str, rules: Rules, report: DataReport, seed: int) -> Iterator[Pair]:
+    """The pairs of several streams, taken in turns, each as often as its weight says.
+
+    Args:
+        sources: where from.
+        split: which.
+        rules: what is done with rows.
+        report: gets the counts of all.
+        seed: of what a weight draws.
+    """
+    streams = [_weighted(source, split, rules, report, seed) for source in sources]
+    while streams:
+        for stream in list(streams):
+            pair = next(stream, None)
+            if pair is None:
+                streams.remove(stream)
+            else:
+                yield pair
+
+
+def _weighted(source: Source, split: str, rules: Rules, report: DataReport, seed: int) -> Iterator[Pair]:
+    for pair in read_pairs(source, split, rules, report, streaming=True, progress=False):
+        for _ in range(copies(pair.id, source.weight, seed)):
+            yield pair

@@ -1,0 +1,240 @@
+"""The base model of the small world: a tokenizer and a tiny chat model, trained on the spot.
+
+The base speaks the world (topics, orders, counts), has seen the goal message and has a faint idea of it, for its
+training goals were noisy. Steering well is left to preference training.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rap_lightning.progress_bar import progress
+from rap_lightning.world.world_data import Example, Message
+
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+#: ChatML, without a system message of its own.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+#: The longest sequence the model takes, in tokens.
+MAX_LENGTH = 256
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 720) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with the ChatML template, its merges learnt from `texts`.
+
+    Every digit is a token of its own, so that "7.5" is read as a number and not as a word that happens to occur. So is
+    "10": spelt "1", "0", the highest goal would look like the lowest. Words are not kept apart: what always comes
+    together, as most of the goal message does, becomes one token, and sequences get short. So pass words that are to
+    stay apart as texts of their own, with the space before them.
+
+    Args:
+        texts: what the merges are learnt from, each as often as it is to count.
+        vocab_size: upper bound of the number of tokens, the 256 bytes and 3 special tokens included.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?10(?!\d)| ?\d| ?[^\w\s]|\n"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PAD, START, END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens=[START],
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, *, width: int = 64, layers: int = 2, seed: int = 0
+) -> LlamaForCausalLM:
+    """An untrained Llama, as small as it may be: about `12 * layers * width**2` weights, and `width` for each token.
+
+    The numbers 0 to 10 start on a line in the space of embeddings, so that what is learnt of one goal is a start for
+    its neighbours. Without that a base of this size needs several times the steps before it heeds goals at all.
+
+    Args:
+        tokenizer: its number of tokens, end of turn and padding go into the configuration.
+        width: of the hidden states; a multiple of 32, the width of a head.
+        layers: number of layers.
+        seed: of the first weights.
+
+    Raises:
+        ValueError: `width` is not a multiple of 32.
+    """
+    if width % 32:
+        raise ValueError(f"width must be a multiple of 32; got {width}")
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=8 * width // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=True,
+            initializer_range=width**-0.5,  # the usual 0.02 suits wide models, and starts a narrow one too slowly
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        direction = torch.randn(width) * width**-0.5
+        for number, form in itertools.product(range(11), ("{}", " {}")):
+            for token in tokenizer.encode(form.format(number), add_special_tokens=False):
+                embedding[token] = embedding[token] / 2 + direction * (number - 5.5) / 3
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        max_new_tokens=48,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def train_base(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Iterable[Example],
+    *,
+    steps: int,
+    batch_size: int = 32,
+    learning_rate: float = 6e-3,
+) -> float:
+    """Train `model` in place on the responses of `examples`, end of turn included; prompts carry no loss.
+
+    The learning rate rises over the first twentieth of the steps and then falls to 0 in a straight line. All of it runs
+    on one thread: matrices this small gain little from a second one, on a busy machine threads wait for each other many
+    times longer than they work, and the result does not depend on the number of cores.
+
+    Args:
+        model: from `new_model`.
+        tokenizer: from `train_tokenizer`.
+        examples: at least `(steps + 1) * batch_size` of them, for a batch holds one kind, with or without a goal.
+        steps: optimizer steps, at least 1.
+        batch_size: examples in a step.
+        learning_rate: at its highest.
+
+    Returns:
+        The mean loss over the last tenth of the steps, in nats for a response token.
+
+    Raises:
+        ValueError: there are too few examples.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    losses: list[float] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model.train()
+    try:
+        batches = itertools.islice(_batches(examples, batch_size), steps)
+        for batch in (bar := progress(batches, total=steps, desc="base model", unit="step", mininterval=1)):
+            loss = _response_loss(model, *_encode(batch, tokenizer))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
+    finally:
+        torch.set_num_threads(threads)
+    if len(losses) < steps:
+        raise ValueError(f"examples ran out: {steps} steps of {batch_size} need {(steps + 1) * batch_size}")
+    model.eval()
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last)
+
+
+def sampler(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, *, batch_size: int = 256
+) -> Callable[[list[str]], list[str]]:
+    """What writes a response to each prompt it is given, without a goal, as the model's generation config says.
+
+    Args:
+        model: from `train_base`.
+        tokenizer: from `train_tokenizer`.
+        seed: of the sampling; each call begins with it. Other random numbers are left as they were.
+        batch_size: prompts in a forward pass.
+    """
+
+    def sample(prompts: list[str]) -> list[str]:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
+        found: list[str] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for first in range(0, len(texts), batch_size):
+                part = tokenizer(
+                    texts[first : first + batch_size],
+                    add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
+                )  # fmt: skip
+                output = model.generate(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
+                found += tokenizer.batch_decode(output[:, part["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in found]
+
+    return sample
+
+
+def _batches(examples: Iterable[Example], size: int) -> Iterator[list[list[Message]]]:
+    # Examples with a goal are twice as long as those without. A batch holds one kind, so it has little padding.
+    waiting: dict[int, list[list[Message]]] = {}
+    for example in examples:
+        batch = waiting.setdefault(len(example["messages"]), [])
+        batch.append(example["messages"])
+        if len(batch) == size:
+            yield waiting.pop(len(example["messages"]))
+
+
+def _encode(batch: list[list[Message]], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Ids `[B, T]`, padded on the right, and where a response token stands `[B, T]`."""
+    prompts = [tokenizer.apply_chat_template(m[:-1], tokenize=False, add_generation_prompt=True) for m in batch]
+    texts = [prompt + messages[-1]["content"] + END for prompt, messages in zip(prompts, batch, strict=True)]
+    ids = [torch.tensor(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    starts = torch.tensor([len(row) for row in tokenizer(prompts, add_special_tokens=False)["input_ids"]])
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(tokenizer.pad_token_id))
+    place = torch.arange(padded.shape[1])
+    ends = torch.tensor([len(row) for row in ids])
+    return padded, (place >= starts[:, None]) & (place < ends[:, None])
+
+
+def _response_loss(model: LlamaForCausalLM, ids: Tensor, response: Tensor) -> Tensor:
+    # Padding is on the right and attention causal: no response token sees any, so no mask is needed. Only hidden
+    # states that predict a response token meet the vocabulary.
+    ids, response = ids.to(model.device), response.to(model.device)
+    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
+    wanted = response[:, 1:]
+    return cross_entropy(model.lm_head(hidden[wanted]), ids[:, 1:][wanted])
