@@ -115,9 +115,7 @@ class Generator:
             option = "guidance" if generation.guidance else "plausibility"
             raise ConfigError(f"--{option}: {reason}. Use --engine Transformers, or remove it.")
         if generation.guidance and any(goal.against is None for goal in asked):
-            raise ConfigError(
-                "--guidance needs a goal to push away from (onpolicy.asked_goals.guided sets it)."
-            )
+            raise ConfigError("--guidance needs a goal to push away from (onpolicy.asked_goals.guided sets it).")
         if not self.engine.reads_ids:
             self.engine.sends(self.model)
         encoder = self._encoder(generation) if self.engine.reads_ids else None

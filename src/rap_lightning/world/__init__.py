@@ -3,8 +3,8 @@
 It is there to see the whole method work in minutes, on a CPU and without a download.
 
 - `rule`: what a response is worth, from 1 to 10.
-- `data`: prompts, responses of graded quality, scored pairs.
-- `base`: the tokenizer and the base model, trained on the spot.
+- `world_data`: prompts, responses of graded quality, scored pairs.
+- `base_model`: the tokenizer and the base model, trained on the spot.
 - `make`: all of it into a folder.
 
 The names below are looked up when they are first used: importing this package does not import torch.
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "attributes": "rule",
     "score": "rule",
-    "GOAL_MESSAGE": "data",
-    "Pair": "data",
-    "make_pairs": "data",
-    "make_prompts": "data",
+    "GOAL_MESSAGE": "world_data",
+    "Pair": "world_data",
+    "make_pairs": "world_data",
+    "make_prompts": "world_data",
     "make_world": "make",
 }
 __all__ = list(_HOMES)

@@ -1,0 +1,74 @@
+"""What PreferenceModule and PreferenceDataModule ask of each other, as two protocols.
+
+Each side looks for the other on the trainer (``trainer.datamodule``, ``trainer.lightning_module``), and works without it:
+a user may train PreferenceModule on loaders of their own, or use PreferenceDataModule with a module of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rap_lightning.batches.loader import PairLoader
+    from rap_lightning.batches.stream import StreamLoader
+    from rap_lightning.models.generation import Generation
+    from rap_lightning.preferences.goals import GoalTemplate
+    from rap_lightning.preferences.relabelling import Relabelling
+
+
+@runtime_checkable
+class PreferenceData(Protocol):
+    """What the module asks of its data module."""
+
+    goal: GoalTemplate | None
+    relabelling: Relabelling
+    batch_size: int
+    token_budget: int | None
+    rejected_weight: float
+    streaming: bool
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether every training pair has rewards."""
+        ...
+
+    def train_dataloader(self) -> PairLoader | StreamLoader:
+        """Batches to train on."""
+        ...
+
+    def val_dataloader(self) -> PairLoader | list[Any]:
+        """Batches to validate on; an empty list where there are none."""
+        ...
+
+
+@runtime_checkable
+class PreferencePolicy(Protocol):
+    """What the data module asks of its module."""
+
+    generation: Generation
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer."""
+        ...
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether the loss compares the pairs of a batch, which then may not be sorted by length."""
+        ...
+
+
+def data_of(trainer: pl.Trainer | None) -> PreferenceData | None:
+    """The trainer's data module, or None without one or with one that is not a PreferenceData."""
+    data = None if trainer is None else trainer.datamodule  # type: ignore[attr-defined]
+    return data if isinstance(data, PreferenceData) else None
+
+
+def policy_of(trainer: pl.Trainer | None) -> PreferencePolicy | None:
+    """The trainer's module, or None without one or with one that is not a PreferencePolicy."""
+    module = None if trainer is None else trainer.lightning_module
+    return module if isinstance(module, PreferencePolicy) else None
