@@ -1,6 +1,6 @@
 """What PreferenceModule and PreferenceDataModule ask of each other, as two protocols.
 
-Each side looks for the other on the trainer (``trainer.datamodule``, ``trainer.lightning_module``), and works without it:
+Each side looks for the other on the trainer (``trainer.datamodule``, ``trainer.lightning_module``) and works without it:
 a user may train PreferenceModule on loaders of their own, or use PreferenceDataModule with a module of their own.
 """
 
