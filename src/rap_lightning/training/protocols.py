@@ -1,7 +1,7 @@
 """What PreferenceModule and PreferenceDataModule ask of each other, as two protocols.
 
-Each side looks for the other on the trainer (``trainer.datamodule``, ``trainer.lightning_module``) and works without it:
-a user may train PreferenceModule on loaders of their own, or use PreferenceDataModule with a module of their own.
+Each side looks for the other on the trainer (``trainer.datamodule``, ``trainer.lightning_module``) and works without
+it: PreferenceModule can train on a user's own loaders, and PreferenceDataModule can feed a user's own module.
 """
 
 from __future__ import annotations
