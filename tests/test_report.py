@@ -1,7 +1,8 @@
-"""The report: what it reads from whole and broken run folders, what it says, and that no text gets out of hand."""
+"""The report: its figures are the files' figures, broken files are read as far as they go, and text stays text."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -14,15 +15,18 @@ from typing import Any
 import pytest
 import yaml
 
+from rap_lightning.cli import main as cli
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.evaluation import Figure
 from rap_lightning.losses import DPO, SFT, Mixture
+from rap_lightning.reporting.charts import COLOURS, DASHES, MARKERS, Chart, Line, draw, shared_limits
+from rap_lightning.reporting.config_differences import differences
 from rap_lightning.reporting.curves import read_curves, thinned
-from rap_lightning.reporting.differences import differences
-from rap_lightning.reporting.evaluation import read_evaluation
-from rap_lightning.reporting.headline import describe, headline
-from rap_lightning.reporting.parts import all_parts
-from rap_lightning.reporting.read_runs import read_runs
-from rap_lightning.reporting.tables import cost_rows, data_groups, samples
+from rap_lightning.reporting.evaluation_file import read_evaluation
+from rap_lightning.reporting.page import write
+from rap_lightning.reporting.read_runs import Run, read_runs
+from rap_lightning.reporting.sections import Section, all_sections
+from rap_lightning.reporting.tables import cost_rows, data_rows, describe, headline, missing, notes, samples
 from rap_lightning.reporting.text import clean, number
 
 GOALS = [1, 5.5, 10]
@@ -90,19 +94,36 @@ def make_run(folder: Path, scores: list[float] | None = None, relabel: str = "bo
     return folder
 
 
-def report(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rap_lightning.cli.main", "report", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def read(*folders: object) -> list[Run]:
+    return read_runs([str(folder) for folder in folders])
 
 
-def outcome(*folders: object) -> str:
-    return headline(read_runs([str(folder) for folder in folders])).outcome
+def sections(*folders: object) -> dict[str, Section]:
+    return {section.name: section for section in all_sections(read(*folders))}
 
 
-def whole(*folders: object) -> str:
-    """All that the headline says."""
-    found = headline(read_runs([str(folder) for folder in folders]))
-    return "\n".join([found.outcome, *found.details, *found.caveats])
+def cells(*folders: object) -> list[dict[str, str]]:
+    """The headline table: a dict per run."""
+    head, rows = headline(read(*folders))
+    return [dict(zip(head, (cell.replace("\u00a0", " ") for cell in row), strict=True)) for row in rows]
+
+
+def told(*folders: object) -> str:
+    return "\n".join(notes(read(*folders)))
+
+
+def lacking(*folders: object) -> dict[str, str]:
+    runs = read(*folders)
+    return dict(missing(runs, all_sections(runs)))
+
+
+def values(line: Line) -> list[float | None]:
+    return [figure.value for figure in line.y]
+
+
+def write_evaluation(run: Path, content: object) -> None:
+    (run / "evaluation").mkdir(exist_ok=True)
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -128,7 +149,11 @@ def test_curves_keep_finite_values_by_step_and_say_what_was_left_out(tmp_path: P
     path = tmp_path / "metrics.csv"
     path.write_text("loss,step,val/loss,lr\n0.7,1,,1\n0.6,2,,1\n,2,0.65,\nnan,3,,1\n0.5,2,,1\n0.4,4", encoding="utf-8")
     curves = read_curves(path)
-    assert curves.values == {"loss": [(1, 0.7), (2, 0.5)], "val/loss": [(2, 0.65)]}  # the later value of step 2
+    assert curves.values == {
+        "loss": [(1, 0.7), (2, 0.5)],
+        "lr": [(1, 1), (2, 1), (3, 1)],
+        "val/loss": [(2, 0.65)],
+    }  # the later value of step 2
     assert curves.not_finite == {"loss": 3}
     assert (curves.broken, curves.last_step) == (1, 3)  # the last line was cut off
 
@@ -139,7 +164,7 @@ def test_a_metrics_file_of_anything_gives_no_curves_and_no_error(tmp_path: Path,
     (run,) = read_runs([str(tmp_path)])
     assert run.curves is not None
     assert run.curves.values == {}
-    assert any("no figures" in note for note in run.notes)
+    assert any("no values" in note for note in run.notes)
 
 
 def test_every_cut_of_a_run_folder_is_read(tmp_path: Path) -> None:
@@ -150,10 +175,10 @@ def test_every_cut_of_a_run_folder_is_read(tmp_path: Path) -> None:
         for end in range(0, len(content), max(1, len(content) // 12)):
             path.write_bytes(content[:end])
             run = read_runs([str(folder)])[0]
-            all_parts([run])
+            all_sections([run])
             assert path.name not in ("run.json", "data_report.json", "goal.json") or any(
                 path.name in note for note in run.notes
-            ), f"{path.name} cut at {end} was taken without a word"
+            ), f"{path.name} cut at {end} was read without a note"
         path.write_bytes(content)
 
 
@@ -167,7 +192,7 @@ def test_long_curves_are_thinned_to_means() -> None:
 def test_folders_that_are_no_runs_are_refused_with_a_hint(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "runs" / "version_0")
     (folder / "hf").mkdir()
-    with pytest.raises(DataError, match=r"is no run.*Do you mean .*version_0\?"):
+    with pytest.raises(DataError, match=r"is not a run directory.*Did you mean .*version_0\?"):
         read_runs([str(folder / "hf")])
     with pytest.raises(DataError, match=r"Runs in it: .*version_0"):
         read_runs([str(folder.parent)])
@@ -188,85 +213,108 @@ def test_a_run_given_twice_is_refused_and_names_tell_runs_apart(tmp_path: Path) 
     assert [run.index for run in read_runs([str(one), str(two)])] == [0, 1]
 
 
-def test_an_evaluation_folder_alone_can_be_compared(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "evaluation.json").write_text(json.dumps(evaluation([5.0, 5.1, 5.0])), encoding="utf-8")
-    run = make_run(tmp_path / "run", [2.0, 5.0, 9.0])
-    assert outcome(run, tmp_path / "base") == "Asked for a score of 10, run scores highest: 9 against 5 of base."
-
-
-def test_a_page_without_the_base_says_that_steering_may_be_its(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", [2.0, 5.0, 9.0])
-    written = run / "evaluation" / "evaluation.json"
-    written.write_text(json.dumps(evaluation([2.0, 5.0, 9.0], base="hub/base")), encoding="utf-8")
-    said = whole(run)
-    assert "What hub/base, where training began, does with goals isn't on this page" in said
-    assert f"--model hub/base --goal_from {run / 'hf'} --output base-evaluation" in said
-    (tmp_path / "base").mkdir()
-    of_base = evaluation([5.0, 5.1, 5.2], model="hub/base")
-    (tmp_path / "base" / "evaluation.json").write_text(json.dumps(of_base), encoding="utf-8")
-    assert "isn't on this page" not in whole(run, tmp_path / "base")
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "is empty"),
-        ("{}", "is empty"),
-        ('{"version": 1', "no JSON"),
+        ("", "not valid JSON"),
+        ('{"version": 1', "not valid JSON"),
+        ("{}", "version None"),
         ("[1, 2]", "version None"),
         ('{"version": 7}', "version 7"),
-        ('{"version": 1, "goals": [1, 2]}', "none of the parts"),
-        ('{"version": 1, "goals": [1], "length": {"tokens": []}}', "tokens has 0 figures for 1 goals"),
-        ('{"version": 1, "discrimination": []}', "discrimination in evaluation.json is left out: expected an object"),
-        ('{"version": 1, "samples": 3}', "samples in evaluation.json are left out"),
-        ('{"version": 1, "unlearning": {"bins": [1], "conditions": {}}}', "expected bins as"),
     ],
 )
-def test_an_evaluation_that_does_not_fit_is_left_out_and_said(tmp_path: Path, content: str, said: str) -> None:
+def test_an_evaluation_that_can_not_be_used_is_left_out_with_a_note(tmp_path: Path, content: str, said: str) -> None:
     path = tmp_path / "evaluation.json"
     path.write_text(content, encoding="utf-8")
     found = read_evaluation(path)
-    assert found.empty
-    assert said in found.faults[0]
+    assert found.document == {}
+    assert said in found.notes[0]
 
 
-def test_figures_without_a_value_keep_their_reason(tmp_path: Path) -> None:
-    path = tmp_path / "evaluation.json"
-    part = {
-        "version": 1,
-        "goals": [1],
-        "discrimination": {"spearman": None, "why": "one goal"},
-        "length": {"tokens": [None]},
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"length": {"tokens": []}}, {"length": {"tokens": [None, None, None]}}, {"discrimination": []},
+        {"samples": 3}, {"goals": "x"}, {"controllability": {"sampled": {"mean": 3, "argmax": None}}},
+        {"unlearning": {"bins": [1], "conditions": {}}}, {"unlearning": {"bins": [[1, "x"]], "conditions": []}},
+        {"scale": [1, 10]}, {"left_out": "x"}, {"without_goal": 3}, {"guidance": "x"},
+    ],
+)  # fmt: skip
+def test_a_part_of_an_evaluation_that_is_malformed_is_not_shown(tmp_path: Path, part: dict[str, Any]) -> None:
+    run = make_run(tmp_path / "run")
+    write_evaluation(run, evaluation([2.0, 5.0, 8.0]) | part)
+    shown = sections(run)
+    assert shown["steering"].charts or "goals" in part or "controllability" in part
+    assert not any(chart.title == "length" for chart in shown["length"].charts) or "length" not in part
+    cells(run)
+    lacking(run)
+
+
+def test_a_figure_without_a_value_keeps_its_reason(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    nothing = [{"value": None, "why": "no prompt of training"} for _ in GOALS]
+    document = evaluation([2.0, 5.0, 8.0], extrapolation={"best_seen": nothing}, left_out={"unlearning": "no base"})
+    del document["unlearning"]
+    document["discrimination"] = {
+        "spearman": None,
+        "pair_accuracy": {"value": None, "why": "no pairs"},
+        "why": "one goal",
     }
-    path.write_text(json.dumps(part), encoding="utf-8")
-    found = read_evaluation(path)
-    assert (found.discrimination["spearman"].value, found.discrimination["spearman"].why) == (None, "one goal")
-    assert found.tokens[0].value is None
+    write_evaluation(run, document)
+    shown = sections(run)
+    assert not shown["extrapolation"].charts
+    assert "Responses as good as the best of the data: no evaluation has figures for it." in lacking(run)
+    assert shown["discrimination"].tables[0][1] == [["run", "– (one goal)", "– (no pairs)"]]
+    assert "unlearning was not measured: no base" in told(run)
 
 
-# --- what is said ----------------------------------------------------------------------------------------------------
+# --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_headline_says_which_run_is_ahead_and_whether_that_is_sure(tmp_path: Path) -> None:
-    ra, dpo = make_run(tmp_path / "ra", [2.0, 5.0, 8.0]), make_run(tmp_path / "dpo", [6.0, 6.1, 6.5], "none")
-    near = make_run(tmp_path / "near", [6.0, 6.2, 8.2])
-    assert outcome(ra, dpo) == "Asked for a score of 10, ra scores highest: 8 against 6.5 of dpo."
-    assert outcome(dpo, ra) == outcome(ra, dpo)
-    assert "near scores highest: 8.2 against 8 of ra, but their intervals overlap, so this may be" in outcome(ra, near)
-    assert "8 against 6.5 of dpo, the next" in outcome(ra, dpo, make_run(tmp_path / "w", [1.0, 1.0, 1.0]))
-    said = whole(ra, dpo)
-    assert "The goal steers ra: its mean score goes from 2 to 8 as the goal goes from 1 to 10, slope 0.667" in said
-    assert "No steering is shown for dpo" in said
-    assert "pairs of different kinds" in said
-    assert "How much a run changes with its seed" in said
+def test_charts_have_the_figures_of_the_files(tmp_path: Path) -> None:
+    shown = sections(make_run(tmp_path / "run", [2.0, 5.0, 8.0]))
+    for chart in shown["steering"].charts:
+        (line,) = chart.lines
+        assert (line.x, values(line), line.y[0].low) == (GOALS, [2, 5, 8], 1.7)
+        assert chart.diagonal == (1, 10)
+    assert shown["steering"].tables[0][1][0][0] == "run, sampled"
+    rejected = next(one for one in shown["unlearning"].charts if one.title == "rejected responses, no goal")
+    assert (rejected.lines[0].x, values(rejected.lines[0])) == ([3.0, 7.5], [-1.0, -0.2])
+    assert [chart.title for chart in shown["extrapolation"].charts] == ["best seen", "above the 99th percentile"]
+    assert [values(chart.lines[0]) for chart in shown["length"].charts] == [[10, 10, 10], [2, 5, 8]]
+    assert shown["discrimination"].tables[0][1][0][1].replace("\u00a0", " ") == "0.5 (0.4 to 0.6)"
 
 
-def test_runs_are_compared_prompt_by_prompt_where_their_samples_are_there(tmp_path: Path) -> None:
+def test_a_sentence_gives_first_and_last_value_and_a_table_all() -> None:
+    lines = [Line(i, [1, 5, 10], [Figure(i), Figure(None, why="none"), Figure(i + 0.5, i, i + 1.0)]) for i in range(6)]
+    chart = Chart("t", "goal", "mean score", lines)
+    said = chart.sentence(list("abcdef"))
+    assert said.startswith(
+        "Mean score goes from 0 at goal 1 to 0.5 at goal 10 in a, and goes from 1 at goal 1 to 1.5 at"
+    )
+    assert said.endswith("in d; 2 more are in the table.")
+    head, rows = chart.table(list("abcdef"))
+    assert head == ["goal", *"abcdef"]
+    assert [row[:2] for row in rows] == [["1", "0"], ["10", "0.5 (0\u00a0to\u00a01)"]]
+
+
+def test_the_headline_has_scores_and_steering_of_each_run(tmp_path: Path) -> None:
+    ra, dpo = make_run(tmp_path / "ra", [2.0, 5.0, 8.0]), make_run(tmp_path / "dpo", relabel="none")
+    first, second = cells(ra, dpo)
+    assert first["score at the best goal"] == "8 (7.7 to 8.3) at goal 10"
+    assert (first["Spearman"], first["slope"]) == ("0.6 (0.5 to 0.7)", "0.667 (0.567 to 0.767)")
+    assert (first["steps"], first["held-out accuracy"]) == ("20", "60%")
+    assert first["method"] == "DPO(beta=0.5), pairs at both goals, from base"
+    assert second["score at the best goal"] == "not evaluated"
+    assert "different kinds of held-out pairs" in told(ra, dpo)
+    assert "variation between seeds" in told(ra, dpo)
+
+
+def test_runs_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
     ahead, behind = make_run(tmp_path / "a", [5.0, 5.0, 5.6]), make_run(tmp_path / "b", [5.0, 5.0, 5.5])
-    assert "may be chance" in outcome(ahead, behind)
+    assert cells(behind, ahead)[1]["difference from b"] == "– (fewer than two prompts in common)"
 
-    def write(folder: Path, scores: list[float]) -> None:
+    def write_samples(folder: Path, scores: list[float]) -> None:
         rows = [
             {"prompt_id": f"p{i}", "goal": goal, "score": score + extra, "greedy": False}
             for i, score in enumerate(scores)
@@ -279,155 +327,184 @@ def test_runs_are_compared_prompt_by_prompt_where_their_samples_are_there(tmp_pa
         (folder / "evaluation" / "samples.jsonl").write_text(text + "\n{cut o", encoding="utf-8")
 
     noise = [float(i % 7) for i in range(40)]
-    write(behind, noise)
-    write(ahead, [value + 0.1 + 0.01 * (i % 3) for i, value in enumerate(noise)])
-    assert outcome(ahead, behind) == "Asked for a score of 10, a scores highest: 5.6 against 5.5 of b."
-    said = whole(ahead, behind).replace("\u00a0", " ")
-    assert re.search(r"On the same 40 prompts the difference is 0.11 \(0.10\d* to 0.11\d*\)", said)
-    write(ahead, [value + (0.2 if i % 2 else -0.2) for i, value in enumerate(noise)])
-    assert "a and b can't be told apart: 5.6 against 5.5." in outcome(ahead, behind)
-
-
-def test_a_run_that_knows_no_goals_is_compared_as_it_is(tmp_path: Path) -> None:
-    ra, plain = make_run(tmp_path / "ra", [2.0, 5.0, 8.0]), make_run(tmp_path / "plain", [6.0])
-    steering = {"spearman": None, "slope": None, "argmax": None}
-    document = evaluation([6.0], goals=[], controllability={"sampled": steering | {"mean": []}})
-    document["without_goal"] = {"controllability": {"sampled": {"mean": figure(6.0)}}}
-    for part in ("extrapolation", "length"):
-        del document[part]
-    (plain / "evaluation" / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
-    assert outcome(ra, plain) == "Asked for a score of 10, ra scores highest: 8 against 6 of plain (asked for none)."
-    below = evaluation([2.0, 5.0, 8.0], goals=[-9, -5, 0], scale={"low": -9, "high": 0})
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below" / "evaluation.json").write_text(json.dumps(below), encoding="utf-8")
-    apart = tmp_path / "apart"
-    apart.mkdir()
-    (apart / "evaluation.json").write_text(json.dumps(document | {"scale": below["scale"]}), encoding="utf-8")
-    assert outcome(tmp_path / "below", apart).startswith("Asked for a score of 0, below scores highest")
-    (panel, _) = all_parts(read_runs([str(ra), str(plain)]))[0].pictures[0].panels
-    level = panel.series[1]
-    assert (level.run, list(level.x), [y.value for y in level.y]) == (1, [1, 10], [6.0, 6.0])
-
-
-def test_scores_without_a_goal_stand_beside_those_at_goals(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", [2.0, 5.0, 8.0])
-    apart = {"controllability": {"sampled": {"mean": figure(7.0)}, "greedy": {"mean": None}}}
-    document = evaluation([2.0, 5.0, 8.0], without_goal=apart)
-    document["samples"].append({"prompt": "List fruits.", "goal": None, "response": "unasked", "score": 7, "tokens": 1})
-    (run / "evaluation" / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
-    runs = read_runs([str(run)])
-    found = runs[0].evaluation
-    assert found is not None
-    assert found.sampled is not None
-    assert found.sampled.unasked is not None
-    assert (found.sampled.unasked.value, found.sampled.best_goal_share) == (7, 0.8)
-    assert [one.run for one in all_parts(runs)[0].pictures[0].panels[0].series] == [0, 0]
-    assert [goal for goal, _ in samples(runs)[0][0].goals] == ["no score", "1", "5.5", "10"]
-
-
-def test_what_could_not_be_measured_says_why(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", [2.0, 5.0, 8.0])
-    nothing = [{"value": None, "why": "no prompt of training"} for _ in GOALS]
-    document = evaluation([2.0, 5.0, 8.0], extrapolation={"best_seen": nothing}, left_out={"unlearning": "no base"})
-    del document["unlearning"]
-    (run / "evaluation" / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
-    parts = {part.name: part for part in all_parts(read_runs([str(run)]))}
-    assert not parts["extrapolation"].pictures
-    assert "no prompt of training" in parts["extrapolation"].lacking
-    assert "unlearning not measured: no base" in whole(run)
-    assert any("pair accuracy: no pairs" in why for _, why, _ in parts["discrimination"].pictures[0].missing)
-
-
-def test_a_score_that_falls_with_the_goal_is_called_so(tmp_path: Path) -> None:
-    said = outcome(make_run(tmp_path / "run", [8.0, 5.0, 2.0]))
-    assert "the wrong way: its mean score goes from 8 to 2" in said
+    write_samples(behind, noise)
+    write_samples(ahead, [value + 0.1 + 0.01 * (i % 3) for i, value in enumerate(noise)])
+    first, second = cells(behind, ahead)
+    assert first["difference from b"] == "–"
+    assert re.fullmatch(r"0.11 \(0.10\d* to 0.11\d*\), 40 prompts", second["difference from b"])
+    assert re.fullmatch(r"-0.11 \(-0.11\d* to -0.10\d*\), 40 prompts", cells(ahead, behind)[1]["difference from a"])
+    write_evaluation(ahead, evaluation([5.0, 5.0, 5.6], judge="another"))
+    assert cells(behind, ahead)[1]["difference from b"] == "–"
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"judge": "another"}, "judge"),
-        ({"scale": {"low": 0, "high": 100}}, "scale: 1 to 10 (one) and 0 to 100 (two)"),
-        ({"temperature": 0.7}, "temperature"),
+        ({"judge": "another"}, "judge: a.rule (one) and another (two)"),
+        ({"scale": {"low": 0, "high": 100}}, "scale: (1.0, 10.0) (one) and (0.0, 100.0) (two)"),
+        ({"temperature": 0.7}, "temperature: 1.0 (one) and 0.7 (two)"),
         (
             {"guidance": {"weight": 0.5, "against": "1", "plausibility": 0.1}},
             "guidance: none (one) and guidance 0.5 against 1, floor 0.1 (two)",
         ),
-        ({"seed": 3}, "seed"),
-        ({"goals": [1, 5, 9]}, "highest goal"),
+        ({"seed": 3}, "seed: 0 (one) and 3 (two)"),
+        ({"goals": [1, 5, 9]}, "best goal: 10.0 (one) and 9.0 (two)"),
     ],
 )
-def test_evaluations_that_measured_other_things_are_not_compared(
-    tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    one, two = make_run(tmp_path / "one", [2.0, 5.0, 8.0]), make_run(tmp_path / "two", [2.0, 5.0, 5.0])
-    (two / "evaluation" / "evaluation.json").write_text(
-        json.dumps(evaluation([2.0, 5.0, 5.0], **changes)), encoding="utf-8"
-    )
-    assert outcome(one, two) == "The runs were evaluated in different ways, so their scores are not compared."
-    assert said in whole(one, two)
+def test_evaluations_with_other_settings_are_not_compared(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    one, two = make_run(tmp_path / "one", [2.0, 5.0, 8.0]), make_run(tmp_path / "two")
+    write_evaluation(two, evaluation([2.0, 5.0, 5.0], **changes))
+    assert f"The evaluations differ in {said}. Their scores are not compared." in told(one, two)
+    assert cells(one, two)[1]["difference from one"] == "–"
+
+
+def test_an_evaluation_folder_alone_is_a_run(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "evaluation.json").write_text(json.dumps(evaluation([5.0, 5.1, 5.0], model="hub/base")), encoding="utf-8")
+    run = make_run(tmp_path / "run")
+    write_evaluation(run, evaluation([2.0, 5.0, 9.0], base="hub/base"))
+    assert f"--model hub/base --goal_from {run / 'hf'}" in told(run)
+    assert "base model" not in told(run, base)
+    assert cells(run, base)[1]["score at the best goal"] == "5 (4.7 to 5.3) at goal 10"
+
+
+def test_scores_without_a_goal_are_level_lines(tmp_path: Path) -> None:
+    ra, plain = make_run(tmp_path / "ra"), make_run(tmp_path / "plain")
+    apart = {"controllability": {"sampled": {"mean": figure(7.0)}, "greedy": {"mean": None}}}
+    document = evaluation([2.0, 5.0, 8.0], without_goal=apart)
+    document["samples"].append({"prompt": "List fruits.", "goal": None, "response": "unasked", "score": 7, "tokens": 1})
+    write_evaluation(ra, document)
+    never: dict[str, Any] = {"spearman": None, "slope": None, "argmax": None, "mean": []}
+    write_evaluation(plain, document | {"goals": [], "controllability": {"sampled": never}})
+    chart = sections(ra, plain)["steering"].charts[0]
+    levels = [(line.run, line.x, values(line)) for line in chart.lines if line.style == "level"]
+    assert levels == [(0, (1, 10), [7, 7]), (1, (1, 10), [7, 7])]
+    assert [row["score at the best goal"] for row in cells(ra, plain)] == ["8 (7.7 to 8.3) at goal 10",
+                                                                        "7 (6.7 to 7.3) at no goal"]  # fmt: skip
+    assert [goal for goal, _ in samples(read(ra))[0][0].goals] == ["no goal", "goal 1", "goal 5.5", "goal 10"]
 
 
 def test_scores_on_different_scales_never_share_axes(tmp_path: Path) -> None:
-    one, two = make_run(tmp_path / "one", [2.0, 5.0, 8.0]), make_run(tmp_path / "two", [2.0, 5.0, 5.0])
-    other = evaluation([20.0, 50.0, 80.0], scale={"low": 0, "high": 100}, goals=[0, 50, 100])
-    (two / "evaluation" / "evaluation.json").write_text(json.dumps(other), encoding="utf-8")
-    steering = all_parts(read_runs([str(one), str(two)]))[0].pictures[0]
-    assert [panel.runs for panel in steering.panels] == [[0], [1], [0], [1]]
-    assert [panel.identity for panel in steering.panels[:2]] == [(1, 10), (0, 100)]
-    assert "scale 0 to 100" in steering.panels[1].title
+    one, two = make_run(tmp_path / "one", [2.0, 5.0, 8.0]), make_run(tmp_path / "two")
+    write_evaluation(two, evaluation([20.0, 50.0, 80.0], scale={"low": 0, "high": 100}, goals=[0, 50, 100]))
+    charts = sections(one, two)["steering"].charts
+    assert [chart.runs for chart in charts] == [[0], [1], [0], [1]]
+    assert [chart.diagonal for chart in charts[:2]] == [(1, 10), (0, 100)]
+    assert charts[1].title == "sampled, scale 0 to 100"
 
 
-def test_without_an_evaluation_nothing_is_said_of_what_runs_write(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "ra"), make_run(tmp_path / "dpo", relabel="none")]
-    assert outcome(*runs) == "What these runs write has not been evaluated yet."
-    assert "so many are ranked right: ra 60% and dpo 60%" in whole(*runs)
-    parts = {part.name: part for part in all_parts(read_runs([str(run) for run in runs]))}
-    assert parts["training"].pictures
-    for name in ("steering", "unlearning", "extrapolation", "discrimination", "length"):
-        assert not parts[name].pictures
-        assert [command.split(" --judge")[0] for command in parts[name].commands] == [
-            f"rap-lightning evaluate --model {run}/hf --source data/pairs" for run in runs
-        ]
+def test_without_an_evaluation_the_command_is_given(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "ra")
+    shown = sections(folder)
+    assert [name for name, section in shown.items() if not section.empty] == ["training"]
+    command = lacking(folder)["ra has not been evaluated."]
+    assert command.startswith(f"rap-lightning evaluate --model {folder}/hf --source data/pairs --judge RewardModel")
+    assert any("callbacks.GoalSamples" in command for command in lacking(folder).values())
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    extended = [f"{lines[0]},steering/goal-1,steering/goal-10", *(f"{line},2.5,6.5" for line in lines[1:])]
+    (folder / "metrics.csv").write_text("\n".join(extended) + "\n")
+    (chart,) = sections(folder)["steering"].charts
+    assert (chart.lines[0].x, values(chart.lines[0])) == ([1, 10], [2.5, 6.5])
 
 
-def test_curves_are_split_by_origin_and_unsplit_runs_stand_where_their_pairs_belong(tmp_path: Path) -> None:
+def test_curves_are_split_by_origin(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / mode, relabel=mode) for mode in ("both", "none", "chosen")]
-    loss = all_parts(read_runs([str(folder) for folder in folders]))[1].pictures[0]
-    shown = {panel.title.split(":")[0]: panel.runs for panel in loss.panels}
-    assert shown == {"chosen-goal half": [0, 2], "rejected-goal half": [0], "plain pairs": [1]}
-    lines = [(one.what, one.style, len(one.x)) for one in loss.panels[0].series if one.run == 0]
-    assert lines == [("training", "bare", 20), ("validation", "marked", 2)]
+    loss = sections(*folders)["training"].rows[0]
+    shown = {chart.title: chart.runs for chart in loss}
+    assert shown == {"loss, chosen-goal pairs": [0, 2], "loss, rejected-goal pairs": [0], "loss, plain pairs": [1]}
+    lines = [(line.label, line.style, len(line.x)) for line in loss[0].lines if line.run == 0]
+    assert lines == [("training", "thin", 20), ("validation", "marked", 2)]
+    assert len({chart.limits for chart in loss}) == 1
 
 
-def test_a_run_without_validation_is_marked_on_its_training_line(tmp_path: Path) -> None:
+def test_without_validation_the_training_curve_is_marked(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     text = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
     (folder / "metrics.csv").write_text("\n".join(line for line in text if ",," not in line[:6]), encoding="utf-8")
-    loss = all_parts(read_runs([str(folder)]))[1].pictures[0]
-    assert [(one.what, one.style) for one in loss.panels[0].series] == [("training", "marked")]
-    assert "no validation" in loss.missing[0][1]
+    loss = sections(folder)["training"].charts[0]
+    assert [(line.label, line.style) for line in loss.lines] == [("training", "marked")]
+    assert any("run has no validation metrics" in what for what in lacking(folder))
 
 
-def test_a_killed_run_says_so(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", finished=None)
-    with (folder / "metrics.csv").open("a", encoding="utf-8") as file:
-        file.write("21,nan,nan")
-    said = whole(folder)
-    assert "has not ended" in said
-    assert "the last step known is 20" in said
-    assert "1 line of metrics.csv" in said
-    assert read_runs([str(folder)])[0].seconds is None
-
-
-def test_not_finite_losses_are_gaps_that_are_told(tmp_path: Path) -> None:
+def test_terms_of_the_loss_have_charts_by_origin(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    text = (folder / "metrics.csv").read_text(encoding="utf-8")
+    assert len(sections(folder)["training"].rows) == 3
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    names = [f"{p}loss/{term}{half}" for p in ("", "val/") for term in ("SFT", "DPO-2") for half in
+             ("", "/chosen-goal", "/rejected-goal")]  # fmt: skip
+    column = dict(zip(names, (i / 10 for i in range(len(names))), strict=True))
+    lines[0] += "," + ",".join(names)
+    lines[1:] = [f"{line},{','.join(map(str, column.values()))}" for line in lines[1:]]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    found = {
+        chart.title: [values(line)[0] for line in chart.lines]
+        for row in sections(folder)["training"].rows[1:3]
+        for chart in row
+    }
+    assert found == {
+        f"loss term {term}, {half}-goal pairs": [column[f"{p}loss/{term}/{half}-goal"] for p in ("", "val/")]
+        for term in ("DPO-2", "SFT") for half in ("chosen", "rejected")
+    }  # fmt: skip
+
+
+def test_a_spike_of_a_curve_does_not_flatten_the_others() -> None:
+    dense = Line(0, range(300), [Figure(1000.0 if i == 7 else i / 300) for i in range(300)], style="thin")
+    limits = shared_limits([dense])
+    assert limits is not None
+    assert limits[1] < 2
+
+
+def test_a_killed_run_and_not_finite_losses_are_noted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", finished=None)
+    text = (folder / "metrics.csv").read_text(encoding="utf-8") + "21,nan,nan"
     (folder / "metrics.csv").write_text(
         re.sub(r"^7,100,[^,]*", "7,100,nan", text, flags=re.MULTILINE), encoding="utf-8"
     )
-    assert "loss is not a number, or infinite, from step 7" in whole(folder)
-    assert 7 not in dict(read_runs([str(folder)])[0].curves.values["loss"])  # type: ignore[union-attr]
+    said = told(folder)
+    assert "has not finished" in said
+    assert "the last known step is 20" in said
+    assert "1 line of metrics.csv" in said
+    assert "loss is nan or infinite from step 7" in said
+    (run,) = read(folder)
+    assert run.seconds is None
+    assert run.curves is not None
+    assert 7 not in dict(run.curves.values["loss"])
+
+
+def test_samples_are_the_first_of_each_goal_side_by_side(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one", [2.0, 5.0, 8.0]), make_run(tmp_path / "two")
+    lines = [{"step": s, "goal": g, "prompt": "List fruits.", "response": f"step {s}", "score": s + g, "tokens": 3}
+             for s in (0, 10) for g in (1, 10)]  # fmt: skip
+    (two / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 10, "go', encoding="utf-8")
+    runs = read(one, two)
+    assert any("samples.jsonl" in note for note in runs[1].notes)
+    (shown,), prompts = samples(runs)
+    assert prompts == 1
+    assert [goal for goal, _ in shown.goals] == ["goal 1", "goal 5.5", "goal 10"]
+    assert shown.goals[0][1] == [(0, "at 1", "score 5, 3 tokens"), (1, "step 10", "score 11, 3 tokens")]
+    assert shown.goals[1][1][1] is None
+    during = sections(one, two)["steering"].rows[1][0]
+    assert [(line.label, line.x, values(line)) for line in during.lines] == [
+        ("goal 10", [0, 10], [10, 20]), ("goal 1", [0, 10], [1, 11])
+    ]  # fmt: skip
+
+
+def test_data_and_cost_have_counts_and_units(tmp_path: Path) -> None:
+    runs = read(make_run(tmp_path / "one"), make_run(tmp_path / "two", [2.0, 5.0, 8.0]))
+    assert data_rows(runs)[1][1] == ["two", "train", "2,000", "1,821", "3,642", "179 dropped: a tie"]
+    head, rows = cost_rows(runs)
+    assert dict(zip(head, rows[1], strict=True)) == {
+        "run": "two", "wall time of fit": "2 min 5 s", "pairs/s (median)": "100", "peak process memory": "1.5 GiB",
+        "devices": "cpu", "evaluation": "12 s",
+    }  # fmt: skip
+
+
+def test_a_mixture_is_described_on_one_line(tmp_path: Path) -> None:
+    shown = str(Mixture([DPO(0.5), SFT()], [1.0, 0.2]))
+    assert "\n" in shown
+    run = make_run(tmp_path / "run", facts={"loss": {"shown": shown}})
+    assert describe(*read(run)) == f"Mixture({DPO(0.5)}, {SFT()}, weights=[1.0, 0.2])"
 
 
 def test_config_differences_are_keys_as_flags_spell_them() -> None:
@@ -456,7 +533,7 @@ def test_lines_that_say_too_little_are_counted_and_told(tmp_path: Path) -> None:
     (run / "samples.jsonl").write_text('{"goal": 1, "response": "of no step"}\n[1]\n', encoding="utf-8")
     (run / "likelihood.jsonl").write_text('{"step": 1, "low": 1, "high": 4}\n', encoding="utf-8")
     (run / "evaluation" / "samples.jsonl").write_text('{"goal": 1, "score": 3}\n\n{"prompt_id": "p', encoding="utf-8")
-    told = {note.partition(" left out")[0] for note in read_runs([str(run)])[0].notes if "jsonl" in note}
+    told = {note.partition(" can't")[0] for note in read_runs([str(run)])[0].notes if "jsonl" in note}
     assert told == {"2 lines of samples.jsonl", "1 line of likelihood.jsonl", "2 lines of evaluation/samples.jsonl"}
 
 
@@ -465,34 +542,9 @@ def test_an_evaluation_alone_has_no_samples_of_fit_to_miss(tmp_path: Path) -> No
     alone = (whole / "evaluation").rename(tmp_path / "alone")
     (alone / "samples.jsonl").write_text('{"prompt_id": "p", "goal": 1, "score": 3, "greedy": false}\n')
     (run,) = read_runs([str(alone)])
-    assert run.scores == {1.0: {"p": 3.0}}
+    assert run.evaluation is not None
+    assert run.evaluation.scores == {1.0: {"p": 3.0}}
     assert not [note for note in run.notes if "jsonl" in note]
-
-
-def test_samples_are_the_first_of_each_goal_and_runs_stand_side_by_side(tmp_path: Path) -> None:
-    one, two = make_run(tmp_path / "one", [2.0, 5.0, 8.0]), make_run(tmp_path / "two")
-    lines = [{"step": s, "goal": g, "prompt": "List fruits.", "response": f"step {s}", "score": None, "tokens": 3}
-             for s in (0, 10) for g in (1, 10)]  # fmt: skip
-    (two / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 10, "go', encoding="utf-8")
-    runs = read_runs([str(one), str(two)])
-    assert any("samples.jsonl" in note for note in runs[1].notes)
-    (shown,), told = samples(runs)
-    assert "1 of 1 prompts" in told
-    assert [goal for goal, _ in shown.goals] == ["1", "5.5", "10"]
-    assert shown.goals[0][1] == [(0, "at 1", "score 5, 3 tokens"), (1, "step 10", "not scored, 3 tokens")]
-    assert shown.goals[1][1][1] is None
-
-
-def test_data_reports_that_agree_are_shown_once_and_costs_have_units(tmp_path: Path) -> None:
-    runs = read_runs([str(make_run(tmp_path / "one")), str(make_run(tmp_path / "two", [2.0, 5.0, 8.0]))])
-    (group,) = data_groups(runs)
-    assert group["runs"] == [0, 1]
-    assert group["splits"][0]["counts"][0] == ("rows read", "2,000")
-    assert group["splits"][0]["reasons"] == [("dropped", "179", "a tie")]
-    costs = dict(cost_rows(runs)[1][1])
-    assert costs["wall time of fit"] == "2 min 5 s"
-    assert costs["peak memory of the process"] == "1.5 GiB"
-    assert costs["evaluation"] == "12 s"
 
 
 def test_numbers_and_texts_are_as_people_read_them() -> None:
@@ -508,7 +560,7 @@ def test_numbers_and_texts_are_as_people_read_them() -> None:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two evaluated runs full of hostile text, reported twice."""
-    pytest.importorskip("matplotlib", reason="the report draws with matplotlib: pip install 'rap-lightning[report]'")
+    pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'rap-lightning[report]'")
     root = tmp_path_factory.mktemp("pages")
     for i, (name, relabel) in enumerate((("ra", "both"), ("dpo", "none"))):
         folder = make_run(root / name, [2.0 + i, 5.0, 8.0 - i], relabel, python=HOSTILE)
@@ -517,25 +569,28 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"prompt": HOSTILE, "goal": g, "response": t, "score": 5, "tokens": 3}
             for g, t in zip(GOALS, texts, strict=True)
         ]
-        (folder / "evaluation" / "evaluation.json").write_text(
-            json.dumps(evaluation([2.0 + i, 5.0, 8.0 - i], samples=found)), encoding="utf-8"
-        )
+        write_evaluation(folder, evaluation([2.0 + i, 5.0, 8.0 - i], samples=found))
         (folder / "config.yaml").write_text(yaml.safe_dump({HOSTILE: {"key": HOSTILE + str(i)}}), encoding="utf-8")
         sample = {"prompt": "p", "response": "r", "tokens": 1}
         lines = [sample | {"step": step, "goal": g, "score": g * step / 10} for step in (0, 10) for g in GOALS]
         (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-        probe = {"condition": "none", "low": 1, "high": 10, "n": 5}
-        lines = [
-            probe | {"step": step, "role": role, "change_nats": -step / 10}
-            for step in (0, 10)
-            for role in ("chosen", "rejected")
-        ]
+        probe = {"condition": "none", "low": 1, "high": 10, "n": 5, "role": "rejected"}
+        lines = [probe | {"step": step, "change_nats": -step / 10} for step in (0, 10)]
         (folder / "likelihood.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     for output in ("first", "second"):
-        done = report(f"{HOSTILE[4:]}={root / 'ra'}", root / "dpo", "--output", root / output)
-        assert done.returncode == 0, done.stderr
-        assert "wrote" in done.stdout
+        (root / output).mkdir()
+        write(read_runs([f"{HOSTILE[4:]}={root / 'ra'}", str(root / "dpo")]), root / output)
     return root
+
+
+@pytest.fixture(scope="module")
+def text(pages: Path) -> str:
+    return (pages / "first" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
 
 
 def test_the_same_folders_give_the_same_bytes(pages: Path) -> None:
@@ -546,11 +601,12 @@ def test_the_same_folders_give_the_same_bytes(pages: Path) -> None:
         assert (pages / "first" / name).read_bytes() == (pages / "second" / name).read_bytes(), name
 
 
-def test_no_text_of_a_run_becomes_markup(pages: Path) -> None:
-    text = (pages / "first" / "index.html").read_text(encoding="utf-8")
-    page = Page(text)
+def test_no_text_of_a_run_becomes_markup(text: str, page: Page) -> None:
     tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "img", "iframe", "link", "object", "base", "form"}
+    assert not tags & {"script", "iframe", "link", "object", "base", "form"}
+    assert all(
+        (attributes["src"] or "").startswith("data:image/svg+xml") for tag, attributes in page.tags if tag == "img"
+    )
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     seen = "".join(page.seen)
     assert seen.count(HOSTILE) >= 4  # prompt, response, config, version
@@ -558,39 +614,32 @@ def test_no_text_of_a_run_becomes_markup(pages: Path) -> None:
     assert not re.search("[\0\x1b\u202e\ud800]", text)
 
 
-def test_the_page_needs_nothing_from_outside(pages: Path) -> None:
-    text = (pages / "first" / "index.html").read_text(encoding="utf-8")
-    page = Page(text)
-    addresses = [
-        value or ""
-        for _, attributes in page.tags
-        for name, value in attributes.items()
-        if name in ("src", "href", "xlink:href")
-    ]
+def test_the_page_needs_nothing_from_outside(pages: Path, text: str, page: Page) -> None:
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids)), "two elements share an id, and one picture would use the other's parts"
-    for address in addresses:
+    assert len(ids) == len(set(ids))
+    for address in [attributes["href"] or "" for _, attributes in page.tags if "href" in attributes]:
         assert (address[1:] in ids) if address.startswith("#") else (pages / "first" / address).is_file(), address
-    for reference in re.findall(r"url\(#([^)]+)\)", text):
-        assert reference in ids
     assert "@import" not in text
     assert "default-src 'none'" in text
-    without_names = re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
-    assert not re.search(r"https?://", without_names)
+    assert not re.search(r"https?://", text)
 
 
-def test_pictures_take_the_pages_colours_and_are_told_in_words(pages: Path) -> None:
-    text = (pages / "first" / "index.html").read_text(encoding="utf-8")
-    page = Page(text)
-    drawings = re.findall(r"<svg xmlns.*?</svg>", text, re.DOTALL)
-    alts = [attributes["aria-label"] or "" for tag, attributes in page.tags if attributes.get("role") == "img"]
-    assert len(alts) == len(drawings) > 15
-    assert "2 at 1, 5 at 5.5, 8 at 10" in alts[0]
-    for drawing in drawings:
-        assert not re.findall(r"(?:fill|stroke): #", drawing), "a colour that is the same in light and dark"
-        assert "var(--run-" in drawing
-    defined = set(re.findall(r"(--[\w-]+):", text))
-    assert set(re.findall(r"var\((--[\w-]+)\)", text)) <= defined
+def drawings(page: Page) -> list[str]:
+    sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    return [base64.b64decode(source.partition("base64,")[2]).decode() for source in sources]
+
+
+def test_pictures_can_be_read_in_light_and_dark_and_have_alternative_texts(page: Page) -> None:
+    found = drawings(page)
+    assert len(found) > 15
+    alts = [attributes["alt"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert alts[0] == f"Line chart of mean score against goal, sampled: {HOSTILE[4:]} and dpo"
+    assert len(set(alts)) == len(alts) == sum(tag == "figcaption" for tag, _ in page.tags)
+    neutral = {"#808080", "#000000", "#e8ecf1"}  # black becomes #e8ecf1 in the dark
+    for drawing in found:
+        assert "prefers-color-scheme: dark" in drawing
+        assert set(re.findall(r"(?:fill|stroke): (#[0-9a-f]+)", drawing)) <= neutral | set(COLOURS)
+        assert not re.search(r"fill: #0{6}", drawing), "black text would stay black in the dark"
 
 
 def _luminance(colour: str) -> float:
@@ -599,61 +648,67 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_text_and_lines_have_contrast_in_light_and_dark(pages: Path) -> None:
-    text = (pages / "first" / "index.html").read_text(encoding="utf-8")
+def contrast(one: str, other: str) -> float:
+    light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_text_and_lines_have_contrast_in_light_and_dark(text: str) -> None:
     themes = [
         dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", block))
         for block in re.findall(r":root \{.*?\}", text, re.DOTALL)
     ]
     assert len(themes) == 2
     for theme in themes:
-        for name, colour in theme.items():
-            if name in ("--ground", "--raised", "--rule"):
-                continue
+        for name in ("--ink", "--quiet", "--accent"):
             for ground in ("--ground", "--raised"):
-                light, dark = sorted((_luminance(colour), _luminance(theme[ground])), reverse=True)
-                assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{name} on {ground}"
+                assert contrast(theme[name], theme[ground]) >= 4.5, f"{name} on {ground}"
+        for colour in COLOURS:
+            assert contrast(colour, theme["--ground"]) >= 3, colour
 
 
 def test_a_run_may_be_called_anything_in_a_picture() -> None:
-    pytest.importorskip("matplotlib", reason="the report draws with matplotlib: pip install 'rap-lightning[report]'")
-    from rap_lightning.reporting.evaluation import Estimate
-    from rap_lightning.reporting.figures import svg
-    from rap_lightning.reporting.panels import Panel, Series
-
-    series = [Series(0, [0], [Estimate(0.5)], what="#0000ff $x_1$<b>")]
-    drawn = svg(Panel("t", "x", "y", series, by_run=True), "name", None)
-    assert "#0000ff $x_1$&lt;b&gt;" in drawn
+    pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'rap-lightning[report]'")
+    names = ["_#0000ff $x_1$<b>", "مرحبا"]
+    drawn, png = draw(Chart("t", "x", "y", [Line(i, [0, 1], [Figure(0.5)] * 2) for i in (0, 1)]), names, "s")
+    assert "_#0000ff $x_1$&lt;b&gt;" in drawn
+    assert png.startswith(b"\x89PNG")
 
 
-def test_twenty_four_runs_have_each_a_look_of_their_own() -> None:
-    from rap_lightning.reporting.figures import COLOURS, DASHES, MARKERS
-
-    looks = {
-        (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], str(DASHES[i // len(COLOURS) % len(DASHES)]))
-        for i in range(24)
-    }
-    without_colour = {(marker, dash) for _, marker, dash in looks}
-    assert len(looks) == len(without_colour) == 24
+def test_twenty_four_runs_each_look_different_also_without_colour() -> None:
+    looks = {(MARKERS[i % len(MARKERS)], str(DASHES[i // len(COLOURS) % len(DASHES)])) for i in range(24)}
+    assert len(looks) == 24
 
 
-def test_a_report_is_replaced_only_when_asked_and_nothing_else_is(pages: Path, tmp_path: Path) -> None:
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def report(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    """Run the command in this process; return its exit code."""
+    command = ["report", *map(str, args)]
+    monkeypatch.setattr(sys, "argv", ["rap-lightning", *command])
+    try:
+        cli.main(command)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_a_report_is_replaced_only_when_asked_and_nothing_else_is(
+    pages: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
     shutil.copytree(pages / "first", output)
-    done = report(pages / "dpo", "--output", output)
-    assert done.returncode == 2
-    assert "--overwrite" in done.stderr
-    assert (output / "index.html").read_bytes() == (pages / "first" / "index.html").read_bytes()
-    done = report(pages / "nowhere", "--output", output, "--overwrite")
-    assert done.returncode == 2
-    assert (output / "index.html").read_bytes() == (pages / "first" / "index.html").read_bytes()
-    done = report(pages / "dpo", "--output", output, "--overwrite")
-    assert done.returncode == 0, done.stderr
-    assert "1 run<" in (output / "index.html").read_text(encoding="utf-8")
+    assert report(monkeypatch, pages / "dpo", "--output", output) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert report(monkeypatch, pages / "nowhere", "--output", output, "--overwrite") == 2
+    assert (output / "index.html").read_text(encoding="utf-8") == text
+    assert report(monkeypatch, pages / "dpo", "--output", output, "--overwrite") == 0
+    assert capsys.readouterr().out.startswith("dpo: score at the best goal 7 (6.7\u00a0to\u00a07.3) at goal 10\nwrote ")
+    assert "<h1>Report: dpo</h1>" in (output / "index.html").read_text(encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (output / "mine.txt").write_text("keep", encoding="utf-8")
-    done = report(pages / "dpo", "--output", output, "--overwrite")
-    assert done.returncode == 2
+    assert report(monkeypatch, pages / "dpo", "--output", output, "--overwrite") == 2
     assert (output / "mine.txt").exists()
 
 
@@ -702,77 +757,3 @@ def test_a_browser_shows_the_page_at_a_phones_width_in_light_and_dark(pages: Pat
     assert seen["wide"] == []
     assert seen["ground"] == ("rgb(18, 22, 28)" if scheme == "dark" else "rgb(255, 255, 255)")
     assert "CONSOLE" not in shown.stderr
-
-
-# --- what a loss says of itself, and validation that never came ------------------------------------------------------
-
-
-def training_part(folder: Path) -> Any:
-    return next(part for part in all_parts(read_runs([str(folder)])) if part.name == "training")
-
-
-def test_terms_of_the_loss_have_panels_by_half_and_only_where_there_are_any(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
-    assert [picture.title for picture in training_part(folder).pictures] == ["Loss", "Margin", "Accuracy"]
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    names = [f"{p}loss/{term}{half}" for p in ("", "val/") for term in ("SFT", "DPO-2") for half in
-             ("", "/chosen-goal", "/rejected-goal")]  # fmt: skip
-    values = [str(i / 10) for i in range(len(names))]
-    lines[0] += "," + ",".join(names)
-    lines[1:] = [f"{line},{','.join(values)}" for line in lines[1:]]
-    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    terms = training_part(folder).pictures[1]
-    assert terms.title == "Parts of the loss"
-    found = {panel.title: {one.what: one.points[0][1].value for one in panel.series} for panel in terms.panels}
-    told = {"chosen": "chosen-goal half: asked for the better score",
-            "rejected": "rejected-goal half: asked for the worse score"}  # fmt: skip
-    at = dict(zip(names, map(float, values), strict=True))
-    assert found == {
-        f"{term}, {told[half]}": {
-            "training": at[f"loss/{term}/{half}-goal"], "validation": at[f"val/loss/{term}/{half}-goal"]
-        }
-        for term in ("DPO-2", "SFT") for half in ("chosen", "rejected")
-    }  # fmt: skip
-
-
-def test_a_mixture_is_told_on_one_line(tmp_path: Path) -> None:
-    shown = str(Mixture([DPO(0.5), SFT()], [1.0, 0.2]))
-    assert "\n" in shown
-    run = make_run(tmp_path / "run", facts={"loss": {"shown": shown}})
-    assert describe(*read_runs([str(run)])) == f"Mixture({DPO(0.5)}, {SFT()}, weights=[1.0, 0.2])"
-
-
-def test_terms_of_plain_pairs_have_a_panel_each(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", relabel="none")
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    lines[1:] = [f"{line},0.25" for line in lines[1:]]
-    (folder / "metrics.csv").write_text("\n".join([f"{lines[0]},loss/of/mine", *lines[1:]]) + "\n")
-    assert [panel.title for panel in training_part(folder).pictures[1].panels] == ["of/mine"]
-
-
-def test_no_split_validation_turned_off_and_validation_not_yet_due_are_told_apart(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", stopped=None)
-    (folder / "metrics.csv").write_text("step,loss\n1,0.7\n8,0.6\n")
-
-    def told() -> tuple[str, str]:
-        ((_, why, how),) = training_part(folder).pictures[0].missing
-        return why, how
-
-    assert "fit validates where the data have a test or validation split" in told()[0]
-    data = json.loads((folder / "data_report.json").read_text())
-    held_out = data[0] | {"split": "test"}
-    (folder / "data_report.json").write_text(json.dumps([*data, held_out]))
-    why, how = told()
-    assert "its data have the split test, and it ended at step 20, before the first validation was due" in why
-    assert "--trainer.val_check_interval" in how
-    record = json.loads((folder / "run.json").read_text()) | {"finished": None}
-    record["facts"]["step"] = 8
-    (folder / "run.json").write_text(json.dumps(record))
-    assert "its last known step is 8, before" in told()[0]
-    (folder / "run.json").write_text(json.dumps(record | {"stopped": {"step": 8, "by": "Ctrl-C"}}))
-    assert "it was stopped at step 8, before" in told()[0]
-    (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": {"limit_val_batches": 0.0}}))
-    assert "--trainer.limit_val_batches 0 turned it off" in told()[0]
-    (folder / "config.yaml").write_text("{}")
-    (folder / "data_report.json").write_text(json.dumps([*data, held_out | {"relabelled_pairs": 0}]))
-    assert "fit validates where" in told()[0], "a split of which nothing was left can't be validated on"

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is told as one run: by run.json, by checkpoints, and by the report."""
+"""A resumed run is recorded as one run: in run.json, in its checkpoints and in the report."""
 
 import csv
 import json
@@ -20,9 +20,8 @@ from rap_lightning.callbacks.signals import Stopped
 from rap_lightning.cli import main as cli
 from rap_lightning.losses import DPO
 from rap_lightning.reporting.curves import Curves, joined
-from rap_lightning.reporting.headline import headline
 from rap_lightning.reporting.read_runs import Run, read_runs
-from rap_lightning.reporting.tables import cost_rows, run_rows
+from rap_lightning.reporting.tables import cost_rows, headline, notes
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
@@ -101,13 +100,12 @@ def test_the_report_joins_the_curves_of_three_sessions_and_cuts_what_led_to_noth
     assert run.curves.values["loss"] == sorted(expected.items())
     assert [step for step, _ in run.curves.values["loss"]] == list(range(1, 9))
     assert run.notes == []
-    figures = dict(run_rows([run])[0]["figures"])
-    assert figures["sessions"] == "3, going on at step 4 and 6"
+    assert [(one.first, one.end) for one in run.sessions] == [(0, 4), (4, 6)]
     assert run.seconds is not None
     told = sum(one["seconds"] for one in record(chain / "version_2")["continues"]["sessions"])
-    assert run.wall_time == (" of 3 sessions", pytest.approx(told + run.seconds))
-    assert "wall time of 3 sessions" in figures
-    assert dict(cost_rows([run])[0][1]).keys() >= {"wall time of fit, 3 sessions"}
+    assert run.wall_time == ("3 sessions", pytest.approx(told + run.seconds))
+    head, rows = cost_rows([run])
+    assert dict(zip(head, rows[0], strict=True))["wall time of fit"].endswith(" (3 sessions)")
 
 
 def test_what_a_session_logged_beyond_the_checkpoint_is_cut_even_where_nothing_took_its_place() -> None:
@@ -137,17 +135,16 @@ def test_runs_that_were_moved_together_are_found_and_a_folder_that_is_gone_is_na
     own = losses(chain / "version_1") | losses(chain / "version_2")
     assert run.curves.values["loss"] == sorted(own.items())
     assert min(own) >= 4
-    assert run.notes == ["steps 1 to 4 are not shown: its folder /nowhere/version_0 is gone"]
+    assert run.notes == ["steps 1 to 4 are not shown: its folder /nowhere/version_0 does not exist"]
     assert run.wall_time is not None
-    assert run.wall_time[0] == " of 3 sessions", "the checkpoint remembers how long it took"
+    assert run.wall_time[0] == "3 sessions", "the checkpoint remembers how long it took"
     shutil.copytree(moved / "version_1", moved / "version_0")  # another run under the name
-    assert read(moved / "version_2").notes[0].endswith("/nowhere/version_0 holds another run now")
+    assert read(moved / "version_2").notes[0].endswith("/nowhere/version_0 now holds another run")
 
 
 def test_a_report_of_a_run_and_of_what_it_went_on_from_says_so(chain: Path) -> None:
     runs = read_runs([str(chain / f"version_{i}") for i in (0, 2)])
-    caveats = "\n".join(headline(runs).caveats)
-    assert "version_2 goes on from version_0: up to step 4 they are one run." in caveats
+    assert "version_2 was resumed from step 4 of version_0: up to there they are one run." in notes(runs)
 
 
 # --- runs that were stopped, and records of any kind -----------------------------------------------------------------
@@ -179,8 +176,7 @@ def test_a_stopped_run_says_where_and_its_checkpoint_goes_on_from_there(
     assert told["finished"] is None
     assert (told["stopped"]["step"], told["stopped"]["by"], told["facts"]["step"]) == (3, by, 3)
     run = read(folder)
-    assert run.notes[0] == f"was stopped at step 3, by {by}"
-    assert run_rows([run])[0]["badge"] == "stopped at step 3"
+    assert run.notes[0] == f"was interrupted at step 3 by {by}"
     assert run.seconds is not None
     assert "first batch: policy and reference differ" in caplog.text, "Lightning's lines are heard here"
     assert "was raised with message" not in caplog.text
@@ -220,8 +216,8 @@ def test_a_checkpoint_that_tells_of_no_sessions_leaves_the_step(tmp_path: Path) 
     told = times | {"continues": {"checkpoint": "x.ckpt", "step": 4, "sessions": [unknown]}, "facts": {"step": 5}}
     (tmp_path / "run.json").write_text(json.dumps(told))
     run = read(tmp_path)
-    assert run.notes == ["steps 1 to 4 are not shown: the checkpoint doesn't tell where it ran"]
-    assert run.wall_time == (" of 1 of 2 sessions", 60.0)
+    assert run.notes == ["steps 1 to 4 are not shown: the checkpoint doesn't name its folder"]
+    assert run.wall_time == ("1 of 2 sessions", 60.0)
 
 
 @pytest.mark.parametrize(
@@ -229,4 +225,4 @@ def test_a_checkpoint_that_tells_of_no_sessions_leaves_the_step(tmp_path: Path) 
 )
 def test_any_record_of_sessions_is_read(continues: Any, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"continues": continues, "stopped": continues}))
-    run_rows([read(tmp_path)])
+    headline([read(tmp_path)])

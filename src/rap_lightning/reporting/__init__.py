@@ -1,1 +1,1 @@
-"""One HTML page that compares runs: what their folders hold, as pictures and words. No torch, no Lightning."""
+"""One HTML page that compares runs. No torch, no Lightning; page.py says in which order to read."""

@@ -1,101 +1,70 @@
-"""Puts the page together: one HTML file that needs nothing else, and a PNG per picture beside it."""
+"""The page: one HTML file that needs no other, and a PNG of each picture next to it.
+
+Read in this order: ``read_runs`` reads the runs, ``sections`` turns them into charts and ``tables`` into tables,
+``charts`` draws, and ``page.html.jinja`` lays everything out.
+"""
 
 from __future__ import annotations
 
-import sys
+import base64
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from tqdm import tqdm
 
 from rap_lightning import __version__
-from rap_lightning.reporting import figures, tables
-from rap_lightning.reporting.headline import headline
-from rap_lightning.reporting.panels import Picture
-from rap_lightning.reporting.parts import Part, all_parts, evaluate_command
+from rap_lightning.reporting import charts, tables
 from rap_lightning.reporting.read_runs import Run
-from rap_lightning.reporting.text import clean, short
+from rap_lightning.reporting.sections import all_sections
+from rap_lightning.reporting.text import clean
 
 PAGE = "index.html"
 MADE_BY = '<meta name="generator" content="rap-lightning report'
-"""By which a page of ours is known."""
+"""Identifies a page that this module wrote."""
 
-PROBES = (
-    ("samples.jsonl", "GoalSamples", "Score while training went on"),
-    ("likelihood.jsonl", "LikelihoodProbe", "Likelihood while training went on"),
-)
-"""Files of fit's callbacks, and what they would show."""
+
+class Picture(NamedTuple):
+    """A drawn chart: its file name without the ending, its SVG as an address, and its texts."""
+
+    name: str
+    address: str
+    alt: str
+    sentence: str
+    table: tables.Table
 
 
 def write(runs: list[Run], folder: Path) -> list[Path]:
-    """Write the page and its pictures into a folder that exists; the files written.
+    """Write the page and its pictures to an existing folder; return the files.
 
     The same run folders give the same bytes: the page has no date and no random ids.
     """
-    names = [run.name for run in runs]
-    parts = all_parts(runs)
-    pictures = [picture for part in parts for picture in part.pictures]
-    drawn: dict[str, list[dict[str, Any]]] = {}
-    written = []
-    with tqdm(pictures, "drawing", delay=2, file=sys.stderr, leave=False, disable=None) as progress:
-        for picture in progress:
-            drawn[picture.name] = _panels(picture, names)
-            path = folder / f"{picture.name}.png"
-            path.write_bytes(figures.png(picture, names))
-            written.append(path)
-    page = folder / PAGE
-    page.write_text(_html(runs, names, parts, drawn), encoding="utf-8")
-    return [page, *written]
-
-
-def _panels(picture: Picture, names: list[str]) -> list[dict[str, Any]]:
-    shown = []
-    for i, panel in enumerate(picture.panels):
-        drawing = figures.svg(panel, f"{picture.name}-{i}", figures.limits(picture, panel))
-        shown.append({"title": panel.title, "svg": Markup(drawing), "alt": clean(panel.alt(names), 4000)})
-    return shown
-
-
-def _html(runs: list[Run], names: list[str], parts: list[Part], drawn: dict[str, list[dict[str, Any]]]) -> str:
+    names, sections = [run.name for run in runs], all_sections(runs)
+    pictures: dict[str, list[list[Picture]]] = {}
+    for section in sections:
+        numbers = iter(range(1, len(section.charts) + 1))
+        pictures[section.name] = [
+            [_draw(chart, names, folder, f"{section.name}-{next(numbers)}") for chart in row] for row in section.rows
+        ]
     environment = Environment(
         loader=PackageLoader("rap_lightning.reporting", ""), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["short"] = short
-    samples, samples_told = tables.samples(runs)
-    config_runs, config_rows = tables.config_rows(runs)
-    version_runs, version_rows, versions = tables.version_rows(runs)
-    return environment.get_template("page.html.jinja").render(
-        version=__version__, made_by=Markup(MADE_BY), names=names, cards=tables.run_rows(runs),
-        headline=headline(runs), parts=[part for part in parts if part.pictures],
-        lacking=_lacking(runs, parts, samples), drawn=drawn,
-        marks=[figures.marker(i) for i in range(len(runs))], colours=len(figures.COLOURS), palette=figures.COLOURS,
-        samples=samples, samples_told=samples_told, data=tables.data_groups(runs), config_runs=config_runs,
-        config_rows=config_rows, costs=tables.cost_rows(runs), version_runs=version_runs, version_rows=version_rows,
-        versions=versions,
+    samples, prompts = tables.samples(runs)
+    differing, common = tables.version_rows(runs)
+    text = environment.get_template("page.html.jinja").render(
+        version=__version__, made_by=Markup(MADE_BY), runs=runs, names=names, colours=charts.COLOURS,
+        headline=tables.headline(runs), notes=tables.notes(runs), pictures=pictures,
+        sections=[section for section in sections if not section.empty], samples=samples, prompts=prompts,
+        data=tables.data_rows(runs), config=tables.config_rows(runs), cost=tables.cost_rows(runs), versions=differing,
+        common_versions=common, missing=list(tables.missing(runs, sections)),
     )  # fmt: skip
+    (folder / PAGE).write_text(text, encoding="utf-8")
+    return [folder / PAGE, *sorted(folder.glob("*.png"))]
 
 
-def _lacking(runs: list[Run], parts: list[Part], samples: list[tables.SideBySide]) -> list[tuple[str, str, list[str]]]:
-    """Parts that no run has files for: titles, why, commands; parts that the same commands bring stand together."""
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for part in parts:
-        if not part.pictures:
-            groups.setdefault((part.lacking, tuple(part.commands)), []).append(part.title)
-    if not samples:
-        groups.setdefault(("no run has been evaluated for it", tuple(map(evaluate_command, runs))), []).append(
-            "Samples side by side"
-        )
-    for name, callback, title in PROBES:
-        if not any((run.folder / name).is_file() for run in runs):
-            how = f"rap-lightning fit --config CONFIG --trainer.callbacks+=rap_lightning.callbacks.{callback}"
-            groups.setdefault((f"no run folder has a {name}, which a callback writes", (how,)), []).append(title)
-    if not any(run.data for run in runs):
-        groups.setdefault(("no run folder has a data_report.json, which fit writes", ()), []).append("The data report")
-    if len(runs) > 1 and sum(bool(run.config) for run in runs) < 2:
-        groups.setdefault(("fewer than two run folders have a config.yaml, which fit writes", ()), []).append("Configs")
-    if not any(run.record for run in runs):
-        groups.setdefault(("no run folder has a run.json, which fit writes", ()), []).append("Time, memory, versions")
-    return [(" ".join(titles), f"{why[0].upper()}{why[1:]}.", list(how)) for (why, how), titles in groups.items()]
+def _draw(chart: charts.Chart, names: list[str], folder: Path, name: str) -> Picture:
+    svg, png = charts.draw(chart, names, salt=name)
+    (folder / f"{name}.png").write_bytes(png)
+    address = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    return Picture(name, address, chart.alt(names), clean(chart.sentence(names), 2000), chart.table(names))

@@ -1,34 +1,33 @@
-"""Run folders: what fit and evaluate left there, whole or not."""
+"""Run folders, complete or not: what fit and evaluate wrote there.
+
+Read in this order: ``read_runs`` checks and names the folders, ``_read_run`` reads the files of one, and ``Run`` holds
+them. A file that is missing is left empty; a file that can't be read is left out with a note.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import yaml
-from tqdm import tqdm
 
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.reporting.curves import Curves, as_number, joined, read_curves
-from rap_lightning.reporting.evaluation import Evaluation, Sample, read_evaluation, sample_of
-from rap_lightning.reporting.joined_sessions import Session, earlier_sessions
-from rap_lightning.reporting.paired import Scores, mean_scores, scored_of
-from rap_lightning.reporting.text import clean, counted
+from rap_lightning.reporting.curves import Curves, joined, read_curves
+from rap_lightning.reporting.earlier_sessions import Session, earlier_sessions
+from rap_lightning.reporting.evaluation_file import Evaluation, SampledText, mean_scores, read_evaluation, sampled
+from rap_lightning.reporting.text import as_number, clean, counted
 
-T = TypeVar("T")
 MARKS = ("metrics.csv", "run.json", "evaluation/evaluation.json", "evaluation.json")
-"""A folder with one of these is a run."""
+"""A folder with one of these is a run directory."""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A line of likelihood.jsonl: how far a kind of response has moved since the start, in nats."""
+class Probe(NamedTuple):
+    """A line of likelihood.jsonl: how far the log-prob of one kind of response has changed since the start, in nats."""
 
     step: int
     condition: str
@@ -40,19 +39,21 @@ class Probe:
 
 @dataclass
 class Run:
-    """A run as its folder tells it.
+    """The files of a run.
 
     Attributes:
-        folder: as it was given; name: how the page calls it; index: its place, which fixes colour and marker.
-        config, record, goal: config.yaml, run.json, goal.json; empty where there is none.
-        sessions: those before the last one, of a run that went on from a checkpoint. What they logged up to there is
-            in ``curves``, ``samples``, ``steering`` and ``likelihood``.
+        folder: as given on the command line.
+        name: what the page calls the run.
+        index: its place on the command line, which determines its colour and marker.
+        config, record, goal: config.yaml, run.json, goal.json.
+        sessions: the earlier sessions of a resumed run; their metrics, samples and likelihoods are joined below.
         data: data_report.json, a dict per split and source.
-        curves: of metrics.csv, None without one.
-        scores: of evaluate's samples, to compare runs prompt by prompt.
-        samples: of fit's samples.jsonl, those of the last step; steering: step -> goal -> mean score.
+        curves: metrics.csv; None without the file.
+        evaluation: evaluation.json; None without the file.
+        samples: the samples of the last step in samples.jsonl, which the GoalSamples callback writes.
+        steering: step -> goal -> mean score, from samples.jsonl.
         likelihood: likelihood.jsonl.
-        notes: what is odd about the folder.
+        notes: what is missing or unusual.
     """
 
     folder: Path
@@ -65,24 +66,21 @@ class Run:
     data: list[dict[str, Any]] = field(default_factory=list)
     curves: Curves | None = None
     evaluation: Evaluation | None = None
-    scores: Scores = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[SampledText] = field(default_factory=list)
     steering: dict[int, dict[float, float]] = field(default_factory=dict)
     likelihood: list[Probe] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What run.json says of method and data."""
+        """What run.json says about method and data."""
         return as_dict(self.record.get("facts"))
 
     @property
-    def step(self) -> int | None:
-        """Optimizer steps it took, as far as is known."""
-        step = as_number(self.facts.get("step"))
-        logged = self.curves.last_step if self.curves is not None else None
-        known = [int(value) for value in (step, logged) if value]
-        return max(known) if known else None
+    def base(self) -> str | None:
+        """The model that training began with."""
+        name = as_dict(self.facts.get("base_model")).get("name")
+        return None if name is None else str(name)
 
     @property
     def relabel(self) -> str | None:
@@ -91,15 +89,21 @@ class Run:
         return mode if isinstance(mode, str) else None
 
     @property
+    def step(self) -> int | None:
+        """Optimizer steps taken, as far as is known."""
+        known = [as_number(self.facts.get("step")), self.curves.last_step if self.curves is not None else None]
+        return max((int(value) for value in known if value), default=None)
+
+    @property
     def stopped(self) -> tuple[int, str] | None:
-        """The step at which a run was ended, and by what; None of one that finished, and where nobody could say it."""
-        told = as_dict(self.record.get("stopped"))
-        step = as_number(told.get("step"))
-        return None if step is None or self.record.get("finished") else (int(step), clean(told.get("by"), 60))
+        """The step at which the run was interrupted, and by what; None for other runs."""
+        stop = as_dict(self.record.get("stopped"))
+        step = as_number(stop.get("step"))
+        return None if step is None or self.record.get("finished") else (int(step), clean(stop.get("by"), 60))
 
     @property
     def seconds(self) -> float | None:
-        """Wall time from the first step to the last, what callbacks do around them included, of the last session."""
+        """Wall time of the last session."""
         end = self.record.get("finished") or as_dict(self.record.get("stopped")).get("at")
         try:
             ends = [datetime.strptime(str(one), "%Y-%m-%dT%H:%M:%S%z") for one in (self.record.get("started"), end)]
@@ -109,29 +113,32 @@ class Run:
 
     @property
     def wall_time(self) -> tuple[str, float] | None:
-        """What is known of its wall time: of which sessions, and their seconds together."""
+        """Wall time in seconds, and how many sessions it covers, in words (empty for a run of one session)."""
         known = [one for one in (*(session.seconds for session in self.sessions), self.seconds) if one is not None]
         if not known:
             return None
-        among, of = len(self.sessions) + 1, len(known)
-        which = "" if among == 1 else f" of {among} sessions" if of == among else f" of {of} of {among} sessions"
-        return which, sum(known)
+        among = len(self.sessions) + 1
+        covered = f"{len(known)} of {among} sessions" if len(known) < among else f"{among} sessions"
+        return covered if among > 1 else "", sum(known)
+
+    @property
+    def scale(self) -> tuple[float, float] | None:
+        """Lowest and highest reward, from the evaluation or else from the goal template."""
+        if self.evaluation is not None and self.evaluation.scale is not None:
+            return self.evaluation.scale
+        return Evaluation(self.goal).scale
 
     def files(self, name: str) -> Iterator[tuple[Path, int | None]]:
-        """A file of each session that has it, the oldest first, and the step up to which it counts; None: all of it."""
+        """Yield the path of a file in each session, oldest first, and the step up to which it counts (None: all)."""
         folders = [(one.folder, one.end) for one in self.sessions if one.folder is not None]
         for folder, end in [*folders, (self.folder, None)]:
             if (folder / name).is_file():
                 yield folder / name, end
 
-    @property
-    def scale(self) -> tuple[float, float] | None:
-        """Lowest and highest reward, by the evaluation or else by the goal template."""
-        if self.evaluation is not None and self.evaluation.scale is not None:
-            return self.evaluation.scale
-        scale = as_dict(self.goal.get("scale"))
-        low, high = as_number(scale.get("low")), as_number(scale.get("high"))
-        return (low, high) if low is not None and high is not None and low < high else None
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return the value if it is a dict, else an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 def read_runs(given: list[str]) -> list[Run]:
@@ -139,68 +146,63 @@ def read_runs(given: list[str]) -> list[Run]:
 
     Raises:
         ConfigError: a folder or a name is given twice.
-        DataError: a folder is not there, or holds no run.
+        DataError: a folder doesn't exist or is not a run directory.
     """
-    named = [_named(one) for one in given]
-    seen: dict[Path, Path] = {}
+    named = [_split_name(one) for one in given]
+    seen: set[Path] = set()
     for folder, _ in named:
-        _refuse_no_run(folder)
-        if (there := folder.resolve()) in seen:
-            raise ConfigError(f"{folder} is given twice; a run is compared with others. Name each folder once.")
-        seen[there] = folder
+        _refuse_other_folder(folder)
+        if folder.resolve() in seen:
+            raise ConfigError(f"{folder} is given twice. Name each run once.")
+        seen.add(folder.resolve())
     names = _names(named)
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"two runs are called {twice[0]}: give each a name of its own, as NAME=FOLDER.")
+        raise ConfigError(f"two runs are called {twice[0]}. Give each its own name, as NAME=FOLDER.")
     runs = []
-    progress = tqdm(
-        zip(named, names, strict=True), "reading", len(names), delay=2, file=sys.stderr, leave=False, disable=None
-    )
-    for index, ((folder, _), name) in enumerate(progress):
+    for index, ((folder, _), name) in enumerate(zip(named, names, strict=True)):
         try:
-            runs.append(_run(folder, name, index))
+            runs.append(_read_run(folder, name, index))
         except OSError as error:
             raise DataError(f"{folder} can't be read: {error.strerror} ({error.filename})") from error
     return runs
 
 
-def _named(given: str) -> tuple[Path, str | None]:
-    """Folder and name; names and folders may have equals signs in them, so what is there decides where to cut."""
+def _split_name(given: str) -> tuple[Path, str | None]:
+    """Split NAME=FOLDER. Both parts may contain equals signs, so the split is where a folder exists."""
     if "=" not in given or Path(given).exists():
         return Path(given), None
-    cuts = [i for i, letter in enumerate(given) if letter == "="]
-    cut = next((i for i in cuts if Path(given[i + 1 :]).exists() and given[i + 1 :]), cuts[0])
-    name, folder = given[:cut].strip(), given[cut + 1 :]
+    places = [place for place, letter in enumerate(given) if letter == "="]
+    place = next((place for place in places if given[place + 1 :] and Path(given[place + 1 :]).exists()), places[0])
+    name, folder = given[:place].strip(), given[place + 1 :]
     if not name or not folder:
         raise ConfigError(f"expected FOLDER or NAME=FOLDER, found {given!r}")
     return Path(folder), name
 
 
 def _names(named: list[tuple[Path, str | None]]) -> list[str]:
-    """The name that was given, or else the shortest end of the path that no other run shares."""
+    """Return the given name of each run, or else the shortest end of its path that no other run shares."""
     parts = [folder.resolve().parts for folder, _ in named]
     names = []
-    for i, (folder, name) in enumerate(named):
+    for i, (_, name) in enumerate(named):
         others = [other for j, other in enumerate(parts) if j != i and named[j][1] is None]
         ends = range(1, len(parts[i]) + 1)
         depth = next((k for k in ends if all(other[-k:] != parts[i][-k:] for other in others)), 1)
-        names.append(clean(name or "/".join(parts[i][-depth:]) or str(folder), 80))
+        names.append(clean(name or "/".join(parts[i][-depth:]), 80))
     return names
 
 
-def _refuse_no_run(folder: Path) -> None:
+def _refuse_other_folder(folder: Path) -> None:
     if any((folder / mark).is_file() for mark in MARKS):
         return
     if not folder.exists():
-        raise DataError(f"{folder} doesn't exist. Give the folder of a run, such as runs/version_0.")
-    around = next((up for up in folder.parents[:2] if any((up / mark).is_file() for mark in MARKS)), None)
-    within = sorted(p.parent for p in folder.glob("*/metrics.csv")) if folder.is_dir() else []
-    hint = f" Do you mean {around}?" if around else f" Runs in it: {', '.join(map(str, within[:5]))}." if within else ""
-    raise DataError(
-        f"{folder} is no run: expected a folder with one of {', '.join(MARKS)}, as fit and evaluate write them.{hint}"
-    )
+        raise DataError(f"{folder} doesn't exist. Give the directory of a run, such as runs/version_0.")
+    above = next((up for up in folder.parents[:2] if any((up / mark).is_file() for mark in MARKS)), None)
+    below = sorted(path.parent for path in folder.glob("*/metrics.csv"))
+    hint = f" Did you mean {above}?" if above else f" Runs in it: {', '.join(map(str, below[:5]))}." if below else ""
+    raise DataError(f"{folder} is not a run directory: it has none of {', '.join(MARKS)}.{hint}")
 
 
-def _run(folder: Path, name: str, index: int) -> Run:
+def _read_run(folder: Path, name: str, index: int) -> Run:
     run = Run(folder, name, index)
     run.config = as_dict(_load(run, "config.yaml"))
     run.record = as_dict(_load(run, "run.json"))
@@ -211,41 +213,60 @@ def _run(folder: Path, name: str, index: int) -> Run:
     if found := [(read_curves(path), end) for path, end in run.files("metrics.csv")]:
         last = found.pop()[0] if found[-1][1] is None else Curves()
         run.curves = joined([(curves, end) for curves, end in found if end is not None], last)
-    evaluated = next(
-        (p for p in (folder / "evaluation" / "evaluation.json", folder / "evaluation.json") if p.is_file()), None
-    )
-    if evaluated is not None:
-        run.evaluation = read_evaluation(evaluated)
-        run.scores = mean_scores(_lines(run, evaluated.with_name("samples.jsonl"), scored_of))
-    if evaluated is None or evaluated.parent != folder:  # beside evaluation.json stand evaluate's samples, not fit's
+    # In an evaluation's own folder, samples.jsonl is evaluate's; in a run's folder, it is the GoalSamples callback's.
+    within, own = folder / "evaluation" / "evaluation.json", folder / "evaluation.json"
+    if (path := within if within.is_file() else own).is_file():
+        run.evaluation = read_evaluation(path)
+        run.evaluation.scores = mean_scores(_json_lines(run, path.with_name("samples.jsonl"), texts=["prompt_id"]))
+    if path == within or not own.is_file():
         _read_samples(run)
-    _read_likelihood(run)
-    _note(run)
+    for path, end in run.files("likelihood.jsonl"):
+        for line in _json_lines(run, path, numbers=["step", "low", "high", "change_nats"]):
+            if end is None or line["step"] <= end:
+                run.likelihood.append(
+                    Probe(int(line["step"]), str(line.get("condition")), str(line.get("role")), line["low"],
+                          line["high"], line["change_nats"])
+                )  # fmt: skip
+    run.notes += _notes(run)
     return run
 
 
-def _note(run: Run) -> None:
+def _read_samples(run: Run) -> None:
+    last = -1
+    for path, end in run.files("samples.jsonl"):
+        scores: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for line in _json_lines(run, path, numbers=["step"]):
+            step, one = int(line["step"]), sampled(line)
+            if end is not None and step > end:
+                continue
+            if one.goal is not None and one.score is not None:
+                scores[step][one.goal].append(one.score)
+            if step > last:
+                last, run.samples = step, []
+            if step == last:
+                run.samples.append(one)
+        for step, by_goal in sorted(scores.items()):
+            run.steering[step] = {goal: sum(found) / len(found) for goal, found in sorted(by_goal.items())}
+
+
+def _notes(run: Run) -> Iterator[str]:
     if run.stopped is not None:
-        run.notes.append(f"was stopped at step {run.stopped[0]:,}, by {run.stopped[1]}")
+        yield f"was interrupted at step {run.stopped[0]:,} by {run.stopped[1]}"
     elif run.record and run.record.get("finished") is None:
-        run.notes.append(f"has not ended: it is still running, or was killed; the last step known is {run.step or 0:,}")
+        yield f"has not finished (still running, or killed); the last known step is {run.step or 0:,}"
     for session in run.sessions:
         if session.lost:
-            steps = f"steps {session.first + 1:,} to {session.end:,} are not shown"
-            run.notes.append(f"{steps}: {clean(session.lost, 300)}")
+            yield f"steps {session.first + 1:,} to {session.end:,} are not shown: {clean(session.lost, 300)}"
     if run.curves is not None:
         if run.curves.broken:
-            run.notes.append(
-                f"{counted(run.curves.broken, 'line')} of metrics.csv left out: not to be read, cut off perhaps"
-            )
+            yield f"{counted(run.curves.broken, 'line')} of metrics.csv can't be read (cut off?)"
         for metric in ("loss", "val/loss"):
             if metric in run.curves.not_finite:
-                step = run.curves.not_finite[metric]
-                run.notes.append(f"{metric} is not a number, or infinite, from step {step:,}; such values are left out")
+                yield f"{metric} is nan or infinite from step {run.curves.not_finite[metric]:,}; not shown there"
         if not run.curves.values:
-            run.notes.append("metrics.csv has no figures yet")
+            yield "metrics.csv has no values yet"
     if run.evaluation is not None:
-        run.notes.extend(run.evaluation.faults)
+        yield from run.evaluation.notes
 
 
 def _load(run: Run, name: str) -> Any:
@@ -254,70 +275,29 @@ def _load(run: Run, name: str) -> Any:
         return None
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-        if path.suffix == ".json":
-            return json.loads(text)
-        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        run.notes.append(f"{name} can't be read; left out")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        run.notes.append(f"{name} can't be read; it is left out")
         return None
 
 
-def _lines(run: Run, path: Path, read: Callable[[dict[str, Any]], T | None]) -> Iterator[T]:
-    """What ``read`` makes of the objects of a json-lines file; lines that are none, or say too little, are noted."""
-    bad = 0
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                found = json.loads(line)
-            except (ValueError, RecursionError):
-                found = None
-            made = read(found) if isinstance(found, dict) else None
-            if made is not None:
-                yield made
-            elif line.strip():
-                bad += 1
+def _json_lines(
+    run: Run, path: Path, numbers: list[str] | None = None, texts: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file that have these keys; other lines are counted in a note."""
+    found, bad = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        try:
+            one = as_dict(json.loads(line))
+        except (ValueError, RecursionError):
+            one = {}
+        whole = all(as_number(one.get(key)) is not None for key in numbers or [])
+        whole = whole and all(isinstance(one.get(key), str) for key in texts or [])
+        if one and whole:
+            found.append(one | {key: float(one[key]) for key in numbers or []})
+        elif line.strip():
+            bad += 1
     if bad:
         name = path.relative_to(run.folder) if path.is_relative_to(run.folder) else path
-        run.notes.append(f"{counted(bad, 'line')} of {name} left out: not to be read, cut off perhaps")
-
-
-def _read_samples(run: Run) -> None:
-    def step_and_sample(line: dict[str, Any]) -> tuple[int, Sample] | None:
-        step = as_number(line.get("step"))
-        return None if step is None else (int(step), sample_of(line))
-
-    last = -1
-    for path, end in run.files("samples.jsonl"):
-        scores: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for step, sample in _lines(run, path, step_and_sample):
-            if end is not None and step > end:
-                continue
-            if sample.goal is not None and sample.score is not None:
-                scores[step][sample.goal].append(sample.score)
-            if step > last:
-                last, run.samples = step, []
-            if step == last:
-                run.samples.append(sample)
-        run.steering |= {
-            step: {goal: sum(found) / len(found) for goal, found in sorted(by.items())} for step, by in scores.items()
-        }
-    run.steering = dict(sorted(run.steering.items()))
-
-
-def _read_likelihood(run: Run) -> None:
-    def probe(line: dict[str, Any]) -> Probe | None:
-        numbers = [as_number(line.get(key)) for key in ("step", "low", "high", "change_nats")]
-        if None in numbers:
-            return None
-        step, low, high, change = (float(value) for value in numbers if value is not None)
-        return Probe(int(step), str(line.get("condition")), str(line.get("role")), low, high, change)
-
-    for path, end in run.files("likelihood.jsonl"):
-        run.likelihood += [one for one in _lines(run, path, probe) if end is None or one.step <= end]
-
-
-def as_dict(value: Any) -> dict[str, Any]:
-    """The value where it is a dict, an empty one otherwise."""
-    return value if isinstance(value, dict) else {}
+        run.notes.append(f"{counted(bad, 'line')} of {name} can't be read (cut off?)")
+    return found

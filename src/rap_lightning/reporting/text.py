@@ -1,64 +1,57 @@
-"""Numbers and foreign text as people read them."""
+"""Numbers and foreign text in the form in which people read them."""
 
 from __future__ import annotations
 
 import math
 import re
-from unicodedata import bidirectional
 
 LONGEST = 420
-"""Characters of a prompt or response that the page shows."""
+"""Characters of a prompt or a response that the page shows."""
 
+# Control characters, overrides of the text direction (which would show text as it isn't), lone surrogates.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-"""Control characters, overrides of the direction of text (which would show it as it isn't), halves of characters."""
 
 
 def clean(text: object, longest: int = LONGEST) -> str:
-    """Foreign text that any browser and font takes: no control characters, no half characters, not without end.
-
-    Escaping is the template's; directions are isolated there too.
-    """
+    """Return text without control characters, cut to a length. The template escapes markup."""
     whole = str(text)
     shown = _CONTROL.sub("\ufffd", whole[:longest].replace("\r\n", "\n"))
     return shown if len(whole) <= longest else f"{shown.rstrip()} … ({len(whole):,} characters in all)"
 
 
-def isolated(name: str) -> str:
-    """A name within a sentence: one that is written from right to left doesn't turn what stands around it."""
-    turned = any(bidirectional(letter) in ("R", "AL") for letter in name)
-    return f"\u2068{name}\u2069" if turned else name
-
-
-def short(name: str, longest: int = 24) -> str:
-    """A name for an axis: its middle goes where it is too long."""
-    half = (longest - 1) // 2
-    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
+def as_number(text: object) -> float | None:
+    """Return a finite number, or None."""
+    try:
+        value = float(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def number(value: float | None, percent: bool = False) -> str:
-    """Three significant digits, whole numbers with separators; a dash for what isn't there."""
+    """Return three significant digits, whole numbers with separators; a dash for None and nan."""
     if value is None or not math.isfinite(value):
         return "–"
     if percent:
         return f"{100 * value:.0f}%"
     if abs(value) >= 1000 or value == int(value):
-        return f"{value or 0:,.0f}"
+        return f"{value or 0:,.0f}"  # `or 0` turns -0.0 into 0
     shown = f"{value:.3g}"
     return f"{value:.4f}" if "e" in shown and abs(value) > 1e-4 else shown
 
 
-def counted(count: int, what: str) -> str:
-    """``1 line``, ``2,000 lines``."""
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+def counted(count: int, noun: str) -> str:
+    """Return ``1 line``, ``2,000 lines``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def listed(names: list[str]) -> str:
-    """``a, b and c``."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+    """Return ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
 def duration(seconds: float) -> str:
-    """``22 s``, ``3 min 5 s``, ``2 h 10 min``."""
+    """Return ``22 s``, ``3 min 5 s``, ``2 h 10 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -68,5 +61,5 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as GiB or MiB."""
+    """Return bytes as GiB or MiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""Where the configs of runs differ, key by key."""
+"""The keys in which the configs of runs differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ABSENT = "not set"
 
 
 def differences(configs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(key, value in each config) for the keys that differ; keys as flags spell them, without init_args."""
+    """Return (key, value in each config) for the keys that differ; keys as flags spell them, without init_args."""
     flat = [dict(_flat(config)) for config in configs]
     keys = sorted({key for one in flat for key in one})
     rows = []
@@ -28,7 +28,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             if key in ("init_args", "dict_kwargs") and prefix and not inner:
-                continue  # no options: it must not stand in the place of the class's name
+                continue  # without options, only the class's name is shown
             dropped = key in ("init_args", "dict_kwargs", "class_path") and prefix
             yield from _flat(inner, prefix if dropped else f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list) and value and (kinds := _kinds(value)):
@@ -40,6 +40,6 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _kinds(values: list[Any]) -> list[str]:
-    """Short names of the classes that a list holds; nothing where it holds anything else, or one twice."""
+    """Return short names of the classes in a list; empty if it holds anything else, or a class twice."""
     names = [str(v["class_path"]).rpartition(".")[2] for v in values if isinstance(v, dict) and "class_path" in v]
     return names if len(names) == len(values) == len(set(names)) else []
