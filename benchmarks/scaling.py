@@ -87,7 +87,7 @@ def tables(steps: dict[tuple[str, bool], Step]) -> None:
             print(f"\n### {size} {kind}, reference {reference}: {step.parameters / 1e9:.1f}B parameters, "
                   f"{step.trainable / 1e6:,.0f}M trained\n")  # fmt: skip
             print("| GPUs | strategy | weights | gradients | optimizer | reference | gathered | activations "
-                  "| total GB | fits | travels, s | computes, s | pairs/s |")  # fmt: skip
+                  "| total GB | fits | communication, s | computation, s | pairs/s |")  # fmt: skip
             print("|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|")
             for ranks in RANKS:
                 for name, spread in spreads(ranks).items():
