@@ -264,6 +264,7 @@ def test_a_figure_without_a_value_keeps_its_reason(tmp_path: Path) -> None:
     shown = sections(run)
     assert not shown["extrapolation"].charts
     assert "Responses as good as the best of the data: no evaluation has figures for it." in lacking(run)
+    assert "Responses as good as the best of the data, best seen: no prompt of training." in lacking(run)
     assert shown["discrimination"].tables[0][1] == [["run", "– (one goal)", "– (no pairs)"]]
     assert "unlearning was not measured: no base" in told(run)
 

@@ -32,6 +32,7 @@ class Section:
         about: what its charts show and how to read them.
         rows: of charts, each a row of the page where it is wide enough; empty where no run has the files.
         tables: head and rows.
+        unknown: why charts have no values, as "title: reason".
     """
 
     name: str
@@ -39,6 +40,7 @@ class Section:
     about: str
     rows: list[list[Chart]] = field(default_factory=list)
     tables: list[tuple[list[str], list[list[str]]]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     @property
     def charts(self) -> list[Chart]:
@@ -55,6 +57,10 @@ def all_sections(runs: list[Run]) -> list[Section]:
     """Return all sections in the order of the page; charts without a point are left out."""
     sections = [make(runs) for make in (steering, training, unlearning, extrapolation, discrimination, length)]
     for section in sections:
+        for chart in section.charts:
+            reasons = dict.fromkeys(figure.why for line in chart.lines for figure in line.y if figure.why)
+            if reasons and not chart.drawn:
+                section.unknown.append(f"{chart.title}: {'; '.join(reasons)}")
         drawn = ([chart for chart in row if chart.drawn] for row in section.rows)
         section.rows = [row for row in drawn if row]
     return sections

@@ -296,6 +296,8 @@ def missing(runs: list[Run], sections: list[Section]) -> Iterator[tuple[str, str
         for section in sections:
             if section.empty and section.name != "training":
                 yield f"{section.title}: no evaluation has figures for it.", ""
+            for reason in section.unknown:
+                yield f"{section.title}, {reason}.", ""
     if not any(run.curves is not None and run.curves.values for run in runs):
         yield "Training curves: no run has values in a metrics.csv, which fit writes.", ""
     for run in runs:
