@@ -205,7 +205,7 @@ def _plot(figure: Any, chart: Chart, names: list[str]) -> None:
         axes.axhline(chart.level, color="#808080", linewidth=1)
     legend: dict[str, tuple[Line, Any]] = {}
     places = [x for line in chart.drawn for x, _ in line.points]
-    step = 0.008 * (max(places) - min(places)) if places else 0.0
+    step = min(0.008, 0.04 / len(chart.runs)) * (max(places) - min(places)) if places else 0.0
     for line in chart.drawn:
         if line.style == "marked":  # moved a little, so that the intervals of several runs don't overlap
             aside = step * (chart.runs.index(line.run) - (len(chart.runs) - 1) / 2)
