@@ -465,9 +465,9 @@ def test_work_that_is_no_longer_wanted_ends(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import time\nfrom rap_lightning.preferences.process_pool import in_order\n"
+        "import time\nfrom rap_lightning.preferences.process_pool import map_in_order\n"
         "if __name__ == '__main__':\n"
-        "    g = in_order(abs, iter(range(1000)), 2); next(g); time.sleep(0.3); g.close(); print('ended')"
+        "    g = map_in_order(abs, iter(range(1000)), 2); next(g); time.sleep(0.3); g.close(); print('ended')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "ended\n"

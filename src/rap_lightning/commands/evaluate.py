@@ -20,7 +20,6 @@ from rap_lightning.onpolicy.evaluate.run import evaluate_model
 from rap_lightning.onpolicy.evaluate.terminal_tables import show
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.sampled_model import Model
-from rap_lightning.preferences.goal_grid import grid
 from rap_lightning.preferences.goals import GoalTemplate, is_trained
 from rap_lightning.preferences.sources import Source, as_sources
 
@@ -206,7 +205,7 @@ def _goals(
     if goals is None:
         if template is None:
             return [None]
-        evenly: list[float | None] = list(grid(template.scale, GOALS))
+        evenly: list[float | None] = list(template.scale.grid(GOALS))
         return evenly if own else [None, *evenly]
     numbers = sorted({float(goal) for goal in goals if goal != "none"})
     if numbers and template is None:

@@ -14,7 +14,6 @@ from rap_lightning.onpolicy.evaluate.reading import Reading
 from rap_lightning.onpolicy.evaluate.sampled import Goal
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.sampled_model import Model
-from rap_lightning.preferences.goal_grid import text_at
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.sources import Source
 
@@ -68,7 +67,7 @@ class Plan:
             if goal is None or self.template is None:
                 found.append(Asked(None, None))
             else:
-                text, printed = text_at(self.template, goal), self.template.scale.printed(goal)
+                text, printed = self.template.text_at(goal), self.template.scale.printed(goal)
                 found.append(Asked(text, printed, self.template.placement))
         if len({one.text for one in found}) < len(found):
             raise ConfigError(f"--goals {self.goals}: two of them read the same in the prompt.")

@@ -18,7 +18,6 @@ from rap_lightning.onpolicy.evaluate.evaluation_plan import OF_LIKELIHOODS, Plan
 from rap_lightning.onpolicy.evaluate.response_logps import Key, Likelihoods, make_encoder
 from rap_lightning.onpolicy.requests import prompt_id_of
 from rap_lightning.onpolicy.sampled_model import Model
-from rap_lightning.preferences.goal_grid import grid, own_texts, text_at
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import Pair
 
@@ -43,7 +42,7 @@ def likelihood_parts(plan: Plan, evaluated: data.Evaluated, work: Path) -> dict[
     """The document's parts; what is measured for them lies in the folder ``work``, and is read from there again."""
     conditions = _conditions(plan.template)
     wants = {part: part in plan.parts for part in OF_LIKELIHOODS}
-    points = grid(plan.template.scale, plan.scale_points) if plan.template and wants["discrimination"] else []
+    points = plan.template.scale.grid(plan.scale_points) if plan.template and wants["discrimination"] else []
     texts = [*conditions.values(), *(_at(plan, goal) for goal in points)]
     encoder = make_encoder(plan.model, plan.template, plan.max_length)
     encode = AtGoals(encoder, list(dict.fromkeys(texts)), plan.template)
@@ -75,17 +74,17 @@ def _conditions(template: GoalTemplate | None) -> dict[str, str | None]:
     """The goals' texts that responses are read under, beside each one's own."""
     if template is None:
         return {"none": None}
-    return {"none": None, "best": text_at(template, template.best), "worst": text_at(template, template.scale.low)}
+    return {"none": None, "best": template.text_at(template.best), "worst": template.text_at(template.scale.low)}
 
 
 def _at(plan: Plan, goal: float) -> str:
     assert plan.template is not None, "goals have a template"
-    return text_at(plan.template, goal)
+    return plan.template.text_at(goal)
 
 
 def _own(plan: Plan, pair: Pair) -> list[str | None]:
     """Winner's and loser's own goals; nothing where there are none."""
-    return [] if plan.template is None else list(own_texts(plan.template, pair.rewards, pair.attributes))
+    return [] if plan.template is None else list(plan.template.own_texts(pair.rewards, pair.attributes))
 
 
 def _responses(pairs: Sequence[Pair], tokens: dict[str, tuple[int, int]]) -> Responses:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.judges.base import Item, Judge, Verdict, declared
-from rap_lightning.preferences import fingerprint as codekeys
+from rap_lightning.preferences.hashing import hash_code
 
 CHUNK = 256
 
@@ -39,7 +39,7 @@ class Function(Judge):
 
     def settings(self) -> dict[str, Any]:
         """The function, and the digest of its code."""
-        return {"class": "Function", "function": codekeys.code_of(self.function), "scale": self.scale}
+        return {"class": "Function", "function": hash_code(self.function), "scale": self.scale}
 
     def judge(self, items: Sequence[Item]) -> Iterator[list[Verdict]]:
         """One after another."""

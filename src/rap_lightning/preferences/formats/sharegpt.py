@@ -22,16 +22,16 @@ class ShareGPT(ScoredPairs):
 
     @classmethod
     def fits(cls, columns: set[str]) -> bool:
-        """Conversations beside a pair."""
+        """Return whether there are conversations beside a pair."""
         return {"conversations", "chosen", "rejected"} <= columns
 
     def look(self, rows: Sequence[Row]) -> None:
-        """Always message lists."""
+        """Learn the type of ids; the responses are always messages."""
         super().look(rows)
         self.plain = False
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """One row, as a scored pair with an explicit prompt."""
+        """Read one row as a scored pair with an explicit prompt."""
         (row,) = rows
         turns = row.get("conversations")
         if not isinstance(turns, list):
