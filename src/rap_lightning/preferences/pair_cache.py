@@ -88,23 +88,18 @@ def schema() -> Any:
 
 def as_row(pair: Pair) -> dict[str, Any]:
     """Return a pair as a row with the columns of :func:`schema`."""
-    return {
-        "id": pair.id, "history": json.dumps(pair.history, ensure_ascii=False), "responses": list(pair.responses),
-        "rewards": list(pair.rewards), "attributes": [list(values) for values in pair.attributes], "tools": pair.tools,
-        "exchanged": pair.exchanged, "tie": pair.tie, "place": pair.place,
-    }  # fmt: skip
+    return vars(pair) | {"history": json.dumps(pair.history, ensure_ascii=False)}
 
 
 def as_pair(row: dict[str, Any]) -> Pair:
     """Invert :func:`as_row`."""
+    high, low = row["attributes"]
     return Pair(
-        id=row["id"],
-        history=tuple(json.loads(row["history"])),
-        responses=(row["responses"][0], row["responses"][1]),
-        rewards=(row["rewards"][0], row["rewards"][1]),
-        attributes=(tuple(row["attributes"][0]), tuple(row["attributes"][1])),
-        tools=row["tools"],
-        exchanged=row["exchanged"],
-        tie=row["tie"],
-        place=row["place"],
+        **row
+        | {
+            "history": tuple(json.loads(row["history"])),
+            "responses": tuple(row["responses"]),
+            "rewards": tuple(row["rewards"]),
+            "attributes": (tuple(high), tuple(low)),
+        }
     )

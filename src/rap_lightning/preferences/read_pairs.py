@@ -22,9 +22,8 @@ from rap_lightning.preferences.format_detection import find_format
 from rap_lightning.preferences.formats import RowFormat
 from rap_lightning.preferences.pairs import Judged, Pair
 from rap_lightning.preferences.process_pool import map_in_order
-from rap_lightning.preferences.readers import Chunk
 from rap_lightning.preferences.relabelling import Relabelling
-from rap_lightning.preferences.rows_to_pairs import chunk_to_pairs, judged_rows, whole_groups
+from rap_lightning.preferences.rows_to_pairs import Rows, in_groups, judged_rows, rows_to_pairs
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.sources import Source, chunks_of
@@ -52,7 +51,7 @@ def read_pairs(
     """
     row_format, chunks = _open(source, split, rules, streaming=streaming)
     report.names = rules.names
-    work = partial(chunk_to_pairs, rules=rules, row_format=row_format, log_rows=report.rows is not None)
+    work = partial(rows_to_pairs, rules=rules, row_format=row_format, log_rows=report.rows is not None)
     across = CrossRowChecks(rules, report)
     with tqdm(desc=f"reading {split}", unit=" rows", delay=2, disable=not progress or None) as bar:
         for part in map_in_order(work, chunks, num_proc):
@@ -82,21 +81,21 @@ def read_judged(source: Source, split: str, rules: Rules, *, num_proc: int | Non
         yield from judged
 
 
-def _judged(chunk: Chunk, rules: Rules, row_format: RowFormat) -> tuple[DataReport, list[Judged]]:
+def _judged(rows: Rows, rules: Rules, row_format: RowFormat) -> tuple[DataReport, list[Judged]]:
     report = DataReport("", "", names=rules.names)
-    return report, [row.judged for row in judged_rows(chunk, rules, row_format, report)]
+    return report, [row.judged for row in judged_rows(rows, rules, row_format, report)]
 
 
 def _open(
     source: Source, split: str, rules: Rules, *, streaming: bool = False
-) -> tuple[RowFormat, Iterator[Chunk]]:  # fmt: skip
-    """Return the format of a source's rows, and its chunks."""
+) -> tuple[RowFormat, Iterator[Rows]]:  # fmt: skip
+    """Return the format of a source's rows, and the rows."""
     chunks = chunks_of(source, split, streaming=streaming)
     first = next(chunks, None)
     if first is None:
         raise DataError(f"{source.path} (split {split}) has no rows.")
     row_format = find_format(first, rules, source)
-    return row_format, whole_groups(chain([first], chunks), row_format, rules.columns)
+    return row_format, in_groups(chain([first], chunks), row_format, rules.columns)
 
 
 def raise_faults(report: DataReport) -> None:

@@ -67,14 +67,6 @@ class Chunk:
         return replace(self, payload=part)
 
 
-class ParsedChunk(Chunk):
-    """A chunk whose payload is a list of (number, row)."""
-
-    def rows(self) -> Iterator[tuple[int, ParsedRow]]:
-        """Yield the payload."""
-        yield from self.payload
-
-
 def parse_line(line: bytes, number: int) -> ParsedRow:
     """Parse a line of a JSON Lines file."""
     if number == 1 and line.startswith(b"\xef\xbb\xbf"):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rap_lightning.preferences.hashing import hash_pair, hash_text, hash_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Message
@@ -55,61 +55,48 @@ class RewardTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._found: dict[str, Any] | None = None
 
     @staticmethod
     def write(path: Path, rewards: dict[int, float], failed: int, labels: Labels) -> RewardTable:
         """Write rewards by :func:`response_key`; ``failed`` is the number of responses without one."""
-        keys = np.array(sorted(rewards), dtype=np.uint64)
-        values = np.array([rewards[int(key)] for key in keys], dtype=np.float64)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")
-        counts = np.array([failed, labels.agree, labels.contradict, labels.equal])
-        np.savez(partial, keys=keys, values=values, counts=counts)
+        np.savez(
+            partial,
+            keys=np.array(list(rewards), dtype=np.uint64),
+            values=np.array(list(rewards.values()), dtype=np.float64),
+            counts=np.array([failed, labels.agree, labels.contradict, labels.equal]),
+        )
         partial.replace(path)
         return RewardTable(path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_found": None}
+        return {"path": self.path}  # processes read the file instead of receiving its content
 
-    def _arrays(self) -> dict[str, Any]:
-        if self._found is None:
-            with np.load(self.path, allow_pickle=False) as file:
-                self._found = {name: file[name] for name in ("keys", "values", "counts")}
-        return self._found
+    @cached_property
+    def rewards(self) -> dict[int, float]:
+        """All rewards by :func:`response_key`."""
+        with np.load(self.path, allow_pickle=False) as file:
+            return dict(zip(file["keys"].tolist(), file["values"].tolist(), strict=True))
 
-    @property
-    def values(self) -> NDArray[np.float64]:
-        """All rewards."""
-        found: NDArray[np.float64] = self._arrays()["values"]
-        return found
+    @cached_property
+    def _counts(self) -> list[int]:
+        with np.load(self.path, allow_pickle=False) as file:
+            return list(map(int, file["counts"]))
 
     @property
     def failed(self) -> int:
         """Number of responses without a reward."""
-        return int(self._arrays()["counts"][0])
+        return self._counts[0]
 
     @property
     def labels(self) -> Labels:
         """How often the rewards agree with the labels."""
-        return Labels(*map(int, self._arrays()["counts"][1:]))
+        return Labels(*self._counts[1:])
 
     def describe(self) -> str:
         """Return what identifies the table in cache keys: its file name is a digest of judge and data."""
         return f"{self.path.stem} {self.failed}"
-
-    def reward(self, history: Sequence[Message], text: str) -> float:
-        """Return the reward of a response.
-
-        Raises:
-            KeyError: the response has no reward.
-        """
-        keys: NDArray[np.uint64] = self._arrays()["keys"]
-        wanted = np.uint64(response_key(history, text))
-        place = int(np.searchsorted(keys, wanted))
-        if place == len(keys) or keys[place] != wanted:
-            raise KeyError(text)
-        return float(self.values[place])
 
     def rate(self, judged: Judged) -> Judged:
         """Replace the rewards of responses with the judge's; responses without one are left out.
@@ -119,11 +106,11 @@ class RewardTable:
         """
         rated, left_out = [], list(judged.left_out)
         for response in judged.responses:
-            try:
-                rated.append(replace(response, reward=self.reward(judged.history, response.text), attributes=()))
-            except KeyError:
-                problem = BadRow(response.column, UNJUDGED)
-                if judged.paired:
-                    raise problem from None
-                left_out.append(problem)
+            reward = self.rewards.get(response_key(judged.history, response.text))
+            if reward is not None:
+                rated.append(replace(response, reward=reward, attributes=()))
+            elif judged.paired:
+                raise BadRow(response.column, UNJUDGED)
+            else:
+                left_out.append(BadRow(response.column, UNJUDGED))
         return replace(judged, responses=rated, left_out=left_out)

@@ -1,7 +1,7 @@
 """One chunk of rows to scored pairs: parse, judge, filter, select, and count what happens to each row.
 
 Read in this order: :func:`judged_rows` reads each row, or group of rows, into a conversation with responses and counts
-bad rows; :func:`chunk_to_pairs` makes pairs of these. Both look at one row at a time, so chunks can be processed in
+bad rows; :func:`rows_to_pairs` makes pairs of these. Both look at one row at a time, so chunks can be processed in
 parallel; checks across rows follow in :mod:`rap_lightning.preferences.cross_row_checks`.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.formats import RowFormat
@@ -17,7 +18,7 @@ from rap_lightning.preferences.formats.base import Row
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.hashing import hash_text, hash_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, make_pair
-from rap_lightning.preferences.readers import Chunk, ParsedChunk, ParsedRow
+from rap_lightning.preferences.readers import ROWS, Chunk
 from rap_lightning.preferences.relabelling import is_tie
 from rap_lightning.preferences.rewards import CONTRADICTED
 from rap_lightning.preferences.rules import Rules
@@ -29,6 +30,11 @@ TIE_RULES = {"drop": "", "chosen": "; kept under the chosen response's goal", "e
 OUTSIDE = "score outside the declared scale"
 LEAVE_OUT = "Correct such rows, or drop and count them with bad_rows drop."
 SCORES = "score_chosen, score_rejected"
+
+RowGroup = tuple[str, list[Row] | BadRow]
+"""The place of the first row, and rows that are read together (in most formats one), or why a row can't be read."""
+Rows = Chunk | list[RowGroup]
+"""Rows for one process: not parsed yet, or in groups."""
 
 
 @dataclass
@@ -55,17 +61,17 @@ class JudgedRow:
     judged: Judged
 
 
-def chunk_to_pairs(chunk: Chunk, rules: Rules, row_format: RowFormat, log_rows: bool = False) -> ChunkPairs:
-    """Return the scored pairs of a chunk.
+def rows_to_pairs(rows: Rows, rules: Rules, row_format: RowFormat, log_rows: bool = False) -> ChunkPairs:
+    """Return the scored pairs of some rows.
 
     Args:
-        chunk: of the source.
+        rows: a chunk of the source, or groups of rows.
         rules: the options of reading.
         row_format: of the rows.
         log_rows: keep every noted row in the report.
     """
     out = ChunkPairs(DataReport("", "", names=rules.names, rows=[] if log_rows else None))
-    for row in judged_rows(chunk, rules, row_format, out.report):
+    for row in judged_rows(rows, rules, row_format, out.report):
         try:
             pairs = list(_pairs(row.judged, rules, row_format, row.place, out.report))
         except BadRow as problem:
@@ -81,14 +87,15 @@ def chunk_to_pairs(chunk: Chunk, rules: Rules, row_format: RowFormat, log_rows: 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def judged_rows(chunk: Chunk, rules: Rules, row_format: RowFormat, report: DataReport) -> Iterator[JudgedRow]:
-    """Yield the conversations of a chunk with at least two responses that can be used; count the other rows."""
-    for place, rows in _grouped_rows(chunk, rules, row_format):
-        report.read += 1 if isinstance(rows, BadRow) else len(rows)
+def judged_rows(rows: Rows, rules: Rules, row_format: RowFormat, report: DataReport) -> Iterator[JudgedRow]:
+    """Yield the conversations of rows with at least two responses that can be used; count the other rows."""
+    groups = _single_rows(rows, rules.columns) if isinstance(rows, Chunk) else rows
+    for place, group in groups:
+        report.read += 1 if isinstance(group, BadRow) else len(group)
         try:
-            if isinstance(rows, BadRow):
-                raise rows
-            judged = row_format.read(rows)
+            if isinstance(group, BadRow):
+                raise group
+            judged = row_format.read(group)
             if len(judged.responses) < 2:
                 raise _too_few(judged.left_out)
             if rules.rewards is not None:
@@ -96,57 +103,47 @@ def judged_rows(chunk: Chunk, rules: Rules, row_format: RowFormat, report: DataR
         except BadRow as problem:
             _note_bad_row(problem, place, rules, report)
             continue
-        yield JudgedRow(place, len(rows), judged)
+        yield JudgedRow(place, len(group), judged)
 
 
-def _grouped_rows(chunk: Chunk, rules: Rules, row_format: RowFormat) -> Iterator[tuple[str, list[Row] | BadRow]]:
-    """Yield (place of the first row, rows that are read together); in most formats one row."""
+def in_groups(chunks: Iterable[Chunk], row_format: RowFormat, columns: dict[str, str] | None) -> Iterator[Rows]:
+    """Yield the rows of chunks, with rows that the format reads together in one list.
+
+    Only formats with groups are parsed here. The chunks of all others are returned as they are, so that the processes
+    that read them also parse them.
+    """
+    if not row_format.grouped:
+        yield from chunks
+        return
+    groups = _groups(chunks, row_format, columns)
+    while some := list(islice(groups, ROWS)):
+        yield some
+
+
+def _groups(chunks: Iterable[Chunk], row_format: RowFormat, columns: dict[str, str] | None) -> Iterator[RowGroup]:
     group: list[Row] = []
     start, key = "", None
-    for number, row in chunk.rows():
-        place = chunk.place(number)
-        if isinstance(row, BadRow):
-            yield place, row
-            continue
-        row = rename_columns(row, rules.columns)
-        if not row_format.grouped:
-            yield place, [row]
-            continue
-        if group and row_format.group_key(row) != key:
-            yield start, group
-            group = []
-        if not group:
-            start, key = place, row_format.group_key(row)
-        group.append(row)
+    for chunk in chunks:
+        for number, row in chunk.rows():
+            place = chunk.place(number)
+            if isinstance(row, BadRow):  # it does not end a group
+                yield place, row
+                continue
+            row = rename_columns(row, columns)
+            own = (chunk.name, row_format.group_key(row))
+            if group and own != key:
+                yield start, group
+                group = []
+            if not group:
+                start, key = place, own
+            group.append(row)
     if group:
         yield start, group
 
 
-def whole_groups(chunks: Iterable[Chunk], row_format: RowFormat, columns: dict[str, str] | None) -> Iterator[Chunk]:
-    """Yield the rows of chunks in chunks that split no group of rows."""
-    if not row_format.grouped:
-        yield from chunks
-        return
-    held: list[tuple[int, ParsedRow]] = []
-    last: Chunk | None = None
-    for chunk in chunks:
-        if last is not None and last.name != chunk.name and held:
-            yield ParsedChunk(last.name, held[0][0], held, last.unit)
-            held = []
-        last = chunk
-        held += chunk.rows()
-        keys: list[object] = []
-        for _, row in held:
-            if isinstance(row, BadRow):  # a row that can't be read does not end a group
-                keys.append(keys[-1] if keys else None)
-            else:
-                keys.append(row_format.group_key(rename_columns(row, columns)))
-        cut = next((i for i in range(len(keys) - 1, 0, -1) if keys[i] != keys[i - 1]), 0)
-        if cut:
-            yield ParsedChunk(chunk.name, held[0][0], held[:cut], chunk.unit)
-            held = held[cut:]
-    if held and last is not None:
-        yield ParsedChunk(last.name, held[0][0], held, last.unit)
+def _single_rows(chunk: Chunk, columns: dict[str, str] | None) -> Iterator[RowGroup]:
+    for number, row in chunk.rows():
+        yield chunk.place(number), row if isinstance(row, BadRow) else [rename_columns(row, columns)]
 
 
 def rename_columns(row: Row, columns: dict[str, str] | None) -> Row:

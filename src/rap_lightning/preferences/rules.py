@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.formats import FORMATS
-from rap_lightning.preferences.formats.base import Row
+from rap_lightning.preferences.formats.base import Adapter
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.hashing import describe_object, hash_code
 from rap_lightning.preferences.relabelling import Relabelling
@@ -104,7 +104,7 @@ class Rules:
         return repr((goal, options, rewards, self.blind))
 
 
-def adapter_of(path: str) -> Callable[[Row], Row | None]:
+def adapter_of(path: str) -> Adapter:
     """Import a user's function that converts a row into one of a known format.
 
     Raises:
@@ -115,7 +115,7 @@ def adapter_of(path: str) -> Callable[[Row], Row | None]:
     if not module:
         raise ConfigError(f"format: expected auto, {known}, or the import path of a function; found {path!r}.")
     try:
-        function: Callable[[Row], Row | None] = getattr(importlib.import_module(module), name)
+        function: Adapter = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"format: {path} can't be imported: {error}") from error
     if not callable(function):

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from rap_lightning.preferences.pairs import BadRow, Judged, is_blank, read_number, read_text, shown
+from rap_lightning.preferences.pairs import BadRow, Judged, read_number, shown
 
 Row = dict[str, Any]
+Adapter = Callable[[Row], Row | None]
 SHOWN = 160  # characters of a row for which an adapter failed
 
 
@@ -18,27 +19,23 @@ class RowFormat(ABC):
     Args:
         attributes: names of further rewards that each response must have, as in the goal template.
         scored: responses must have rewards. Unscored pairs can only be trained on without goals.
+        blind: ignore scores, because a judge's rewards replace them.
     """
 
     name: ClassVar[str]
     expects: ClassVar[str]
     """The columns, for messages."""
+    columns: ClassVar[tuple[set[str], ...]]
+    """Rows that have all columns of one of these sets are of this format."""
     grouped: ClassVar[bool] = False
     """Neighbouring rows with the same :meth:`group_key` are read together."""
     paired: bool = False
     """Rows are already pairs, so nothing is selected."""
     id_type: type = str
     """The type of prompt ids."""
-    blind: bool = False
-    """Scores are ignored, because a judge's rewards replace them."""
 
-    def __init__(self, attributes: Sequence[str] = (), scored: bool = True) -> None:
-        self.attributes, self.scored = tuple(attributes), scored
-
-    @classmethod
-    @abstractmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Return whether rows with these columns are of this format."""
+    def __init__(self, attributes: Sequence[str] = (), scored: bool = True, blind: bool = False) -> None:
+        self.attributes, self.scored, self.blind = tuple(attributes), scored, blind
 
     def look(self, rows: Sequence[Row]) -> None:
         """Learn from the first rows what must be the same in all."""
@@ -57,13 +54,6 @@ class RowFormat(ABC):
         """
 
     # -- shared by formats -----------------------------------------------------------------------------------------
-
-    def prompt(self, row: Row, column: str) -> str:
-        """Return a prompt that is one text."""
-        text = read_text(row.get(column), column)
-        if is_blank(text):
-            raise BadRow(column, "an empty prompt", text)
-        return text
 
     def reward(self, value: Any, column: str) -> float:
         """Return a score; nan if scores are ignored."""
@@ -87,28 +77,21 @@ class Adapted(RowFormat):
     """
 
     name = "your adapter"
-    expects = "whatever your adapter reads"
 
-    def __init__(self, adapt: Callable[[Row], Row | None], inner: RowFormat) -> None:
-        super().__init__(inner.attributes, inner.scored)
+    def __init__(self, adapt: Adapter, inner: RowFormat) -> None:
+        super().__init__(inner.attributes, inner.scored, inner.blind)
         self.adapt, self.inner = adapt, inner
-        self.paired = inner.paired
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Return False: an adapter is named, not detected."""
-        return False
+        self.paired, self.id_type = inner.paired, inner.id_type
 
     def read(self, rows: Sequence[Row]) -> Judged:
         """Adapt the row, then read it."""
-        self.inner.blind = self.blind
         adapted = call_adapter(self.adapt, rows[0])
         if adapted is None:
             raise BadRow("row", "left out by your adapter", by_choice=True)
         return self.inner.read([adapted])
 
 
-def call_adapter(adapt: Callable[[Row], Row | None], row: Row) -> Row | None:
+def call_adapter(adapt: Adapter, row: Row) -> Row | None:
     """Return the adapted row; raise BadRow with the row for any exception of the function."""
     try:
         adapted = adapt(dict(row))

@@ -20,11 +20,10 @@ class ScoredCompletions(RowFormat):
 
     name = "completions"
     expects = "prompt and completions [{response, overall_score}], or prompt, responses and scores"
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Return whether there is a prompt with a list of responses."""
-        return "prompt" in columns and ("completions" in columns or {"responses", "scores"} <= columns)
+    columns = (
+        {"prompt", "completions"},
+        {"prompt", "responses", "scores"},
+    )
 
     def read(self, rows: Sequence[Row]) -> Judged:
         """Read one row; responses that can't be used are left out."""
@@ -64,11 +63,7 @@ class RankedAnswers(RowFormat):
 
     name = "ranked"
     expects = "prompt and answers [{answer, rank}]"
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Return whether there is a prompt with answers."""
-        return {"prompt", "answers"} <= columns
+    columns = ({"prompt", "answers"},)
 
     def read(self, rows: Sequence[Row]) -> Judged:
         """Read one row."""

@@ -19,12 +19,8 @@ class HelpSteer(RowFormat):
 
     name = "helpsteer"
     expects = "prompt, response, helpfulness, correctness, coherence, complexity, verbosity"
+    columns = ({"prompt", "response", "helpfulness"},)
     grouped = True
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Return whether there is a response with its helpfulness."""
-        return {"prompt", "response", "helpfulness"} <= columns
 
     def group_key(self, row: Row) -> Any:
         """Return the prompt."""

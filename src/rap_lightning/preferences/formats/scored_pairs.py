@@ -31,14 +31,10 @@ class ScoredPairs(RowFormat):
 
     name = "pairs"
     expects = "chosen, rejected, score_chosen, score_rejected (and prompt, where chosen is plain text)"
+    columns = ({"chosen", "rejected"},)
     paired = True
     plain: bool = False
     """Responses are text, not message lists."""
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Return whether both responses are there."""
-        return {"chosen", "rejected"} <= columns
 
     def look(self, rows: Sequence[Row]) -> None:
         """Learn from the first row with a response whether responses are text or message lists in all rows."""
@@ -153,16 +149,16 @@ def spoken_turns(prompt: str) -> list[Message]:
     return read_messages(turns, "prompt")
 
 
-def as_turns(prompt: Any) -> list[Message]:
+def as_turns(prompt: Any, column: str = "prompt") -> list[Message]:
     """Return a prompt, text or messages, as the turns before a response."""
     if isinstance(prompt, list):
-        turns = read_messages(prompt, "prompt")
+        turns = read_messages(prompt, column)
         if turns[-1]["role"] not in ("user", "tool"):
-            raise BadRow(f"prompt[{len(turns) - 1}]", "the prompt does not end with the user")
+            raise BadRow(f"{column}[{len(turns) - 1}]", "the prompt does not end with the user")
         return turns
-    text = read_text(prompt, "prompt")
+    text = read_text(prompt, column)
     if is_blank(text):
-        raise BadRow("prompt", "an empty prompt", text)
+        raise BadRow(column, "an empty prompt", text)
     return [{"role": "user", "content": text}]
 
 

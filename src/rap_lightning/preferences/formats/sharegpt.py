@@ -19,11 +19,7 @@ class ShareGPT(ScoredPairs):
     expects = (
         "conversations [{from, value}], chosen {from, value}, rejected {from, value}, score_chosen, score_rejected"
     )
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Return whether there are conversations beside a pair."""
-        return {"conversations", "chosen", "rejected"} <= columns
+    columns = ({"conversations", "chosen", "rejected"},)
 
     def look(self, rows: Sequence[Row]) -> None:
         """Learn the type of ids; the responses are always messages."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from rap_lightning.preferences.formats.base import Row, RowFormat
 from rap_lightning.preferences.formats.completions import a_list, an_object, read_each, response_text
+from rap_lightning.preferences.formats.scored_pairs import as_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Response, read_number
 
 CONTRADICTING = "overall_score 10 though the mean rating is 2 or less (a known error of early UltraFeedback)"
@@ -21,16 +22,12 @@ class UltraFeedback(RowFormat):
 
     name = "ultrafeedback"
     expects = "instruction and completions [{response, overall_score, annotations}]"
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Return whether there is an instruction with completions."""
-        return {"instruction", "completions"} <= columns
+    columns = ({"instruction", "completions"},)
 
     def read(self, rows: Sequence[Row]) -> Judged:
         """Read one row; responses that can't be used are left out."""
         (row,) = rows
-        history = [{"role": "user", "content": self.prompt(row, "instruction")}]
+        history = as_turns(row.get("instruction"), "instruction")
         completions = a_list(row.get("completions"), "completions")
         good, bad = read_each([(f"completions[{i}]", c) for i, c in enumerate(completions)], self._response)
         return Judged(tuple(history), good, bad)
