@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError, DataError, say
-from rap_lightning.preferences.data_report import DataReport, RowLog
+from rap_lightning.preferences.data_report import DataReport, write_rows
 from rap_lightning.preferences.data_stats import PairStatistics
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
@@ -113,20 +113,23 @@ def inspect(
     fitted = fit_on_training_split(rules, sources, splits, num_proc)
     documents, faulty, empty = [], False, list[str]()
     notes: dict[str, str] = {}
-    with RowLog(target) as row_log:
-        for name in splits:
-            reports = []
-            for one in having(sources, name):
-                report, statistics, shown = _read(one, name, rules, encode, max_length, examples, num_proc, row_log)
-                reports.append(report)
-                faulty = faulty or bool(report.faults)
-                empty += [] if report.pairs else [f"{report.source} (split {name})"]
-                documents.append({**report.as_dict(), "figures": statistics.as_dict()})
-                if not json:
-                    _print(report, statistics, max_length)
-                    _print_examples(shown, rules, encode)
-            if name not in VALIDATION_NAMES and (note := unreached_goal_note(rules, reports)):
-                notes[name] = note
+    noted: list[DataReport] = []
+    for name in splits:
+        reports = []
+        for one in having(sources, name):
+            report = DataReport(one.path, name, rows=None if target is None else [])
+            statistics, shown = _read(one, name, rules, encode, max_length, examples, num_proc, report)
+            reports.append(report)
+            faulty = faulty or bool(report.faults)
+            empty += [] if report.pairs else [f"{report.source} (split {name})"]
+            documents.append({**report.as_dict(), "figures": statistics.as_dict()})
+            if not json:
+                _print(report, statistics, max_length)
+                _print_examples(shown, rules, encode)
+        noted += reports
+        if name not in VALIDATION_NAMES and (note := unreached_goal_note(rules, reports)):
+            notes[name] = note
+    listed = write_rows(target, noted) if target is not None else 0
     failed = faulty or bool(empty)
     if json:
         scale = rules.goal.record()["scale"] if rules.goal is not None else None
@@ -140,7 +143,7 @@ def inspect(
         for name, note in notes.items():
             print(f"{name}: {note}")
         if target is not None:
-            print(f"{dropped}: {row_log.count:,} rows listed")
+            print(f"{dropped}: {listed:,} rows listed")
         if faulty:
             print("Faults were found: fit would stop.", file=sys.stderr)
         elif empty:
@@ -175,9 +178,10 @@ def _read(
     max_length: int,
     examples: int,
     num_proc: int | None,
-    row_log: RowLog,
-) -> tuple[DataReport, PairStatistics, list[Pair]]:
-    report, statistics = row_log.new_report(source.path, split), PairStatistics()
+    report: DataReport,
+) -> tuple[PairStatistics, list[Pair]]:
+    """Read a split and count it into ``report``; return its statistics, and pairs to show."""
+    statistics = PairStatistics()
     shown: list[Pair] = []
     lot: list[Pair] = []
     pairs = read_pairs(
@@ -192,11 +196,9 @@ def _read(
         if len(lot) == LOT:
             _measure(lot, encode, statistics, report, max_length)
             lot = []
-        row_log.write(report)
     if lot:
         _measure(lot, encode, statistics, report, max_length)
-    row_log.write(report)
-    return report, statistics, shown
+    return statistics, shown
 
 
 def _measure(pairs: list[Pair], encode: Any, statistics: PairStatistics, report: DataReport, max_length: int) -> None:

@@ -1,18 +1,17 @@
 """The counted report: what happened to every row that was read, with the reason and the first place.
 
 :class:`DataReport` is the only counter of rows. Reading and encoding call :meth:`DataReport.note`; processes return
-reports of their part, which are added up in order. :class:`RowLog` writes every noted row to a file as well.
+reports of their part, which are added up in order. :func:`write_rows` writes every noted row to a file.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rap_lightning.preferences.pairs import BadRow, Pair
 from rap_lightning.preferences.relabelling import Relabelling
@@ -225,44 +224,15 @@ def merge_spans(one: Span | None, other: Span | None) -> Span | None:
     return min(one[0], other[0]), max(one[1], other[1])
 
 
-class RowLog:
-    """Write every row that reports note as a JSON line; a context manager. The file appears once it is complete.
-
-    Args:
-        path: file to write; None writes nothing, and reports then keep no rows.
-
-    Attributes:
-        count: lines written.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path, self.count = path, 0
-        self._file: IO[str] | None = None
-
-    def __enter__(self) -> RowLog:
-        if self.path is not None:
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            self._file = partial.open("w", encoding="utf-8", errors="backslashreplace")
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if self._file is None or self.path is None:
-            return
-        self._file.close()
-        if error is None:
-            os.replace(self._file.name, self.path)
-        else:
-            os.unlink(self._file.name)
-
-    def new_report(self, source: str, split: str) -> DataReport:
-        """Return a report for :meth:`write`."""
-        return DataReport(source, split, rows=None if self.path is None else [])
-
-    def write(self, report: DataReport) -> None:
-        """Write the rows that a report has noted since the last call, and remove them from it."""
-        if self._file is None or not report.rows:
-            return
-        of = {"source": report.source, "split": report.split}
-        self._file.writelines(json.dumps(of | row, ensure_ascii=False) + "\n" for row in report.rows)
-        self.count += len(report.rows)
-        report.rows.clear()
+def write_rows(path: Path, reports: Iterable[DataReport]) -> int:
+    """Write the rows that reports noted as JSON lines, and return their number. The file appears once it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    count = 0
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for report in reports:
+            of = {"source": report.source, "split": report.split}
+            rows = report.rows or []
+            file.writelines(json.dumps(of | row, ensure_ascii=False) + "\n" for row in rows)
+            count += len(rows)
+    partial.replace(path)
+    return count
