@@ -67,9 +67,7 @@ class CrossRowChecks:
 
     def _note_bad(self, reason: str, place: str, column: str) -> None:
         stops = self.rules.bad_rows == "error"
-        self.report.note(
-            "faults" if stops else "dropped", reason, place, column, remedy=LEAVE_OUT if stops else ""
-        )  # fmt: skip
+        self.report.note("faults" if stops else "dropped", reason, place, column, remedy=LEAVE_OUT if stops else "")
 
 
 class FirstSeen:

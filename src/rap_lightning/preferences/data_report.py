@@ -225,7 +225,7 @@ def merge_spans(one: Span | None, other: Span | None) -> Span | None:
 
 
 def write_rows(path: Path, reports: Iterable[DataReport]) -> int:
-    """Write the rows that reports noted as JSON lines, and return their number. The file appears once it is complete."""
+    """Write the rows that reports noted as JSON lines; return their number. The file appears once it is complete."""
     partial = path.with_name(f".{path.name}.partial")
     count = 0
     with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:

@@ -62,9 +62,7 @@ def _new(kind: type[RowFormat], rows: Sequence[Row], rules: Rules) -> RowFormat:
     return found
 
 
-def _adapted(
-    name: str, chunk: Chunk, numbered: Sequence[tuple[int, Row]], source: Source, rules: Rules
-) -> RowFormat:  # fmt: skip
+def _adapted(name: str, chunk: Chunk, numbered: Sequence[tuple[int, Row]], source: Source, rules: Rules) -> RowFormat:
     """Return the format of rows that a user's function converts."""
     if rules.columns:
         raise ConfigError(

@@ -57,8 +57,8 @@ def stored_pairs(
                     raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    table = datasets.Dataset.from_file(str(folder / "pairs.arrow"))
-    table._fingerprint = folder.name
+    stored = datasets.Dataset.from_file(str(folder / "pairs.arrow"))
+    table = datasets.Dataset(stored.data, fingerprint=folder.name)  # or each start would have another fingerprint
     return table, DataReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
 

@@ -51,6 +51,9 @@ class BadRow(Exception):
         self.remedy, self.span, self.left_out = remedy, span, left_out
         self.found = "" if found is None else shown(found)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # an exception is otherwise pickled with the arguments of Exception
+        return type(self), (self.column, self.reason), vars(self)
+
 
 @dataclass(frozen=True)
 class Response:

@@ -86,9 +86,7 @@ def _judged(rows: Rows, rules: Rules, row_format: RowFormat) -> tuple[DataReport
     return report, [row.judged for row in judged_rows(rows, rules, row_format, report)]
 
 
-def _open(
-    source: Source, split: str, rules: Rules, *, streaming: bool = False
-) -> tuple[RowFormat, Iterator[Rows]]:  # fmt: skip
+def _open(source: Source, split: str, rules: Rules, *, streaming: bool = False) -> tuple[RowFormat, Iterator[Rows]]:
     """Return the format of a source's rows, and the rows."""
     chunks = chunks_of(source, split, streaming=streaming)
     first = next(chunks, None)

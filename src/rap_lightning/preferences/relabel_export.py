@@ -84,7 +84,7 @@ def schema() -> Any:
 
 def relabelled_batch(
     pairs: Sequence[Pair], rules: Rules, placement: Literal["system", "user"], system_shown: bool
-) -> Any:  # fmt: skip
+) -> Any:
     """Return the training pairs of scored pairs as an Arrow record batch."""
     import pyarrow as pa
 

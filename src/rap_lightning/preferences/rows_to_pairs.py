@@ -201,9 +201,7 @@ def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, repo
         raise last  # the row gives no pair
 
 
-def _on_scale(
-    judged: Judged, rules: Rules, place: str, report: DataReport
-) -> tuple[list[Response], list[BadRow]]:  # fmt: skip
+def _on_scale(judged: Judged, rules: Rules, place: str, report: DataReport) -> tuple[list[Response], list[BadRow]]:
     """Return the responses with rewards on the goal's scale, and why others are left out."""
     if rules.goal is None:
         return judged.responses, []
@@ -222,9 +220,7 @@ def _on_scale(
                 f"The declared scale is from {low:g} to {high:g}. Declare the judge's own (goal.scale.low and .high), "
                 "map it with a LinearScale, correct the scores, or leave such pairs out with outside_scale drop."
             )
-            problem = BadRow(
-                column, OUTSIDE, reward, stops=stops, by_choice=True, remedy=remedy, span=(reward, reward)
-            )  # fmt: skip
+            problem = BadRow(column, OUTSIDE, reward, stops=stops, by_choice=True, remedy=remedy, span=(reward, reward))
             if stops or judged.paired:
                 raise problem
             bad.append(problem)

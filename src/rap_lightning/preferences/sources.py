@@ -154,7 +154,7 @@ def fingerprint(source: Source, split: str) -> str:
     files = files_of(source, source.split or split)
     if files is None:
         table = _load(source, source.split or split, streaming=False)
-        facts: Any = table._fingerprint
+        facts: Any = table._fingerprint  # datasets (5.2) has no public accessor
     else:
         stats = [(str(Path(path).resolve()), Path(path).stat()) for path, _ in files]
         facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
