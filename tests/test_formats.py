@@ -252,7 +252,7 @@ def test_an_adapter_is_one_function_named_by_import_path(tmp_path: Path, monkeyp
     (tmp_path / "my_rows.py").write_text(
         "def adapt(row):\n"
         "    if row['skip']:\n        return None\n"
-        "    return {'prompt': row['q'], 'responses': row['a'], 'scores': row['s']}\n"
+        "    return {'prompt': row['q'], 'prompt_id': len(row['q']), 'responses': row['a'], 'scores': row['s']}\n"
         "def wrong(row):\n    return row['nothing']\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -170,6 +170,11 @@ def _note_bad_row(problem: BadRow, place: str, rules: Rules, report: DataReport)
 
 
 def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, report: DataReport) -> Iterator[Pair]:
+    """Yield the pairs of a row.
+
+    Raises:
+        BadRow: the row gives no pair.
+    """
     if judged.uses_tools and not rules.tool_turns:
         raise BadRow("chosen, rejected", "tool calls, which need a chat template that renders them")
     if judged.prompt_id is not None and type(judged.prompt_id) is not row_format.id_type:
@@ -186,7 +191,7 @@ def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, repo
     for problem in left_out:
         report.note_bad_row("left_out", problem, place)
     problems = []
-    selected = _selected(judged, responses, rules, row_format)
+    selected = _selected(judged, responses, rules)
     for first, second in selected:
         pair = make_pair(judged, first, second, place)
         try:
@@ -198,7 +203,7 @@ def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, repo
     for other in problems:
         _note_bad_row(other, place, rules, report)
     if last is not None:
-        raise last  # the row gives no pair
+        raise last
 
 
 def _on_scale(judged: Judged, rules: Rules, place: str, report: DataReport) -> tuple[list[Response], list[BadRow]]:
@@ -227,10 +232,8 @@ def _on_scale(judged: Judged, rules: Rules, place: str, report: DataReport) -> t
     return good, bad
 
 
-def _selected(
-    judged: Judged, responses: list[Response], rules: Rules, row_format: RowFormat
-) -> list[tuple[Response, Response]]:
-    if row_format.paired:
+def _selected(judged: Judged, responses: list[Response], rules: Rules) -> list[tuple[Response, Response]]:
+    if judged.paired:
         return [(responses[0], responses[1])]
     texts = "".join(sorted(response.text for response in responses))
     key = f"{hash_turns(judged.history)} {hash_text(texts)}"

@@ -17,14 +17,4 @@ FORMATS: tuple[type[RowFormat], ...] = (
 )
 """The formats that are detected by their columns, in this order."""
 
-__all__ = [
-    "FORMATS",
-    "Adapted",
-    "HelpSteer",
-    "RankedAnswers",
-    "RowFormat",
-    "ScoredCompletions",
-    "ScoredPairs",
-    "ShareGPT",
-    "UltraFeedback",
-]
+__all__ = ["FORMATS", "Adapted", "RowFormat"]
