@@ -13,8 +13,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
-from tqdm import tqdm
-
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.cross_row_checks import CrossRowChecks
 from rap_lightning.preferences.data_report import DataReport, merge_spans
@@ -27,6 +25,7 @@ from rap_lightning.preferences.rows_to_pairs import Rows, in_groups, judged_rows
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import RewardScale
 from rap_lightning.preferences.sources import Source, chunks_of
+from rap_lightning.progress_bar import progress as progress_bar
 
 
 def read_pairs(
@@ -43,7 +42,7 @@ def read_pairs(
         num_proc: processes that share the work; by default one.
         streaming: look at each row alone, in constant memory: repeats and contradictions are not detected.
         collect_faults: count faults, instead of stopping at the first chunk that has some.
-        progress: show a progress bar after two seconds.
+        progress: show progress if reading takes more than a few seconds.
 
     Raises:
         DataError: a source that can't be read, rows of no known format, a fault, scores outside the declared scale, or
@@ -53,7 +52,7 @@ def read_pairs(
     report.names = rules.names
     work = partial(rows_to_pairs, rules=rules, row_format=row_format, log_rows=report.rows is not None)
     across = CrossRowChecks(rules, report)
-    with tqdm(desc=f"reading {split}", unit=" rows", delay=2, disable=not progress or None) as bar:
+    with progress_bar(desc=f"reading {split}", unit=" rows", delay=2, disable=not progress) as bar:
         for part in map_in_order(work, chunks, num_proc):
             report.add(part.report)
             bar.update(part.report.read)
