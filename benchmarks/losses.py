@@ -27,8 +27,9 @@ import rap_lightning.losses as family
 from rap_lightning import DPO, PreferenceDataModule, PreferenceModule
 from rap_lightning.batches.types import Batch
 from rap_lightning.losses import BCO, IPO, SFT, Mixture
-from rap_lightning.models.policy import Lora, Policy, PolicyConfig
-from rap_lightning.models.references.base import AdaptersOff
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import Lora, PolicyConfig
+from rap_lightning.models.references.adapters_off import AdaptersOff
 from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.training.schedules import ConstantWithWarmup
 

@@ -24,8 +24,8 @@ def main() -> None:
 
     from rap_lightning import DPO, PreferenceDataModule, PreferenceModule, Stored
     from rap_lightning.batches.layouts import LAYOUTS
-    from rap_lightning.models.policy import Lora, PolicyConfig
-    from rap_lightning.models.references.base import Frozen
+    from rap_lightning.models.policy_config import Lora, PolicyConfig
+    from rap_lightning.models.references.frozen import Frozen
     from rap_lightning.training.schedules import ConstantWithWarmup
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

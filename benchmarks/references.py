@@ -32,7 +32,7 @@ def make_adapter(model: str, folder: Path) -> None:
     """A LoRA adapter that changes what the model says: its second factors are no longer 0."""
     import torch
 
-    from rap_lightning.models.policy import Lora, PolicyConfig
+    from rap_lightning.models.policy_config import Lora, PolicyConfig
 
     policy = PolicyConfig(model, lora=Lora(r=16)).build(torch.float32)
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from rap_lightning import AdaptersOff, Frozen, PreferenceDataModule, PreferenceModule, Stored
-    from rap_lightning.models.policy import Lora, PolicyConfig
+    from rap_lightning.models.policy_config import Lora, PolicyConfig
     from rap_lightning.models.references.policy_copy import AdapterAsLoaded
     from rap_lightning.training.schedules import ConstantWithWarmup
 

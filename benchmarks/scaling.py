@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rap_lightning.models.policy import Lora, PolicyConfig
+from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.planning.estimate import USABLE, Memory, ReferenceKind, Spread, Time, duration, memory
 from rap_lightning.planning.gpus import GPUS
 from rap_lightning.planning.trace import Step, batch_of, trace

@@ -252,7 +252,7 @@ def build(model: Path, data: Path, *, lora: bool = False, **options: Any) -> tup
     from lightning.pytorch import seed_everything
 
     from rap_lightning.datamodule import PreferenceDataModule
-    from rap_lightning.models.policy import Lora, PolicyConfig
+    from rap_lightning.models.policy_config import Lora, PolicyConfig
     from rap_lightning.module import PreferenceModule
 
     seed_everything(0, verbose=False)

@@ -18,8 +18,9 @@ from conftest import build, make_trainer, sgd
 from rap_lightning.callbacks import ExportHF
 from rap_lightning.losses import DPO
 from rap_lightning.models.hf_export import full_state
-from rap_lightning.models.policy import Lora, PolicyConfig
-from rap_lightning.models.references.base import AdaptersOff, Frozen
+from rap_lightning.models.policy_config import Lora, PolicyConfig
+from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.strategies import FSDP2
 from rap_lightning.training.schedules import ConstantWithWarmup

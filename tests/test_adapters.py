@@ -14,8 +14,9 @@ from conftest import build, make_model, make_trainer
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO
 from rap_lightning.models.adapters import adapter_digest
-from rap_lightning.models.policy import Lora, PolicyConfig
-from rap_lightning.models.references.base import AdaptersOff, Frozen
+from rap_lightning.models.policy_config import Lora, PolicyConfig
+from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.policy_copy import AdapterAsLoaded
 from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.models.references.synchronised import Synchronised

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import build, make_trainer, sgd
-from rap_lightning.callbacks import Checkpoints, SealedCheckpoints, WholeSteps
+from rap_lightning.callbacks import AtomicCheckpointIO, Checkpoints, WholeSteps
 from rap_lightning.errors import ConfigError, NotFinite, NotSaved
 from rap_lightning.models.checkpoint import integrity as sealed
 from rap_lightning.models.checkpoint.integrity import partial_of, verify, write_sealed
@@ -30,7 +30,7 @@ def fit(run: Path, model: Path, data: Path, saver: Checkpoints, *callbacks: Any,
     module, source = build(model, data, optimizer=sgd, lora=options.pop("lora", False))
     ckpt = options.pop("ckpt_path", None)
     trainer = make_trainer(
-        run, enable_checkpointing=True, plugins=[SealedCheckpoints()], callbacks=[saver, WholeSteps(), *callbacks],
+        run, enable_checkpointing=True, plugins=[AtomicCheckpointIO()], callbacks=[saver, WholeSteps(), *callbacks],
         **({"max_steps": 6} | options),
     )  # fmt: skip
     trainer.fit(module, source, ckpt_path=ckpt, weights_only=True)
@@ -82,7 +82,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(sealed.os, "fsync", full)
     with pytest.raises(NotSaved, match=r"a\.ckpt was not written: No space left on device.*Make room"):
-        SealedCheckpoints().save_checkpoint(content(), path)
+        AtomicCheckpointIO().save_checkpoint(content(), path)
     assert path.read_bytes() == before
     assert names(tmp_path) == {"a.ckpt"}, "nor half a file"
 
@@ -90,7 +90,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
 def test_a_folder_that_may_not_be_written_to_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(NotSaved, match=r"was not written: (Not a directory|File exists)"):
-        SealedCheckpoints().save_checkpoint(content(), tmp_path / "file" / "a.ckpt")
+        AtomicCheckpointIO().save_checkpoint(content(), tmp_path / "file" / "a.ckpt")
     assert (tmp_path / "file").read_text() == "in the way"
 
 

@@ -15,7 +15,7 @@ import torch
 
 from conftest import build, called, make_model, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.cli import main as cli
-from rap_lightning.models.policy import PolicyConfig
+from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.onpolicy.evaluate.base_model_record import recorded_base
 from rap_lightning.onpolicy.jsonl_ledger import Ledger, line_of
 from rap_lightning.onpolicy.sampled_model import Model

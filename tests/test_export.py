@@ -27,10 +27,11 @@ from rap_lightning.commands.export import export
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.atomic_folder import all_or_nothing
 from rap_lightning.models.checkpoint.saved_policy import config_of
+from rap_lightning.models.goal_chat_template import with_goals_in_template
 from rap_lightning.models.hf_export import Leaving, full_state
 from rap_lightning.models.hf_export import export as export_policy
-from rap_lightning.models.policy import Policy, PolicyConfig
-from rap_lightning.models.prompting import write_goals_by_itself
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.preferences.chat_template import BEGIN, unbaked
 from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
 from rap_lightning.preferences.scales import RewardScale
@@ -74,7 +75,7 @@ def reloaded(tokenizer: Any, goal: GoalTemplate, folder: Path) -> Any:
     """The tokenizer as others get it: from files."""
     from transformers import AutoTokenizer
 
-    write_goals_by_itself(tokenizer, goal.record()).save_pretrained(folder)
+    with_goals_in_template(tokenizer, goal.record()).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -138,10 +139,10 @@ def test_a_template_with_a_goal_of_its_own_and_a_goal_that_reads_like_control_ar
 
     tokenizer = make_tokenizer("chatml")
     with pytest.raises(ConfigError, match=r"control token.*--goal_in_template false"):
-        write_goals_by_itself(tokenizer, Control().record())
+        with_goals_in_template(tokenizer, Control().record())
     tokenizer.chat_template += "{{ goal }}"
     with pytest.raises(ConfigError, match=r"variable named 'goal'.*--goal_in_template false"):
-        write_goals_by_itself(tokenizer, OverallGoal().record())
+        with_goals_in_template(tokenizer, OverallGoal().record())
 
 
 def test_a_template_that_writes_otherwise_than_training_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +150,7 @@ def test_a_template_that_writes_otherwise_than_training_is_found_out(monkeypatch
 
     monkeypatch.setattr(baked, "SEPARATOR", "\n")
     with pytest.raises(ConfigError, match="writes something else than training did"):
-        write_goals_by_itself(make_tokenizer("chatml"), OverallGoal().record())
+        with_goals_in_template(make_tokenizer("chatml"), OverallGoal().record())
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def test_a_template_that_writes_otherwise_than_training_is_found_out(monkeypatch
 def runs(tmp_path_factory: pytest.TempPathFactory, pairs_folder: Path) -> Path:
     """``model``, and two steps from it: adapter/c/a.ckpt and full/c/a.ckpt."""
     from rap_lightning.callbacks import Checkpoints, RunRecord
-    from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
+    from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 
     root = tmp_path_factory.mktemp("leaving")
     make_model(root / "model")
@@ -168,7 +169,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, pairs_folder: Path) -> Path:
         module, data = build(root / "model", pairs_folder, lora=name == "adapter", optimizer=big)
         saver = Checkpoints(str(root / name / "c"), filename="a")
         options = {"max_steps": 3, "val_check_interval": 3, "enable_checkpointing": True}
-        callbacks, plugins = [RunRecord(), saver], [SealedCheckpoints()]
+        callbacks, plugins = [RunRecord(), saver], [AtomicCheckpointIO()]
         make_trainer(root / "runs" / name, callbacks=callbacks, plugins=plugins, **options).fit(module, data)
         torch.save(logits(module.policy.model), root / name / "logits.pt")
     return root
@@ -398,7 +399,7 @@ def test_frozen_parts_of_an_adapter_stay_frozen_and_leave_with_it(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from rap_lightning.models.policy import Lora, PolicyConfig
+    from rap_lightning.models.policy_config import Lora, PolicyConfig
     from rap_lightning.models.references import base as references
 
     policy = PolicyConfig(str(tiny), lora=Lora(r=4), freeze=["lora_A"])

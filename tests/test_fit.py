@@ -16,8 +16,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, Hinge, SimPO
-from rap_lightning.models.policy import PolicyConfig
-from rap_lightning.models.references.base import AdaptersOff, Frozen, NoReference
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.base import NoReference
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
 from rap_lightning.training.schedules import ConstantWithWarmup, CosineWithWarmup

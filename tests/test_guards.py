@@ -14,8 +14,8 @@ from rap_lightning.callbacks import Checkpoints, Guard, SteeringTable, Watchdog
 from rap_lightning.errors import ConfigError, NotFinite, OutOfMemory
 from rap_lightning.losses import BCO, DPO, Hinge, Mixture
 from rap_lightning.models.generation import Generation
-from rap_lightning.models.policy import PolicyConfig
-from rap_lightning.models.references.base import Frozen
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.training.schedules import ConstantWithWarmup
 from test_fit import assert_same, logged, weights
 
@@ -226,7 +226,7 @@ def test_out_of_memory_says_which_batch_how_many_tokens_and_what_to_change(
 
 
 def test_advice_names_only_what_is_not_done_already(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
-    from rap_lightning.models.policy import Lora
+    from rap_lightning.models.policy_config import Lora
 
     class Fill(pl.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:

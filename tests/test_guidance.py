@@ -13,7 +13,7 @@ from rap_lightning.callbacks import WritePredictions
 from rap_lightning.datamodule import Prompts
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.generation import Generation, generate, left_pad
-from rap_lightning.models.policy import PolicyConfig
+from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.onpolicy.engines import VLLM, Endpoint, Transformers
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from test_generate import called, options, rows_of

@@ -21,15 +21,9 @@ from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models import attention
 from rap_lightning.models import flex_attention as flex
-from rap_lightning.models.policy import (
-    Lora,
-    Policy,
-    PolicyConfig,
-    check_head,
-    check_sharing,
-    compile_layers,
-    silence_dropout,
-)
+from rap_lightning.models.model_checks import check_head, check_sharing
+from rap_lightning.models.policy import Policy, compile_layers
+from rap_lightning.models.policy_config import Lora, PolicyConfig, silence_dropout
 from rap_lightning.training import out_of_memory as memory
 from test_logps import examples
 

@@ -15,7 +15,9 @@ from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models import logps
 from rap_lightning.models.logps import Head
-from rap_lightning.models.policy import Policy, PolicyConfig, check_head
+from rap_lightning.models.model_checks import check_head
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import PolicyConfig
 
 
 def naive(

@@ -12,7 +12,7 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.losses import SFT, WPO, Mixture
 from rap_lightning.losses.base import logratios, margin
 from rap_lightning.losses.contract import check_loss
-from rap_lightning.models.policy import PolicyConfig
+from rap_lightning.models.policy_config import PolicyConfig
 
 
 class _Of(PreferenceLoss):

@@ -18,8 +18,10 @@ from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import AOT, BCO, DPO, KTO, LDDPO, SFT, WPO, MarginDPO, Mixture
-from rap_lightning.models.policy import Lora, Policy, PolicyConfig
-from rap_lightning.models.references.base import AdaptersOff, Frozen
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import Lora, PolicyConfig
+from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.training.schedules import ConstantWithWarmup
 

@@ -48,8 +48,9 @@ from rap_lightning.losses import (
     SimPO,
     SPPOHard,
 )
-from rap_lightning.models.policy import Policy, PolicyConfig
-from rap_lightning.models.references.base import Frozen
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import OverallGoal
 

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import ROOT, make_model
 from rap_lightning.commands import plan
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import Lora, PolicyConfig, evaluating
+from rap_lightning.models.policy import evaluating
+from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.planning.estimate import Spread, duration, memory
 from rap_lightning.planning.gpus import GPUS, find_gpu
 from rap_lightning.planning.trace import Step, batch_of, trace

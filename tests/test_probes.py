@@ -17,7 +17,7 @@ from rank_worker import run
 from rap_lightning.callbacks import Checkpoints, GoalSamples, LikelihoodProbe, SteeringTable
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.generation import Generation
-from rap_lightning.models.policy import Lora, PolicyConfig
+from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.training.schedules import ConstantWithWarmup
 from test_evaluate import logps_by_hand

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from conftest import build, make_trainer
 from rap_lightning.losses import BCO, DPO
-from rap_lightning.models.policy import Lora, PolicyConfig
+from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.training.schedules import CosineWithWarmup
 from test_fit import StopAt, assert_same, checkpoints, logged, weights

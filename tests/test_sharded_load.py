@@ -15,7 +15,9 @@ from conftest import make_tokenizer
 from rap_lightning.distributed.fsdp2 import Sharding
 from rap_lightning.distributed.sharded_load import blank_model, load_sharded
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import Lora, Policy, PolicyConfig, check_head, check_sharing
+from rap_lightning.models.model_checks import check_head, check_sharing
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import Lora, PolicyConfig
 
 SIZES = {
     "vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

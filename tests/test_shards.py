@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from conftest import ROOT, called
-from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
+from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.checkpoint.integrity import folder_digests, seal_folder
 from rap_lightning.models.checkpoint.read_checkpoint import newest_whole, refuse_damaged
@@ -37,7 +37,7 @@ def test_only_strategies_that_shard_go_on_from_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         check_resumes(SingleDeviceStrategy(), str(folder))
     with pytest.raises(ConfigError, match=said):  # Trainer.fit in Python comes here
-        SealedCheckpoints().load_checkpoint(folder)
+        AtomicCheckpointIO().load_checkpoint(folder)
     check_resumes(FSDP2(), str(folder))
     check_resumes(SingleDeviceStrategy(), None)
 

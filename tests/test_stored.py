@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from conftest import ROOT, build, make_model, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO, Hinge
-from rap_lightning.models.policy import Policy, PolicyConfig
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references import precomputed as stored_module
-from rap_lightning.models.references.base import Frozen
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.logp_store import LogpStore
 from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.preferences.goals import OverallGoal

@@ -22,7 +22,7 @@ from benchmarks.study.settings import FULL, SHORT
 from benchmarks.study.worlds import never_swapped
 
 from rap_lightning.losses import DPO
-from rap_lightning.models.policy import PolicyConfig
+from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.world import make_world
 

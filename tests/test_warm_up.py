@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from conftest import build, make_trainer
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import BCO, DPO, SFT, Mixture, SimPO
-from rap_lightning.models.policy import Lora, PolicyConfig
-from rap_lightning.models.references.base import AdaptersOff, Frozen
+from rap_lightning.models.policy_config import Lora, PolicyConfig
+from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.post_warmup import Warmed
 from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.models.references.synchronised import Synchronised

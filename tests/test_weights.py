@@ -29,7 +29,7 @@ def one_step(folder: Path, model: Path, data: Path, trainer: dict[str, Any] | No
 def test_a_step_is_the_weighted_mean_of_the_two_halves_own_steps(
     weight: float, tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
-    from rap_lightning.models.policy import PolicyConfig
+    from rap_lightning.models.policy_config import PolicyConfig
 
     start = {n: p.detach() for n, p in PolicyConfig(str(tiny)).build(torch.float32).named_parameters()}
     chosen, rejected = (

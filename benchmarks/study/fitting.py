@@ -15,8 +15,9 @@ from torch import Tensor
 from rap_lightning.batches.types import Batch
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.losses import PreferenceLoss
-from rap_lightning.models.policy import Policy, PolicyConfig
-from rap_lightning.models.references.base import Frozen
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.training.warm_up import WarmUp

@@ -254,7 +254,7 @@ def _world(job: Job, root: Path, size: Size) -> tuple[Path, Any, Any]:
     import torch
     from benchmarks.study.worlds import world
 
-    from rap_lightning.models.policy import PolicyConfig
+    from rap_lightning.models.policy_config import PolicyConfig
 
     folder = world(root, job.knobs, job.seed, size)
     config = PolicyConfig(str(folder / "base"))
@@ -336,7 +336,7 @@ def _fit(job: Job, context: dict[str, Any], root: Path, size: Size) -> dict[str,
 def _load(folder: Path, path: Path) -> Any:
     import torch
 
-    from rap_lightning.models.policy import PolicyConfig
+    from rap_lightning.models.policy_config import PolicyConfig
 
     policy = PolicyConfig(str(folder / "base")).build(torch.float32)
     policy.causal_lm.load_state_dict(torch.load(path, weights_only=True))

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from rap_lightning.datamodule import PreferenceDataModule
     from rap_lightning.losses import DPO, Hinge, PreferenceLoss, SimPO
     from rap_lightning.models.guidance import GoalGuidance
-    from rap_lightning.models.references.base import AdaptersOff, Frozen, NoReference
+    from rap_lightning.models.references.adapters_off import AdaptersOff
+    from rap_lightning.models.references.base import NoReference
+    from rap_lightning.models.references.frozen import Frozen
     from rap_lightning.models.references.policy_copy import AdapterAsLoaded
     from rap_lightning.models.references.precomputed import Stored
     from rap_lightning.models.references.synchronised import Synchronised
@@ -32,8 +34,8 @@ _HOMES = {
     "Hinge": "losses",
     "SimPO": "losses",
     "AdapterAsLoaded": "models.references.policy_copy",
-    "AdaptersOff": "models.references.base",
-    "Frozen": "models.references.base",
+    "AdaptersOff": "models.references.adapters_off",
+    "Frozen": "models.references.frozen",
     "NoReference": "models.references.base",
     "GoalGuidance": "models.guidance",
     "AttributeGoal": "preferences.goals",

@@ -30,12 +30,16 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, SFT, PreferenceLoss
 from rap_lightning.losses.base import over_ranks
 from rap_lightning.losses.contract import check_loss
-from rap_lightning.models.adapters import adapter_digest, of_adapter
+from rap_lightning.models.adapters import adapter_digest
 from rap_lightning.models.digests import base_digest, same_base
 from rap_lightning.models.generation import Generation, generate
 from rap_lightning.models.logps import sum_by_segment
-from rap_lightning.models.policy import Policy, PolicyConfig, check_head, check_sharing
-from rap_lightning.models.references.base import AdaptersOff, Frozen, NoReference, Reference
+from rap_lightning.models.model_checks import check_head, check_sharing
+from rap_lightning.models.policy import Policy, of_adapter
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.base import NoReference, Reference
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.policy_copy import AdapterAsLoaded
 from rap_lightning.models.references.post_warmup import Warmed
 from rap_lightning.preferences.relabelling import UNCONDITIONED

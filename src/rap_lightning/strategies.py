@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from rap_lightning.distributed.fsdp2 import Sharding
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.checkpoint.sharded_files import of_shards
+from rap_lightning.models.checkpoint.sharded_folder import needs_sharding_strategy
 
 METADATA = "meta.pt"  # where Lightning keeps what is neither weight nor optimizer state
 
@@ -199,7 +199,7 @@ def check_size(strategy: Any) -> None:
 def check_resumes(strategy: Any, path: str | None) -> None:
     """Raise ConfigError where a strategy can't go on from a folder of shards, before any process is started."""
     if path is not None and Path(path).is_dir() and not isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy):
-        raise ConfigError(of_shards(Path(path)))
+        raise ConfigError(needs_sharding_strategy(Path(path)))
 
 
 # so that a bare name does: --trainer.strategy fsdp2

@@ -1,6 +1,6 @@
 """Lightning callbacks."""
 
-from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
+from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from rap_lightning.callbacks.checkpointing import Checkpoints
 from rap_lightning.callbacks.console_lines import ConsoleLines
 from rap_lightning.callbacks.export_hf import ExportHF
@@ -14,6 +14,7 @@ from rap_lightning.callbacks.steering_table import SteeringTable
 from rap_lightning.callbacks.watchdog import Watchdog
 
 __all__ = [
+    "AtomicCheckpointIO",
     "Checkpoints",
     "ConsoleLines",
     "ExportHF",
@@ -21,7 +22,6 @@ __all__ = [
     "Guard",
     "LikelihoodProbe",
     "RunRecord",
-    "SealedCheckpoints",
     "SteeringTable",
     "Watchdog",
     "WholeSteps",

@@ -14,9 +14,10 @@ from torch import Tensor
 from rap_lightning.callbacks.run_folder import run_folder
 from rap_lightning.callbacks.run_metadata import run_facts
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.hf_export import Leaving, export, full_state, merge
+from rap_lightning.models.goal_chat_template import with_goals_in_template
+from rap_lightning.models.hf_export import ExportOptions, export, full_state, merge
 from rap_lightning.models.model_card import model_card
-from rap_lightning.models.prompting import write_goals_by_itself
+from rap_lightning.models.policy import Policy
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.goals import is_trained
 
@@ -34,7 +35,7 @@ class ExportHF(pl.Callback):
         self.enabled, self.merge, self.goal_in_template = enabled, merge, goal_in_template
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what would have no effect."""
+        """Raise ConfigError for options without effect."""
         for name, off in (("merge", not self.merge), ("goal_in_template", self.goal_in_template)):
             if not off and not self.enabled:
                 raise ConfigError(f"--export.{name} has no effect with --export.enabled false; remove one of the two.")
@@ -42,39 +43,44 @@ class ExportHF(pl.Callback):
             raise ConfigError("--export.merge has no effect without an adapter: set --model.policy.lora.r")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A goal that can't stand in the chat template is refused now, not after days of training."""
-        if self._writes(trainer, pl_module):
-            assert isinstance(pl_module, PreferenceModule), "looked at above"
+        """Refuse a goal that can't be written into the chat template now, not after days of training."""
+        if self._writes(trainer) and isinstance(pl_module, PreferenceModule):
             goal = pl_module.goal_record()
             if is_trained(goal) and self.goal_in_template:
-                write_goals_by_itself(pl_module.tokenizer, goal)
+                with_goals_in_template(pl_module.tokenizer, goal)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather the weights from all ranks; rank zero writes."""
-        if not self._writes(trainer, pl_module):
+        if not (self._writes(trainer) and isinstance(pl_module, PreferenceModule)):
             return
-        assert isinstance(pl_module, PreferenceModule), "looked at above"
         assert pl_module.policy is not None, "fit builds the policy"
         state = full_state(pl_module.policy)
         problem: Exception | None = None
         if trainer.is_global_zero:
             try:
-                self._write(run_folder(trainer), pl_module, state, run_facts(trainer, pl_module))
-            except Exception as error:  # told to the other ranks first, which would wait for ever
+                self._write(run_folder(trainer), pl_module, pl_module.policy, state, run_facts(trainer, pl_module))
+            except Exception as error:  # raised after the other ranks know: they would wait forever
                 problem = error
         if trainer.strategy.broadcast(problem is not None):
             raise problem or RuntimeError("export failed on rank zero")
 
-    def _writes(self, trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-        return self.enabled and isinstance(module, PreferenceModule) and not getattr(trainer, "fast_dev_run", False)
+    def _writes(self, trainer: pl.Trainer) -> bool:
+        return self.enabled and not getattr(trainer, "fast_dev_run", False)
 
-    def _write(self, run: Path, module: PreferenceModule, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        assert module.policy is not None, "fit builds the policy"
-        output, config, goal = _free(run / "hf"), module.policy_config, module.goal_record()
-        adapter = module.policy.has_adapter
-        card = self._card(facts, output, adapter)
-        leaving = Leaving(goal=goal, goal_in_template=self.goal_in_template, card=card)
-        export(module.policy, state, module.tokenizer, output, config, leaving)
+    def _write(
+        self, run: Path, module: PreferenceModule, policy: Policy, state: dict[str, Tensor], facts: dict[str, Any]
+    ) -> None:
+        config = module.policy_config
+
+        def options(output: Path, adapter: bool) -> ExportOptions:
+            card = model_card(
+                facts, adapter=adapter, goal_in_template=self.goal_in_template, name=output.name,
+                title=output.resolve().parent.name,  # the run's name says more than "hf"
+            )  # fmt: skip
+            return ExportOptions(goal=module.goal_record(), goal_in_template=self.goal_in_template, card=card)
+
+        output = _free(run / "hf")
+        export(policy, state, module.tokenizer, output, config, options(output, policy.has_adapter))
         rank_zero_info(f"exported: {output}")
         if self.merge:
             from peft import PeftModel
@@ -83,18 +89,11 @@ class ExportHF(pl.Callback):
                 return PeftModel.from_pretrained(config.load_model(torch.float32), str(output))
 
             merged = _free(run / "hf-merged")
-            card = self._card(facts, merged, adapter=False)
-            leaving = Leaving(goal=goal, goal_in_template=self.goal_in_template, card=card)
-            checked = merge(load, module.tokenizer, merged, config, leaving)
+            checked = merge(load, module.tokenizer, merged, config, options(merged, adapter=False))
             rank_zero_info(f"exported, adapter merged: {merged} ({checked})")
-
-    def _card(self, facts: dict[str, Any], output: Path, adapter: bool) -> str:
-        """Titled as the run, for ``hf`` tells little; the code loads the folder."""
-        title = output.resolve().parent.name
-        return model_card(facts, adapter=adapter, goal_in_template=self.goal_in_template, name=output.name, title=title)
 
 
 def _free(folder: Path) -> Path:
-    """``folder``, or the first of folder-2, folder-3, ... that isn't there: nothing is ever overwritten."""
+    """Return ``folder``, or the first of folder-2, folder-3, ... that doesn't exist: nothing is overwritten."""
     names = chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in count(2)))
     return next(name for name in names if not name.exists())

@@ -34,7 +34,7 @@ from rap_lightning.callbacks import (
     WholeSteps,
     WritePredictions,
 )
-from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
+from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from rap_lightning.cli.error_messages import LIBRARIES, Explains, causes, configs_named, content_of, raised_in
 from rap_lightning.cli.help_format import Filled, arrange_trainer
 from rap_lightning.cli.null_checks import refuse_nulls
@@ -44,7 +44,7 @@ from rap_lightning.distributed.deepspeed_checks import refuse_in_config
 from rap_lightning.distributed.rank_monitor import Together
 from rap_lightning.errors import ConfigError, UserError
 from rap_lightning.losses import PreferenceLoss
-from rap_lightning.models.checkpoint.read_checkpoint import count, newest_whole, refuse_damaged, run_key
+from rap_lightning.models.checkpoint.read_checkpoint import all_checkpoints, newest_whole, refuse_damaged, run_key
 from rap_lightning.models.references.base import Reference
 from rap_lightning.models.references.policy_copy import AdapterAsLoaded
 from rap_lightning.models.references.precomputed import Stored
@@ -120,7 +120,9 @@ class PreferenceCLI(LightningCLI):
             found = newest_whole(root, self._is_of_this_run, _notice)
             if found is None and self.config["subcommand"] != "fit":
                 raise ConfigError(f"--ckpt_path last: no checkpoint below {root} is of a run with these options.")
-            none = f"none of the {there} checkpoints below {root} will do" if (there := count(root)) else ""
+            none = (
+                f"none of the {there} checkpoints below {root} will do" if (there := len(all_checkpoints(root))) else ""
+            )
             begins = f"{none or f'no checkpoint below {root} yet'}, so this run begins at step 0"
             _notice(f"--ckpt_path last: {found or begins}")
             options["ckpt_path"] = None if found is None else str(found)
@@ -156,7 +158,7 @@ class PreferenceCLI(LightningCLI):
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, SealedCheckpoints()]
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if config.get("logger") is None:
             kwargs["logger"] = CSVLogger(config.get("default_root_dir") or "runs", name="")
         facts = namespace_to_dict(self.config[self.config["subcommand"]]) if "subcommand" in self.config else {}

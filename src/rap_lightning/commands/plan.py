@@ -19,8 +19,8 @@ from rap_lightning.cli.help_format import PlainParser
 from rap_lightning.cli.trainer_cli import PreferenceCLI, parse_only
 from rap_lightning.distributed.sharded_load import blank_model
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import CHECKPOINTING_FROM, DTYPES, Lora, _load
-from rap_lightning.models.references.base import Frozen
+from rap_lightning.models.policy_config import CHECKPOINTING_FROM, DTYPES, Lora
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.module import PreferenceModule
 from rap_lightning.planning.estimate import LIVE, USABLE, Device, Memory, ReferenceKind, Spread, duration, memory
 from rap_lightning.planning.gpus import GPU, GPUS, find_gpu
@@ -192,11 +192,7 @@ class _Plan:
     @cached_property
     def text_config(self) -> Any:
         """Of the model."""
-        from transformers import AutoConfig
-
-        config = self.config
-        found = _load("model config", config.path, AutoConfig, config._source())
-        return found.get_text_config()
+        return self.config.load_config().get_text_config()
 
     @property
     def vocabulary(self) -> int:

@@ -13,13 +13,13 @@ from rap_lightning.models.policy import Policy, decoder_layers
 
 @dataclass(frozen=True)
 class Sharding:
-    """How weights, gradients and optimizer state are spread.
+    """How weights, gradients and optimizer state are sharded.
 
     Attributes:
         mesh: one dimension: every rank holds a part. Two (replicate, shard): each part is held once per replica.
-        gather: dtype in which weights travel and layers compute; by default the weights' own. Gradients are summed in
-            float32 either way.
-        offload: parts live in the host's memory while they are not computed with.
+        gather: dtype in which weights are gathered and layers compute; by default the weights' own. Gradients are
+            reduced in float32 either way.
+        offload: parts are in the host's memory while they are not computed with.
     """
 
     mesh: DeviceMesh
@@ -35,31 +35,39 @@ class Sharding:
 
     @property
     def home(self) -> torch.device:
-        """Where the parts live."""
+        """Where the parts are stored."""
         return torch.device("cpu") if self.offload else self.compute_device
 
 
 def shard(policy: Policy, sharding: Sharding) -> None:
-    """Shard every decoder layer on its own, and the rest (embeddings, last norm, head) together at the root."""
+    """Shard every decoder layer on its own, and the rest (embeddings, last norm, head) together at the root.
+
+    The order matters: ``fully_shard`` takes the parameters below a module that no earlier call has taken, so layers
+    come first and the root takes what is left. The root is the Policy, not the Hugging Face model inside it: its
+    ``forward`` reads the head's weight outside of the head's own forward, which works because the root's hook has
+    gathered it.
+    """
     on_host = OffloadPolicy()
     if sharding.offload:
         on_host = CPUOffloadPolicy(pin_memory=sharding.compute_device.type != "cpu")
     precision = MixedPrecisionPolicy()
     if sharding.gather is not None:
-        # inputs are ids and positions, and a batch is no tensor to cast
+        # inputs are ids and positions, and a Batch isn't a tensor that could be cast
         precision = MixedPrecisionPolicy(sharding.gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in decoder_layers(policy):
         fully_shard(layer, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host)
-    # the root's weights stay gathered for the backward pass, which a frozen model hasn't (torch 2.6 keeps any root's)
+    # The root's weights stay gathered for the backward pass, which follows at once. A frozen model has none, and must
+    # free them after the forward pass (torch 2.6 keeps every root's by default).
     frozen = not any(p.requires_grad for p in policy.parameters())
     fully_shard(policy, mesh=sharding.mesh, mp_policy=precision, offload_policy=on_host, reshard_after_forward=frozen)
     policy.computes_on = sharding.compute_device
 
 
 def reshard(policy: Policy) -> None:
-    """Put every rank's parts back in place after a forward pass without a backward one.
+    """Free gathered weights after a forward pass without a backward one.
 
-    The root stays gathered until then, and an optimizer made meanwhile would hold weights that nobody looks at again.
+    The root keeps them until then, and an optimizer that is made meanwhile would hold the gathered tensors instead of
+    the sharded parameters.
     """
     for module in policy.modules():
         if isinstance(module, FSDPModule):

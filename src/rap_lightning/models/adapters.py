@@ -1,4 +1,4 @@
-"""Going on with an adapter that is already there: a peft folder or Hub id, safetensors only."""
+"""Load a trained LoRA adapter, to continue it or as a reference: a peft folder or Hub id, safetensors only."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.digests import weights_digest
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
 
 def adapter_folder(path: str, revision: str | None = None) -> Path:
-    """The folder of an adapter, fetched from the Hub where ``path`` is no folder here.
+    """Return the folder of an adapter, after downloading it from the Hub where ``path`` is not a folder.
 
     Raises:
         ConfigError: there is none, or its weights are a pickle.
@@ -24,9 +25,9 @@ def adapter_folder(path: str, revision: str | None = None) -> Path:
 
         try:
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=["adapter_*"]))
-        except Exception as error:  # whatever the Hub's client makes of a wrong name or a missing connection
+        except Exception as error:  # the Hub's client raises many types for a wrong name or a missing connection
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"adapter {path}: no such folder, and the Hub doesn't give it: {reason}") from error
+            raise ConfigError(f"adapter {path}: no such folder, and the Hub has none: {reason}") from error
     elif revision is not None:
         raise ConfigError(f"adapter {path} is a folder, so adapter_revision {revision} has no effect; remove it.")
     if not (folder / CONFIG).is_file():
@@ -42,9 +43,12 @@ def adapter_folder(path: str, revision: str | None = None) -> Path:
 
 
 def adapter_digest(path: str, revision: str | None = None) -> str:
-    """Digest of an adapter's weights and of what its config says about them."""
+    """Return a digest of an adapter's weights and of the options in its config that change its numbers."""
     folder = adapter_folder(path, revision)
-    config = _read_config(folder)
+    try:
+        config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"adapter {path}: {CONFIG} can't be read: {error}") from error
     for name in ("base_model_name_or_path", "inference_mode", "revision"):  # where, not what
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -53,22 +57,17 @@ def adapter_digest(path: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def of_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to the adapter, trained or frozen, and not to the base model."""
-    return ".lora_" in name
-
-
 def attach(model: Any, path: str, revision: str | None, base: str, *, dropout: bool) -> Any:
-    """``model`` with the adapter on it, trainable.
+    """Put an adapter on ``model`` and return the peft model, with the adapter trainable.
 
     Args:
         model: the base model.
         path, revision: the adapter.
-        base: where ``model`` was loaded from, for messages, and to compare with what the adapter was made for.
+        base: where ``model`` was loaded from, to compare with what the adapter was made for.
         dropout: keep the dropout that the adapter's config asks for.
 
     Raises:
-        ConfigError: it is no LoRA adapter, is damaged, or belongs on another base model.
+        ConfigError: it is not a LoRA adapter, is damaged, or was made for another base model.
     """
     from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
@@ -77,14 +76,14 @@ def attach(model: Any, path: str, revision: str | None, base: str, *, dropout: b
     state = _read_weights(folder, path)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # peft knows many kinds, and fails in as many ways on what it doesn't know
+    except Exception as error:  # peft raises many types for a config it doesn't know
         raise ConfigError(f"adapter {path}: {CONFIG} can't be read: {type(error).__name__}: {error}") from error
     if not isinstance(config, LoraConfig) or getattr(config, "alora_invocation_tokens", None):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ConfigError(f"adapter {path}: expected a LoRA adapter (DoRA and rsLoRA among them), found {kind}.")
     _refuse_other_base(config.base_model_name_or_path, base, path)
     config.inference_mode = False
-    config.init_lora_weights = True  # its values come from the file; PiSSA and others would change the base again
+    config.init_lora_weights = True  # PiSSA and others would change the base again
     if not dropout:
         config.lora_dropout = 0.0
     try:
@@ -99,25 +98,15 @@ def attach(model: Any, path: str, revision: str | None, base: str, *, dropout: b
         raise ConfigError(
             f"adapter {path} doesn't fit the model at {base}: "
             f"{len(missing)} weights missing ({', '.join(missing[:2]) or 'none'}), "
-            f"{len(unknown)} that the model has no place for ({', '.join(unknown[:2]) or 'none'})."
+            f"{len(unknown)} unknown to the model ({', '.join(unknown[:2]) or 'none'})."
         )
     return adapted
 
 
 def is_adapter(path: str) -> bool:
-    """Whether ``path`` is a folder with an adapter and no model."""
+    """Return whether ``path`` is a folder with an adapter and without a model."""
     folder = Path(path)
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{folder / CONFIG} can't be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{folder / CONFIG}: expected an object, found {type(config).__name__}.")
-    return config
 
 
 def _read_weights(folder: Path, path: str) -> dict[str, Any]:
@@ -129,7 +118,7 @@ def _read_weights(folder: Path, path: str) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"adapter {path}: {WEIGHTS} can't be read: {reason}. It is cut off, or no safetensors file."
+            f"adapter {path}: {WEIGHTS} can't be read: {reason}. It is cut off, or not a safetensors file."
         ) from error
     if broken := [name for name, value in state.items() if not value.isfinite().all()]:
         raise ConfigError(f"adapter {path}: {broken[0]} is not finite (and {len(broken) - 1} more weights).")
@@ -137,16 +126,14 @@ def _read_weights(folder: Path, path: str) -> dict[str, Any]:
 
 
 def _refuse_other_base(named: str | None, base: str, path: str) -> None:
-    """Raise where the adapter names a base model that is here, and is another one.
+    """Raise ConfigError where the adapter names another base model that is on this machine.
 
-    Names alone prove nothing (a folder may hold what the Hub calls something else), so files are compared.
+    Names alone prove nothing (the same model can be a folder or a Hub id), so files are compared.
     """
-    from rap_lightning.models.references.logp_store import weights_digest
-
     if not named or named == base or not Path(named).is_dir() or not Path(base).is_dir():
         return
     if Path(named).resolve() != Path(base).resolve() and weights_digest(named, None) != weights_digest(base, None):
         raise ConfigError(
-            f"adapter {path} was trained on {named}, whose weights are others than those of {base}. "
+            f"adapter {path} was trained on {named}, whose weights differ from those of {base}. "
             f"Set --model.policy.path {named}, or give an adapter of {base}."
         )

@@ -1,4 +1,4 @@
-"""What can be asked of a model as it is loaded: other positions, more tokens, fewer bits, frozen layers."""
+"""Changes to a model as it is loaded: frozen parameters, RoPE scaling, more embeddings, 4-bit weights."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rap_lightning.errors import ConfigError
 
 
 def check_patterns(patterns: Sequence[str]) -> None:
-    """Raise ConfigError for a pattern that is no regular expression."""
+    """Raise ConfigError for a pattern that is not a regular expression."""
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"--model.policy.freeze: {pattern!r} is no regular expression: {error}") from error
+            raise ConfigError(f"--model.policy.freeze: {pattern!r} is not a regular expression: {error}") from error
 
 
 def freeze(model: Any, patterns: Sequence[str]) -> int:
-    """Take the parameters that a pattern is found in out of the training; how many numbers they hold.
+    """Freeze the parameters whose name contains a match of a pattern, and return how many numbers they hold.
 
     Raises:
-        ConfigError: a pattern is found in no trainable parameter, or nothing is left to train.
+        ConfigError: a pattern matches no trainable parameter, or nothing is left to train.
     """
     named = list(model.named_parameters(remove_duplicate=False))  # a tied head has two names
     trainable = {name: p for name, p in named if p.requires_grad}
@@ -39,7 +39,7 @@ def freeze(model: Any, patterns: Sequence[str]) -> int:
             why = "only parameters that are not trained anyway" if whole else "no parameter"
             examples = ", ".join(list(trainable)[:: max(1, len(trainable) // 3)][:3])
             raise ConfigError(
-                f"--model.policy.freeze: {pattern!r} is found in {why}. Trained are {len(trainable)} parameters with "
+                f"--model.policy.freeze: {pattern!r} matches {why}. Trained are {len(trainable)} parameters with "
                 f"names such as {examples}."
             )
         for name in found:
@@ -53,7 +53,7 @@ def freeze(model: Any, patterns: Sequence[str]) -> int:
 
 
 def check_rope(rope: dict[str, Any]) -> None:
-    """Raise ConfigError for a RoPE scaling that can't mean anything, whatever the model."""
+    """Raise ConfigError for a RoPE scaling that is invalid for every model."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = rope.get("rope_type")
@@ -87,7 +87,7 @@ def scale_rope(config: Any, rope: dict[str, Any], path: str) -> None:
     kept = {name: now[name] for name in ("rope_theta", "partial_rotary_factor") if name in now}
     text.rope_parameters = {**kept, **rope}
     try:
-        with _complaints("transformers.modeling_rope_utils") as said:  # it warns of what it is then wrong about
+        with _warnings_of("transformers.modeling_rope_utils") as said:  # it only warns, then computes wrong positions
             text.standardize_rope_params()
             text.validate_rope()
     except (KeyError, ValueError, TypeError) as error:
@@ -97,8 +97,8 @@ def scale_rope(config: Any, rope: dict[str, Any], path: str) -> None:
 
 
 @contextmanager
-def _complaints(logger: str) -> Iterator[list[str]]:
-    """The warnings that a logger is given in a block, which nobody else sees."""
+def _warnings_of(logger: str) -> Iterator[list[str]]:
+    """Collect the warnings of a logger within a block, and keep them from other handlers."""
     said: list[str] = []
 
     class Listener(logging.Handler):
@@ -116,12 +116,12 @@ def _complaints(logger: str) -> Iterator[list[str]]:
 
 
 def resize_embeddings(model: Any, tokens: int, path: str) -> None:
-    """Give the model a row for each of the tokenizer's tokens; new rows are the mean of those there are.
+    """Give the model an embedding for each of the tokenizer's tokens; new ones are the mean of the existing ones.
 
-    The mean makes a policy and its reference agree, which rows drawn at random would not.
+    With the mean a policy and its reference agree; random rows would differ.
 
     Raises:
-        ConfigError: there are enough rows already.
+        ConfigError: there are enough embeddings already.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if rows >= tokens:
@@ -159,7 +159,7 @@ def check_four_bit() -> None:
 
 
 def four_bit(kind: str, dtype: torch.dtype) -> Any:
-    """transformers' config of 4-bit weights as in QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
+    """Return the config of 4-bit weights as in QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -1,53 +1,80 @@
-"""Knowing weights again: that a checkpoint's adapter is put on the base model it was trained over."""
+"""Digests by which weights are recognised: a checkpoint's base model, and what stored log-probabilities belong to."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from rap_lightning.models.adapters import of_adapter
-from rap_lightning.models.policy import Policy
+from rap_lightning.errors import DataError
+from rap_lightning.models.policy import Policy, of_adapter
 
 SAMPLE = 64
-"""Numbers of each tensor that are looked at."""
+"""Numbers of each tensor that :func:`base_digest` reads."""
+
+
+def weights_digest(path: str, revision: str | None) -> str:
+    """Return a digest of every file of a model that changes its numbers: weights, config, adapters.
+
+    Args:
+        path: a folder, or a Hub id that was downloaded already.
+        revision: on the Hub.
+
+    Raises:
+        DataError: there are no weights in the safetensors format.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*config.json"]
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns, local_files_only=True))
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise DataError(f"{path} has no *.safetensors, by which stored log-probabilities recognise their model.")
+    configs = (folder / name for name in ("config.json", "adapter_config.json"))
+    digest = hashlib.sha256()
+    for file in sorted([*weights, *(path for path in configs if path.is_file())]):
+        with file.open("rb") as content:
+            digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
 def base_digest(policy: Policy) -> str:
-    """Digest of names, shapes and a spread sample of the base model's weights; cheap for any size of model.
+    """Return a digest of names, shapes and a spread sample of the base model's weights; cheap for any size of model.
 
-    Three parts: the dtypes, the exact numbers, and the numbers as bfloat16 has them, by which the same model in another
-    dtype is known. Compare with :func:`same_base`.
+    It has three parts: the dtypes, the exact numbers, and the numbers rounded to bfloat16, by which the same model in
+    another dtype is recognised. Compare with :func:`same_base`. All ranks must call it where weights are sharded.
     """
     dtypes, exact, rounded = set(), hashlib.sha256(), hashlib.sha256()
     for name, p in policy.named_parameters():
-        if not (p.requires_grad or of_adapter(name)):
-            values = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten()  # sharded: all ranks call
-            sample = values[:: max(1, len(values) // SAMPLE)][:SAMPLE].cpu().contiguous()
-            dtypes.add(str(p.dtype))
-            for digest, numbers in (
-                (exact, sample),
-                (rounded, sample.to(torch.bfloat16) if sample.is_floating_point() else sample),
-            ):
-                digest.update(f"{name}{tuple(p.shape)}".encode())
-                digest.update(numbers.view(torch.uint8).numpy().tobytes())
+        if p.requires_grad or of_adapter(name):
+            continue
+        values = (p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten()
+        sample = values[:: max(1, len(values) // SAMPLE)][:SAMPLE].cpu().contiguous()
+        dtypes.add(str(p.dtype))
+        in_bf16 = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
+        for digest, numbers in ((exact, sample), (rounded, in_bf16)):
+            digest.update(f"{name}{tuple(p.shape)}".encode())
+            digest.update(numbers.view(torch.uint8).numpy().tobytes())
     return ":".join((",".join(sorted(dtypes)), exact.hexdigest(), rounded.hexdigest()))
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two digests are of the same weights, as far as their dtypes let it be known."""
+    """Return whether two digests are of the same weights, as far as their dtypes tell."""
     (dtypes, *first), (other_dtypes, *second) = one.split(":"), other.split(":")
     return first == second if dtypes == other_dtypes else first[1:] == second[1:]
 
 
 @torch.no_grad()
 def not_finite(policy: Policy) -> list[str]:
-    """The trained parameters that are not finite, with how many of their numbers are not; [] where all is well."""
-    trained = [(name, p.detach()) for name, p in policy.named_parameters() if p.requires_grad]
+    """Return the trained parameters with infinite or NaN values, and how many; of sharded ones this rank's part."""
     found = []
-    for name, p in trained:
-        local = p.to_local() if hasattr(p, "to_local") else p  # sharded: this rank's part
-        if not local.isfinite().all():
+    for name, p in policy.named_parameters():
+        local = p.to_local() if isinstance(p, DTensor) else p
+        if p.requires_grad and not local.isfinite().all():
             found.append(f"{name} ({int((~local.isfinite()).sum()):,} of {local.numel():,} values)")
     return found

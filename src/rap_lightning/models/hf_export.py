@@ -1,4 +1,9 @@
-"""A trained policy as a Hugging Face folder."""
+"""Write a policy as a Hugging Face folder that any serving stack loads.
+
+:func:`export` writes what was trained, a whole model or an adapter; :func:`merge` adds an adapter to its base model.
+Both write safetensors, tokenizer, chat template, generation config, card and ``goal.json``, all or nothing, and compare
+what was written with what was meant before the folder appears.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,24 +20,25 @@ from torch import Tensor
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.atomic_folder import all_or_nothing
 from rap_lightning.models.generation import end_of_turn_ids
-from rap_lightning.models.policy import Policy, PolicyConfig
-from rap_lightning.models.prompting import write_goals_by_itself
+from rap_lightning.models.goal_chat_template import with_goals_in_template
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.preferences.goals import is_trained
 
-MERGED = 1e-4
-"""Largest difference of logits, in float32, between adapter on base and merged weights; of 1e-5 of the largest logit,
-where logits are larger than 10: float32 itself resolves no more."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MERGED = 1e-4
+"""Largest difference of logits, in float32, between adapter on base and merged weights; above a logit of 10 it is 1e-5
+of the largest one, which is as much as float32 resolves."""
 ROUNDED = 0.1
 """Largest difference of logits, as a share of the largest one, that storing the weights in 16 bits may make."""
-
-
 SHARD = "5GB"
 """Of one safetensors file."""
 
 
 @dataclass(frozen=True)
-class Leaving:
+class ExportOptions:
     """How a policy is written.
 
     Attributes:
@@ -40,7 +46,7 @@ class Leaving:
         max_shard_size: of one safetensors file.
         goal: the record of the goal template that the policy was trained with.
         goal_in_template: write the best goal into the chat template.
-        base_model: what an adapter calls its base model, where that is not where it was loaded from.
+        base_model: the name of an adapter's base model, if not where it was loaded from.
         card: the text of README.md.
     """
 
@@ -53,7 +59,7 @@ class Leaving:
 
 
 def full_state(policy: Policy) -> dict[str, Tensor]:
-    """The policy's whole state on the CPU, gathered from all ranks where it is sharded. Every rank must call it."""
+    """Return the policy's whole state on the CPU, gathered where it is sharded; every rank must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -66,86 +72,94 @@ def full_state(policy: Policy) -> dict[str, Tensor]:
 
 
 def export(
-    policy: Policy, state: dict[str, Tensor], tokenizer: Any, output: Path, config: PolicyConfig,
-    leaving: Leaving = Leaving(),
+    policy: Policy, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, output: Path, config: PolicyConfig,
+    options: ExportOptions = ExportOptions(),
 ) -> None:  # fmt: skip
-    """Write safetensors, tokenizer, chat template, generation config, card and ``goal.json``, all or nothing.
+    """Write the policy; an adapter is written as an adapter.
 
-    An adapter is written as an adapter; :func:`merge` makes a whole model of it. What was written is read back and
-    compared with ``state``.
+    Args:
+        policy: what was trained.
+        state: its weights, as :func:`full_state` returns them.
+        tokenizer: with the chat template that training used.
+        output: a folder that doesn't exist yet, or is empty.
+        config: of the policy, for the place of an adapter's base model.
+        options: how to write it.
 
     Raises:
         ConfigError: ``output`` exists and is not empty, it can't be written, or a weight is not a finite number.
     """
     own = {name.removeprefix("model."): value for name, value in state.items()}
+    expected = own
     if policy.has_adapter:
         from peft import get_peft_model_state_dict
 
         expected = get_peft_model_state_dict(policy.model, state_dict=own)
-    else:
-        expected = own
     _refuse_non_finite(expected)
-    with all_or_nothing(output, _bytes(expected, leaving.dtype)) as partial:
+    with all_or_nothing(output, _bytes(expected, options.dtype)) as partial:
+        written = _cast(own, options.dtype)
         if policy.has_adapter:
-            # an adapter names its base model; a relative path would only be found from this folder
+            # the adapter's config names its base model; a relative path would only work from this working directory
             local = str(Path(config.path).resolve()) if Path(config.path).is_dir() else config.path
-            policy.model.peft_config["default"].base_model_name_or_path = leaving.base_model or local
-        kind = {"selected_adapters": ["default"]} if policy.has_adapter else {"max_shard_size": leaving.max_shard_size}
-        policy.model.save_pretrained(partial, state_dict=_cast(own, leaving.dtype), **kind)  # takes the dict apart
-        if policy.has_adapter:
-            (partial / "README.md").unlink(missing_ok=True)  # peft's, with the folder of the base model in it
-            _order_modules(partial)
+            policy.model.peft_config["default"].base_model_name_or_path = options.base_model or local
+            policy.model.save_pretrained(partial, state_dict=written, selected_adapters=["default"])
+            (partial / "README.md").unlink(missing_ok=True)  # peft's, which holds the path of the base model
+            _sort_module_names(partial)
         else:
-            _note_dtype(partial, leaving.dtype)
-        _read_back(partial, _cast(expected, leaving.dtype))
-        _write_rest(partial, policy.causal_lm, tokenizer, leaving)
+            policy.model.save_pretrained(partial, state_dict=written, max_shard_size=options.max_shard_size)
+            _record_dtype(partial, options.dtype)
+        _compare_written(partial, _cast(expected, options.dtype))
+        _write_rest(partial, policy.causal_lm, tokenizer, options)
 
 
 def merge(
-    load: Callable[[], Any], tokenizer: Any, output: Path, config: PolicyConfig,
-    leaving: Leaving = Leaving(),
+    load: Callable[[], Any], tokenizer: PreTrainedTokenizerBase, output: Path, config: PolicyConfig,
+    options: ExportOptions = ExportOptions(),
 ) -> str:  # fmt: skip
-    """Write a base model with its adapter added to the weights, all or nothing; says how it was checked.
+    """Write a base model with its adapter added to the weights.
 
     The logits of the adapter on its base are compared with those of the merged weights, and with those of the model
-    that plain transformers loads from the written files, before anything takes the place of ``output``.
+    that plain transformers loads from the written files.
 
     Args:
-        load: gives a peft model in float32, on the CPU, and keeps no hold of it, so that no two copies are held.
+        load: returns a peft model in float32, on the CPU, and keeps no reference to it: two copies may not fit.
         tokenizer: with the chat template that training used.
         output: a folder that doesn't exist yet, or is empty.
-        config: of the policy; only whether its code may be run is read.
-        leaving: how to write it; the dtype is float32 by default.
+        config: of the policy; only ``trust_remote_code`` is read.
+        options: how to write it; the dtype is float32 by default.
+
+    Returns:
+        How it was checked, for a log.
 
     Raises:
         ConfigError: ``output`` exists and is not empty, it can't be written, or the logits differ.
     """
     from transformers import AutoModelForCausalLM
 
-    dtype, model = leaving.dtype or torch.float32, load()
+    dtype, model = options.dtype or torch.float32, load()
     vocabulary = model.get_base_model().config.get_text_config().vocab_size
     before = _logits(model, vocabulary)
     merged = model.merge_and_unload(safe_merge=True)
     after = _logits(merged, vocabulary)
     bound = max(MERGED, MERGED / 10 * float(before.abs().max()))
-    said = f"merged logits differ from adapter on base by {_compare(before, after, bound, 'merging'):.1e} in float32"
+    checked = f"merged logits differ from adapter on base by {_compare(before, after, bound, 'merging'):.1e} in float32"
     state = merged.state_dict()
     _refuse_non_finite(state)
     with all_or_nothing(output, _bytes(state, dtype)) as partial:
-        merged.to(dtype).save_pretrained(partial, safe_serialization=True, max_shard_size=leaving.max_shard_size)
-        _write_rest(partial, merged, tokenizer, leaving)
+        merged.to(dtype).save_pretrained(partial, safe_serialization=True, max_shard_size=options.max_shard_size)
+        _write_rest(partial, merged, tokenizer, options)
         del state, merged, model
         gc.collect()
         loaded = AutoModelForCausalLM.from_pretrained(
             partial, dtype=torch.float32, use_safetensors=True, trust_remote_code=config.trust_remote_code
         )
         again = _logits(loaded, vocabulary)
+        name = str(dtype).removeprefix("torch.")
         if dtype != torch.float32:
             bound = ROUNDED * float(before.abs().max())
-        difference = _compare(before, again, bound, f"writing it in {str(dtype).removeprefix('torch.')}")
+        difference = _compare(before, again, bound, f"writing it in {name}")
         if dtype != torch.float32:
-            said += f"; rounded to {str(dtype).removeprefix('torch.')} by {difference:.1e} (bound {bound:.1e})"
-    return said
+            checked += f"; rounded to {name} by {difference:.1e} (bound {bound:.1e})"
+    return checked
 
 
 def _compare(one: Tensor, other: Tensor, bound: float, what: str) -> float:
@@ -160,14 +174,14 @@ def _compare(one: Tensor, other: Tensor, bound: float, what: str) -> float:
 
 @torch.no_grad()
 def _logits(model: Any, vocabulary: int) -> Tensor:
-    """[4, 32, V] float32, for tokens drawn once and for all."""
+    """Return [4, 32, V] float32 logits of fixed random tokens."""
     ids = torch.randint(vocabulary, (4, 32), generator=torch.Generator().manual_seed(0))
     logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
     return logits.float()
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A dict of its own, in another dtype; tensors that share their memory go on sharing it."""
+    """Return a new dict, which ``save_pretrained`` may change, in another dtype; tied tensors stay tied."""
     if dtype is None:
         return dict(state)
     made: dict[tuple[int, torch.Size], Tensor] = {}
@@ -177,7 +191,7 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tens
 
 
 def _bytes(state: dict[str, Tensor], dtype: torch.dtype | None) -> int:
-    """Of the tensors once written; those that share their memory count once."""
+    """Return the size of the tensors once written; tied ones count once."""
     apart = {value.data_ptr(): value for value in state.values()}
     size = 0 if dtype is None else torch.empty(0, dtype=dtype).element_size()
     return sum(v.numel() * (size if size and v.is_floating_point() else v.element_size()) for v in apart.values())
@@ -186,13 +200,13 @@ def _bytes(state: dict[str, Tensor], dtype: torch.dtype | None) -> int:
 def _refuse_non_finite(state: dict[str, Tensor]) -> None:
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise ConfigError(f"the weight {name} holds NaN or infinity: training broke down. Nothing was written.")
+            raise ConfigError(f"the weight {name} holds NaN or infinity: training diverged. Nothing was written.")
 
 
-def _read_back(folder: Path, expected: dict[str, Tensor]) -> None:
-    """Compare the written tensors with those meant; one that was left out must be a tied copy of one that wasn't."""
+def _compare_written(folder: Path, expected: dict[str, Tensor]) -> None:
+    """Compare the written tensors with those expected; a missing one must be a tied copy of one that was written."""
     written: set[str] = set()
-    for name, value in _tensors(folder):
+    for name, value in read_tensors(folder):
         if name not in expected or not torch.equal(value, expected[name].cpu()):
             raise ConfigError(f"the written files don't hold {name} as it was trained. Nothing was left there.")
         written.add(name)
@@ -202,17 +216,18 @@ def _read_back(folder: Path, expected: dict[str, Tensor]) -> None:
             raise ConfigError(f"the written files lack {name}. Nothing was left there.")
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read the safetensors files of a folder, tensor by tensor."""
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dict)
+            for name in file.keys():  # noqa: SIM118 (not a dict)
                 yield name, file.get_tensor(name)
 
 
-def _order_modules(folder: Path) -> None:
-    """Name an adapter's modules in one order: peft writes a set, in an order that differs from process to process."""
+def _sort_module_names(folder: Path) -> None:
+    """Sort the module names in an adapter's config: peft writes a set, whose order differs from process to process."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for name in ("target_modules", "exclude_modules"):
@@ -221,8 +236,8 @@ def _order_modules(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _note_dtype(folder: Path, dtype: torch.dtype | None) -> None:
-    """The config tells what the files hold, not what the policy in memory had."""
+def _record_dtype(folder: Path, dtype: torch.dtype | None) -> None:
+    """Make the config name the dtype of the files, not that of the policy in memory."""
     if dtype is not None:
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -230,17 +245,20 @@ def _note_dtype(folder: Path, dtype: torch.dtype | None) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_rest(folder: Path, model: Any, tokenizer: Any, leaving: Leaving) -> None:
+def _write_rest(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ExportOptions
+) -> None:
+    """Write everything but weights and config."""
     ends = end_of_turn_ids(tokenizer, model)
     generation = type(model.generation_config).from_dict(model.generation_config.to_dict())
     generation.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
     generation.save_pretrained(folder)
-    if is_trained(leaving.goal) and leaving.goal_in_template:
-        tokenizer = write_goals_by_itself(tokenizer, leaving.goal)
-    tokenizer.init_kwargs.pop("local_files_only", None)  # of how it was loaded here, not of what it is
+    if is_trained(options.goal) and options.goal_in_template:
+        tokenizer = with_goals_in_template(tokenizer, options.goal)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded here
     tokenizer.save_pretrained(folder)
-    if leaving.goal is not None:
-        text = json.dumps(leaving.goal, indent=2, ensure_ascii=False) + "\n"
+    if options.goal is not None:
+        text = json.dumps(options.goal, indent=2, ensure_ascii=False) + "\n"
         (folder / "goal.json").write_text(text, encoding="utf-8")
-    if leaving.card is not None:
-        (folder / "README.md").write_text(leaving.card, encoding="utf-8")
+    if options.card is not None:
+        (folder / "README.md").write_text(options.card, encoding="utf-8")

@@ -1,10 +1,9 @@
-"""An exported folder on the Hugging Face Hub."""
+"""Upload an exported folder to the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from rap_lightning.errors import ConfigError
 
@@ -12,13 +11,13 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def check_push(repository: str) -> str:
-    """The token for a push, looked for before anything is written.
+    """Return the token for an upload, before anything is written.
 
     Raises:
-        ConfigError: the name can't be one, or the environment holds no token.
+        ConfigError: the name isn't valid, or the environment holds no token.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repository)
@@ -35,7 +34,7 @@ def check_push(repository: str) -> str:
 
 
 def push(folder: Path, repository: str, token: str, *, private: bool, step: int | None = None) -> str:
-    """Upload a folder as one commit, and say where it is. Files of earlier commits stay in the repository's history.
+    """Upload a folder as one commit, and return its address. Files of earlier commits stay in the history.
 
     Raises:
         ConfigError: the Hub refused, or can't be reached, or the repository is public where a private one was asked
@@ -46,10 +45,9 @@ def push(folder: Path, repository: str, token: str, *, private: bool, step: int 
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
-        info: Any = api.repo_info(repository, repo_type="model")
-        if private and not info.private:
+        if private and not api.repo_info(repository, repo_type="model").private:
             raise ConfigError(
-                f"{repository} exists and is public. To publish the model there, say --private false; the folder "
+                f"{repository} exists and is public. To publish the model there, add --private false; the folder "
                 f"{folder} is written."
             )
         at = f", step {step:,}" if step is not None else ""

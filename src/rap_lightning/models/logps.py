@@ -1,8 +1,12 @@
-"""Response log-probabilities from hidden states: chunked over tokens, float32, blind to layouts and losses.
+"""Response log-probabilities from hidden states: chunked over tokens, in float32, independent of layout and loss.
 
-Shape legend: N response tokens (M in a Batch), D hidden size, V vocabulary, C tokens in a chunk. No [B, T, V] and no
-[N, V] tensor ever exists: logits live for one chunk at a time. Those of the first chunks, up to KEPT_BYTES, are kept
-for the backward pass; the others are computed again.
+:class:`Head` holds the output layer and what a model does to its logits; :class:`_TokenLogps` computes. Another way to
+compute (``F.linear_cross_entropy``, cut-cross-entropy) is a subclass of Head with its own ``token_logps``, chosen in
+:meth:`Head.of`; ``model_checks.check_head`` then compares it with the model's own logits at every start.
+
+Shape legend: N response tokens (M in a Batch), D hidden size, V vocabulary. No [B, T, V] and no [N, V] tensor ever
+exists: logits are computed for one chunk of tokens at a time. Those of the first chunks, up to KEPT_BYTES, are kept for
+the backward pass; the others are computed again.
 """
 
 from __future__ import annotations
@@ -16,12 +20,12 @@ from rap_lightning.errors import ConfigError
 
 CHUNK_BYTES = 256 * 2**20  # float32 logits computed at a time
 KEPT_BYTES = 512 * 2**20  # float32 logits that one forward pass may keep for its backward pass
-INVERTIBLE_CAP = 40.0  # soft cap up to which logits can be had back from e^(z - max): e^-80 is far from underflow
+INVERTIBLE_CAP = 40.0  # soft cap up to which z can be recovered from e^(z - max): e^-80 is far from underflow
 ROWS_IN_CACHE = 8  # of logits, on a CPU: 1.5 MB at 49,152 tokens, 8 MB at 256,000
 
 
 class Head:
-    """What turns hidden states into logits: softcap(scale * (h W^T + b)).
+    """An output layer: hidden states h become logits softcap(scale * (h W^T + b)).
 
     Args:
         weight: [V, D].
@@ -35,7 +39,7 @@ class Head:
 
     @classmethod
     def of(cls, model: Any) -> Head:
-        """The head of a Hugging Face causal LM.
+        """Return the head of a Hugging Face causal LM.
 
         Raises:
             ConfigError: the head isn't a plain linear layer (an adapter on it, say).
@@ -51,25 +55,20 @@ class Head:
         return cls(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
     def token_logps(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """log p(target | hidden), [N] float32 nats, of hidden [N, D] and target [N] int64."""
-        if torch.is_autocast_enabled(hidden.device.type):
-            compute = torch.get_autocast_dtype(hidden.device.type)
-        else:
-            compute = self.weight.dtype
-        keep = torch.is_grad_enabled()
+        """Return log p(target | hidden), [N] float32 nats, of hidden [N, D] and target [N] int64."""
         logps: Tensor = _TokenLogps.apply(
-            hidden, self.weight, self.bias, target, self.scale, self.softcap, compute, keep
-        )
+            hidden, self.weight, self.bias, target, self.scale, self.softcap, self._compute_dtype(hidden),
+            torch.is_grad_enabled(),
+        )  # fmt: skip
         return logps
 
     @torch.no_grad()
     def log_collisions(self, hidden: Tensor) -> Tensor:
-        """log Σ_v p(v | hidden)², [N] float32 nats, of hidden [N, D]; without gradient, and chunked like the rest.
+        """Return log Σ_v p(v | hidden)², [N] float32 nats, of hidden [N, D]; without gradient.
 
         The probability that two draws are the same token; its negative is the Rényi entropy of order 2.
         """
-        autocast = torch.is_autocast_enabled(hidden.device.type)
-        compute = torch.get_autocast_dtype(hidden.device.type) if autocast else self.weight.dtype
+        compute = self._compute_dtype(hidden)
         wide = torch.float64 if compute == torch.float64 else torch.float32
         cast = self.weight.to(compute)
         found = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -79,14 +78,25 @@ class Head:
             found[part] = torch.logsumexp(2 * logits, -1) - 2 * log_z
         return found
 
+    def _compute_dtype(self, hidden: Tensor) -> torch.dtype:
+        """The dtype of the matrix products: autocast's, or the weight's. Logits are float32 (float64) either way."""
+        if torch.is_autocast_enabled(hidden.device.type):
+            return torch.get_autocast_dtype(hidden.device.type)
+        return self.weight.dtype
+
 
 class _TokenLogps(torch.autograd.Function):
-    """Gathered log-softmax of a linear layer's output.
+    """The log-softmax of a linear layer's output at one target per row, with a backward pass of its own.
 
-    The forward pass turns logits z into e = exp(z - max) in place, and sums them to Z. With g the gradient of a token's
-    log-probability, the gradient of its logits is -(g / Z) (e - Z onehot): the factor is a number per token and goes to
-    the short side of both products, so that no pass over the logits is made for it. Chunks that the forward pass did
-    not keep are computed again.
+    Forward: logits z become e = exp(z - max) in place, and Z is the sum of e. The log-probability is the gathered logit
+    minus log-sum-exp (max + log Z): log_softmax on a CPU has ten times the rounding error of this.
+
+    Backward: with g the gradient of a token's log-probability, the gradient of its logits is -(g / Z) (e - Z onehot).
+    The factor -(g / Z) is one number per token, so it is multiplied into the [N, D] side of both matrix products
+    instead of the [N, V] side: no pass over the logits is made for it.
+
+    Chunks that the forward pass did not keep are computed again, from the saved max, so that e is the same to the bit.
+    With a soft cap the gradient also needs z, which is recovered from e where the cap is small enough.
     """
 
     @staticmethod
@@ -107,7 +117,6 @@ class _TokenLogps(torch.autograd.Function):
             room -= logits.nbytes
             if room >= 0:
                 kept[number] = logits
-        # the gathered logit minus log-sum-exp: CPU log_softmax carries ten times its rounding error
         logps -= top + total.log()
         ctx.save_for_backward(hidden, weight, bias, target, top, total)
         ctx.scale, ctx.softcap, ctx.compute, ctx.kept = scale, softcap, compute, kept
@@ -118,7 +127,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, target, top, total = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = total.dtype
-        # an autocast region may be open around the backward pass; what is computed in which dtype is decided here
+        # dtypes are chosen here, also where an autocast region is open around the backward pass
         with torch.autocast(hidden.device.type, enabled=False):
             cast = weight.to(ctx.compute)
             grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -155,9 +164,14 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _exponentiate(logits: Tensor, top: Tensor, total: Tensor | None) -> None:
-    """exp(logits - their largest), in place; ``top`` and ``total`` take the largest and the sums, or ``top`` is given.
+    """Replace logits by exp(logits - top) in place.
 
-    On a CPU by a few rows at a time, which stay in its cache between the passes.
+    Args:
+        logits: [C, V].
+        top: [C] their largest values: an output, or with ``total`` None an input.
+        total: [C] an output, the sums of the exponentials.
+
+    On a CPU a few rows are done at a time, which stay in its cache between the three passes.
     """
     rows = ROWS_IN_CACHE if logits.device.type == "cpu" else len(logits)
     for first in range(0, len(logits), rows):
@@ -170,20 +184,20 @@ def _exponentiate(logits: Tensor, top: Tensor, total: Tensor | None) -> None:
 
 
 def _slope_of_cap(logits: Tensor, softcap: float | None) -> Tensor | None:
-    """Of the soft cap, at capped logits: 1 - (z / c)^2."""
+    """Return the derivative of the soft cap at capped logits: 1 - (z / c)^2."""
     return None if softcap is None else 1 - (logits / softcap) ** 2
 
 
 def _to_slopes(powers: Tensor, total: Tensor, target: Tensor, cap: Tensor | None) -> Tensor:
-    """e - Z onehot, times the slope of the soft cap where there is one; ``powers`` e is overwritten."""
+    """Return e - Z onehot, times the slope of the soft cap where there is one, in the memory of ``powers`` e."""
     powers.scatter_add_(-1, target, -total)
     return powers if cap is None else powers.mul_(cap)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b (total = a @ b at ``first``), written into place where the dtypes are one.
+    """Add a @ b to ``total``, in place where the dtypes are equal, which saves a copy of the head's weight.
 
-    Products in bfloat16 are added up in the total's float32.
+    At ``first`` the total is overwritten. bfloat16 products are summed in the total's float32.
     """
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
@@ -213,5 +227,5 @@ def _logits(
 
 
 def sum_by_segment(token_logps: Tensor, segment: Tensor, segments: int) -> Tensor:
-    """[segments] sums of [N] values, in their dtype."""
+    """Return the sums of [N] values by segment, [segments], in their dtype."""
     return token_logps.new_zeros(segments).index_add(0, segment, token_logps)

@@ -41,7 +41,8 @@ class Likelihoods:
         import torch
 
         from rap_lightning.batches.encode import Encoder
-        from rap_lightning.models.policy import Policy, check_head
+        from rap_lightning.models.model_checks import check_head
+        from rap_lightning.models.policy import Policy
 
         context = model.context()
         if max_length is not None and not 2 <= max_length <= context:

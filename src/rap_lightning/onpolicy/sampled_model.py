@@ -147,7 +147,7 @@ class Model:
 
     def _config(self) -> Any:
         from rap_lightning.models.checkpoint.saved_policy import config_of
-        from rap_lightning.models.policy import PolicyConfig
+        from rap_lightning.models.policy_config import PolicyConfig
 
         if not self.is_checkpoint:
             return PolicyConfig(self.path, self.revision, trust_remote_code=self.trust_remote_code)
@@ -173,7 +173,7 @@ class Model:
     def _with_adapter(self, dtype: Any) -> Any:
         from peft import PeftModel
 
-        from rap_lightning.models.policy import PolicyConfig
+        from rap_lightning.models.policy_config import PolicyConfig
 
         if not (self.place / "adapter_model.safetensors").is_file():
             raise ConfigError(

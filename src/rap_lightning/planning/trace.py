@@ -27,7 +27,8 @@ from rap_lightning.batches.types import Batch
 from rap_lightning.distributed.sharded_load import blank_model
 from rap_lightning.errors import ConfigError
 from rap_lightning.models import logps
-from rap_lightning.models.policy import Policy, PolicyConfig, evaluating
+from rap_lightning.models.policy import Policy, evaluating
+from rap_lightning.models.policy_config import PolicyConfig
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -14,7 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import PreferenceLoss
-from rap_lightning.models.references.base import AdaptersOff, Frozen, NoReference, Reference
+from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.base import NoReference, Reference
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.post_warmup import Warmed
 from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.training.schedules import Schedule

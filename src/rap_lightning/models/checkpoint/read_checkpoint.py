@@ -1,4 +1,8 @@
-"""Reading checkpoints: plain values and tensors only, never pickled code."""
+"""Reading checkpoints: plain values and tensors only, never pickled code.
+
+In order of how much is read: :func:`refuse_unreadable` looks at names and ends, :func:`refuse_damaged` at every byte,
+:func:`read_checkpoint` loads.
+"""
 
 from __future__ import annotations
 
@@ -11,100 +15,99 @@ import torch
 
 from rap_lightning.errors import ConfigError, few
 from rap_lightning.models.checkpoint.integrity import verify
-from rap_lightning.models.checkpoint.sharded_files import refuse_incomplete
+from rap_lightning.models.checkpoint.sharded_folder import refuse_incomplete
 
 
 def refuse_unreadable(path: Path) -> None:
     """Raise ConfigError where no checkpoint can be at ``path``: nothing there, or a file that is cut off or foreign.
 
-    A sharded checkpoint is a folder, with a list of what must be in it.
+    Raises:
+        ConfigError: names another checkpoint beside it that can be used, if there is one.
     """
+    try:
+        _refuse_unreadable(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_another(path)}") from error
+
+
+def refuse_damaged(path: Path) -> bool:
+    """Raise ConfigError where :func:`refuse_unreadable` does, and where the content is not what was written.
+
+    Returns:
+        Whether that could be known: whether the checkpoint has checksums.
+    """
+    try:
+        _refuse_unreadable(path)
+        return verify(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_another(path)}") from error
+
+
+def _refuse_unreadable(path: Path) -> None:
     if path.is_dir():
-        try:
-            refuse_incomplete(path)
-        except ConfigError as error:
-            raise ConfigError(f"{error}{_another(path)}") from error
-        return
-    if not path.is_file():
+        refuse_incomplete(path)
+    elif not path.is_file():
         gone = f"it points to {path.readlink()}, which is gone" if path.is_symlink() else "no such file"
-        raise ConfigError(f"{path}: {gone}. Expected a .ckpt file that fit wrote.{_another(path)}")
-    if not _is_archive(path):
+        raise ConfigError(f"{path}: {gone}. Expected a .ckpt file that fit wrote.")
+    elif not _is_archive(path):
         raise ConfigError(
-            f"{path} can't be read as a checkpoint: it is cut off, or of another kind (a pickle, say).{_another(path)}"
+            f"{path} can't be read as a checkpoint: it is cut off, or of another kind (for example, a pickle)."
         )
 
 
 def _is_archive(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # whose end says something impossible
+    except zipfile.BadZipFile:  # with impossible values at its end
         return False
 
 
-def refuse_damaged(path: Path) -> bool:
-    """``refuse_unreadable``, and raise ConfigError where the content is not what was written, naming another.
-
-    Returns whether that could be known: whether there is a digest of the content.
-    """
-    refuse_unreadable(path)
-    try:
-        return verify(path)
-    except ConfigError as error:
-        raise ConfigError(f"{error}{_another(path)}") from error
+def _another(path: Path) -> str:
+    """Return a sentence that names the newest whole checkpoint beside one that can't be used, or ""."""
+    for other in all_checkpoints(path.parent):
+        try:
+            if other.resolve() != path.resolve():
+                _refuse_unreadable(other)
+                verify(other)
+                return f" The newest whole one there is {other}: use that instead."
+        except ConfigError:
+            continue
+    return ""
 
 
 def newest_whole(root: Path, fits: Callable[[Path], bool], say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint below a folder that is whole, or None; each one passed over is said.
+    """Return the newest checkpoint below a folder that is whole, or None, and report those that are skipped.
 
     Args:
         root: a folder of runs.
-        fits: whether a checkpoint is of the run that is to go on; asked of whole ones only.
-        say: is told which newer ones were passed over, and why.
+        fits: whether a checkpoint is of the run to resume; called for whole ones only.
+        say: is called with which newer ones are skipped, and why.
     """
     others: list[Path] = []
     found = None
-    for path in _checkpoints(root):
+    for path in all_checkpoints(root):
         try:
-            refuse_unreadable(path)
+            _refuse_unreadable(path)
             verify(path)
             if fits(path):
                 found = path
                 break
             others.append(path)
         except ConfigError as error:
-            say(f"passed over: {error}")
+            say(f"skipping: {error}")
     if others:
-        say(f"passed over, of runs with other model, data or seed_everything options than this one: {few(others)}")
+        say(f"skipping, of runs with other model, data or seed_everything options than this one: {few(others)}")
     return found
 
 
-def count(root: Path) -> int:
-    """Checkpoints below a folder, whatever state they are in."""
-    return len(_checkpoints(root))
-
-
-def _checkpoints(root: Path) -> list[Path]:
+def all_checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoints below a folder, the newest first, whatever state they are in."""
     found = [path for path in root.rglob("*.ckpt") if not path.is_symlink()] if root.is_dir() else []
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _another(path: Path) -> str:
-    """A sentence that names the newest whole checkpoint beside one that can't be used, or ""."""
-    for other in _checkpoints(path.parent):
-        try:
-            if other.resolve() == path.resolve():
-                continue
-            if other.is_dir():
-                refuse_incomplete(other)
-            if (other.is_dir() or _is_archive(other)) and verify(other):
-                return f" The newest whole one there is {other}: give that instead."
-        except ConfigError:
-            continue
-    return ""
-
-
 def run_key(path: Path) -> str | None:
-    """What ``PreferenceModule.run_key`` was when a checkpoint was written; None where it doesn't say."""
+    """Return ``PreferenceModule.run_key`` at the time a checkpoint was written; None where it isn't recorded."""
     file = path / "meta.pt" if path.is_dir() else path
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -114,10 +117,10 @@ def run_key(path: Path) -> str | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint file that fit wrote; its tensors stay on disk until they are looked at.
+    """Load a checkpoint file that fit wrote; its tensors are read from disk when they are used.
 
     Raises:
-        ConfigError: it isn't there, can't be read, or isn't one of ours.
+        ConfigError: it isn't there, can't be read, or isn't a checkpoint of rap-lightning.
     """
     refuse_damaged(path)
     try:

@@ -1,12 +1,11 @@
-"""What fit saved of a policy, whichever way it was trained: one file (one device, DDP), FSDP2 shards, DeepSpeed ZeRO.
+"""The policy in a checkpoint, whichever strategy wrote it: one file (one device, DDP), FSDP2 shards, DeepSpeed ZeRO.
 
-Weights are read by name, when they are asked for: optimizer states, and of an adapter's run the base model, never are.
+:func:`open_saved` finds out which, and :func:`restored` builds the policy. Weights are read by name, when they are
+asked for: optimizer states, and the base model of an adapter's run, never are.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection
@@ -17,15 +16,17 @@ import torch
 from torch import Tensor
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.adapters import of_adapter
 from rap_lightning.models.checkpoint.read_checkpoint import read_checkpoint, refuse_damaged
-from rap_lightning.models.checkpoint.sharded_files import LISTING, PlainReader, short
+from rap_lightning.models.checkpoint.sharded_folder import INDEX, PlainReader, short
 from rap_lightning.models.digests import base_digest, same_base
-from rap_lightning.models.policy import Lora, Policy, PolicyConfig
+from rap_lightning.models.policy import Policy, of_adapter
+from rap_lightning.models.policy_config import Lora, PolicyConfig
 
 PREFIX = "policy."
 META = "meta.pt"
 """What Lightning writes beside the shards of ModelParallelStrategy."""
+FACTS = "rap_lightning_facts"
+"""Where a checkpoint keeps what a model card says of its run."""
 
 
 class SavedPolicy(ABC):
@@ -34,7 +35,7 @@ class SavedPolicy(ABC):
     Attributes:
         path: of the file or folder.
         meta: everything but weights and optimizer states.
-        verified: its content was compared with the digest that was written with it.
+        verified: whether its content was compared with its checksums.
     """
 
     verified = False
@@ -61,12 +62,12 @@ class SavedPolicy(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of most of the policy's weights."""
+        """The dtype of most of the policy's weights; float32 unless the checkpoint records it."""
         return torch.float32
 
     @abstractmethod
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Those of the policy's tensors, on the CPU.
+        """Return those of the policy's tensors, on the CPU.
 
         Raises:
             ConfigError: the files are damaged.
@@ -74,12 +75,12 @@ class SavedPolicy(ABC):
 
 
 def config_of(options: dict[str, Any], path: Path, *, trust_remote_code: bool) -> PolicyConfig:
-    """A recorded policy's config for use outside of training, on whatever machine this is.
+    """Return a recorded policy's config for use outside of training, on any machine.
 
     Args:
         options: the record's ``policy``.
         path: of the checkpoint, for messages.
-        trust_remote_code: never what a file says about running code.
+        trust_remote_code: the caller's choice; what a file says about running code is never followed.
 
     Raises:
         ConfigError: the record is of another version.
@@ -94,25 +95,27 @@ def config_of(options: dict[str, Any], path: Path, *, trust_remote_code: bool) -
 
 
 def open_saved(path: Path) -> SavedPolicy:
-    """Look at what is at ``path``.
+    """Verify a checkpoint and read its record.
 
     Raises:
-        ConfigError: there is no checkpoint of ours, or it can't be read.
+        ConfigError: there is no checkpoint of rap-lightning, or it can't be read.
     """
     verified = refuse_damaged(path)
     saved: SavedPolicy
     if not path.is_dir():
         saved = _OneFile(path)
-    elif (path / LISTING).is_file():
+    elif (path / INDEX).is_file():
         saved = _Shards(path)
     else:
-        saved = _Zero(path)
+        from rap_lightning.models.checkpoint.zero_folder import ZeroFolder
+
+        saved = ZeroFolder(path)
     saved.verified = verified
     return saved
 
 
 def restored(saved: SavedPolicy, config: PolicyConfig, dtype: torch.dtype) -> Policy:
-    """The policy with the checkpoint's weights in it; of an adapter's run the base model's are those of its files.
+    """Build the policy with the checkpoint's weights; of an adapter's run the base model is loaded from its files.
 
     Args:
         saved: the checkpoint.
@@ -125,10 +128,11 @@ def restored(saved: SavedPolicy, config: PolicyConfig, dtype: torch.dtype) -> Po
     policy = config.build(dtype)
     state = policy.state_dict()
     _refuse_other_base(saved, config, policy)
-    trained = {name for name, p in policy.named_parameters() if p.requires_grad or of_adapter(name)}
-    present = {state[name].data_ptr() for name in saved.names if name in state}
-    tied = {n for n, v in state.items() if n in saved.names or v.data_ptr() not in present}
-    wanted = trained if saved.adapts else tied
+    if saved.adapts:
+        wanted = {name for name, p in policy.named_parameters() if p.requires_grad or of_adapter(name)}
+    else:  # of tied weights one name is enough
+        present = {state[name].data_ptr() for name in saved.names if name in state}
+        wanted = {name for name, value in state.items() if name in saved.names or value.data_ptr() not in present}
     missing, unexpected = sorted(wanted - set(saved.names)), sorted(set(saved.names) - state.keys())
     if missing or unexpected:
         raise ConfigError(
@@ -145,18 +149,20 @@ def restored(saved: SavedPolicy, config: PolicyConfig, dtype: torch.dtype) -> Po
 
 
 def _refuse_other_base(saved: SavedPolicy, config: PolicyConfig, policy: Policy) -> None:
-    """An adapter on a base model that it wasn't trained over is a model that nobody has seen."""
+    """Raise ConfigError where an adapter would be put on a base model that it wasn't trained on."""
     then = saved.record.get("digests", {}).get("base")
     if then is None or saved.record["policy"].get("quantize") or "torch.float16" in then.split(":")[0].split(","):
-        return  # not recorded, or in numbers that the base model's own dtype doesn't give again
+        return  # not recorded, or in numbers that the base model's own dtype can't reproduce
     if not same_base(then, base_digest(policy)):
         raise ConfigError(
-            f"the checkpoint's adapter was trained over another base model than what is now at {config.path}. "
-            "Put back what the run began with."
+            f"the checkpoint's adapter was trained on another base model than what is now at {config.path}. "
+            "Put back the base model that the run began with."
         )
 
 
 class _OneFile(SavedPolicy):
+    """What one device and DDP write."""
+
     def __init__(self, path: Path) -> None:
         content = read_checkpoint(path)
         state = content.pop("state_dict", {})
@@ -170,14 +176,14 @@ class _OneFile(SavedPolicy):
 
     @property
     def dtype(self) -> torch.dtype:
-        return _most([value.dtype for value in self._state.values()])
+        return _most_common([value.dtype for value in self._state.values()])
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         return {name: self._state[name] for name in names}
 
 
 class _Shards(SavedPolicy):
-    """torch.distributed.checkpoint, as Lightning's ModelParallelStrategy writes it."""
+    """What Lightning's ModelParallelStrategy writes with torch.distributed.checkpoint."""
 
     def __init__(self, path: Path) -> None:
         meta = path / META
@@ -202,7 +208,7 @@ class _Shards(SavedPolicy):
 
     @property
     def dtype(self) -> torch.dtype:
-        return _most([entry.properties.dtype for entry in self._entries.values()])
+        return _most_common([entry.properties.dtype for entry in self._entries.values()])
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         from torch.distributed.checkpoint.state_dict_loader import load
@@ -221,72 +227,6 @@ class _Shards(SavedPolicy):
         return state
 
 
-class _Zero(SavedPolicy):
-    """DeepSpeed, stages 1 to 3: its own tool puts the float32 weights together."""
-
-    # what DeepSpeed pickles beside tensors and plain values
-    classes = (
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address",
-    )  # fmt: skip
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from deepspeed.utils import zero_to_fp32
-        except ImportError as error:
-            raise ConfigError(
-                f"{path} is a DeepSpeed checkpoint, which DeepSpeed itself must put together. Install it where you "
-                "export (no GPU is needed): pip install deepspeed"
-            ) from error
-        self._tools = zero_to_fp32
-        tag = (path / "latest").read_text(encoding="utf-8").strip()
-        self._folder = path / tag
-        if Path(tag).name != tag or not self._folder.is_dir():
-            raise ConfigError(f"{path}: latest names the folder {tag!r}, which isn't there. Was the copy interrupted?")
-        for file in sorted(self._folder.glob("*.pt")):
-            self._refuse_code(file)
-        models = sorted(self._folder.glob("*model_states.pt"))
-        if not models:
-            raise ConfigError(f"{self._folder}: no *_model_states.pt is there. Was the copy interrupted?")
-        content = torch.load(models[0], map_location="cpu", weights_only=False, mmap=True)
-        modules = content.pop("module", {})
-        shapes = content.get("param_shapes") or []
-        self._names = {name for group in shapes for name in group} | set(modules)
-        self._names |= set(content.get("frozen_param_shapes") or {})
-        super().__init__(path, {k: content[k] for k in content if k in ("rap_lightning", FACTS)})
-
-    def _refuse_code(self, file: Path) -> None:
-        """DeepSpeed's files are pickles that its tool runs: allow what DeepSpeed writes, and nothing else."""
-        try:
-            found = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - set(self.classes)
-        except Exception as error:
-            raise ConfigError(f"{file} can't be read: it is cut off, or of another kind.") from error
-        if found:
-            raise ConfigError(
-                f"{file} holds more than DeepSpeed's own values and tensors, and is refused: {sorted(found)[0]}"
-            )
-
-    @property
-    def names(self) -> Collection[str]:
-        return {n.removeprefix(PREFIX) for n in self._names if n.startswith(PREFIX)}
-
-    def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        wanted = {PREFIX + name for name in names}
-        try:
-            with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-                state = self._tools.get_fp32_state_dict_from_zero_checkpoint(str(self.path), lazy_mode=True)
-            return {n.removeprefix(PREFIX): state[n].contiguous() for n in wanted}
-        except Exception as error:
-            raise ConfigError(
-                f"{self.path}: DeepSpeed can't put its weights together, a file is missing, cut off or damaged: "
-                f"{short(error)}"
-            ) from error
-
-
-FACTS = "rap_lightning_facts"
-"""Where a checkpoint keeps what a model card says of its run."""
-
-
-def _most(dtypes: list[torch.dtype]) -> torch.dtype:
+def _most_common(dtypes: list[torch.dtype]) -> torch.dtype:
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]
     return Counter(floating).most_common(1)[0][0] if floating else torch.float32

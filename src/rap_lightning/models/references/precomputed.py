@@ -1,4 +1,7 @@
-"""The reference whose log-probabilities are computed once, before training, and kept on disk."""
+"""Reference log-probabilities that are computed once, before training, and kept on disk.
+
+Read :meth:`Stored.prepare` first: what is missing is computed by a live reference, which is then freed.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from copy import copy
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,17 +22,22 @@ from rap_lightning.batches.types import Batch
 from rap_lightning.distributed.fsdp2 import Sharding
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.adapters import adapter_digest
-from rap_lightning.models.policy import Policy, PolicyConfig, evaluating
-from rap_lightning.models.references.base import AdaptersOff, Frozen, Reference
-from rap_lightning.models.references.logp_store import LogpStore, default_root, to_tensor, weights_digest
+from rap_lightning.models.digests import weights_digest
+from rap_lightning.models.policy import Policy, evaluating, most_on_any_rank
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.private_api import attention_implementation
+from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.base import Reference
+from rap_lightning.models.references.frozen import Frozen
+from rap_lightning.models.references.logp_store import LogpStore, default_root
 from rap_lightning.progress_bar import progress
 
 Live: TypeAlias = Callable[[Batch], Tensor]
 """From a batch to [M] nats."""
 SAMPLE = 2
-"""Forward passes of stored log-probabilities that every run computes again."""
+"""Forward passes of stored log-probabilities that every run computes again, to compare."""
 FLUSH_SECONDS = 30.0
-"""At most this much work is lost with a killed process."""
+"""At most this much work is lost when a process is killed."""
 BOUNDS = {True: 1e-4, False: 0.1}
 """Nats: mean difference per token up to which a sample agrees, in float32 and in bfloat16."""
 
@@ -36,19 +45,19 @@ BOUNDS = {True: 1e-4, False: 0.1}
 class Stored(Reference):
     """Log-probabilities of the initial policy, or of another model, computed once and kept on disk.
 
-    Before training, all ranks share the responses that are not on disk yet; then the model is freed. A run that is
-    killed goes on with what is there. Whatever changes a number asks for new ones: the model's files, its dtype, the
-    trainer's precision, the attention kernel, and every token of a prompt or response. The loss, β, the learning rate,
-    the layout and the batch size don't. A sample is computed again on every use, and must agree.
+    Before training, the ranks share the work for responses that are not on disk yet; then the model is freed. A run
+    that was killed continues from what is on disk. Everything that changes a number is in the key: the model's files,
+    its dtype, the trainer's precision, the attention kernel, and every token of a prompt or response. The loss, β, the
+    learning rate, the layout and the batch size are not. A sample is computed again on every use, and must agree.
 
     In bfloat16 log-probabilities depend on how sequences are laid out, by rounding: the first batch shows by how much.
 
     Args:
         path: a Hugging Face folder or Hub id; by default the policy's own.
         revision: of ``path`` on the Hub.
-        adapter: a LoRA adapter on it, as for Frozen; by default that which the policy continues, if any, and none on
+        adapter: a LoRA adapter on it, as for Frozen; by default the one that the policy continues, if any, and none on
             another ``path``.
-        folder: where they are kept; by default in ``~/.cache/rap-lightning`` (or ``XDG_CACHE_HOME``). Nodes of a
+        folder: where they are kept; by default in ``~/.cache/rap-lightning`` (or ``XDG_CACHE_HOME``). The nodes of a
             cluster must share it.
     """
 
@@ -74,26 +83,27 @@ class Stored(Reference):
         return self.frozen.is_initial_policy
 
     def load(self, policy: PolicyConfig, dtype: torch.dtype) -> None:
-        """Nothing is loaded until it is known that something is missing."""
+        """Load nothing: ``prepare`` does where something is missing."""
         self._config, self._dtype = policy, dtype
 
     def shard(self, sharding: Sharding) -> None:
-        """Remember how, for when a model is loaded."""
+        """Load the model in parts, where one is needed."""
         self._sharding = sharding
 
     @torch.no_grad()
     def prepare(
         self, policy: Policy, batches: Iterable[tuple[Batch, ...]], *, total: int, fresh: bool, precision: str
     ) -> None:
-        """Compute what is missing of this rank's batches, and check a sample of what is there.
+        """Compute what is missing of this rank's batches, and compare a sample of what is on disk.
 
         Raises:
-            ConfigError: the folder can't be used, or what is stored isn't what the model gives.
+            ConfigError: the folder can't be used, or the sample differs from what the model computes.
         """
         store = self._store = self._opened(policy, precision)
         self._exact = self._dtype == torch.float32 and "bf16" not in precision
         device = policy.device
-        silent = _ranks() and torch.distributed.get_rank() > 0
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        silent = ranks and torch.distributed.get_rank() > 0
         live: Live | None = None
         checked, flushed = 0, time.monotonic()
         with ExitStack() as stack:
@@ -102,10 +112,10 @@ class Stored(Reference):
             )
             for number, part in ((number, part) for number, batch in enumerate(bar) for part in batch):
                 missing = [digest not in store for digest in part.digests]
-                # spread over all data, so that no part of them is never looked at
+                # samples are spread over all data, at the first complete batch after each share of them
                 sampled = checked < SAMPLE and checked * total <= number * SAMPLE and not any(missing)
-                # where the model is sharded, its ranks must go through it together
-                if not _any_rank(any(missing) or sampled, device):
+                # ranks that hold parts of one model must run it together
+                if not most_on_any_rank(int(any(missing) or sampled), device):
                     continue
                 if live is None:
                     live = stack.enter_context(self._live(policy, fresh=fresh))
@@ -122,15 +132,15 @@ class Stored(Reference):
                     store.flush()
                     flushed = time.monotonic()
             store.flush()
-        if _ranks():
+        if ranks:
             torch.distributed.barrier()
         store.refresh()
 
     def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
-        """[M] float32 nats, from disk.
+        """Read [M] float32 nats from disk.
 
         Raises:
-            DataError: a response was not there when the run was prepared.
+            DataError: a response was not in the data when the run was prepared.
         """
         assert self._store is not None, "prepare comes first"
         try:
@@ -141,8 +151,8 @@ class Stored(Reference):
                 "data when the run began. Use the reference Frozen, or AdaptersOff."
             ) from error
         if not values:
-            raise ConfigError("the reference Stored knows the data's own responses only: use Frozen, or AdaptersOff.")
-        return to_tensor(values, batch.target.device)
+            raise ConfigError("the reference Stored has the data's own responses only: use Frozen, or AdaptersOff.")
+        return torch.from_numpy(np.concatenate(values)).to(batch.target.device)
 
     def _opened(self, policy: Policy, precision: str) -> LogpStore:
         assert self._config is not None, "load comes first"
@@ -151,12 +161,12 @@ class Stored(Reference):
             "weights": weights_digest(source.path, source.revision),
             "dtype": str(self._dtype),
             "precision": precision,
-            "attention": policy.causal_lm.config.get_text_config()._attn_implementation,
+            "attention": str(attention_implementation(policy.causal_lm.config.get_text_config())),
             "device": policy.device.type,
         }
         if source.adapter is not None:
             key["adapter"] = adapter_digest(source.adapter, source.adapter_revision)
-        if source.resize_embeddings:  # each row that is added takes its share of the probability
+        if source.resize_embeddings:  # every added token takes its share of the probability
             key["embeddings"] = str(policy.causal_lm.get_input_embeddings().weight.shape[0])
         for name in ("rope", "quantize"):
             if (value := getattr(source, name)) is not None:
@@ -169,13 +179,13 @@ class Stored(Reference):
         if not difference <= BOUNDS[self._exact]:
             raise ConfigError(
                 f"the log-probabilities stored in {self._store.folder} differ from those of the reference by "
-                f"{difference:.2g} nats per token (pair {batch.pair_ids[0]}). Something has changed that is not known "
-                "here: remove the folder, and they are computed again."
+                f"{difference:.2g} nats per token (pair {batch.pair_ids[0]}). Something outside of their key has "
+                "changed: remove the folder, and they are computed again."
             )
 
     @contextmanager
     def _live(self, policy: Policy, *, fresh: bool) -> Iterator[Live]:
-        """The reference itself: the policy where it still is that, else a model that is loaded and freed again."""
+        """Provide the reference itself: the policy if it is still the initial one, else a model that is then freed."""
         assert self._config is not None, "load comes first"
         if self.is_initial_policy and self._config.lora is not None:
             yield lambda batch: AdaptersOff().token_logps(policy, batch)
@@ -193,15 +203,3 @@ class Stored(Reference):
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _ranks() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _any_rank(flag: bool, device: torch.device) -> bool:
-    if not _ranks():
-        return flag
-    told = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-    return bool(told)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import Policy, PolicyConfig
-from rap_lightning.models.references.policy_copy import HeldWeights
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.references.policy_copy import PolicyCopy
 
 
-class Synchronised(HeldWeights):
+class Synchronised(PolicyCopy):
     """TR-DPO's reference: every ``every`` optimizer steps it becomes alpha · policy + (1 - alpha) · reference.
 
-    It starts as the policy does. Only the trainable weights are held a second time, and only they go into the
-    checkpoint, so that a resumed run goes on exactly; of an adapter that is the adapter, over the same base model.
+    It starts as the initial policy. Only the trainable weights are copied, and only the copy is saved in checkpoints,
+    so that a resumed run continues exactly; of a LoRA policy that is the adapter, on the same base model.
 
     Args:
         every: τ, optimizer steps between updates.
@@ -34,7 +34,7 @@ class Synchronised(HeldWeights):
         self.every, self.alpha = every, alpha
 
     def check(self, policy: PolicyConfig) -> None:
-        """Refuse to mix adapters."""
+        """Raise ConfigError where adapters would be mixed."""
         if policy.adapts and self.alpha != 1:
             raise ConfigError(
                 f"reference Synchronised: with an adapter alpha must be 1, found {self.alpha:g}: mixing the factors of "
@@ -49,20 +49,3 @@ class Synchronised(HeldWeights):
             for name, p in policy.named_parameters():
                 if name in self._weights:
                     self._weights[name].lerp_(p.detach(), self.alpha)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The copy."""
-        return dict(self._weights)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the copy.
-
-        Raises:
-            ConfigError: it is of another policy, or of a run with another reference.
-        """
-        if state.keys() != self._weights.keys():
-            raise ConfigError(
-                "the checkpoint holds no state of the reference Synchronised for this policy. Go on with the reference "
-                "that the run began with."
-            )
-        self._weights = {name: state[name].to(weight) for name, weight in self._weights.items()}

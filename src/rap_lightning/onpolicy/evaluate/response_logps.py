@@ -84,7 +84,8 @@ class Likelihoods:
     ) -> None:
         import torch
 
-        from rap_lightning.models.policy import Policy, check_head, check_sharing
+        from rap_lightning.models.model_checks import check_head, check_sharing
+        from rap_lightning.models.policy import Policy
 
         policy = Policy(model.load(getattr(torch, dtype), _device())).eval()
         check_head(policy)

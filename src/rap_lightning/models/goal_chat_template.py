@@ -1,4 +1,4 @@
-"""A tokenizer whose chat template writes goals by itself, proved to write what training wrote."""
+"""A chat template that writes goals by itself, compared with what training wrote."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ CONVERSATIONS: list[list[Message]] = [
 
 
 class _Placed(GoalTemplate):
-    """Tells an encoder where a recorded goal stands."""
+    """Tells an encoder where a recorded goal is placed."""
 
     def __init__(self, placement: Any) -> None:
         super().__init__(placement=placement)
 
     def text(self, goal: float, attributes: Any = ()) -> str:
-        raise AssertionError("recorded goals bring their text")
+        raise AssertionError("recorded goals have their text")
 
 
-def write_goals_by_itself(tokenizer: Any, goal: dict[str, Any]) -> Any:
-    """A copy of the tokenizer whose chat template asks for the best goal.
+def with_goals_in_template(tokenizer: Any, goal: dict[str, Any]) -> Any:
+    """Return a copy of the tokenizer whose chat template asks for the best goal.
 
     Conversations with and without a system message, of one turn and of several, are rendered at several goals, and
     their ids compared with those that training makes of them.
@@ -50,7 +50,7 @@ def write_goals_by_itself(tokenizer: Any, goal: dict[str, Any]) -> Any:
         goal: the record of its goal template.
 
     Raises:
-        ConfigError: the template can't be made to write what training wrote.
+        ConfigError: the template doesn't write what training wrote.
     """
     own = restore_own_template(copy.copy(tokenizer))
     encoder = Encoder(own, _Placed(goal["placement"]), max_length=1_000_000)
@@ -58,8 +58,8 @@ def write_goals_by_itself(tokenizer: Any, goal: dict[str, Any]) -> Any:
     words = [goal["best"], *(wording.parts if wording else ())]
     if any(encoder.imitates(text) for text in words):
         raise ConfigError(
-            "the goal's text reads like a control token of this tokenizer. Training took it for text, which a chat "
-            f"template can't. {LEAVE}"
+            "the goal's text is a control token of this tokenizer. Training encoded it as text, which a chat template "
+            f"can't. {LEAVE}"
         )
     baked = copy.copy(own)
     placement = resolve_placement(own, goal["placement"])
@@ -84,6 +84,6 @@ def _compare(encoder: Encoder, baked: Any, best: str, wording: Wording | None) -
             found = baked.apply_chat_template(history, add_generation_prompt=True, return_dict=True, **options)
             if list(found["input_ids"]) != expected:
                 raise ConfigError(
-                    "this model's chat template writes something else than training did once the goal is written into "
-                    f"it ({options or 'the best goal'}): {baked.decode(found['input_ids'])!r}. {LEAVE}"
+                    "with the goal in it, this model's chat template writes something else than training did "
+                    f"({options or 'the best goal'}): {baked.decode(found['input_ids'])!r}. {LEAVE}"
                 )

@@ -1,0 +1,312 @@
+"""Which model is trained and how it is loaded: options, checks between them, and :meth:`PolicyConfig.build`.
+
+Loading goes from :meth:`PolicyConfig.load_model` (a bare causal LM) over ``load_initial`` (with the adapter that
+training continues) to ``build`` (with a new adapter, frozen parameters, gradient checkpointing and compilation).
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.models import adapters, alterations
+from rap_lightning.models.attention import attention_as_now
+from rap_lightning.models.policy import Policy, compile_layers
+from rap_lightning.preferences.chat_template import restore_own_template
+from rap_lightning.preferences.sources import refuse_no_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHECKPOINTING_FROM = 1_000_000_000  # parameters
+
+
+@dataclass
+class Lora:
+    """A low-rank adapter (peft). Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+
+    Args:
+        r: rank of the update.
+        alpha: the update is scaled by alpha / r.
+        dropout: on the adapter's input.
+        target_modules: module names or a pattern; "all-linear" is every linear layer but the output layer.
+        use_dora: decompose weights into magnitude and direction (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+        use_rslora: scale by alpha / sqrt(r) instead (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    use_dora: bool = False
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"lora.r must be at least 1, found {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must be from 0 to below 1, found {self.dropout}")
+
+
+@dataclass
+class PolicyConfig:
+    """Which model is trained, and how it is loaded.
+
+    Args:
+        path: a Hugging Face folder or Hub id of a causal LM with a chat template.
+        revision: branch, tag or commit on the Hub.
+        dtype: of the loaded weights; by default float32, or bfloat16 with ``--trainer.precision bf16-true``.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; transformers' own choice by default.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them; by default for
+            models of a billion parameters and more.
+        activation_offloading: keep activations in pinned host memory between forward and backward pass; for GPUs that
+            are short of memory, slower unless the bus is fast. Needs a GPU.
+        compile: compile the decoder layers with torch.compile, once for all lengths. It pays only after some steps:
+            the first ones wait for the compiler.
+        dropout: keep the dropout of the model's config. Off by default: it makes policy and reference disagree.
+        trust_remote_code: run Python code that comes with the model. Only for authors you trust.
+        lora: train a low-rank adapter instead of all weights, e.g. ``{r: 16}``.
+        adapter: continue training this LoRA adapter, a peft folder or Hub id (safetensors only), made for ``path``. It
+            has its own rank and modules, so ``lora`` can't be set too. The reference is by default the adapter as it
+            was loaded.
+        adapter_revision: branch, tag or commit of ``adapter`` on the Hub.
+        quantize: hold the base model's weights in 4 bits (QLoRA, with bitsandbytes), of the type nf4 or fp4; needs an
+            adapter to train. They are multiplied in ``dtype``: set that to bfloat16 on a GPU.
+        freeze: regular expressions; a parameter is not trained if its name contains a match, e.g. ``['embed_tokens',
+            'layers\\.[0-5]\\.']``.
+        rope: scale rotary positions for longer texts than the model was trained on, e.g. ``{rope_type: yarn, factor:
+            4.0}``; the keys are those of rope_parameters in transformers. A reference that is the initial policy is
+            scaled alike; another model (``reference.path``) is used as its own config says.
+        resize_embeddings: add rows for tokens that the tokenizer has and the model lacks, each the mean of the others.
+            Only on request: without it such a tokenizer is refused.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool | None = None
+    activation_offloading: bool = False
+    compile: bool = False
+    dropout: bool = False
+    trust_remote_code: bool = False
+    lora: Lora | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+    quantize: Literal["nf4", "fp4"] | None = None
+    freeze: list[str] = field(default_factory=list)
+    rope: dict[str, Any] | None = None
+    resize_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation_offloading and not torch.cuda.is_available():
+            raise ConfigError(
+                "--model.policy.activation_offloading has no effect without a GPU, whose memory it would save. "
+                "Leave it out, or use --model.policy.gradient_checkpointing true."
+            )
+        alterations.check_patterns(self.freeze)
+        if self.rope is not None:
+            alterations.check_rope(self.rope)
+        if self.quantize is not None:
+            alterations.check_four_bit()
+        if self.lora is not None and self.adapter is not None:
+            raise ConfigError(
+                f"--model.policy.lora has no effect with --model.policy.adapter {self.adapter}, which has its own "
+                "rank, alpha and modules. Remove one of the two."
+            )
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ConfigError(
+                "--model.policy.adapter_revision has no effect without --model.policy.adapter; remove it."
+            )
+        if self.resize_embeddings and (self.adapts or self.quantize):
+            raise ConfigError(
+                "--model.policy.resize_embeddings needs all weights to be trained: with an adapter the new rows would "
+                "never change. Train without lora, adapter and quantize, or leave it out."
+            )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, new or continued, instead of the model's own weights."""
+        return self.lora is not None or self.adapter is not None
+
+    def check_trainable(self) -> None:
+        """Raise ConfigError where there is nothing to train."""
+        if self.quantize is not None and not self.adapts:
+            raise ConfigError(
+                f"--model.policy.quantize {self.quantize}: 4-bit weights can't be trained. Set --model.policy.lora.r "
+                "(QLoRA), or leave quantize out."
+            )
+
+    def hub_options(self) -> dict[str, Any]:
+        """Return what every ``from_pretrained`` of ``path`` is given."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer of ``path``.
+
+        Raises:
+            ConfigError: it can't be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = restore_own_template(
+            load_pretrained("tokenizer", self.path, AutoTokenizer, self.hub_options())
+        )
+        return tokenizer
+
+    def load_config(self) -> PretrainedConfig:
+        """Load the model's config, with dropout off unless asked for.
+
+        Raises:
+            ConfigError: it can't be loaded.
+        """
+        from transformers import AutoConfig
+
+        config: PretrainedConfig = load_pretrained("model config", self.path, AutoConfig, self.hub_options())
+        if not self.dropout:
+            silence_dropout(config)
+        return config
+
+    def load_model(self, dtype: torch.dtype) -> Any:
+        """Load the bare causal LM in ``dtype``, with dropout off unless asked for.
+
+        Raises:
+            ConfigError: it can't be loaded.
+        """
+        from transformers import AutoModelForCausalLM
+
+        if adapters.is_adapter(self.path):
+            raise ConfigError(
+                f"--model.policy.path {self.path} is an adapter. Give the model it was made for as "
+                f"--model.policy.path, and --model.policy.adapter {self.path}."
+            )
+        config = self.load_config()
+        if self.rope is not None:
+            alterations.scale_rope(config, self.rope, self.path)
+        options = self.hub_options() | {"config": config, "dtype": dtype, "use_safetensors": True}
+        if self.attn_implementation:
+            options["attn_implementation"] = self.attn_implementation
+        if self.quantize is not None:
+            options["quantization_config"] = alterations.four_bit(self.quantize, dtype)
+        try:
+            model = load_pretrained("model", self.path, AutoModelForCausalLM, options)
+        except ConfigError as error:
+            if self.attn_implementation and re.search("attn|attention", str(error), re.IGNORECASE):
+                raise ConfigError(
+                    f"--model.policy.attn_implementation {self.attn_implementation}: this model or this machine has no "
+                    f"such attention: {str(error.__cause__).splitlines()[0]} Leave it out for transformers' own choice."
+                ) from error
+            raise
+        if not self.dropout:
+            silence_dropout_layers(model)
+        tokens = len(self.load_tokenizer())
+        if self.resize_embeddings:
+            alterations.resize_embeddings(model, tokens, self.path)
+        else:
+            alterations.refuse_too_few_embeddings(model, tokens, self.path)
+        return model
+
+    def load_initial(self, dtype: torch.dtype) -> Any:
+        """Load the causal LM that training starts from: with the adapter that it continues, if any.
+
+        Raises:
+            ConfigError: it can't be loaded.
+        """
+        model = self.load_model(dtype)
+        if self.adapter is None:
+            return model
+        return adapters.attach(model, self.adapter, self.adapter_revision, self.path, dropout=self.dropout)
+
+    def build(self, dtype: torch.dtype, model: Any = None) -> Policy:
+        """Return the policy to train, in training mode.
+
+        Args:
+            dtype: of the loaded weights.
+            model: what ``load_initial`` returns, if it was called already.
+        """
+        model = self.load_initial(dtype) if model is None else model
+        checkpoints = self.gradient_checkpointing
+        if checkpoints is None:
+            checkpoints = model.num_parameters() >= CHECKPOINTING_FROM
+        if checkpoints:
+            causal_lm = model.get_base_model() if self.adapter is not None else model
+            config = causal_lm.config.get_text_config()
+            # The forward pass runs within `forest_attention`, and the recomputation long after that block has ended: it
+            # must find the attention that its forward pass had.
+            contexts = lambda: (nullcontext(), attention_as_now(config))  # noqa: E731
+            causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        if self.lora is not None:
+            model = _with_new_adapter(model, self.lora)
+        if self.freeze:
+            alterations.freeze(model, self.freeze)
+        policy = Policy(model, offload=self.activation_offloading)
+        policy.checkpoints = checkpoints
+        if self.compile:
+            compile_layers(policy)
+        policy.train()
+        return policy
+
+    def resolve_dtype(self) -> torch.dtype:
+        """Return ``dtype``, or the default one of the precision plugin that is active in ``configure_model``."""
+        return DTYPES[self.dtype] if self.dtype else torch.get_default_dtype()
+
+
+def silence_dropout(config: Any) -> None:
+    """Set every dropout probability of a model config, and of the configs inside it, to 0."""
+    for name, value in list(vars(config).items()):
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+        elif hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            silence_dropout(value)
+
+
+def silence_dropout_layers(model: nn.Module) -> None:
+    """Set the probability of every dropout layer to 0: some models don't read it from their config."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _with_new_adapter(model: Any, lora: Lora) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+        target_modules=lora.target_modules, use_dora=lora.use_dora, use_rslora=lora.use_rslora,
+    )  # fmt: skip
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"lora: {error}") from error
+
+
+def load_pretrained(what: str, path: str, factory: Any, options: dict[str, Any]) -> Any:
+    """Call ``factory.from_pretrained`` and turn its errors into one of ours.
+
+    Args:
+        what: is loaded, for the message.
+        path: a folder or Hub id.
+        factory: an Auto class of transformers.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ConfigError: nothing can be loaded from ``path``.
+    """
+    refuse_no_model("--model.policy.path", path)
+    try:
+        return factory.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = "the folder exists, but" if Path(path).is_dir() else "not a folder here, and"
+        raise ConfigError(
+            f"--model.policy.path {path}: {where} no {what} could be loaded from it: {reason} "
+            "Expected a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a Hub id."
+        ) from error

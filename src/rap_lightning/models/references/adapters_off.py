@@ -1,0 +1,46 @@
+"""The policy without its adapter as the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rap_lightning.batches.types import Batch
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.policy import Policy, evaluating
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.references.base import Reference
+
+
+class AdaptersOff(Reference):
+    """The policy's own weights without its adapter: no second model in memory. Needs an adapter.
+
+    With an adapter that is continued (``--model.policy.adapter``) this is the bare base model, from which the policy
+    already differs at the start; the default there is AdapterAsLoaded.
+    """
+
+    def __init__(self) -> None:
+        self._continued = False
+
+    @property
+    def is_initial_policy(self) -> bool:
+        """True for a new adapter, which starts without an effect."""
+        return not self._continued
+
+    def check(self, policy: PolicyConfig) -> None:
+        """Raise ConfigError for a policy without an adapter, which would be its own reference."""
+        self._continued = policy.adapter is not None
+        if not policy.adapts:
+            raise ConfigError(
+                "reference AdaptersOff needs an adapter to switch off. Set --model.policy.lora.r, or use Frozen."
+            )
+
+    @torch.no_grad()
+    def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
+        """Run one forward pass with the adapter disabled."""
+        frozen = [p for p in policy.parameters() if not p.requires_grad]
+        with evaluating(policy), policy.model.disable_adapter():
+            logps: Tensor = policy(batch)
+        for p in frozen:  # peft makes all parameters of an adapter trainable when it enables it again
+            p.requires_grad_(False)
+        return logps
