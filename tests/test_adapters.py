@@ -261,7 +261,7 @@ def test_options_of_a_policy_that_have_no_effect_or_make_no_sense_are_refused(ti
         ({"adapter": str(adapter), "lora": Lora()}, "lora has no effect beside"),
         ({"adapter_revision": "main"}, "adapter_revision has no effect without"),
         ({"lora": Lora(), "resize_embeddings": True}, "new rows would stay"),
-        ({"freeze": ["("]}, "no regular expression"),
+        ({"freeze": ["("]}, "not a regular expression"),
         ({"rope": {"factor": 2.0}}, "rope_type must be one of"),
         ({"rope": {"rope_type": "linear", "factor": 0.5}}, "factor must be a number of at least 1"),
     ]:
@@ -270,7 +270,7 @@ def test_options_of_a_policy_that_have_no_effect_or_make_no_sense_are_refused(ti
     for options, message in [
         ({"adapter": "/nowhere/adapter"}, "no such folder"),
         ({"adapter": str(adapter), "adapter_revision": "main"}, "is a folder, so adapter_revision main has no effect"),
-        ({"freeze": ["lm_haed"]}, r"'lm_haed' is found in no parameter"),
+        ({"freeze": ["lm_haed"]}, r"'lm_haed' matches no parameter"),
         ({"freeze": [""]}, "freezes everything"),
         ({"lora": Lora(), "freeze": ["embed_tokens"]}, "only parameters that are not trained anyway"),
         ({"resize_embeddings": True}, "resize_embeddings has no effect"),

@@ -171,7 +171,7 @@ def test_help_teaches_the_options_of_a_run_that_can_be_trusted(
     text = " ".join(capsys.readouterr().out.split())
     for taught in (
         "go on training this LoRA adapter, a peft folder or Hub id (safetensors only)",
-        "hold the base model's weights in 4", "a trained parameter whose name one of them is found in stays as it is",
+        "hold the base model's weights in 4", "a parameter is not trained if its name contains a match",
         "scale rotary positions for longer texts",
         "--guard.non_finite", "skip: leave that step out", "--watchdog.chosen_drop", "Only on request",
     ):  # fmt: skip
@@ -267,7 +267,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--model.generation.temperature", "0", "--model.generation.top_p", "0.5"], r"top_p has no effect"),
     (["--export.merge", "true"], r"merge has no effect without an adapter"),
     (["--model.loss.beta", "null"], r"--model\.loss\.beta can't be null"),
-    (["--model.policy.freeze", "['lm_haed']"], r"'lm_haed' is found in no parameter"),
+    (["--model.policy.freeze", "['lm_haed']"], r"'lm_haed' matches no parameter"),
     (["--model.policy.adapter", "/nowhere/adapter"], r"adapter /nowhere/adapter: no such folder"),
     (["--model.policy.adapter", "x", "--model.policy.lora.r", "4"], r"lora has no effect beside"),
     (["--model.policy.rope", "{rope_type: linear, factor: 0}"], r"factor must be a number of at least 1"),

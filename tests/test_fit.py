@@ -196,13 +196,14 @@ def test_layouts_and_forward_passes_within_a_token_budget_train_the_same(
 def test_a_model_that_shares_nothing_says_so_once_and_trains_the_same(
     tiny: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rap_lightning.models import attention
+    from rap_lightning.models import blockwise_attention
 
     said: list[str] = []
     monkeypatch.setattr("rap_lightning.module.rank_zero_info", lambda text: said.append(text))
     together = fit(tmp_path / "together", tiny, pairs_folder, trainer={"max_steps": 3})
     assert not any("one at a time" in text for text in said)
-    monkeypatch.setattr(attention, "_parts", lambda runs: [(slice(0, runs[-1][1]), slice(0, runs[-1][1]), True)])
+    all_at_once = lambda runs: [(slice(0, runs[-1][1]), slice(0, runs[-1][1]), True)]  # noqa: E731
+    monkeypatch.setattr(blockwise_attention, "_parts", all_at_once)
     apart = fit(tmp_path / "apart", tiny, pairs_folder, trainer={"max_steps": 3})
     assert sum("one at a time" in text for text in said) == 1
     assert_same(weights(together), weights(apart), 5e-5)

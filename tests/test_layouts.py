@@ -19,8 +19,9 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models import attention
 from rap_lightning.models import flex_attention as flex
+from rap_lightning.models import masked_attention as masked
+from rap_lightning.models.masked_attention import AttentionCall
 from rap_lightning.models.model_checks import check_head, check_sharing
 from rap_lightning.models.policy import Policy, compile_layers
 from rap_lightning.models.policy_config import Lora, PolicyConfig, silence_dropout
@@ -337,22 +338,14 @@ def test_flex_attention_gives_what_the_mask_gives(window: int | None, softcap: f
     assert found is not None
     tokens, generator = len(found.end), torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, tokens, 16, generator=generator) for heads in (4, 2, 2))
-    positions = attention._positions(found)
-    flexible = flex.attend(query, key, value, flex.block_mask(found, positions, window), 0.25, softcap)
-    by_mask = [
-        attention._masked(
-            *(x[:, :, start:stop] for x in (query, key, value)), attention._mask(found, start, stop, window), 0.25,
-            0.0, softcap, None,
-        )
-        for start, stop in found.roots
-    ]  # fmt: skip
-    torch.testing.assert_close(flexible, torch.cat(by_mask, 2), rtol=1e-5, atol=1e-5)
+    call = AttentionCall(query, key, value, found, 0.25, window, softcap)
+    torch.testing.assert_close(flex.attend(call), masked.attend(call), rtol=1e-5, atol=1e-5)
 
 
 def test_flex_attention_that_cannot_train_here_is_not_used_and_said() -> None:
     flex.works.cache_clear()
     with pytest.warns(UserWarning, match="FlexAttention is not used on cpu: .* A mask is used"):
-        assert not flex.works(torch.device("cpu"), torch.float32, 4, 2, 16, attention._by_mask)
+        assert not flex.works(torch.device("cpu"), torch.float32, 4, 2, 16)
 
 
 @pytest.mark.parametrize(

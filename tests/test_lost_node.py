@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from rap_lightning.models.hf_export import _tensors
+from rap_lightning.models.hf_export import read_tensors
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import processes
@@ -93,7 +93,7 @@ def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three
 
 def hf(root: Path) -> dict[str, torch.Tensor]:
     (folder,) = root.rglob("hf")
-    return dict(_tensors(folder))
+    return dict(read_tensors(folder))
 
 
 def until(happened: Any, seconds: float, log: Path) -> None:

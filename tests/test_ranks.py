@@ -1,7 +1,6 @@
 # ruff: noqa: F811 (fixtures of test_stops)
 """Two processes: they decide alike, stop together, save together, and go on exactly."""
 
-import json
 import os
 import re
 import signal
@@ -13,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from rap_lightning.models.checkpoint.integrity import verify
+from rap_lightning.models.checkpoint.sharded_folder import read_index
 from test_stops import Run, context, kills, world  # noqa: F401
 
 pytestmark = pytest.mark.timeout(1200)
@@ -130,7 +131,7 @@ def test_sigterm_to_one_rank_stops_both_at_one_step_and_they_go_on_exactly(
 
 
 @pytest.mark.slow
-def test_a_sharded_checkpoint_is_sealed_verified_and_gone_on_from(start: Any, world: Path, tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_is_verified_and_resumed(start: Any, world: Path, tmp_path: Path) -> None:
     whole = Pair(start, arguments(world, tmp_path / "whole", "--export.enabled", "true"), FSDP2)
     assert whole.end() == [0, 0], whole.said[-2000:]
     keep = ["--checkpoint.save_top_k", "-1", "--checkpoint.save_last", "false"]
@@ -139,16 +140,20 @@ def test_a_sharded_checkpoint_is_sealed_verified_and_gone_on_from(start: Any, wo
     folders = sorted((tmp_path / "run").rglob("*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]))
     assert len(folders) == 6
     for folder in folders:
-        digests = json.loads((folder / "digests.json").read_text())
-        assert len([name for name in digests if name.endswith(".distcp")]) == 2
+        assert verify(folder), "with the checksum of its index"
+        assert len(list(folder.glob("*.distcp"))) == 2
     for folder in folders[3:]:
         shard = next(folder.glob("__0_*.distcp"))
         content = bytearray(shard.read_bytes())
-        content[len(content) // 2] ^= 1
+        largest = max(
+            (item for item in read_index(folder).storage_data.values() if item.relative_path == shard.name),
+            key=lambda item: item.length,
+        )
+        content[largest.offset + largest.length // 2] ^= 1
         shard.write_bytes(content)
     again = Pair(start, arguments(world, tmp_path / "run", "--export.enabled", "true"), FSDP2)
     assert again.end() == [0, 0], again.said[-2000:]
-    assert again.said.count("distcp is not what was written") == 3
+    assert again.said.count("distcp is refused: its content is not what was written") == 3
     assert f"--ckpt_path last: {folders[2]}" in again.said
     files = [next((tmp_path / name).rglob("hf/model.safetensors")).read_bytes() for name in ("whole", "run")]
     assert files[0] == files[1]

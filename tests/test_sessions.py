@@ -181,7 +181,7 @@ def test_a_stopped_run_says_where_and_its_checkpoint_goes_on_from_there(
     assert "first batch: policy and reference differ" in caplog.text, "Lightning's lines are heard here"
     assert "was raised with message" not in caplog.text
     (saved,) = (folder / "checkpoints").glob("*.ckpt")
-    assert f"to go on, run the same command with: --ckpt_path {saved}" in capfd.readouterr().out
+    assert f"to resume, run the same command with: --ckpt_path {saved}" in capfd.readouterr().out
     (session,) = torch.load(saved, weights_only=True)[SESSIONS]
     assert (session["step"], session["folder"], session["started"]) == (3, str(folder), told["started"])
 

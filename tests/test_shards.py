@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from conftest import ROOT, called
 from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.checkpoint.integrity import folder_digests, seal_folder
+from rap_lightning.models.checkpoint.integrity import INDEX_CHECKSUM, mark_incomplete, verify, write_index_checksum
 from rap_lightning.models.checkpoint.read_checkpoint import newest_whole, refuse_damaged
 from rap_lightning.models.checkpoint.saved_policy import open_saved
 from rap_lightning.strategies import FSDP2, check_resumes
@@ -33,7 +33,7 @@ def shards(folder: Path, run_key: str = "this") -> Path:
 
 def test_only_strategies_that_shard_go_on_from_a_folder(tmp_path: Path) -> None:
     folder = shards(tmp_path / "epoch=0-step=4.ckpt")
-    said = rf"{folder} is a checkpoint of shards.*configs/strategy/fsdp2\.yaml.*cpu-fsdp2\.yaml.*--trainer\.devices 1"
+    said = rf"{folder} is a sharded checkpoint.*configs/strategy/fsdp2\.yaml.*cpu-fsdp2\.yaml.*--trainer\.devices 1"
     with pytest.raises(ConfigError, match=said):
         check_resumes(SingleDeviceStrategy(), str(folder))
     with pytest.raises(ConfigError, match=said):  # Trainer.fit in Python comes here
@@ -54,7 +54,7 @@ def test_fit_without_the_overlay_names_it_before_anything_is_loaded(
     options = ["--model.policy.path", "nowhere", "--data.source", "nowhere", "--trainer.accelerator", "cpu"]
     assert called("fit", *options, "--trainer.default_root_dir", str(tmp_path / "runs"), "--ckpt_path", path) == 2
     said = capfd.readouterr().err
-    assert f"error: {folder} is a checkpoint of shards, which this run's strategy doesn't read" in said
+    assert f"error: {folder} is a sharded checkpoint, which this run's strategy doesn't read" in said
     assert "-c configs/strategy/fsdp2.yaml (-c configs/strategy/cpu-fsdp2.yaml on CPUs)" in said
     assert "Traceback" not in said
 
@@ -62,26 +62,53 @@ def test_fit_without_the_overlay_names_it_before_anything_is_loaded(
 def test_shards_that_lie_on_another_host_are_named(tmp_path: Path) -> None:
     folder = shards(tmp_path / "new" / "step=8.ckpt")
     older = shards(tmp_path / "new" / "step=4.ckpt")
-    seal_folder(older, folder_digests(older))
     refuse_damaged(folder)
     names = sorted(path.name for path in folder.glob("*.distcp"))
     assert len(names) == 2
     (folder / names[1]).unlink()
-    seal_folder(folder, folder_digests(folder))  # ranks seal what each sees: the digests of such a folder agree
     with pytest.raises(ConfigError, match=rf"lacks 1 of its 2 files of shards: {names[1]}\. .*one shared file system"):
         open_saved(folder)
     with pytest.raises(ConfigError, match=rf"The newest whole one there is {older}"):
         refuse_damaged(folder)
     said: list[str] = []
     assert newest_whole(tmp_path, lambda path: path.name == "step=8.ckpt", said.append) is None
-    assert any(f"passed over: {folder} lacks 1 of its 2 files" in line for line in said)
+    assert any(f"skipping: {folder} lacks 1 of its 2 files" in line for line in said)
     # the other host's folder has parts, and no list of them
     (folder / ".metadata").unlink()
-    with pytest.raises(ConfigError, match=r"1 files of shards .* but not rank zero's list of them"):
+    with pytest.raises(ConfigError, match=r"1 files of shards .* but not rank zero's index"):
         open_saved(folder)
     shutil.rmtree(folder)
     folder.mkdir()
-    with pytest.raises(ConfigError, match=r"neither \.metadata \(FSDP2\) nor latest \(DeepSpeed\)"):
+    with pytest.raises(ConfigError, match=r"no \.metadata \(FSDP2\) or latest \(DeepSpeed\)"):
+        refuse_damaged(folder)
+
+
+def test_a_flipped_bit_in_any_file_of_shards_is_found(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "step=4.ckpt")
+    assert not verify(folder), "the index has no checksum: nobody finished this checkpoint"
+    write_index_checksum(folder)
+    assert verify(folder)
+    weights = torch.ones(4).numpy().tobytes()
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        places = [whole.index(weights)] if path.suffix == ".distcp" else range(len(whole))
+        places = [whole.index(b"run_key")] if path.suffix == ".pt" else places
+        for place in places:
+            changed = bytearray(whole)
+            changed[place] ^= 4
+            path.write_bytes(changed)
+            with pytest.raises(ConfigError, match=r"is refused|can't be read|lacks"):
+                refuse_damaged(folder)
+        path.write_bytes(whole)
+    (folder / INDEX_CHECKSUM).unlink()
+    assert not verify(folder)
+
+
+def test_a_sharded_checkpoint_that_is_written_over_is_incomplete_until_it_is_written(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "last.ckpt")
+    write_index_checksum(folder)
+    mark_incomplete(folder)
+    with pytest.raises(ConfigError, match="but not rank zero's index: was saving interrupted"):
         refuse_damaged(folder)
 
 
@@ -100,9 +127,9 @@ def test_last_says_why_it_takes_none_of_what_lies_there(
     options = ["--model.policy.path", "nowhere", "--data.source", "nowhere", "--trainer.accelerator", "cpu"]
     called("fit", *options, "--trainer.default_root_dir", str(runs), "--ckpt_path", "last")
     said = capfd.readouterr().err
-    assert f"passed over, of runs with other model, data or seed_everything options than this one: {other}\n" in said
-    assert f"passed over: {torn} lacks 1 of its 2 files of shards" in said
-    assert f"passed over: {silent} doesn't say which options it was trained with" in said
+    assert f"skipping, of runs with other model, data or seed_everything options than this one: {other}\n" in said
+    assert f"skipping: {torn} lacks 1 of its 2 files of shards" in said
+    assert f"skipping: {silent} doesn't say which options it was trained with" in said
     assert f"--ckpt_path last: none of the 3 checkpoints below {runs} will do, so this run begins at step 0" in said
 
 
@@ -156,7 +183,7 @@ def test_the_documented_command_runs_the_quickstart_on_two_nodes_and_what_it_lea
     fit = ["fit", "-c", "configs/quickstart.yaml", *small, "--ckpt_path", folder, "--data.batch_size", "64"]
     plain = alone(*fit)
     assert plain.returncode == 2
-    assert "is a checkpoint of shards" in plain.stderr
+    assert "is a sharded checkpoint" in plain.stderr
     more = alone(*fit, "-c", "configs/strategy/cpu-fsdp2.yaml", "--trainer.devices", "1", "--trainer.max_epochs", "2")
     assert more.returncode == 0, more.stderr[-3000:]
     assert alone("export", "--checkpoint", folder, "--output", "whole").returncode == 0

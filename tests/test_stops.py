@@ -124,7 +124,7 @@ def test_sigterm_saves_says_how_to_go_on_and_ends_with_143(runs: Any, world: Pat
     assert run.end() == 143
     assert "SIGTERM: saving a checkpoint and stopping" in run.said
     assert "Traceback" not in run.said
-    hint = re.search(r"to go on, run the same command with: --ckpt_path (\S+)", run.said)
+    hint = re.search(r"to resume, run the same command with: --ckpt_path (\S+)", run.said)
     assert hint
     assert verify(Path(hint[1]))
     (step,) = steps_of(tmp_path / "runs")
@@ -183,13 +183,11 @@ def test_last_passes_over_damaged_checkpoints_with_a_word(runs: Any, world: Path
     # what saves memory may change on the way, as after a run that had too little
     again = runs([*arguments, "--trainer.max_steps", "5", "--model.policy.gradient_checkpointing", "true"])
     assert again.end() == 0
-    assert f"passed over: {saved[-1]} is refused: its content is not what was written" in again.said
+    assert f"skipping: {saved[-1]} is refused: its content is not what was written" in again.said
     assert f"--ckpt_path last: {saved[-2]}" in again.said
     other = runs([*arguments, "--model.loss.beta", "0.7"])
     assert other.end() == 0
-    assert re.search(
-        r"passed over, of runs with other model, data or seed_everything options .*: \S+\.ckpt", other.said
-    )
+    assert re.search(r"skipping, of runs with other model, data or seed_everything options .*: \S+\.ckpt", other.said)
     assert re.search(r"none of the \d checkpoints below \S+ will do, so this run begins at step 0", other.said)
 
 

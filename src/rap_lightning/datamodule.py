@@ -24,7 +24,7 @@ from rap_lightning.batches.stream import StepShape, StreamedPairs, StreamLoader
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.generation import Generation, left_pad
-from rap_lightning.models.judge_rewards import rated
+from rap_lightning.models.judge_rewards import judge_rewards
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
@@ -282,7 +282,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             return self.rules
         if split not in self._tables:
             first = self.trainer is None or self.trainer.local_rank == 0  # it has prepared the data for the others
-            self._tables[split], lines = rated(
+            self._tables[split], lines = judge_rewards(
                 self.rewards, self._having(split), split, self.rules, num_proc=self.num_proc, asks=first
             )
             rank_zero_info("\n".join(lines))

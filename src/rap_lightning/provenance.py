@@ -1,4 +1,4 @@
-"""Where a run comes from: package versions, the state of git, the command, without what must stay secret."""
+"""Where a run comes from: package versions, the state of git, and the command without secrets."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from pathlib import Path
 from typing import Any
 
 CHIEF = ("rap-lightning", "torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "deepspeed")
-"""Packages that a model card names."""
+"""Packages that a model card lists."""
 
 _SECRET = re.compile(r"(token$|secret|passw|api_?key|credential)", re.IGNORECASE)
-"""In an option's name; ``token_budget`` and ``max_new_tokens`` are numbers that a run can't be repeated without."""
+"""Option names whose values are secret; ``token_budget`` and ``max_new_tokens`` must not match."""
 
 
 def packages() -> dict[str, str]:
-    """Name and version of every installed package."""
+    """Return name and version of every installed package."""
     found = {str(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def versions() -> dict[str, str]:
-    """Python's version, and those of the packages that matter most."""
+    """Return Python's version and those of the packages in CHIEF."""
     installed = packages()
     return {"python": platform.python_version(), **{n: installed[n] for n in CHIEF if n in installed}}
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit that ``folder`` stands at, and what was changed since; None where it is in no repository."""
+    """Return the commit of ``folder`` and the files that differ from it; None outside of a repository."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -50,17 +50,17 @@ def _git(folder: Path, *args: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None  # no git, no repository, no commit yet, or a file system too slow to ask
+        return None  # no git, no repository, no commit yet, or a very slow file system
     return done.stdout.rstrip("\n")
 
 
 def names_secret(option: str) -> bool:
-    """Whether an option's value must not be shown, by its name."""
+    """Return whether an option's value must not be shown."""
     return _SECRET.search(option) is not None
 
 
 def command_line(args: Sequence[str]) -> str:
-    """The command as it was given, for a shell; values of options that name a secret are left out."""
+    """Return the command as it was given, for a shell, with the values of secret options replaced by ***."""
     shown, hide = [], False
     for arg in args:
         name, equals, _ = arg.partition("=")

@@ -1,4 +1,4 @@
-"""``predict`` writes json lines."""
+"""Write the output of ``predict`` as JSON lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class WritePredictions(BasePredictionWriter):
-    """Writes ``predictions.jsonl`` in the run's folder: messages, goal and response, a line each.
+    """Writes ``predictions.jsonl`` in the run's folder: messages, goal and response, one line per response.
 
     With several devices each writes its own part, ``predictions-RANK.jsonl``.
     """
@@ -24,7 +24,7 @@ class WritePredictions(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Any, batch_indices: Any
     ) -> None:
-        """All or nothing: the file appears when it is complete."""
+        """Write all predictions; the file appears when it is complete."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"

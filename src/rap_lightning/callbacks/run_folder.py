@@ -1,4 +1,4 @@
-"""Where a run keeps its files."""
+"""The folder of a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """The folder of the run's logs, as rank zero knows it.
+    """Return the folder of the run's logs, without communication between ranks.
 
-    ``Trainer.log_dir`` asks all ranks at once: called by rank zero alone, or while one rank fails, it never returns.
+    ``Trainer.log_dir`` is a broadcast: called by rank zero alone, or after one rank has failed, it never returns.
     """
     logger = trainer.logger
     folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or trainer.default_root_dir

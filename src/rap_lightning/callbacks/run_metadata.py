@@ -1,4 +1,4 @@
-"""What a run is, in plain values: for its folder, for its checkpoints, and for the card of the exported model."""
+"""Facts about a run in plain values, for run.json, for checkpoints, and for the card of the exported model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rap_lightning.module import PreferenceModule
 
 
 def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-    """Data and counts, method, hyperparameters, metrics so far, goal, versions; what isn't known is left out."""
+    """Return data and counts, method, hyperparameters, metrics so far, goal, versions; what is unknown is left out."""
     facts: dict[str, Any] = {"step": trainer.global_step, "versions": provenance.versions(), "seed": seed()}
     facts["metrics"] = {name: round(float(v), 6) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
     if isinstance(module, PreferenceModule):
-        facts |= _of_module(trainer, module)
+        facts |= _module_facts(trainer, module)
     data = getattr(trainer, "datamodule", None)
     if isinstance(data, PreferenceDataModule):
         facts["data"] = {
             "sources": [name(source.path) for source in data.sources],
             "relabel": data.relabelling.mode,
             "rejected_weight": data.rejected_weight,
-            "splits": [_of_report(report.as_dict()) for parts in data.reports.values() for report in parts],
+            "splits": [_report_counts(report.as_dict()) for parts in data.reports.values() for report in parts],
         }
         facts.setdefault("hyperparameters", {}).update(
             {"batch_size": data.batch_size, "max_length": data.max_length, "data_seed": data.seed}
@@ -36,25 +36,25 @@ def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]
 
 
 def name(path: str) -> dict[str, Any]:
-    """A source of data or of a model as others may read it: of a local one the last part only."""
+    """Return the name of a data source or model as it may be published: of a local one the last part only."""
     local = Path(path).expanduser().exists() or path.startswith(("/", ".", "~"))
     return {"name": Path(path).name or path if local else path, "local": local}
 
 
 def seed() -> int | None:
-    """What ``seed_everything`` was given."""
+    """Return the argument of ``seed_everything``."""
     value = os.environ.get("PL_GLOBAL_SEED")
     return int(value) if value is not None and value.isdigit() else None
 
 
-def _of_report(report: dict[str, Any]) -> dict[str, Any]:
-    """The counts; not the places, which tell of the user's files."""
+def _report_counts(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the counts, without the places, which name the user's files."""
     kinds = {k: {reason: t["count"] for reason, t in v.items()} for k, v in report.items() if isinstance(v, dict)}
     counts = {k: v for k, v in report.items() if isinstance(v, int)}
     return {"split": report["split"], "source": name(report["source"])["name"], **counts, **kinds}
 
 
-def _of_module(trainer: pl.Trainer, module: PreferenceModule) -> dict[str, Any]:
+def _module_facts(trainer: pl.Trainer, module: PreferenceModule) -> dict[str, Any]:
     policy = module.policy_config
     hyperparameters: dict[str, Any] = {
         "precision": str(trainer.precision),
@@ -74,7 +74,7 @@ def _of_module(trainer: pl.Trainer, module: PreferenceModule) -> dict[str, Any]:
         hyperparameters["schedule"] = _shown(module.schedule)
     if module.warm_up is not None:
         hyperparameters["warm_up"] = str(module.warm_up)
-    lora = getattr(policy, "lora", None)
+    lora = policy.lora
     return {
         "base_model": name(policy.path) | {"revision": policy.revision},
         "loss": {"name": type(module.loss).__name__, "shown": str(module.loss), "about": _first_line(module.loss)},

@@ -1,4 +1,4 @@
-"""What a run leaves beside its metrics."""
+"""Write run.json, data_report.json and goal.json into a run's folder."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from rap_lightning.module import PreferenceModule
 
 
 class RunRecord(pl.Callback):
-    """Writes what a run comes from, and what it was fed, into its folder.
+    """Writes where a run comes from, and what data it was trained on, into its folder.
 
-    - ``run.json``: where the run comes from (versions of all packages, the commit of the folder it was started in and
-      whether files differ from it, seeds, machine), the command, a line that repeats it, the highest memory of rank
-      zero's process and device, what a model card says; what it went on from, and whether it has finished or where it
-      stopped (of a process that was killed, the step of its last checkpoint);
+    - ``run.json``: the origin (versions of all packages, the commit of the working directory and whether files differ
+      from it, seeds, machine), the command, a line that repeats it, the peak memory of rank zero's process and device,
+      what a model card says; what it resumed from, and whether it has finished or where it stopped (of a process that
+      was killed, the step of its last checkpoint);
     - ``data_report.json``: rows read, kept, dropped, repaired and truncated, with reasons;
     - ``goal.json``: the goal template, with the numbers its scale was fitted to.
 
-    Checkpoints carry what a model card says, so that ``export`` needs nothing else.
+    Checkpoints hold what a model card says, so that ``export`` needs nothing else.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class RunRecord(pl.Callback):
         self._sessions = Sessions()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier fit of the same trainer, before a checkpoint is read."""
+        """Reset the record of an earlier fit of the same trainer, before a checkpoint is read."""
         if stage == "fit":
             self._origin, self._facts, self._stopped, self._finished = {}, {}, None, None
             self._sessions = Sessions()
@@ -57,12 +57,12 @@ class RunRecord(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Learn what this run goes on from."""
-        self._sessions.take_up(checkpoint, trainer.ckpt_path)
+        """Record what this run resumes from."""
+        self._sessions.resume(checkpoint, trainer.ckpt_path)
 
     @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the report of the data that are about to be trained on, and where the run comes from."""
+        """Write the data report, the goal and the run's origin."""
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         data = getattr(trainer, "datamodule", None)
@@ -78,20 +78,20 @@ class RunRecord(pl.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Only now every strategy has read its checkpoint: write what the run goes on from, and say it."""
+        """Write and print what the run resumes from: only now every strategy has read its checkpoint."""
         if self._sessions.checkpoint is None:
             return
         self._facts = run_facts(trainer, pl_module)
         self._write_run(trainer)
         before, here = self._sessions.earlier[-1]["folder"] or self._sessions.checkpoint, run_folder(trainer)
         rank_zero_info(
-            f"going on from step {self._sessions.from_step} of {_near(before, Path.cwd())}; this session writes to "
+            f"resuming from step {self._sessions.from_step} of {_near(before, Path.cwd())}; this session writes to "
             f"{here}, and `rap-lightning report {here}` shows the run from its beginning"
         )
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the figures the run ended with."""
+        """Write the final metrics."""
         self._facts = run_facts(trainer, pl_module)
         self._finished = _now()
         self._write_run(trainer)
@@ -102,7 +102,7 @@ class RunRecord(pl.Callback):
         if trainer.state.fn != TrainerFn.FITTING or not self._origin:
             return
         self._stopped = {"at": _now(), "step": trainer.global_step, "by": _named(exception)}
-        self._facts["step"] = trainer.global_step  # the other facts may be made by all ranks only
+        self._facts["step"] = trainer.global_step  # the other facts need all ranks
         self._write_run(trainer)
 
     def _write_run(self, trainer: pl.Trainer) -> None:
@@ -116,16 +116,16 @@ class RunRecord(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let the checkpoint say what the model card will, and which sessions led to it."""
+        """Put what a model card says, and the sessions so far, into the checkpoint."""
         checkpoint[FACTS] = run_facts(trainer, pl_module)
         checkpoint[SESSIONS] = self._sessions.so_far(checkpoint["global_step"])
         if self._origin and trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
             self._facts = checkpoint[FACTS]
-            self._write_run(trainer)  # a process that is killed leaves this
+            self._write_run(trainer)  # for a process that is killed later
 
 
 def _named(exception: BaseException) -> str:
-    """What stopped a run, in a word or two."""
+    """Return what stopped a run, in a word or two."""
     if isinstance(exception, KeyboardInterrupt):
         return "Ctrl-C"
     if isinstance(exception, Stopped):
@@ -134,7 +134,7 @@ def _named(exception: BaseException) -> str:
 
 
 def _near(path: str, here: Path) -> str:
-    """As seen from a folder, where it is below."""
+    """Return a path relative to ``here``, if it is below."""
     place = Path(path)
     return str(place.relative_to(here)) if place.is_relative_to(here) else path
 
@@ -162,7 +162,7 @@ def _origin(trainer: pl.Trainer, folder: Path) -> dict[str, Any]:
 
 
 def _repeat(here: Path, folder: Path) -> str | None:
-    """A shell line that does the same again; only the command line leaves a config to do it from."""
+    """Return a shell line that repeats the run; None without a config.yaml, which only the command line writes."""
     config = folder.resolve() / "config.yaml"
     if not config.is_file():
         return None
@@ -171,7 +171,7 @@ def _repeat(here: Path, folder: Path) -> str | None:
 
 
 def _launcher() -> str:
-    """What torchrun was started with, where it started this process: the command alone would wait for other ranks."""
+    """Return the torchrun call that started this process, or "": the command alone would wait for other ranks."""
     if not torch.distributed.is_torchelastic_launched():
         return ""
     nodes, processes = (int(os.environ.get(name, 1)) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -184,7 +184,7 @@ def _launcher() -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes that this process and its device held at their highest; what the system doesn't tell is left out."""
+    """Return the peak memory of this process and its device in bytes, as far as the system reports it."""
     found = {}
     if sys.platform != "win32":
         import resource
@@ -201,7 +201,7 @@ def _now() -> str:
 
 
 def _write(path: Path, value: Any) -> None:
-    """The file is there when it is whole."""
+    """Write a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

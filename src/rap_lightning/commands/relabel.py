@@ -135,11 +135,11 @@ def relabel(
 def _rated(
     judge: Judge, sources: list[Source], splits: list[str], rules: Rules, num_proc: int | None
 ) -> dict[str, RewardTable]:
-    from rap_lightning.models.judge_rewards import rated  # torch is not to be waited for without need
+    from rap_lightning.models.judge_rewards import judge_rewards  # torch is not to be waited for without need
 
     tables = {}
     for split in splits:
-        tables[split], lines = rated(judge, having(sources, split), split, rules, num_proc=num_proc)
+        tables[split], lines = judge_rewards(judge, having(sources, split), split, rules, num_proc=num_proc)
         print("\n".join(lines))
     return tables
 

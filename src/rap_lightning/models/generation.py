@@ -1,4 +1,4 @@
-"""Sampling from a policy."""
+"""Sample responses from a policy."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class Generation:
 
     Args:
         max_new_tokens: longest response, in tokens.
-        temperature: of sampling; 0 picks the likeliest token each time.
-        top_p: sample from the likeliest tokens that hold this share of the probability.
-        guidance: w, how far log-probabilities at the asked goal are pushed away from those at a low goal, to
-            (1 + w) log p(. | goal) - w log p(. | low); 0 samples plainly. It takes a second forward pass per token.
+        temperature: of sampling; 0 picks the most likely token each time.
+        top_p: sample from the most likely tokens that hold this share of the probability.
+        guidance: w, how far log-probabilities at the goal are pushed away from those at a low goal, to
+            (1 + w) log p(. | goal) - w log p(. | low); 0 samples without guidance. It takes a second forward pass per
+            token.
         against: the low goal, a number on the scale that goals state, or none for the prompt without a goal; by default
             the lowest of the scale.
-        plausibility: leave out tokens whose probability under the asked goal is below this share of the likeliest
-            one's; by default none is left out. Without guidance it is min-p, to compare guidance with.
+        plausibility: exclude tokens whose probability under the goal is below this share of the most likely one's; by
+            default none is excluded. Without guidance it is min-p, to compare guidance with.
     """
 
     max_new_tokens: int = 512
@@ -54,7 +55,7 @@ class Generation:
             raise ConfigError("guidance: against has no effect without a guidance above 0; remove one of the two.")
 
     def settings(self) -> dict[str, Any]:
-        """The options in plain values; those of guidance only where they change something."""
+        """Return the options as plain values; those of guidance only where they have an effect."""
         options = dataclasses.asdict(self)
         names = [] if self.guidance else ["guidance", "against"]
         names += [] if self.plausibility is not None else ["plausibility"]
@@ -62,12 +63,12 @@ class Generation:
 
     @property
     def processes_logits(self) -> bool:
-        """Whether more is done with log-probabilities than temperature and top-p do."""
+        """Whether sampling does more than temperature and top-p."""
         return self.guidance > 0 or self.plausibility is not None
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[dict[str, Any]]) -> PromptBatch:
-    """Prompts side by side, ending together."""
+    """Pad prompts on the left, so that they end together."""
     width = max(map(len, prompts))
     rows = [[pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
     masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
@@ -76,10 +77,10 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[di
 
 @torch.no_grad()
 def generate(policy: Policy, tokenizer: Any, batch: PromptBatch, options: Generation) -> list[str]:
-    """One response per prompt, as text without control tokens.
+    """Return one response per prompt, as text without control tokens.
 
     Raises:
-        ConfigError: guidance is asked for, and the batch holds no prompts at the low goal.
+        ConfigError: guidance is on, and the batch holds no prompts at the low goal.
     """
     from transformers import GenerationConfig
 
@@ -92,8 +93,8 @@ def generate(policy: Policy, tokenizer: Any, batch: PromptBatch, options: Genera
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ends = end_of_turn_ids(tokenizer, model)
     try:
-        # transformers fills what is left out from the model's own config, so that one must not stand in the way:
-        # a repetition penalty there would change what "temperature 0" means
+        # transformers takes options that are not given from the model's own generation config, where a repetition
+        # penalty would change what "temperature 0" means
         model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
         config = GenerationConfig(
             max_new_tokens=options.max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling
@@ -112,7 +113,7 @@ def generate(policy: Policy, tokenizer: Any, batch: PromptBatch, options: Genera
 def guidance_of(
     model: Any, against: PromptBatch | None, options: Generation
 ) -> GoalGuidance | PlausibilityFloor | None:
-    """The logits processor that ``options`` ask for; None where they ask for none, so that nothing is changed."""
+    """Return the logits processor of ``options``; None where they have none, so that sampling is unchanged."""
     if options.guidance == 0:
         return None if options.plausibility is None else PlausibilityFloor(options.plausibility)
     if against is None:
@@ -124,7 +125,7 @@ def guidance_of(
 
 
 def end_of_turn_ids(tokenizer: Any, model: Any) -> list[int]:
-    """Ids that end a response: those of the model's generation config, and what the chat template writes after one."""
+    """Return the ids that end a response: of the model's generation config, and what the chat template writes."""
     known = model.generation_config.eos_token_id
     ids = set(known if isinstance(known, list) else [] if known is None else [known])
     if tokenizer.eos_token_id is not None:

@@ -95,7 +95,7 @@ def export(
 
         expected = get_peft_model_state_dict(policy.model, state_dict=own)
     _refuse_non_finite(expected)
-    with all_or_nothing(output, _bytes(expected, options.dtype)) as partial:
+    with all_or_nothing(output) as partial:
         written = _cast(own, options.dtype)
         if policy.has_adapter:
             # the adapter's config names its base model; a relative path would only work from this working directory
@@ -144,7 +144,7 @@ def merge(
     checked = f"merged logits differ from adapter on base by {_compare(before, after, bound, 'merging'):.1e} in float32"
     state = merged.state_dict()
     _refuse_non_finite(state)
-    with all_or_nothing(output, _bytes(state, dtype)) as partial:
+    with all_or_nothing(output) as partial:
         merged.to(dtype).save_pretrained(partial, safe_serialization=True, max_shard_size=options.max_shard_size)
         _write_rest(partial, merged, tokenizer, options)
         del state, merged, model
@@ -188,13 +188,6 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tens
     for value in state.values():
         made.setdefault((value.data_ptr(), value.shape), value.to(dtype) if value.is_floating_point() else value)
     return {name: made[value.data_ptr(), value.shape] for name, value in state.items()}
-
-
-def _bytes(state: dict[str, Tensor], dtype: torch.dtype | None) -> int:
-    """Return the size of the tensors once written; tied ones count once."""
-    apart = {value.data_ptr(): value for value in state.values()}
-    size = 0 if dtype is None else torch.empty(0, dtype=dtype).element_size()
-    return sum(v.numel() * (size if size and v.is_floating_point() else v.element_size()) for v in apart.values())
 
 
 def _refuse_non_finite(state: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""A judge's rewards for all responses of a source, kept on disk: what was judged once is not judged again."""
+"""A judge's rewards for all responses of a source, kept on disk: no response is judged twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rap_lightning.preferences.sources import Source, fingerprint
 from rap_lightning.progress_bar import progress
 
 FLUSH_SECONDS = 30.0
-"""At most this much work is lost with a killed process."""
+"""At most this much work is lost when a process is killed."""
 
 
 class RewardStore(LogpStore):
@@ -33,18 +33,18 @@ class RewardStore(LogpStore):
         )
 
 
-def rated(
+def judge_rewards(
     judge: Judge, sources: Sequence[Source], split: str, rules: Rules, *, num_proc: int | None = None, asks: bool = True
 ) -> tuple[RewardTable, list[str]]:
-    """The rewards of every response of a split, and what is to be said about them.
+    """Return the rewards of every response of a split, and lines to print about them.
 
     Args:
-        judge: gives them.
+        judge: scores responses.
         sources: all that have the split.
         split: which.
-        rules: how rows are read; scores that the data have are not looked at.
+        rules: how rows are read; scores in the data are ignored.
         num_proc: processes that share the reading.
-        asks: ask for responses again that got no reward before; of several processes, one does.
+        asks: retry responses that got no reward before; with several processes, only one should.
 
     Raises:
         DataError: a source can't be read, or no response gets a reward.
@@ -91,7 +91,7 @@ def rated(
 def _items(
     sources: Sequence[Source], split: str, plain: Rules, num_proc: int | None
 ) -> tuple[dict[int, Item], list[tuple[int, int]]]:
-    """Each different response by its key, and the keys of pairs as the data label them."""
+    """Return each different response by its key, and (chosen, rejected) keys as labelled in the data."""
     items: dict[int, Item] = {}
     pairs = []
     for source in sources:
@@ -114,6 +114,6 @@ def _lines(judge: Judge, split: str, table: RewardTable, errors: Counter[str]) -
     if labels != Labels():
         lines.append(f"  {labels.line()}")
     if table.failed:
-        lines.append(f"  {table.failed:,} got none; the next run asks again")
+        lines.append(f"  {table.failed:,} got none; the next run retries them")
     lines += [f"  {count:,}: {reason}" for reason, count in errors.most_common()]
     return lines + [f"  {count:,}: {what}" for what, count in judge.counts.most_common()]

@@ -1,4 +1,4 @@
-"""The README of an exported model, from what its run recorded. What isn't known is left out."""
+"""The README of an exported model, from what its run recorded. What is unknown is left out."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def model_card(
     facts: Mapping[str, Any], *, adapter: bool, goal_in_template: bool, name: str | None = None,
     base_model: str | None = None, license: str | None = None, title: str | None = None,
 ) -> str:  # fmt: skip
-    """The text of README.md, its YAML metadata first.
+    """Return the text of README.md, with YAML metadata at its beginning.
 
     Args:
-        facts: as ``callbacks.facts.run_facts`` gathers them.
+        facts: as ``callbacks.run_metadata.run_facts`` returns them.
         adapter: the folder holds an adapter, not a whole model.
         goal_in_template: the chat template asks for the best goal by itself.
-        name: of the model, a folder's or ORG/NAME; the code examples use it.
+        name: of the model, for the code examples: a folder or ORG/NAME.
         base_model: its Hub id, where the model was loaded from a folder.
         license: of the model.
-        title: the heading, where it isn't the name.
+        title: the heading; by default the name.
     """
     base = facts.get("base_model") or {}
     hub_base = base_model or (base["name"] if base and not base["local"] else None)
@@ -73,7 +73,7 @@ def _opening(facts: Mapping[str, Any], name: str | None, base: str | None, adapt
     lines.append(f"{start}, aligned on preference pairs with rap-lightning{f' {version}' if version else ''}.")
     if is_trained(facts.get("goal")):
         lines.append(
-            "The prompt states a goal, the score that the response should earn (reward-augmented preference "
+            "The prompt states a goal, the score that the response should get (reward-augmented preference "
             f"alignment, [Zhang et al. 2025]({METHOD})); at inference the best one is asked for."
         )
     return "\n".join(lines)
@@ -81,7 +81,7 @@ def _opening(facts: Mapping[str, Any], name: str | None, base: str | None, adapt
 
 def _prompting(goal: Mapping[str, Any] | None, in_template: bool, name: str, adapter: bool) -> str:
     needs = "transformers and peft" if adapter else "transformers"
-    needs += "" if "/" in name else f", where the folder `{name}` lies"  # no path: it may go anywhere
+    needs += "" if "/" in name else f" in the directory of the folder `{name}`"  # without a path: it may be moved
     example = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,8 +100,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
         also = "; where the chat template has no system role, before the first user message" if (
             goal["placement"] == "auto") else ""  # fmt: skip
         parts.append(
-            f"The chat template knows nothing of goals. Write the goal {where}{also}, a blank line before what follows "
-            f"in the same message:\n\n```\n{goal['best']}\n```"
+            f"The chat template doesn't write goals. Write the goal {where}{also}, with a blank line before what "
+            f"follows in the same message:\n\n```\n{goal['best']}\n```"
         )
         return "\n\n".join([*parts, f"With {needs}:", f"```python\n{example}\n```"])
     wording = Wording.of(goal["wording"]) if goal.get("wording") else None
@@ -118,8 +118,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
     if wording:
         request["chat_template_kwargs"] = {"goal": other}
     parts.append(
-        "Behind an OpenAI-compatible server that passes them on, as `transformers serve` does. The request's `model` "
-        "must be the very text that the server was started with:\n\n"
+        "They also work with an OpenAI-compatible server that passes them on, as `transformers serve` does. The "
+        "request's `model` must be exactly what the server was started with:\n\n"
         f'```sh\npip install "transformers[serving]"{" peft" if adapter else ""}\ntransformers serve {name}\n```\n\n'
         "```sh\ncurl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"  -d '{json.dumps(request)}'\n```"
@@ -128,7 +128,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 
 def _other_goal(wording: Wording | None) -> Any:
-    """A goal for examples, in the middle of the scale."""
+    """Return a goal for examples, in the middle of the scale."""
     if wording is None:
         return False
     middle = {n.name: round((n.low + n.high) / 2, n.decimals) for n in wording.numbers}

@@ -134,8 +134,6 @@ def _verify_archive(file: IO[bytes], path: Path) -> bool:
                     with archive.open(record) as content:
                         while chunk := content.read(CHUNK):
                             bar.update(len(chunk))
-    except OSError:
-        raise
     except Exception as error:  # a damaged archive fails in whatever way its bytes happen to
         raise _damaged(path, "its content is not what was written") from error
     return True
