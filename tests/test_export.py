@@ -369,7 +369,7 @@ def test_an_adapter_does_not_leave_for_a_base_model_that_has_changed(merge: bool
     """Of the same shapes, so that its weights would fit; and of others."""
     shutil.copytree(runs / "model", tmp_path / "kept")
     try:
-        for sizes, message in (({}, "trained over another base model"), ({"hidden_size": 64}, "another base|fit")):
+        for sizes, message in (({}, "trained on another base model"), ({"hidden_size": 64}, "another base|fit")):
             torch.manual_seed(1)
             model = make_model(tmp_path / f"other{len(sizes)}", **sizes)
             if not sizes:
