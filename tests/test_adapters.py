@@ -243,7 +243,7 @@ def damaged(adapter: Path, folder: Path, damage: str, tiny: Path) -> Path:
         ("no weights", r"no adapter_model\.safetensors"),
         ("kind", r"expected a LoRA adapter.*found IA3"),
         ("rank", r"doesn't fit the model"),
-        ("base", r"was trained on .*base, whose weights are others"),
+        ("base", r"was trained on .*base, whose weights differ"),
         ("modules", r"doesn't fit the model"),
         ("json", r"adapter_config\.json can't be read|can't be read"),
     ],
@@ -258,9 +258,9 @@ def test_an_adapter_that_is_damaged_or_of_another_model_is_refused(
 
 def test_options_of_a_policy_that_have_no_effect_or_make_no_sense_are_refused(tiny: Path, adapter: Path) -> None:
     for options, message in [
-        ({"adapter": str(adapter), "lora": Lora()}, "lora has no effect beside"),
+        ({"adapter": str(adapter), "lora": Lora()}, "lora has no effect with --model.policy.adapter"),
         ({"adapter_revision": "main"}, "adapter_revision has no effect without"),
-        ({"lora": Lora(), "resize_embeddings": True}, "new rows would stay"),
+        ({"lora": Lora(), "resize_embeddings": True}, "new rows would never change"),
         ({"freeze": ["("]}, "not a regular expression"),
         ({"rope": {"factor": 2.0}}, "rope_type must be one of"),
         ({"rope": {"rope_type": "linear", "factor": 0.5}}, "factor must be a number of at least 1"),

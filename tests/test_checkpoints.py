@@ -43,7 +43,7 @@ def names(folder: Path) -> set[str]:
 
 def test_a_checkpoint_is_an_ordinary_archive_whose_checksums_torch_wrote(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    assert write_whole(content(), path) == path.stat().st_size
+    write_whole(content(), path)
     assert torch.equal(torch.load(path, weights_only=True)["weights"], content()["weights"])
     assert verify(path)
     torch.save(content(), tmp_path / "plain.ckpt")

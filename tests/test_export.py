@@ -26,9 +26,11 @@ from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.commands.export import export
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.atomic_folder import all_or_nothing
+from rap_lightning.models.checkpoint.integrity import INDEX_CHECKSUM
 from rap_lightning.models.checkpoint.saved_policy import config_of
+from rap_lightning.models.checkpoint.sharded_folder import read_index
 from rap_lightning.models.goal_chat_template import with_goals_in_template
-from rap_lightning.models.hf_export import ExportOptions, full_state
+from rap_lightning.models.hf_export import ExportOptions, full_state, read_tensors
 from rap_lightning.models.hf_export import export as export_policy
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig
@@ -258,6 +260,26 @@ def test_a_wrong_merge_is_noticed_and_leaves_nothing(
     assert not any(tmp_path.iterdir())
 
 
+def test_experts_that_transformers_writes_under_other_names_are_exported(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    tokenizer = PolicyConfig(str(tiny)).load_tokenizer()
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, head_dim=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = PolicyConfig(str(tmp_path / "model"))
+    policy = source.build(torch.float32)
+    own = {name.removeprefix("model."): value for name, value in policy.state_dict().items()}
+    export_policy(policy, policy.state_dict(), tokenizer, tmp_path / "out", source)
+    assert set(dict(read_tensors(tmp_path / "out"))) != set(own), "or the test shows nothing"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert loaded.keys() == own.keys()
+    assert all(torch.equal(loaded[name], own[name]) for name in own)
+
+
 def test_a_wrong_write_is_noticed_and_leaves_nothing(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,12 +421,14 @@ def test_frozen_parts_of_an_adapter_stay_frozen_and_leave_with_it(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    import rap_lightning
     from rap_lightning.models.policy_config import Lora, PolicyConfig
-    from rap_lightning.models.references import base as references
 
     policy = PolicyConfig(str(tiny), lora=Lora(r=4), freeze=["lora_A"])
     big = lambda params: torch.optim.SGD(params, lr=0.3)  # noqa: E731
-    module, data = build(tiny, pairs_folder, policy=policy, optimizer=big, reference=getattr(references, reference)())
+    module, data = build(
+        tiny, pairs_folder, policy=policy, optimizer=big, reference=getattr(rap_lightning, reference)()
+    )
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -461,19 +485,24 @@ def test_shards_of_two_processes_leave_as_what_fit_gathered(
             export(str(folder), str(tmp_path / "other"))
         assert not (tmp_path / "other").exists()
 
-    (folder / "digests.json").rename(tmp_path / "digests.json")  # an unsealed one, as of another version
-    export(str(folder), str(tmp_path / "unsealed"))
+    checksum = folder / INDEX_CHECKSUM
+    checksum.rename(tmp_path / "checksum")  # as of a folder that another program wrote
+    export(str(folder), str(tmp_path / "unverified"))
     whole = (folder / ".metadata").read_bytes()
     (folder / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
     refused(r"it names (os|posix)\.system")
     assert not (tmp_path / "ran").exists()
     (folder / ".metadata").write_bytes(whole)
-    (tmp_path / "digests.json").rename(folder / "digests.json")
+    (tmp_path / "checksum").rename(checksum)
     shard = next(folder.glob("__1_*.distcp"))
     content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
+    largest = max(
+        (item for item in read_index(folder).storage_data.values() if item.relative_path == shard.name),
+        key=lambda item: item.length,
+    )
+    content[largest.offset + largest.length // 2] ^= 1
     shard.write_bytes(content)
-    refused("distcp is not what was written")
+    refused("distcp is refused: its content is not what was written")
     shard.unlink()
     refused("distcp")
 

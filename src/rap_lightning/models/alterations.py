@@ -23,33 +23,28 @@ def check_patterns(patterns: Sequence[str]) -> None:
             raise ConfigError(f"--model.policy.freeze: {pattern!r} is not a regular expression: {error}") from error
 
 
-def freeze(model: Any, patterns: Sequence[str]) -> int:
-    """Freeze the parameters whose name contains a match of a pattern, and return how many numbers they hold.
+def freeze(model: Any, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose name contains a match of a pattern.
 
     Raises:
         ConfigError: a pattern matches no trainable parameter, or nothing is left to train.
     """
     named = list(model.named_parameters(remove_duplicate=False))  # a tied head has two names
     trainable = {name: p for name, p in named if p.requires_grad}
-    frozen: dict[int, int] = {}
     for pattern in patterns:
-        found = [name for name in trainable if re.search(pattern, name)]
+        found = [p for name, p in trainable.items() if re.search(pattern, name)]
         if not found:
-            whole = [name for name, _ in named if re.search(pattern, name)]
-            why = "only parameters that are not trained anyway" if whole else "no parameter"
+            untrained = any(re.search(pattern, name) for name, _ in named)
+            why = "only parameters that are not trained anyway" if untrained else "no parameter"
             examples = ", ".join(list(trainable)[:: max(1, len(trainable) // 3)][:3])
             raise ConfigError(
                 f"--model.policy.freeze: {pattern!r} matches {why}. Trained are {len(trainable)} parameters with "
                 f"names such as {examples}."
             )
-        for name in found:
-            frozen[id(trainable[name])] = trainable[name].numel()
-    for p in trainable.values():
-        if id(p) in frozen:
+        for p in found:
             p.requires_grad_(False)
     if not any(p.requires_grad for p in trainable.values()):
         raise ConfigError(f"--model.policy.freeze {list(patterns)} freezes everything: nothing is left to train.")
-    return sum(frozen.values())
 
 
 def check_rope(rope: dict[str, Any]) -> None:

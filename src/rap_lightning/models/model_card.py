@@ -81,7 +81,7 @@ def _opening(facts: Mapping[str, Any], name: str | None, base: str | None, adapt
 
 def _prompting(goal: Mapping[str, Any] | None, in_template: bool, name: str, adapter: bool) -> str:
     needs = "transformers and peft" if adapter else "transformers"
-    needs += "" if "/" in name else f" in the directory of the folder `{name}`"  # without a path: it may be moved
+    needs += "" if "/" in name else f", in the directory of the folder `{name}`"  # without a path: it may be moved
     example = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

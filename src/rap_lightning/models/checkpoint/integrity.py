@@ -29,11 +29,8 @@ INDEX_CHECKSUM = ".metadata.crc32"
 _verified: set[tuple[str, int, int]] = set()
 
 
-def write_whole(content: Any, path: Path) -> int:
+def write_whole(content: Any, path: Path) -> None:
     """Write what ``torch.save`` takes, whole or not at all.
-
-    Returns:
-        The number of bytes.
 
     Raises:
         OSError: for example, the disk is full; a file that was at ``path`` before is left as it was.
@@ -45,14 +42,12 @@ def write_whole(content: Any, path: Path) -> int:
             _save(content, file)
             file.flush()
             os.fsync(file.fileno())
-            size = file.tell()
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
-    return size
 
 
 def partial_of(path: Path) -> Path:
