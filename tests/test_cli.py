@@ -269,7 +269,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--model.loss.beta", "null"], r"--model\.loss\.beta can't be null"),
     (["--model.policy.freeze", "['lm_haed']"], r"'lm_haed' matches no parameter"),
     (["--model.policy.adapter", "/nowhere/adapter"], r"adapter /nowhere/adapter: no such folder"),
-    (["--model.policy.adapter", "x", "--model.policy.lora.r", "4"], r"lora has no effect beside"),
+    (["--model.policy.adapter", "x", "--model.policy.lora.r", "4"], r"lora has no effect with"),
     (["--model.policy.rope", "{rope_type: linear, factor: 0}"], r"factor must be a number of at least 1"),
     (["--model.policy.resize_embeddings", "true"], r"resize_embeddings has no effect"),
     (["--model.reference", "AdapterAsLoaded"], r"needs an adapter to continue"),
