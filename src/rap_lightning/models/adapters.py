@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.digests import weights_digest
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
@@ -57,7 +61,7 @@ def adapter_digest(path: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def attach(model: Any, path: str, revision: str | None, base: str, *, dropout: bool) -> Any:
+def attach(model: PreTrainedModel, path: str, revision: str | None, base: str, *, dropout: bool) -> PeftModel:
     """Put an adapter on ``model`` and return the peft model, with the adapter trainable.
 
     Args:

@@ -7,11 +7,15 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from rap_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def check_patterns(patterns: Sequence[str]) -> None:
@@ -23,7 +27,7 @@ def check_patterns(patterns: Sequence[str]) -> None:
             raise ConfigError(f"--model.policy.freeze: {pattern!r} is not a regular expression: {error}") from error
 
 
-def freeze(model: Any, patterns: Sequence[str]) -> None:
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Freeze the parameters whose name contains a match of a pattern.
 
     Raises:
@@ -62,7 +66,7 @@ def check_rope(rope: dict[str, Any]) -> None:
         raise ConfigError(f"--model.policy.rope: factor must be a number of at least 1, found {factor!r}")
 
 
-def scale_rope(config: Any, rope: dict[str, Any], path: str) -> None:
+def scale_rope(config: PretrainedConfig, rope: dict[str, Any], path: str) -> None:
     """Set the RoPE scaling of a model's config, keeping its base frequency.
 
     Raises:
@@ -110,7 +114,7 @@ def _warnings_of(logger: str) -> Iterator[list[str]]:
         log.propagate = propagate
 
 
-def resize_embeddings(model: Any, tokens: int, path: str) -> None:
+def resize_embeddings(model: PreTrainedModel, tokens: int, path: str) -> None:
     """Give the model an embedding for each of the tokenizer's tokens; new ones are the mean of the existing ones.
 
     With the mean a policy and its reference agree; random rows would differ.
@@ -133,7 +137,7 @@ def resize_embeddings(model: Any, tokens: int, path: str) -> None:
                     layer.bias[rows:] = layer.bias[:rows].float().mean().to(layer.bias.dtype)
 
 
-def refuse_too_few_embeddings(model: Any, tokens: int, path: str) -> None:
+def refuse_too_few_embeddings(model: PreTrainedModel, tokens: int, path: str) -> None:
     """Raise ConfigError where the tokenizer has tokens that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,6 +13,9 @@ from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.guidance import GoalGuidance, PlausibilityFloor, check_guidance
 from rap_lightning.models.policy import Policy, evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -76,7 +79,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[di
 
 
 @torch.no_grad()
-def generate(policy: Policy, tokenizer: Any, batch: PromptBatch, options: Generation) -> list[str]:
+def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, options: Generation) -> list[str]:
     """Return one response per prompt, as text without control tokens.
 
     Raises:
@@ -124,7 +127,7 @@ def guidance_of(
     return GoalGuidance(model, low, options.guidance, options.plausibility)
 
 
-def end_of_turn_ids(tokenizer: Any, model: Any) -> list[int]:
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
     """Return the ids that end a response: of the model's generation config, and what the chat template writes."""
     known = model.generation_config.eos_token_id
     ids = set(known if isinstance(known, list) else [] if known is None else [known])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.errors import ConfigError
@@ -12,6 +12,9 @@ from rap_lightning.preferences.goal_spec import Wording
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import Message
 from rap_lightning.preferences.rendering import resolve_placement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LEAVE = "Leave the chat template as it is: --goal_in_template false"
 
@@ -39,7 +42,7 @@ class _Placed(GoalTemplate):
         raise AssertionError("recorded goals have their text")
 
 
-def with_goals_in_template(tokenizer: Any, goal: dict[str, Any]) -> Any:
+def with_goals_in_template(tokenizer: PreTrainedTokenizerBase, goal: dict[str, Any]) -> PreTrainedTokenizerBase:
     """Return a copy of the tokenizer whose chat template asks for the best goal.
 
     Conversations with and without a system message, of one turn and of several, are rendered at several goals, and
@@ -70,7 +73,7 @@ def with_goals_in_template(tokenizer: Any, goal: dict[str, Any]) -> Any:
     return baked
 
 
-def _compare(encoder: Encoder, baked: Any, best: str, wording: Wording | None) -> None:
+def _compare(encoder: Encoder, baked: PreTrainedTokenizerBase, best: str, wording: Wording | None) -> None:
     asked: list[tuple[str | None, dict[str, Any]]] = [(best, {}), (None, {"goal": False})]
     if wording is not None:
         for values in [*wording.grid(4), {wording.numbers[0].name: wording.numbers[0].low}]:

@@ -11,12 +11,15 @@ the backward pass; the others are computed again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rap_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_BYTES = 256 * 2**20  # float32 logits computed at a time
 KEPT_BYTES = 512 * 2**20  # float32 logits that one forward pass may keep for its backward pass
@@ -38,7 +41,7 @@ class Head:
         self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
 
     @classmethod
-    def of(cls, model: Any) -> Head:
+    def of(cls, model: PreTrainedModel) -> Head:
         """Return the head of a Hugging Face causal LM.
 
         Raises:

@@ -5,6 +5,8 @@ No list of names says which models work: each is compared with itself on a few t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -87,11 +89,11 @@ def check_sharing(policy: Policy) -> str | None:
     return None
 
 
-def _forest_batch(config: object) -> Batch:
+def _forest_batch(config: Any) -> Batch:
     """Return three random pairs as trees; prompts are longer than the model's attention window, if it is short."""
     long = max([w for w in declared_windows(config) if w <= 512], default=0)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (4, long + 40), generator=generator).tolist()  # type: ignore[attr-defined]
+    ids = torch.randint(config.vocab_size, (4, long + 40), generator=generator).tolist()
     examples = [
         Example("", 0, None, (0.0, 0.0), ids[0][: long + 24], ids[1][:9], ids[2][:7]),
         Example("", 0, None, (0.0, 0.0), ids[0][: long + 20] + ids[1][:6], ids[2][:5], ids[3][:11]),

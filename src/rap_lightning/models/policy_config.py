@@ -23,7 +23,8 @@ from rap_lightning.preferences.chat_template import restore_own_template
 from rap_lightning.preferences.sources import refuse_no_model
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKPOINTING_FROM = 1_000_000_000  # parameters
@@ -175,7 +176,7 @@ class PolicyConfig:
             silence_dropout(config)
         return config
 
-    def load_model(self, dtype: torch.dtype) -> Any:
+    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """Load the bare causal LM in ``dtype``, with dropout off unless asked for.
 
         Raises:
@@ -197,7 +198,7 @@ class PolicyConfig:
         if self.quantize is not None:
             options["quantization_config"] = alterations.four_bit(self.quantize, dtype)
         try:
-            model = load_pretrained("model", self.path, AutoModelForCausalLM, options)
+            model: PreTrainedModel = load_pretrained("model", self.path, AutoModelForCausalLM, options)
         except ConfigError as error:
             if self.attn_implementation and re.search("attn|attention", str(error), re.IGNORECASE):
                 raise ConfigError(
@@ -214,7 +215,7 @@ class PolicyConfig:
             alterations.refuse_too_few_embeddings(model, tokens, self.path)
         return model
 
-    def load_initial(self, dtype: torch.dtype) -> Any:
+    def load_initial(self, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
         """Load the causal LM that training starts from: with the adapter that it continues, if any.
 
         Raises:
@@ -225,7 +226,7 @@ class PolicyConfig:
             return model
         return adapters.attach(model, self.adapter, self.adapter_revision, self.path, dropout=self.dropout)
 
-    def build(self, dtype: torch.dtype, model: Any = None) -> Policy:
+    def build(self, dtype: torch.dtype, model: PreTrainedModel | PeftModel | None = None) -> Policy:
         """Return the policy to train, in training mode.
 
         Args:
@@ -275,7 +276,7 @@ def silence_dropout_layers(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def _with_new_adapter(model: Any, lora: Lora) -> Any:
+def _with_new_adapter(model: PreTrainedModel | PeftModel, lora: Lora) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
