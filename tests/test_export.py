@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conftest import build, make_model, make_tokenizer, make_trainer
+from rap_lightning.atomic_write import atomic_folder
 from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.commands.export import export
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.atomic_folder import all_or_nothing
 from rap_lightning.models.checkpoint.integrity import INDEX_CHECKSUM
 from rap_lightning.models.checkpoint.saved_policy import config_of
 from rap_lightning.models.checkpoint.sharded_folder import read_index
@@ -333,7 +333,7 @@ def test_a_full_disk_and_ctrl_c_leave_nothing(
 def test_a_folder_that_fails_leaves_nothing(error: Exception, tmp_path: Path) -> None:
     """What isn't about writing stays what it is."""
     expected = ValueError if isinstance(error, ValueError) else ConfigError
-    with pytest.raises(expected), all_or_nothing(tmp_path / "out") as partial:  # noqa: PT012
+    with pytest.raises(expected), atomic_folder(tmp_path / "out") as partial:  # noqa: PT012
         (partial / "half").write_text("x")
         raise error
     assert not any(tmp_path.iterdir())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+
+from rap_lightning.atomic_write import atomic_file
 
 
 class WritePredictions(BasePredictionWriter):
@@ -28,9 +29,7 @@ class WritePredictions(BasePredictionWriter):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"
-        partial = folder / f".{name}.partial"
-        with partial.open("w", encoding="utf-8") as file:
+        with atomic_file(folder / name) as file:
             for batch in predictions:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in batch)
-        os.replace(partial, folder / name)
         rank_zero_info(f"wrote {folder / name}")

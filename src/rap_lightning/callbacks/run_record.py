@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 import rap_lightning
 from rap_lightning import provenance
+from rap_lightning.atomic_write import atomic_file
 from rap_lightning.callbacks.run_folder import run_folder
 from rap_lightning.callbacks.run_metadata import run_facts, seed
 from rap_lightning.callbacks.run_sessions import SESSIONS, Sessions
@@ -201,7 +202,5 @@ def _now() -> str:
 
 
 def _write(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -59,7 +59,7 @@ def export(
         private: whether a repository made by the upload is private, which it is by default.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
-    from rap_lightning.models.atomic_folder import refuse_non_empty
+    from rap_lightning.atomic_write import refuse_non_empty
     from rap_lightning.models.hub import check_push
 
     if private is not None and push_to_hub is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rap_lightning.cli.help_format import PlainParser
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.atomic_folder import all_or_nothing, refuse_non_empty
+from rap_lightning.atomic_write import atomic_folder, refuse_non_empty
 
 DESCRIPTION = """Write one self-contained HTML page that compares runs of fit, with a PNG of each picture next to it.
 
@@ -41,7 +41,7 @@ def run(args: list[str]) -> int:
         refuse_non_empty(output)
     runs = read_runs(own.runs)
     # An earlier report is replaced once the new one is complete.
-    with all_or_nothing(output.with_name(f".{output.name}.new") if replaced else output) as folder:
+    with atomic_folder(output.with_name(f".{output.name}.new") if replaced else output) as folder:
         files = write(runs, folder)
     if replaced:
         shutil.rmtree(output)

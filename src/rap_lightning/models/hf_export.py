@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rap_lightning.atomic_write import atomic_folder
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.atomic_folder import all_or_nothing
 from rap_lightning.models.generation import end_of_turn_ids
 from rap_lightning.models.goal_chat_template import with_goals_in_template
 from rap_lightning.models.policy import Policy
@@ -95,7 +95,7 @@ def export(
 
         expected = get_peft_model_state_dict(policy.model, state_dict=own)
     _refuse_non_finite(expected)
-    with all_or_nothing(output) as partial:
+    with atomic_folder(output) as partial:
         written = _cast(own, options.dtype)
         if policy.has_adapter:
             # the adapter's config names its base model; a relative path would only work from this working directory
@@ -144,7 +144,7 @@ def merge(
     checked = f"merged logits differ from adapter on base by {_compare(before, after, bound, 'merging'):.1e} in float32"
     state = merged.state_dict()
     _refuse_non_finite(state)
-    with all_or_nothing(output) as partial:
+    with atomic_folder(output) as partial:
         merged.to(dtype).save_pretrained(partial, safe_serialization=True, max_shard_size=options.max_shard_size)
         _write_rest(partial, merged, tokenizer, options)
         del state, merged, model

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import torch
 
+from rap_lightning.atomic_write import atomic_file
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.checkpoint.sharded_folder import INDEX, LATEST, read_index
 from rap_lightning.progress_bar import progress
@@ -36,17 +37,8 @@ def write_whole(content: Any, path: Path) -> None:
         OSError: for example, the disk is full; a file that was at ``path`` before is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path)
-    try:
-        with partial.open("wb") as file:
-            _save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    with atomic_file(path, "wb", partial=partial_of(path)) as file:
+        _save(content, file)
     _sync_folder(path.parent)
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from rap_lightning.atomic_write import atomic_file
 from rap_lightning.errors import ConfigError
 
 FORMAT = "rap-lightning token log-probabilities 1"
@@ -46,7 +47,8 @@ class LogpStore:
         self._new: dict[bytes, Values] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.folder / "key.json", json.dumps(key, indent=1, sort_keys=True).encode())
+            with atomic_file(self.folder / "key.json") as file:
+                json.dump(key, file, indent=1, sort_keys=True)
         except OSError as error:
             raise self._unwritable(error) from error
         self.refresh()
@@ -90,7 +92,8 @@ class LogpStore:
         }
         path = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"
         try:
-            _write_whole(path, save(tensors, {"format": FORMAT, "key": self.key, "sha256": _checksum(tensors)}))
+            with atomic_file(path, "wb") as file:
+                file.write(save(tensors, {"format": FORMAT, "key": self.key, "sha256": _checksum(tensors)}))
         except OSError as error:
             raise self._unwritable(error) from error
         self._read(path)
@@ -141,19 +144,6 @@ def default_root() -> Path:
 
 def _refused(path: Path, why: str) -> ConfigError:
     return ConfigError(f"{path} is refused: {why}. Remove it; its content is then computed again.")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _checksum(tensors: dict[str, Any]) -> str:

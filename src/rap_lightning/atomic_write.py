@@ -1,4 +1,4 @@
-"""Write a folder all or nothing."""
+"""Write files and folders all or nothing: under another name beside their own, then renamed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,37 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from rap_lightning.errors import ConfigError
 
 
 @contextmanager
-def all_or_nothing(output: Path) -> Iterator[Path]:
+def atomic_file(path: Path, mode: str = "w", *, partial: Path | None = None) -> Iterator[IO[Any]]:
+    """Open a file that takes the place of ``path`` when the block succeeds, and is removed when it fails.
+
+    Args:
+        path: what was there before stays until then.
+        mode: for text (UTF-8) or bytes.
+        partial: the other name; by default one of this process, so that several may write the same file.
+    """
+    partial = partial or path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(output: Path) -> Iterator[Path]:
     """Provide a folder beside ``output`` that is renamed to it when the block succeeds, and removed when it fails.
 
     Args:
