@@ -6,9 +6,9 @@ import argparse
 import shutil
 from pathlib import Path
 
+from rap_lightning.atomic_write import atomic_folder, refuse_non_empty
 from rap_lightning.cli.help_format import PlainParser
 from rap_lightning.errors import ConfigError
-from rap_lightning.atomic_write import atomic_folder, refuse_non_empty
 
 DESCRIPTION = """Write one self-contained HTML page that compares runs of fit, with a PNG of each picture next to it.
 
