@@ -234,7 +234,10 @@ def test_a_pickle_with_code_in_it_is_refused_before_anything_loads(
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert "can't be read as a checkpoint: it is cut off, or of another kind (for example, a pickle)" in capfd.readouterr().err
+    assert (
+        "can't be read as a checkpoint: it is cut off, or of another kind (for example, a pickle)"
+        in capfd.readouterr().err
+    )
 
 
 CASES = 16
