@@ -23,7 +23,7 @@ from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.world import attributes, make, make_pairs, make_prompts, make_world, score
 from rap_lightning.world.make import pair_figures
 from rap_lightning.world.rule import FAMILIES, WORDS, parse_prompt
-from rap_lightning.world.world_data import GOAL_MESSAGE, STRAYS, Pair, respond
+from rap_lightning.world.world_data import GOAL_MESSAGE, STRAYS, WorldPair, respond
 from rap_lightning.world.world_datamodule import WorldDataModule
 
 
@@ -96,7 +96,7 @@ def test_a_noisy_judge_is_off_by_as_much_as_asked_and_still_says_who_won() -> No
     assert abs(fmean(errors)) < 0.15
     assert correlation(errors, parts) < 0.1, "each number has noise of its own"
 
-    def texts(pairs: list[Pair]) -> list[set[str]]:
+    def texts(pairs: list[WorldPair]) -> list[set[str]]:
         return [{pair["chosen"][-1]["content"], pair["rejected"][-1]["content"]} for pair in pairs]
 
     assert texts(noisy) == texts(clean), "noise changes scores, never responses"

@@ -17,7 +17,7 @@ from rap_lightning.callbacks.intervals import AtIntervals, Row
 from rap_lightning.callbacks.ranks import gathered
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError
-from rap_lightning.evaluation.likelihoods import ROLES, bin_numbers, bins_of
+from rap_lightning.evaluation.response_figures import ROLES, bin_numbers, bins_of
 from rap_lightning.models.policy import evaluating, most_on_any_rank
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.data_report import DataReport

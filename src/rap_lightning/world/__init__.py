@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rap_lightning.world.rule import attributes as attributes
     from rap_lightning.world.rule import score as score
     from rap_lightning.world.world_data import GOAL_MESSAGE as GOAL_MESSAGE
-    from rap_lightning.world.world_data import Pair as Pair
+    from rap_lightning.world.world_data import WorldPair as WorldPair
     from rap_lightning.world.world_data import make_pairs as make_pairs
     from rap_lightning.world.world_data import make_prompts as make_prompts
 
@@ -26,7 +26,7 @@ _HOMES = {
     "attributes": "rule",
     "score": "rule",
     "GOAL_MESSAGE": "world_data",
-    "Pair": "world_data",
+    "WorldPair": "world_data",
     "make_pairs": "world_data",
     "make_prompts": "world_data",
     "make_world": "make",

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rap_lightning.progress_bar import progress
-from rap_lightning.world.world_data import Example, Message
+from rap_lightning.world.world_data import GradedExample, Message
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 #: ChatML, without a system message of its own.
@@ -124,7 +124,7 @@ def new_model(
 def train_base(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    examples: Iterable[Example],
+    examples: Iterable[GradedExample],
     *,
     steps: int,
     batch_size: int = 32,
@@ -209,7 +209,7 @@ def sampler(
     return sample
 
 
-def _batches(examples: Iterable[Example], size: int) -> Iterator[list[list[Message]]]:
+def _batches(examples: Iterable[GradedExample], size: int) -> Iterator[list[list[Message]]]:
     # Examples with a goal are twice as long as those without. A batch holds one kind, so it has little padding.
     waiting: dict[int, list[list[Message]]] = {}
     for example in examples:

@@ -15,7 +15,7 @@ from typing import Any
 from rap_lightning.world.world_data import (
     BEST,
     FAMILIES_BY_DEFAULT,
-    Pair,
+    WorldPair,
     check_knobs,
     make_examples,
     make_pairs,
@@ -198,11 +198,11 @@ def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
     }
 
 
-def _write_lines(path: Path, pairs: Iterable[Pair]) -> None:
+def _write_lines(path: Path, pairs: Iterable[WorldPair]) -> None:
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-def pair_figures(pairs: list[Pair]) -> dict[str, object]:
+def pair_figures(pairs: list[WorldPair]) -> dict[str, object]:
     """Shares and counts of scores (of chosen and rejected together) and of gaps, both in points."""
     scores = collections.Counter(itertools.chain.from_iterable((p["score_chosen"], p["score_rejected"]) for p in pairs))
     gaps = collections.Counter(pair["score_chosen"] - pair["score_rejected"] for pair in pairs)

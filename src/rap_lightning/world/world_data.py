@@ -43,7 +43,7 @@ class Message(TypedDict):
     content: str
 
 
-class Pair(TypedDict):
+class WorldPair(TypedDict):
     """A scored pair in the layout of HuggingFaceH4/ultrafeedback_binarized.
 
     `prompt_id` is the SHA-256 of the prompt in hexadecimal. `chosen` and `rejected` are a user turn and an assistant
@@ -61,7 +61,7 @@ class Pair(TypedDict):
     scores_rejected: dict[str, float]
 
 
-class Example(TypedDict):
+class GradedExample(TypedDict):
     """A response for supervised training: its turns, the last of them the assistant's, and its true score, 1 to 10."""
 
     messages: list[Message]
@@ -143,7 +143,7 @@ def make_pairs(
     judge_noise: float = 0.0,
     on_policy: float = 0.0,
     sample: Callable[[list[str]], list[str]] | None = None,
-) -> list[Pair]:
+) -> list[WorldPair]:
     """`count` scored pairs, going through `prompts` in turn as often as it takes.
 
     Args:
@@ -205,7 +205,7 @@ def check_knobs(**knobs: float) -> None:
 
 def make_examples(
     prompts: list[str], count: int, seed: int, *, goal_share: float, goal_noise: float, lean: float = -0.3
-) -> Iterator[Example]:
+) -> Iterator[GradedExample]:
     """`count` graded responses to random prompts, some of them under a goal, to train the base model on, in this order.
 
     The goals begin exact and get worse: a model learns soon that a goal means something, and then to trust it little.
@@ -259,7 +259,7 @@ class _Judge:
         return min(10.0, max(1.0, round(2 * self.rng.gauss(overall, self.noise)) / 2)), noisy
 
 
-def _pair(prompt: str, responses: tuple[str, str], judge: _Judge) -> Pair:
+def _pair(prompt: str, responses: tuple[str, str], judge: _Judge) -> WorldPair:
     judged = [(*judge(prompt, response), response) for response in responses]
     (won, won_parts, chosen), (lost, lost_parts, rejected) = sorted(judged, key=lambda one: one[0], reverse=True)
     return {
