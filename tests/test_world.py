@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from importlib import import_module
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -173,22 +174,17 @@ def test_a_world_of_the_models_own_pairs_is_made_from_the_command_line(tmp_path:
     assert "Traceback" not in wrong.stderr
 
 
-def test_a_world_from_before_there_were_knobs_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "world.json").write_text(
-        json.dumps({"settings": {"version": 1, "train_pairs": 2000, "test_pairs": 200, "base_steps": 600, "seed": 0}})
-    )
-    make_world(tmp_path)
-    assert "is there already" in capsys.readouterr().out
-
-
 def test_another_world_in_the_folder_is_told_by_what_differs_and_the_flags_that_take_it(tmp_path: Path) -> None:
-    plain = {"train_pairs": 2000, "test_pairs": 200, "base_steps": 600, "version": 1}
-    (tmp_path / "world.json").write_text(json.dumps({"settings": plain | {"seed": 1, "families": ["words"]}}))
+    defaults = {
+        name: parameter.default for name, parameter in signature(make_world).parameters.items() if name != "root"
+    }
+    settings = defaults | {"version": 1, "seed": 1, "families": ["words"]}
+    (tmp_path / "world.json").write_text(json.dumps({"settings": settings}))
     module = WorldDataModule(str(tmp_path))
     with pytest.raises(DataError) as caught:
         module.prepare_data()
     said = str(caught.value)
-    assert "seed is 1 there, 0 was asked for" in said
+    assert "seed is 1 there, requested 0" in said
     assert "--data.families '[words]' --data.world_seed 1)" in said
     assert "base_steps" not in said, "it is the same"
     parser = ArgumentParser()
@@ -273,6 +269,6 @@ def test_the_quickstart_runs_and_prints_the_steering_table(
     assert world["settings"]["base_steps"] == 30
     settings = {"train_pairs": 80, "test_pairs": 20, "base_steps": 30}
     make_world(tmp_path / "runs/world", **settings)  # found, not made again
-    assert "is there already" in capfd.readouterr().out
+    assert "exists already" in capfd.readouterr().out
     with pytest.raises(ValueError, match="other settings"):
         make_world(tmp_path / "runs/world", **(settings | {"seed": 1}))

@@ -1,13 +1,13 @@
-"""A small world that the package makes itself: prompts, a judge that is a rule, scored pairs, a tiny chat model.
+"""The embedded world: prompts, a rule as judge, scored pairs and a tiny chat model, all made by the package itself.
 
-It is there to see the whole method work in minutes, on a CPU and without a download.
+It shows the whole method in minutes, on a CPU and without a download.
 
-- `rule`: what a response is worth, from 1 to 10.
+- `rule`: the score of a response, from 1 to 10.
 - `world_data`: prompts, responses of graded quality, scored pairs.
 - `base_model`: the tokenizer and the base model, trained on the spot.
-- `make`: all of it into a folder.
+- `make`: all of it, in a folder.
 
-The names below are looked up when they are first used: importing this package does not import torch.
+The names below are imported on first use: importing this package does not import torch.
 """
 
 from importlib import import_module
