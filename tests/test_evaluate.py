@@ -320,7 +320,7 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
             "--judge has no effect",
         ),
         (["--samples", 3], "--samples has no effect without the parts controllability"),
-        (["--parts", "[controllability]"], "--parts controllability: nobody judges the samples"),
+        (["--parts", "[controllability]"], "--parts controllability: samples need a judge"),
         (["--parts", "[discrimination]", "--bins", 4], "--bins has no effect without the part unlearning"),
         (["--parts", "[discrimination]", "--base", "x/y"], "--base has no effect without the part unlearning"),
         (

@@ -228,8 +228,8 @@ def without_own_goal(tokenizer: PreTrainedTokenizerBase, record: GoalRecord | No
         if not template_writes(tokenizer, record["best"]):
             return tokenizer
     raise ConfigError(
-        "the model's chat template writes the best goal into every prompt, and can't be told not to. Use the template "
-        "of the model that was trained."
+        "the model's chat template writes the best goal into every prompt, and no variable switches that off. Use the "
+        "template of the model that was trained."
     )
 
 

@@ -149,8 +149,8 @@ def make_plan(
         known: GoalTemplate | None = template_of(record)
     else:
         known = template
-    begun = recorded_base(one) if base is None else ModelSource(base, None, trust_remote_code, "--base")
-    wanted, left_out = _choose_parts(parts, _obstacles(judge, known, begun, engine, one))
+    started_from = recorded_base(one) if base is None else ModelSource(base, None, trust_remote_code, "--base")
+    wanted, left_out = _choose_parts(parts, _obstacles(judge, known, started_from, engine, one))
     also = {"judge": judge, "goals": goals, "engine": engine, "base": base}
     _refuse_options_without_effect({*given, *(name for name, value in also.items() if value is not None)}, wanted)
     if given.get("temperature") == 0:
@@ -168,7 +168,7 @@ def make_plan(
     sampling = {field.name for field in fields(Generation)} & given.keys()
     own_goals = template is None and goal_from is None and is_trained(one.record())
     return EvaluationPlan(
-        model=one, base=begun if "unlearning" in wanted and isinstance(begun, ModelSource) else None, template=known,
+        model=one, base=started_from if "unlearning" in wanted and isinstance(started_from, ModelSource) else None, template=known,
         sources=as_sources(source), output=_output(output, one), parts=wanted, explicit=parts is not None,
         left_out=left_out, judge=judge, engine=engine, goals=_goals(goals, known, own=own_goals), read=read,
         sampling=Generation(**{name: given.pop(name) for name in sampling}),
@@ -203,7 +203,7 @@ def _obstacles(
     """Return why parts can't be measured."""
     reasons: dict[Part, str] = {}
     if judge is None:
-        reasons |= dict.fromkeys(FROM_SAMPLES, "nobody judges the samples. Name a --judge")
+        reasons |= dict.fromkeys(FROM_SAMPLES, "samples need a judge. Name a --judge")
     if isinstance(base, str):
         reasons["unlearning"] = base
     if template is None:

@@ -134,5 +134,5 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}. Remove it, or name another --output.") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no evaluation. Remove it, or name another --output.")
+        raise ConfigError(f"{path} is not an evaluation. Remove it, or name another --output.")
     return found

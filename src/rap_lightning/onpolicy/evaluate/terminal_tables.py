@@ -116,7 +116,7 @@ def _line_of_discrimination(part: dict[str, Any]) -> str:
     centred = part["centred"]
     return (
         f"scores read off the policy (likeliest of {len(part['goals'])} goals): Spearman with the judge's "
-        f"{one(part['spearman'], 2)}, pairs told apart {one(part['pair_accuracy'], 2)}; "
+        f"{one(part['spearman'], 2)}, pairs ranked correctly {one(part['pair_accuracy'], 2)}; "
         f"centred {one(centred['spearman'], 2)} and {one(centred['pair_accuracy'], 2)}"
     )
 
