@@ -11,8 +11,9 @@ import json
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 T = TypeVar("T")
+R = TypeVar("R")
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)  # status codes that are retried
 FATAL = {401: "the key is not accepted", 403: "access is refused", 404: "no such address or model"}
 MAX_BACKOFF = 60.0  # seconds between two attempts, unless the server asks for more
@@ -79,7 +81,7 @@ class ChatClient:
         self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
         self.requests_per_minute, self.extra_body = requests_per_minute, extra_body or {}
         self.retries = 0
-        self._quiet_until = self._next_slot = 0.0  # monotonic clock
+        self._quiet_until = self._next_slot = 0.0  # time.monotonic()
         self._session: ClientSession
 
     def settings(self) -> dict[str, Any]:
@@ -87,24 +89,39 @@ class ChatClient:
         return {"model": self.model, "extra_body": self.extra_body}
 
     def each(
-        self, items: Sequence[Any], answer: Callable[[Any], Awaitable[T]]
-    ) -> Iterator[tuple[Any, T | RequestFailed]]:
+        self, items: Iterable[T], answer: Callable[[T], Coroutine[Any, Any, R]]
+    ) -> Iterator[tuple[T, R | RequestFailed]]:
         """Yield (item, result) in the order of completion; the result of a failed item is its RequestFailed.
 
         Raises:
             EndpointDown: as many requests in a row as are in flight (at least 4) failed, or the server refuses all.
         """
-        waiting, running, in_a_row = iter(items), dict[asyncio.Future[T], Any](), 0
-        # The runner belongs to this generator: the caller writes each result to disk before the next one is awaited.
+        results = self._results(items, answer)
+
+        async def following() -> tuple[T, R | RequestFailed] | None:
+            return await anext(results, None)
+
+        # The loop runs only while a result is awaited: the caller writes each one to disk before the next is taken.
         with asyncio.Runner() as runner:
             try:
-                runner.run(self._connect())
+                while (found := runner.run(following())) is not None:
+                    yield found
+            finally:
+                runner.run(results.aclose())
+
+    async def _results(
+        self, items: Iterable[T], answer: Callable[[T], Coroutine[Any, Any, R]]
+    ) -> AsyncGenerator[tuple[T, R | RequestFailed]]:
+        waiting, running, in_a_row = iter(items), dict[asyncio.Task[R], T](), 0
+        async with self._open_session() as self._session:
+            try:
                 while True:
-                    while len(running) < self.concurrency and (item := next(waiting, None)) is not None:
-                        running[asyncio.ensure_future(answer(item), loop=runner.get_loop())] = item
+                    for item in islice(waiting, self.concurrency - len(running)):
+                        running[asyncio.create_task(answer(item))] = item
                     if not running:
                         return
-                    for task in runner.run(_first_done(running)):
+                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
                         item, problem = running.pop(task), task.exception()
                         if problem is None:
                             in_a_row = 0
@@ -121,25 +138,19 @@ class ChatClient:
                                 "again to resume."
                             )
             finally:
-                runner.run(self._disconnect(list(running)))
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
 
-    async def _connect(self) -> None:
+    def _open_session(self) -> ClientSession:
         import aiohttp
 
         key = os.environ.get(self.api_key_env)
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
-        self._session = aiohttp.ClientSession(
+        return aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {key}"} if key else {}, trust_env=not local,
             timeout=aiohttp.ClientTimeout(total=self.timeout), connector=aiohttp.TCPConnector(limit=self.concurrency),
         )  # fmt: skip
-
-    async def _disconnect(self, running: list[asyncio.Future[Any]]) -> None:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        if hasattr(self, "_session"):
-            await self._session.close()
-            await asyncio.sleep(0)  # transports close in the next iteration of the loop
 
     async def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> dict[str, Any]:
         """Return the first choice of a chat completion (``message``, ``finish_reason``) with the ``usage``.
@@ -201,11 +212,6 @@ class ChatClient:
         """Return the beginning of a server's message, with the key masked in case the message repeats it."""
         key = os.environ.get(self.api_key_env)
         return shown(text.replace(key, "***") if key else text, 300)
-
-
-async def _first_done(running: Mapping[asyncio.Future[T], Any]) -> set[asyncio.Future[T]]:
-    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-    return done
 
 
 def _first_choice(text: str) -> dict[str, Any]:

@@ -32,8 +32,6 @@ class ModelSource:
 
     Args:
         path: folder, Hub id, or a .ckpt that fit wrote: a file, or the folder of a sharded one.
-        revision: branch, tag or commit on the Hub.
-        trust_remote_code: run Python code that comes with the model.
         option: option that names the model, for error messages.
     """
 

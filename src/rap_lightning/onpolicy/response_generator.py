@@ -63,8 +63,6 @@ class ResponseGenerator:
     """A model in an engine. The model is loaded when there is something to generate. Used as a context manager.
 
     Args:
-        model: the model.
-        engine: the engine that runs it.
         max_prompt_length: longer prompts are truncated to this many tokens, goal kept; by default to what the context
             leaves beside the longest response.
         shard, shards: number of this process, and how many share the work.
@@ -97,12 +95,7 @@ class ResponseGenerator:
         """Generate the responses that ``path`` doesn't have yet.
 
         Args:
-            histories: distinct conversations.
-            path: JSON lines, one response each.
-            goals: every conversation is answered at each of them.
-            generation: sampling options.
-            samples: responses for a conversation at a goal.
-            seed: seed of all sampling.
+            histories: distinct conversations; each is answered at each of the goals, ``samples`` times.
 
         Raises:
             ConfigError: the file was made with other settings, or an option has no effect.

@@ -109,13 +109,7 @@ def run_rounds(plan: RoundsPlan) -> list[dict[str, Any]]:
 
 
 class Round:
-    """One round.
-
-    Args:
-        plan: options of all rounds.
-        number: number of the round, from 1.
-        sampled: the model that responses are sampled from.
-    """
+    """Round ``number``, from 1, on responses of the model ``sampled``."""
 
     def __init__(self, plan: RoundsPlan, number: int, sampled: ModelSource) -> None:
         self.plan, self.number, self.sampled = plan, number, sampled

@@ -185,12 +185,10 @@ def _check_output(output: Path, judge: Judge) -> None:
 
 
 def judge_items(items: Mapping[str, Item], path: Path, judge: Judge) -> tuple[dict[str, Row], int, list[Row]]:
-    """Return all verdicts by item id, how many were there before, and a row for each failure.
+    """Judge the items that ``path`` has no verdict for, and append their verdicts as they come.
 
-    Args:
-        items: items by id.
-        path: JSON lines of verdicts, appended as they come.
-        judge: rates the items without a verdict.
+    Returns:
+        All verdicts by item id, how many were there before, and a row for each failure.
 
     Raises:
         ConfigError: the existing verdicts are another judge's.

@@ -19,12 +19,7 @@ from rap_lightning.onpolicy.jsonl_ledger import file_digest, write_json
 
 
 class Stages:
-    """The stages of one folder.
-
-    Args:
-        folder: folder of the results and of ``state.json``.
-        title: name of the folder in messages.
-    """
+    """The stages of one folder, which messages call ``title``."""
 
     def __init__(self, folder: Path, title: str) -> None:
         self.folder, self.title = folder, title

@@ -122,12 +122,7 @@ class Engine(ABC):
 
     @abstractmethod
     def open(self, model: ModelSource, rank: int) -> None:
-        """Load the model. Called once, and only if there is something to generate.
-
-        Args:
-            model: the model.
-            rank: rank of this process on its machine, which selects a device.
-        """
+        """Load the model onto the device of the local rank. Called once, if there is something to generate."""
 
     @abstractmethod
     def run(

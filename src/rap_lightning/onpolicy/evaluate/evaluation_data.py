@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, fingerpr
 
 if TYPE_CHECKING:
     from rap_lightning.onpolicy.evaluate.evaluation_plan import EvaluationPlan
-    from rap_lightning.onpolicy.evaluate.recorded_run import ReadOptions
 
 TRAIN = "train"
 
@@ -74,7 +73,7 @@ class TrainingRewards:
     split: str
 
 
-def make_rules(template: GoalTemplate | None, options: ReadOptions, sources: Sequence[Source]) -> Rules:
+def make_rules(template: GoalTemplate | None, options: dict[str, Any], sources: Sequence[Source]) -> Rules:
     """Return the rules of reading: scored pairs, without those of equal reward.
 
     Without a template, rewards are used as they are, whatever their range.
@@ -83,7 +82,7 @@ def make_rules(template: GoalTemplate | None, options: ReadOptions, sources: Seq
         ConfigError: the template's scale has open numbers.
     """
     goal = template or OverallGoal(LinearScale(decimals=6))
-    rules = Rules(goal, Relabelling("none"), **vars(options))
+    rules = Rules(goal, Relabelling("none"), **options)
     if template is not None and goal.scale.needs_fit:
         raise ConfigError(
             "--template: the scale's open numbers are those of the training run; give them (goal.json has them)."

@@ -11,7 +11,7 @@ import numpy as np
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData, make_rules
-from rap_lightning.onpolicy.evaluate.recorded_run import ReadOptions, read_options, recorded_base, run_of
+from rap_lightning.onpolicy.evaluate.recorded_run import READ_OPTIONS, read_options, recorded_base, run_of
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.onpolicy.requested_goals import (
@@ -69,7 +69,7 @@ class EvaluationPlan:
     engine: Engine
     goals: list[GoalOrNone]
     sampling: Generation
-    read: ReadOptions
+    read: dict[str, Any]
     samples: int = 4
     greedy: bool = True
     bins: int = 3
@@ -157,8 +157,7 @@ def make_plan(
         raise ConfigError("--temperature 0 would sample one response again and again; greedy ones are shown beside.")
     for part, why in left_out.items():
         print(f"left out: {part}: {why}")
-    names = {field.name for field in fields(ReadOptions)}
-    read, taken = read_options(one, {name: given[name] for name in names & given.keys()}, known)
+    read, taken = read_options(one, {name: given.pop(name) for name in READ_OPTIONS if name in given}, known)
     if taken:
         print(taken)
     engine = engine or Transformers()
@@ -167,12 +166,12 @@ def make_plan(
         given["max_new_tokens"] = min(MAX_NEW_TOKENS, context // 2)
     sampling = {field.name for field in fields(Generation)} & given.keys()
     own_goals = template is None and goal_from is None and is_trained(one.record())
+    compared = started_from if "unlearning" in wanted and isinstance(started_from, ModelSource) else None
     return EvaluationPlan(
-        model=one, base=started_from if "unlearning" in wanted and isinstance(started_from, ModelSource) else None, template=known,
-        sources=as_sources(source), output=_output(output, one), parts=wanted, explicit=parts is not None,
+        model=one, base=compared, template=known, sources=as_sources(source), output=_output(output, one), parts=wanted, explicit=parts is not None,
         left_out=left_out, judge=judge, engine=engine, goals=_goals(goals, known, own=own_goals), read=read,
         sampling=Generation(**{name: given.pop(name) for name in sampling}),
-        **{name: value for name, value in given.items() if name not in names},
+        **given,
     )  # fmt: skip
 
 

@@ -117,10 +117,8 @@ class GoalLogps:
     """Log-probabilities of both responses of each pair under goals.
 
     Args:
-        plan: the evaluation.
-        evaluated: its pairs; what is repaired, truncated or left out is counted in the report.
+        evaluated: the pairs; what is repaired, truncated or left out is counted in its report.
         texts: goal texts of every prompt, beside the responses' own goals; None is the prompt without a goal.
-        work: folder of the files.
     """
 
     def __init__(self, plan: EvaluationPlan, evaluated: EvaluatedData, texts: Sequence[str | None], work: Path) -> None:
@@ -138,12 +136,6 @@ class GoalLogps:
         self, model: ModelSource, wanted: Container[Key], name: str, title: str
     ) -> dict[Key, tuple[float, float]]:
         """Return the log-probabilities of both responses in nats, in float32; existing rows of the file are read.
-
-        Args:
-            model: the policy, or its base.
-            wanted: pairs under goals.
-            name: file name, JSON lines.
-            title: title of the progress bar.
 
         Raises:
             ConfigError: the file was made with other settings, or the model can't be loaded.

@@ -60,12 +60,7 @@ def settings_of(plan: EvaluationPlan, evaluated: EvaluatedData) -> Settings:
 
 
 class PreviousEvaluation:
-    """The parts of an evaluation.json that the present evaluation doesn't measure.
-
-    Args:
-        path: evaluation.json, which may not exist.
-        parts: parts measured now.
-        settings: settings of the present evaluation.
+    """The parts of an evaluation.json (which may not exist) that the present evaluation doesn't measure.
 
     Raises:
         ConfigError: parts to keep were measured with other settings, or their settings are unknown.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import shown
+from rap_lightning.preferences.rules import Rules
 
 if TYPE_CHECKING:
     import torch
@@ -112,19 +113,16 @@ def start_folder(run: Path) -> Path:
         return Path()
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """The options of :class:`~rap_lightning.preferences.rules.Rules` that say how rows are read."""
-
-    format: str = "auto"
-    columns: dict[str, str] | None = None
-    outside_scale: Literal["error", "drop", "clip"] = "error"
-    bad_rows: Literal["drop", "error"] = "drop"
+READ_OPTIONS: dict[str, Any] = {
+    field.name: field.default
+    for field in fields(Rules) if field.name in ("format", "columns", "outside_scale", "bad_rows")
+}  # fmt: skip
+"""The options that say how rows are read, with their defaults."""
 
 
 def read_options(
     model: ModelSource, given: dict[str, Any], template: GoalTemplate | None
-) -> tuple[ReadOptions, str | None]:
+) -> tuple[dict[str, Any], str | None]:
     """Return how rows are read, and a line that names what was taken from the model's run.
 
     Args:
@@ -134,18 +132,16 @@ def read_options(
     """
     run = run_of(model)
     options = _section(config_of_run(run), "data") if run is not None else {}
-    plain = asdict(ReadOptions())
     taken = {
-        field.name: options[field.name]
-        for field in fields(ReadOptions)
-        if field.name not in given and options.get(field.name, plain[field.name]) != plain[field.name]
-    }
+        name: options[name]
+        for name, default in READ_OPTIONS.items() if name not in given and options.get(name, default) != default
+    }  # fmt: skip
     if template is None or template.scale.judge_range[0] == float("-inf"):
         taken.pop("outside_scale", None)
     if not taken or run is None:
-        return ReadOptions(**given), None
+        return given, None
     listed = ", ".join(f"{k} {value if isinstance(value, str) else shown(value, 200)}" for k, value in taken.items())
     line = f"data are read as the run read its own ({run}/config.yaml): {listed}. An option given here wins."
     if "." in taken.get("format", "") and start_folder(run).resolve() != Path.cwd():
         line += f" {taken['format']} is looked for here; the run was started in {start_folder(run)}."
-    return ReadOptions(**{**taken, **given}), line
+    return taken | given, line

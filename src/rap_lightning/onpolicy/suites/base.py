@@ -24,21 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class SuiteRun:
-    """The model that answers a suite, and the options of its answers.
-
-    Attributes:
-        model: the model; name: its name in the judges' tables.
-        goal: the goal in every prompt.
-        engine: the engine that runs the model.
-        generation: sampling options, unless the suite has its own.
-        output: folder of all files.
-        max_prompt_length: longer prompts are truncated, goal kept.
-        limit: at most this many questions.
-        seed: seed of sampling.
-    """
+    """The model that answers a suite, and the options of its answers; the docstring of the command describes each."""
 
     model: ModelSource
     name: str
+    """The model's name in the judges' tables."""
     goal: RequestedGoal
     engine: Engine
     generation: Generation
