@@ -168,10 +168,10 @@ def make_plan(
     own_goals = template is None and goal_from is None and is_trained(one.record())
     compared = started_from if "unlearning" in wanted and isinstance(started_from, ModelSource) else None
     return EvaluationPlan(
-        model=one, base=compared, template=known, sources=as_sources(source), output=_output(output, one), parts=wanted, explicit=parts is not None,
-        left_out=left_out, judge=judge, engine=engine, goals=_goals(goals, known, own=own_goals), read=read,
-        sampling=Generation(**{name: given.pop(name) for name in sampling}),
-        **given,
+        model=one, base=compared, template=known, sources=as_sources(source), output=_output(output, one), parts=wanted,
+        explicit=parts is not None, left_out=left_out, judge=judge, engine=engine, read=read,
+        goals=_goals(goals, known, own=own_goals),
+        sampling=Generation(**{name: given.pop(name) for name in sampling}), **given,
     )  # fmt: skip
 
 
