@@ -165,11 +165,15 @@ def resolve(option: GoalOption | None, record: GoalRecord | None, template: Goal
         )
     if template is not None and template.scale.needs_fit:
         raise ConfigError("--template: the scale's open numbers can't be fitted here; give them (goal.json has them).")
-    if option in (None, "best") and template is None:
+    if template is None:
         assert record is not None, "checked above"
-        return RequestedGoal(record["best"], _printed_best(record), record["placement"])
-    template = template or template_of(record or {})
-    goal = template.best if option in (None, "best") else float(option)
+        try:
+            template = template_of(record)
+        except ConfigError:  # another package's template: only the best goal, whose text is recorded, is available
+            if option not in (None, "best"):
+                raise
+            return RequestedGoal(record["best"], "best", record["placement"])
+    goal = template.best if option is None or option == "best" else float(option)
     low, high = template.scale.low, template.scale.high
     if not low <= goal <= high:
         raise ConfigError(f"--goal must lie on the scale of {low:g} to {high:g}, found {goal:g}")
@@ -202,14 +206,6 @@ def with_low_goal(
             "Ask for a higher --goal, or remove it."
         )
     return [replace(goal, against=RequestedGoal(text, printed, placement)) for goal in goals]
-
-
-def _printed_best(record: GoalRecord) -> str:
-    try:
-        template = template_of(record)
-    except ConfigError:
-        return "best"
-    return template.printed(template.best, template.best_attributes)
 
 
 def without_own_goal(tokenizer: PreTrainedTokenizerBase, record: GoalRecord | None) -> PreTrainedTokenizerBase:

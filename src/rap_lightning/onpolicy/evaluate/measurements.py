@@ -16,7 +16,7 @@ from rap_lightning.evaluation import Samples
 from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData
 from rap_lightning.onpolicy.evaluate.evaluation_plan import EvaluationPlan
 from rap_lightning.onpolicy.jsonl_ledger import Ledger, Row, digest_of, parts_of, read_rows
-from rap_lightning.onpolicy.model_source import ModelSource, default_device, free_memory
+from rap_lightning.onpolicy.model_source import ModelSource, default_device, free_memory, weights_dtype
 from rap_lightning.onpolicy.requested_goals import RequestedGoal
 from rap_lightning.onpolicy.response_generator import ResponseGenerator
 from rap_lightning.onpolicy.scoring import judge_items
@@ -171,7 +171,8 @@ class GoalLogps:
         from rap_lightning.batches.at_goals import batch_of, in_passes, two_by_two
         from rap_lightning.models.policy import check_sharing
 
-        policy = model.load_policy(getattr(torch, self.plan.dtype), default_device())
+        device = default_device()
+        policy = model.load_policy(weights_dtype(self.plan.dtype, device), device)
         if reason := check_sharing(policy):
             print(f"{model.path} shares no prefixes: {reason}. Sequences go through it one at a time.")
         ids = {id(item): one for one, item in items.items()}
