@@ -20,7 +20,7 @@ from rap_lightning.models.generation import Generation, left_pad
 from rap_lightning.onpolicy.engines import Transformers
 from rap_lightning.onpolicy.engines.base import Request, prompt_id_of
 from rap_lightning.onpolicy.model_source import ModelSource
-from rap_lightning.onpolicy.prompts import read_prompts
+from rap_lightning.onpolicy.prompt_set import read_prompts
 
 
 def main() -> None:

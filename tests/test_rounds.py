@@ -230,15 +230,15 @@ def test_a_stage_that_was_interrupted_goes_on_and_one_of_other_inputs_begins_ane
 def test_every_recipe_is_read_and_its_fit_section_is_taken_by_fit(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rap_lightning.onpolicy import prompts
+    from rap_lightning.onpolicy import prompt_set
     from rap_lightning.onpolicy import run_rounds as rounds
     from rap_lightning.onpolicy.model_source import ModelSource
 
     plans: list[Any] = []
     names = iter(range(10))
     monkeypatch.setattr(rounds, "run_rounds", lambda plan: plans.append(plan) or [])
-    found = lambda *args: prompts.PromptSet([[{"role": "user", "content": f"hi {next(names)}"}]])  # noqa: E731
-    monkeypatch.setattr(prompts, "read_prompts", found)
+    found = lambda *args: prompt_set.PromptSet([[{"role": "user", "content": f"hi {next(names)}"}]])  # noqa: E731
+    monkeypatch.setattr(prompt_set, "read_prompts", found)
     assert called("rounds", "--config", recipe, "--output", tmp_path) == 0
     assert recipe.read_text().startswith(f"# rap-lightning rounds --config configs/rounds/{recipe.name}\n")
     (plan,) = plans

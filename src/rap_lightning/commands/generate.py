@@ -90,7 +90,7 @@ def generate(
         return run_processes(processes, [*command_line, "--processes", "1"])
     from rap_lightning.models.generation import Generation
     from rap_lightning.onpolicy.model_source import ModelSource
-    from rap_lightning.onpolicy.prompts import read_prompts
+    from rap_lightning.onpolicy.prompt_set import read_prompts
     from rap_lightning.onpolicy.requested_goals import check_template_options, request_goals
     from rap_lightning.onpolicy.response_generator import ResponseGenerator
 

@@ -121,7 +121,7 @@ def rounds(
         raise ConfigError("rounds need goals (relabel both, chosen, rejected or half) and a temperature above 0.")
     from rap_lightning.models.generation import Generation
     from rap_lightning.onpolicy.model_source import ModelSource
-    from rap_lightning.onpolicy.prompts import read_prompts
+    from rap_lightning.onpolicy.prompt_set import read_prompts
     from rap_lightning.onpolicy.run_rounds import RoundsPlan, run_rounds
 
     found = read_prompts(prompts, split, None, limit)

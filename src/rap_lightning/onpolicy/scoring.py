@@ -30,7 +30,7 @@ from rap_lightning.onpolicy.jsonl_ledger import (
     write_lines,
 )
 from rap_lightning.onpolicy.judges import Judge
-from rap_lightning.onpolicy.prompts import default_split
+from rap_lightning.onpolicy.prompt_set import default_split
 from rap_lightning.preferences.formats.completions import TEXT_NAMES
 from rap_lightning.preferences.formats.scored_pairs import as_turns
 from rap_lightning.preferences.judge import Item

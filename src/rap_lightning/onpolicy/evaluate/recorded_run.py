@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +113,7 @@ def start_folder(run: Path) -> Path:
 
 
 READ_OPTIONS: dict[str, Any] = {
-    field.name: field.default
-    for field in fields(Rules) if field.name in ("format", "columns", "outside_scale", "bad_rows")
+    "format": Rules.format, "columns": Rules.columns, "outside_scale": Rules.outside_scale, "bad_rows": Rules.bad_rows
 }  # fmt: skip
 """The options that say how rows are read, with their defaults."""
 
