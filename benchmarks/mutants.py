@@ -45,14 +45,14 @@ PACKAGE = ROOT / "src" / "rap_lightning"
 
 PARTS = {  # name: (files, their tests)
     "relabel": (
-        ["preferences/relabel.py"],
+        ["preferences/relabelling.py"],
         [
             "relabel",
             "weights::test_weights_without_effect_are_refused_in_words",
             "weights::test_originals_and_ties_count_one",
         ],
     ),
-    "goals": (["preferences/goals.py", "preferences/asked.py", "preferences/scales.py"], ["goals", "scales"]),
+    "goals": (["preferences/goals.py", "preferences/goal_spec.py", "preferences/scales.py"], ["goals", "scales"]),
     "losses": (["losses/*.py"], ["losses", "losses_formulas"]),
     "layouts": (
         ["batches/layouts.py", "batches/forest.py"],

@@ -100,28 +100,21 @@ def _conditioned(row: dict[str, Any], swap: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _blocks(source: str) -> Any:
+def side_view(source: str) -> dict[str, float]:
+    """Relabelling alone, of pairs that were read before; nothing is written."""
     from rap_lightning.preferences.data_report import DataReport
-    from rap_lightning.preferences.read_pairs import read_blocks
+    from rap_lightning.preferences.read_pairs import read_pairs
+    from rap_lightning.preferences.relabelling import RelabelledView
     from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
 
-    return read_blocks(Source(source), "train", Rules(), DataReport(source, "train"), progress=False)
-
-
-def side_view(source: str) -> dict[str, float]:
-    """Relabelling alone, of pairs that were read before: columns to columns, nothing written."""
-    from rap_lightning.preferences.relabel_export import relabelled
-    from rap_lightning.preferences.rules import Rules
-
     _one_core()
-    rules, seconds, pairs = Rules(), 0.0, 0
-    for block in _blocks(source):
-        start = time.process_time()
-        for _ in relabelled([block], rules, "system", True):
-            pairs += len(block)
-        seconds += time.process_time() - start
-    return {**_measured(0.0, pairs), "seconds": seconds}
+    rules = Rules()
+    pairs = list(read_pairs(Source(source), "train", rules, DataReport(source, "train"), progress=False))
+    start = time.process_time()
+    for _ in RelabelledView(pairs, rules.goal, rules.relabelling):
+        pass
+    return _measured(start, len(pairs))
 
 
 def side_inspect(source: str) -> dict[str, float]:

@@ -36,7 +36,7 @@ def main() -> None:
     from rap_lightning.preferences.data_report import DataReport
     from rap_lightning.preferences.goals import OverallGoal
     from rap_lightning.preferences.read_pairs import read_pairs
-    from rap_lightning.preferences.relabel_export import _relabel_rows
+    from rap_lightning.preferences.relabel_export import relabelled_batch
     from rap_lightning.preferences.relabelling import ORIGINS, Relabelling
     from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
@@ -52,7 +52,7 @@ def main() -> None:
             pairs.append(pair)
         if len(pairs) == options.pairs:
             break
-    table = datasets.Dataset(_as_table(_relabel_rows(pairs, rules, encoder.placement, encoder.system_shown)))
+    table = datasets.Dataset(_as_table(relabelled_batch(pairs, rules, encoder.placement, encoder.system_shown)))
     print(f"{len(pairs)} scored pairs, {len(table)} training pairs")
     ratios = []
     for number in range(options.rounds):

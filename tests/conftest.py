@@ -137,14 +137,14 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 def pairs_of(rows: list[dict[str, Any]], **rules: Any) -> tuple[list[Any], Any]:
     """The scored pairs of rows in memory, and the report; ``rules`` are those of Rules."""
     from rap_lightning.preferences.format_detection import find_format
-    from rap_lightning.preferences.ingest import ingest
     from rap_lightning.preferences.readers import Chunk
+    from rap_lightning.preferences.rows_to_pairs import rows_to_pairs
     from rap_lightning.preferences.rules import Rules
     from rap_lightning.preferences.sources import Source
 
     made = Rules(**rules)
     chunk = Chunk("rows", 1, rows)
-    part = ingest(chunk, made, find_format(chunk, made, Source("rows")))
+    part = rows_to_pairs(chunk, made, find_format(chunk, made, Source("rows")))
     part.report.pairs = len(part.pairs)
     return part.pairs, part.report
 

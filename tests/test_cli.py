@@ -263,7 +263,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--model.policy.path", "/nowhere/model"], r"--model\.policy\.path /nowhere/model"),
     (["--data.goal", "null", "--data.predict.goal", "3"], r"predict\.goal has no effect"),
     (["--data.predict.goal", "11"], r"scale from 1 to 10"),
-    (["--data.goal.scale.high", "5"], r"expected scores from 1 to 5.*found \d+ outside among"),
+    (["--data.goal.scale.high", "5"], r"score outside the declared scale.* so far\)\n.*from 1 to 5"),
     (["--model.generation.temperature", "0", "--model.generation.top_p", "0.5"], r"top_p has no effect"),
     (["--export.merge", "true"], r"merge has no effect without an adapter"),
     (["--model.loss.beta", "null"], r"--model\.loss\.beta can't be null"),

@@ -96,7 +96,7 @@ def test_inspect_fits_a_scale_and_states_attributes(tmp_path: Path, capsys: pyte
 
 def test_the_text_commands_start_without_torch(rows_file: Path) -> None:
     code = (
-        "import sys; from rap_lightning import cli\n"
+        "import sys; from rap_lightning.cli import main as cli\n"
         f"try: cli.main(['inspect', '--source', {str(rows_file)!r}, '--json'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules, 'slow to start'"
@@ -111,7 +111,7 @@ def test_what_a_terminal_would_obey_is_shown_as_escapes() -> None:
 def test_relabel_goes_on_with_the_shards_that_are_missing(
     rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(written.shards_of, "__defaults__", (5,))
+    monkeypatch.setattr("rap_lightning.commands.relabel.SHARD", 5)
     from rap_lightning.preferences import readers
 
     monkeypatch.setattr(readers, "ROWS", 4)

@@ -341,7 +341,7 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
         ([*JUDGE, "--guidance", 1, "--goals", "[1]"], "--guidance has no effect: the goal that it pushes away from, 1"),
         (
             [*JUDGE, "--guidance", 1, "--against", 11],
-            "against must lie on the scale from 1 to 10, or be none; found 11",
+            "against must be on the scale from 1 to 10, or none; found 11",
         ),
     ],
 )

@@ -222,6 +222,20 @@ def test_helpsteer_rows_meet_by_prompt_across_the_edges_of_chunks(
     assert facts(read(path, goal=goal)[0]) == facts(expected)
 
 
+def test_rows_in_groups_are_read_by_several_processes_and_a_bad_row_splits_no_group(tmp_path: Path) -> None:
+    steer = {"correctness": 1, "coherence": 4, "complexity": 2, "verbosity": 1}
+    rows: list[Any] = [
+        {"prompt": f"question {i // 2}", "response": f"answer {i}", "helpfulness": i % 2 * 3} | steer for i in range(8)
+    ]
+    rows.insert(1, None)
+    path = write_jsonl(tmp_path / "steer.jsonl", rows)
+    one, report = read(path, goal=OverallGoal(RewardScale(0, 4)))
+    two, same = read(path, goal=OverallGoal(RewardScale(0, 4)), num_proc=2)
+    assert [pair.responses for pair in one] == [(f"answer {i + 1}", f"answer {i}") for i in range(0, 8, 2)]
+    assert (one, report) == (two, same)
+    assert report.dropped["null instead of an object"].first == "steer.jsonl line 2"
+
+
 def test_ranked_answers_and_spoken_prompts() -> None:
     row = {
         "prompt": "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: who?\n\nAssistant: ",
@@ -238,7 +252,7 @@ def test_an_adapter_is_one_function_named_by_import_path(tmp_path: Path, monkeyp
     (tmp_path / "my_rows.py").write_text(
         "def adapt(row):\n"
         "    if row['skip']:\n        return None\n"
-        "    return {'prompt': row['q'], 'responses': row['a'], 'scores': row['s']}\n"
+        "    return {'prompt': row['q'], 'prompt_id': len(row['q']), 'responses': row['a'], 'scores': row['s']}\n"
         "def wrong(row):\n    return row['nothing']\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -465,9 +479,9 @@ def test_work_that_is_no_longer_wanted_ends(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import time\nfrom rap_lightning.preferences.process_pool import in_order\n"
+        "import time\nfrom rap_lightning.preferences.process_pool import map_in_order\n"
         "if __name__ == '__main__':\n"
-        "    g = in_order(abs, iter(range(1000)), 2); next(g); time.sleep(0.3); g.close(); print('ended')"
+        "    g = map_in_order(abs, iter(range(1000)), 2); next(g); time.sleep(0.3); g.close(); print('ended')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "ended\n"

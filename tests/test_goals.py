@@ -115,7 +115,7 @@ def test_the_low_goal_may_be_any_number_of_the_scale_its_ends_included() -> None
     assert SEVERAL.low() == (SEVERAL.text(0, (1, 1)), "1 1 0")
     assert SEVERAL.low("none") == (None, "none")
     for outside in (0.99, 10.01):
-        with pytest.raises(ConfigError, match="against must lie on the scale from 1 to 10"):
+        with pytest.raises(ConfigError, match="against must be on the scale from 1 to 10"):
             OverallGoal().low(outside)
 
 

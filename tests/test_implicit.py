@@ -329,7 +329,7 @@ def test_relabel_and_score_take_it_on_the_command_line(
     ("options", "message"),
     [
         ({"streaming": True}, "Score it beforehand"),
-        ({"goal": AttributeGoal(["helpfulness"])}, "gives one reward here"),
+        ({"goal": AttributeGoal(["helpfulness"])}, "gives one reward"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options: dict[str, Any], message: str) -> None:

@@ -20,22 +20,14 @@ from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.batches.pair_encoder import PairEncoder
 from rap_lightning.batches.stream import StepShape, StreamedPairs
 from rap_lightning.errors import DataError
-from rap_lightning.preferences.cross_row_checks import AcrossRows
+from rap_lightning.preferences.cross_row_checks import FirstSeen
 from rap_lightning.preferences.data_report import DataReport
-from rap_lightning.preferences.dedup_index import Seen
-from rap_lightning.preferences.format_detection import find_format
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.preferences.read_pairs import read_pairs
 from rap_lightning.preferences.relabelling import ORIGINS, RelabelledView, Relabelling
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
 from rap_lightning.preferences.sources import Source
-
-
-def listing(report: DataReport) -> list[str]:
-    """What a report lists of rows, in an order of its own."""
-    return sorted(json.dumps(row, sort_keys=True) for row in report.rows or [])
-
 
 TOKENIZERS = {family: make_tokenizer(family) for family in FAMILIES}
 GOAL = OverallGoal()
@@ -350,7 +342,7 @@ def test_a_quantile_scale_states_ranks() -> None:
 def test_seen_is_a_dictionary_that_keeps_the_first(parts: list[list[tuple[int, int]]]) -> None:
     import numpy as np
 
-    seen, known = Seen(), dict[int, int]()
+    seen, known = FirstSeen(), dict[int, int]()
     for part in parts:
         keys, values = (np.array([pair[i] for pair in part], dtype=np.uint64) for i in (0, 1))
         was, first = seen.add(keys, values)
@@ -403,78 +395,3 @@ def test_weights_draw_by_content_and_seed() -> None:
     assert [copies(f"{i}", 0.5, 3) for i in range(50)] == [copies(f"{i}", 0.5, 3) for i in range(50)]
     assert {copies("x", 3.0, seed) for seed in range(20)} == {3}
     assert replace(sources[0], weight=1.0).weight == 1.0
-
-
-@relaxed
-@given(rows(max_size=8), st.sampled_from(["drop", "chosen"]), st.booleans(), st.data())
-def test_columns_and_single_rows_give_the_same_pairs_and_counts(
-    data: list[dict[str, Any]], ties: Any, keep: bool, draw: st.DataObject
-) -> None:
-    """The fast lane of Arrow batches against the way of single rows, defects and all."""
-    import pyarrow as pa
-
-    from rap_lightning.preferences import ingest
-    from rap_lightning.preferences.readers import Chunk
-
-    for row in data:
-        defect = draw.draw(
-            st.sampled_from(["none"] * 6 + ["blank", "role", "same", "length", "prompt", "nan", "history"])
-        )
-        row["prompt"] = next(turn["content"] for turn in row["chosen"] if turn["role"] == "user")
-        row["prompt_id"] = draw.draw(st.sampled_from(["a", "b", "c", row["prompt"]]))
-        answer = row["rejected"][-1]
-        row["rejected"] = [*row["rejected"][:-1], dict(answer)]
-        if defect == "blank":
-            row["rejected"][-1]["content"] = "\u200b \n"
-        elif defect == "role":
-            row["rejected"][-1]["role"] = "user"
-        elif defect == "same":
-            row["rejected"][-1]["content"] = row["chosen"][-1]["content"] + " "
-        elif defect == "length":
-            row["rejected"] = [*row["rejected"], {"role": "user", "content": "more"}, answer]
-        elif defect == "prompt":
-            row["prompt"] = "another"
-        elif defect == "nan":
-            row["score_rejected"] = float("nan")
-        elif defect == "history":
-            row["rejected"][0] = {**row["rejected"][0], "content": "changed"}
-    rules = Rules(relabelling=Relabelling(keep_original=keep), ties=ties)
-    turn = pa.struct({"role": pa.string(), "content": pa.string()})
-    schema = pa.schema(
-        {
-            "chosen": pa.list_(turn), "rejected": pa.list_(turn), "prompt": pa.string(), "prompt_id": pa.string(),
-            "score_chosen": pa.float64(), "score_rejected": pa.float64(),
-        }
-    )  # fmt: skip
-    chunk = Chunk("rows", 1, pa.RecordBatch.from_pylist(data, schema=schema).slice(0))
-    row_format = find_format(chunk, rules, Source("rows"))
-    assert ingest._fast_lane(chunk, rules, row_format)
-    fast = ingest.ingest(chunk, rules, row_format, listed=True)
-    slow = ingest.ingest(Chunk("rows", 1, data), rules, row_format, listed=True)
-    assert (fast.columns.pairs() if fast.columns is not None else fast.pairs) == slow.pairs
-    assert fast.report == slow.report
-    assert listing(fast.report) == listing(slow.report), "what is listed of rows is the same, not only their number"
-    assert sorted(fast.ids) == sorted(slow.ids)
-    reports = DataReport("", ""), DataReport("", "")
-    kept = [AcrossRows(rules, report).check(part) for report, part in zip(reports, (fast, slow), strict=True)]
-    first, second = (block if isinstance(block, list) else block.pairs() for block in kept)
-    assert first == second
-    assert reports[0] == reports[1]
-
-
-@relaxed
-@given(rows(max_size=8), st.booleans())
-def test_columns_are_written_as_single_rows_are(data: list[dict[str, Any]], keep: bool) -> None:
-    import pyarrow as pa
-
-    from rap_lightning.preferences import ingest
-    from rap_lightning.preferences import relabel_export as written
-    from rap_lightning.preferences.readers import Chunk
-
-    rules = Rules(relabelling=Relabelling(keep_original=keep))
-    chunk = Chunk("rows", 1, pa.RecordBatch.from_pylist(data))
-    part = ingest.ingest(chunk, rules, find_format(chunk, rules, Source("rows")))
-    if part.columns is None or len(part.columns) == 0:
-        return
-    columns = written._relabel_columns(part.columns, rules).to_pylist()
-    assert columns == written._relabel_rows(part.columns.pairs(), rules, "system", True).to_pylist()

@@ -104,7 +104,7 @@ def test_scores_the_wrong_way_round_are_exchanged_and_counted() -> None:
 def test_scores_outside_the_declared_scale_stop_with_the_rows() -> None:
     rows = scored_rows(4)
     rows[2]["score_chosen"] = 55.0
-    with pytest.raises(DataError, match=r"from 1 to 10.*line 3, column score_chosen = 55"):
+    with pytest.raises(DataError, match=r"line 3, column score_chosen, found 55(?s:.*)from 1 to 10"):
         encode(make_tokenizer("chatml"), rows)
     _, report, _ = encode(make_tokenizer("chatml"), rows, goal=OverallGoal(RewardScale(0, 100)))
     assert report.pairs == 4

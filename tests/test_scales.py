@@ -78,7 +78,7 @@ def test_a_linear_scale_stretches_the_judges_range() -> None:
 def test_only_open_ends_are_taken_from_the_rewards(ends: dict[str, float], fitted: tuple[float, float]) -> None:
     scale = LinearScale(**ends)  # type: ignore[arg-type]
     assert scale.needs_fit
-    with pytest.raises(AssertionError, match="fit comes first"):
+    with pytest.raises(AssertionError, match="call fit first"):
         scale.goal(3.0)
     scale.fit([3, 7, -2, 0])
     assert not scale.needs_fit
@@ -93,14 +93,14 @@ def test_only_open_ends_are_taken_from_the_rewards(ends: dict[str, float], fitte
     [
         (lambda: LinearScale(judge_low=1, judge_high=1), "judge_low must be below judge_high, found 1 and 1"),
         (lambda: LinearScale(judge_low=2, judge_high=1), "judge_low must be below judge_high"),
-        (lambda: LinearScale().fit([4.0, 4.0]), "leave no range, from 4.0 to 4.0"),
-        (lambda: LinearScale(judge_low=5).fit([4.0, 5.0]), "leave no range"),
+        (lambda: LinearScale().fit([4.0, 4.0]), "give no range, from 4.0 to 4.0"),
+        (lambda: LinearScale(judge_low=5).fit([4.0, 5.0]), "give no range"),
         (lambda: QuantileScale().fit([4.0, 4.0]), "all rewards of the training split are 4"),
         (lambda: QuantileScale(knots=[1.0]), "at least two numbers"),
         (lambda: QuantileScale(knots=[]), "at least two numbers"),
         (lambda: QuantileScale(knots=[2.0, 1.0, 3.0]), "in rising order"),
         (lambda: QuantileScale(knots=[1.0, 1.0]), "not all the same"),
-        (lambda: QuantileScale().goal(1.0), "fit comes first"),
+        (lambda: QuantileScale().goal(1.0), "call fit first"),
     ],
 )
 def test_scales_that_rank_nothing_are_refused(make: Any, message: str) -> None:

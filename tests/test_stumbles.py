@@ -14,7 +14,7 @@ from rap_lightning.commands.inspect import inspect
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
-from rap_lightning.preferences.read_pairs import read_pairs
+from rap_lightning.preferences.read_pairs import read_pairs, unreached_goal_note
 from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import LinearScale, RewardScale
@@ -142,7 +142,7 @@ def test_an_adapters_error_names_the_line_and_shows_the_row(
 def test_columns_beside_an_adapter_are_refused(adapter: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", own_rows())
     assert read(path, format=adapter).pairs == 8
-    with pytest.raises(ConfigError, match="no place beside an adapter"):
+    with pytest.raises(ConfigError, match="no effect beside an adapter"):
         read(path, format=adapter, columns={"judge_a": "score_chosen"})
 
 
@@ -184,7 +184,7 @@ def test_scores_outside_the_scale_are_shown_with_their_range_and_what_to_do(
     assert "clipped to its end, from -3 to 88" in inspected(
         capsys, *renamed, "--outside_scale", "clip", "--num_proc", 2
     )
-    with pytest.raises(DataError, match=r"line 2, column score_chosen \(judge_a in the file\) = 88"):
+    with pytest.raises(DataError, match=r"line 2, column score_chosen \(judge_a in the file\), found 88"):
         read(path, columns=COLUMNS)
 
 
@@ -264,7 +264,6 @@ def test_every_row_that_is_counted_is_listed(
     from rap_lightning.preferences import readers
 
     monkeypatch.setattr(readers, "ROWS", 25)
-    monkeypatch.setattr(readers, "ARROW_ROWS", 25)  # some batches are clean, and taken a column at a time
     path = defective(tmp_path / f"rows.{kind}")
     out = tmp_path / "dropped.jsonl"
     capsys.readouterr()
@@ -307,10 +306,10 @@ def test_a_list_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_scales_that_are_fitted_are_not_noted() -> None:
-    from rap_lightning.preferences.scale_checks import never_stated
-
     report = DataReport("", "train", rewards=(1.0, 5.0))
     rules = Rules(OverallGoal(LinearScale(judge_low=0, judge_high=10)), Relabelling("both"))
-    assert never_stated(rules, [report]) is None
-    assert never_stated(Rules(), [report]) is not None
-    assert never_stated(Rules(), [report, DataReport("", "train", rewards=(2.0, 9.96))]) is None, "9.96 prints as 10"
+    assert unreached_goal_note(rules, [report]) is None
+    assert unreached_goal_note(Rules(), [report]) is not None
+    assert unreached_goal_note(Rules(), [report, DataReport("", "train", rewards=(2.0, 9.96))]) is None, (
+        "9.96 prints as 10"
+    )

@@ -32,11 +32,10 @@ from rap_lightning.preferences.hashing import hash_text
 from rap_lightning.preferences.judge import Judge, rated_goal
 from rap_lightning.preferences.pair_cache import as_pair, stored_pairs
 from rap_lightning.preferences.pairs import BadRow, Pair
-from rap_lightning.preferences.read_pairs import fit_scale
+from rap_lightning.preferences.read_pairs import fit_scale, unreached_goal_note
 from rap_lightning.preferences.relabelling import Mode, Relabelling
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.scale_checks import never_stated
 from rap_lightning.preferences.selection import Selection
 from rap_lightning.preferences.source_mix import copies, stream_mixed
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having, splits_of
@@ -231,7 +230,7 @@ class PreferenceDataModule(pl.LightningDataModule):
                 self._pairs[name], self.reports[name] = self._encode(name)
             rank_zero_info("\n".join(line for report in self.reports[name] for line in report.lines()))
             whole = name == self.train_split and not self.streaming  # of a stream the beginning alone was seen
-            if whole and (note := never_stated(self.rules, self.reports[name])):
+            if whole and (note := unreached_goal_note(self.rules, self.reports[name])):
                 rank_zero_info(note)
             self._refuse_idle_ranks(name)
         if stage == "fit" and validation is None:

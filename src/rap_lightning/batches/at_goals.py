@@ -12,7 +12,6 @@ from rap_lightning.batches.pair_encoder import PairEncoder, note_encoding
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
 from rap_lightning.preferences.data_report import DataReport
-from rap_lightning.preferences.goal_grid import own_texts
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.relabelling import CHOSEN_GOAL, UNCONDITIONED, Relabelling
@@ -48,7 +47,7 @@ class AtGoals(PairEncoder):
 
     def goal_texts(self, pair: Pair) -> tuple[str | None, ...]:
         """Every text once."""
-        own = own_texts(self.own, pair.rewards, pair.attributes) if self.own is not None else []
+        own = self.own.own_texts(pair.rewards, pair.attributes) if self.own is not None else []
         return tuple(dict.fromkeys([*self.texts, *own]))
 
     def examples(self, pairs: Sequence[Pair], report: DataReport) -> list[AtGoal]:

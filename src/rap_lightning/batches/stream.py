@@ -113,7 +113,7 @@ class StreamedPairs(IterableDataset[Any]):
         rng = random.Random(f"{self.seed} {self.epoch}")
         held: list[tuple[Pair, int]] = []
         for pair in stream_mixed(self.sources, self.split, self.rules, report, self.seed):
-            for origin in self.rules.relabelling.of_ties if pair.tie else self.rules.relabelling.origins:
+            for origin in self.rules.relabelling.origins_of(pair):
                 held.append((pair, origin))
                 if len(held) >= self.buffer:
                     place = rng.randrange(len(held))

@@ -16,7 +16,6 @@ from rap_lightning.callbacks.intervals import AtIntervals, Row
 from rap_lightning.callbacks.steering_table import SteeringTable
 from rap_lightning.errors import ConfigError
 from rap_lightning.evaluation.statistics import curve_spearman
-from rap_lightning.preferences.goal_grid import grid
 
 
 class GoalSamples(AtIntervals):
@@ -59,7 +58,7 @@ class GoalSamples(AtIntervals):
             self._asked = [None]
         else:
             scale = data.goal.scale
-            asked = sorted(map(float, self.goals)) if self.goals is not None else grid(scale, 4)
+            asked = sorted(map(float, self.goals)) if self.goals is not None else scale.grid(4)
             if outside := [goal for goal in asked if not scale.low <= goal <= scale.high]:
                 raise ConfigError(
                     f"GoalSamples: goals must lie on the scale of {scale.low:g} to {scale.high:g}, found {outside[0]:g}"

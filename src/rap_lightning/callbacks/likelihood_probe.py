@@ -21,7 +21,6 @@ from rap_lightning.evaluation.response_figures import ROLES, bin_numbers, bins_o
 from rap_lightning.models.policy import evaluating, most_on_any_rank
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.data_report import DataReport
-from rap_lightning.preferences.goal_grid import own_texts, text_at
 from rap_lightning.preferences.pairs import Pair
 
 BUDGET = 4096  # tokens in a forward pass without gradients
@@ -116,7 +115,7 @@ class LikelihoodProbe(AtIntervals):
         split = data.validation_split() or data.train_split
         pairs = data.scored_pairs(split, self.pairs, self.seed)
         report = DataReport("LikelihoodProbe", split)
-        encode = AtGoals(data.encoder, [None, text_at(goal, goal.best)], goal)
+        encode = AtGoals(data.encoder, [None, goal.text_at(goal.best)], goal)
         items = encode.examples(pairs, report)
         kept = sorted({item.pair for item in items})
         place = {number: i for i, number in enumerate(kept)}
@@ -126,8 +125,8 @@ class LikelihoodProbe(AtIntervals):
         cut = sum(tally.count for tally in report.truncated.values())
         cuts = f", {cut:,} prompts or responses cut to max_length" if cut else ""
         rank_zero_info(f"LikelihoodProbe: {len(kept):,} pairs of the split {split}{lost}{cuts}")
-        best = text_at(goal, goal.best)
-        own = [own_texts(goal, pair.rewards, pair.attributes) for pair in self._drawn]
+        best = goal.text_at(goal.best)
+        own = [goal.own_texts(pair.rewards, pair.attributes) for pair in self._drawn]
         self._texts = {
             "none": [(None, None)] * len(kept), "best": [(best, best)] * len(kept), "own": [(a, b) for a, b in own],
         }  # fmt: skip

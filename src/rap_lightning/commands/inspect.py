@@ -9,23 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError, DataError, say
-from rap_lightning.preferences.columns import PairColumns
-from rap_lightning.preferences.data_report import DataReport
-from rap_lightning.preferences.data_stats import Census
+from rap_lightning.preferences.data_report import DataReport, write_rows
+from rap_lightning.preferences.data_stats import PairStatistics
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.pairs import Pair
-from rap_lightning.preferences.read_pairs import read_blocks
+from rap_lightning.preferences.read_pairs import read_pairs, unreached_goal_note
 from rap_lightning.preferences.relabelling import Mode, RelabelledPair, relabel
 from rap_lightning.preferences.rendering import with_goal
-from rap_lightning.preferences.row_log import Listing
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.scale_checks import never_stated
 from rap_lightning.preferences.selection import Selection
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having, splits_among
 
@@ -118,20 +113,23 @@ def inspect(
     fitted = fit_on_training_split(rules, sources, splits, num_proc)
     documents, faulty, empty = [], False, list[str]()
     notes: dict[str, str] = {}
-    with Listing(target) as listing:
-        for name in splits:
-            reports = []
-            for one in having(sources, name):
-                report, census, shown = _census(one, name, rules, encode, max_length, examples, num_proc, listing)
-                reports.append(report)
-                faulty = faulty or bool(report.faults)
-                empty += [] if report.pairs else [f"{report.source} (split {name})"]
-                documents.append({**report.as_dict(), "figures": census.as_dict()})
-                if not json:
-                    _print(report, census, max_length)
-                    _print_examples(shown, rules, encode)
-            if name not in VALIDATION_NAMES and (note := never_stated(rules, reports)):
-                notes[name] = note
+    noted: list[DataReport] = []
+    for name in splits:
+        reports = []
+        for one in having(sources, name):
+            report = DataReport(one.path, name, rows=None if target is None else [])
+            statistics, shown = _read(one, name, rules, encode, max_length, examples, num_proc, report)
+            reports.append(report)
+            faulty = faulty or bool(report.faults)
+            empty += [] if report.pairs else [f"{report.source} (split {name})"]
+            documents.append({**report.as_dict(), "figures": statistics.as_dict()})
+            if not json:
+                _print(report, statistics, max_length)
+                _print_examples(shown, rules, encode)
+        noted += reports
+        if name not in VALIDATION_NAMES and (note := unreached_goal_note(rules, reports)):
+            notes[name] = note
+    listed = write_rows(target, noted) if target is not None else 0
     failed = faulty or bool(empty)
     if json:
         scale = rules.goal.record()["scale"] if rules.goal is not None else None
@@ -145,7 +143,7 @@ def inspect(
         for name, note in notes.items():
             print(f"{name}: {note}")
         if target is not None:
-            print(f"{dropped}: {listing.count:,} rows listed")
+            print(f"{dropped}: {listed:,} rows listed")
         if faulty:
             print("Faults were found: fit would stop.", file=sys.stderr)
         elif empty:
@@ -172,7 +170,7 @@ def _encoder(path: str, rules: Rules, max_length: int) -> Any:
     return PairEncoder(Encoder(load_tokenizer(path), rules.goal, max_length), rules.relabelling)
 
 
-def _census(
+def _read(
     source: Source,
     split: str,
     rules: Rules,
@@ -180,37 +178,30 @@ def _census(
     max_length: int,
     examples: int,
     num_proc: int | None,
-    listing: Listing,
-) -> tuple[DataReport, Census, list[Pair]]:
-    report, census = listing.report(source.path, split), Census()
+    report: DataReport,
+) -> tuple[PairStatistics, list[Pair]]:
+    """Read a split and count it into ``report``; return its statistics, and pairs to show."""
+    statistics = PairStatistics()
     shown: list[Pair] = []
     lot: list[Pair] = []
-    blocks = read_blocks(
+    pairs = read_pairs(
         source, split, rules, report, num_proc=num_proc, collect_faults=True, progress=sys.stderr.isatty()
     )
-    for block in blocks:
-        wanted = max(examples - len(shown), 0 if encode is None else MEASURED - census.tokenised - len(lot))
-        if isinstance(block, PairColumns):
-            census.add_columns(block)
-            first = block.take(np.arange(len(block)) < wanted).pairs() if wanted > 0 else []
-        else:
-            for pair in block:
-                census.add(pair)
-            first = block[: max(wanted, 0)]
-        shown += first[: max(examples - len(shown), 0)]
-        if encode is not None:
-            lot += first
-            while len(lot) >= LOT:
-                _measure(lot[:LOT], encode, census, report, max_length)
-                lot = lot[LOT:]
-        listing.take(report)
+    for number, pair in enumerate(pairs):
+        statistics.add(pair)
+        if number < examples:
+            shown.append(pair)
+        if encode is not None and number < MEASURED:
+            lot.append(pair)
+        if len(lot) == LOT:
+            _measure(lot, encode, statistics, report, max_length)
+            lot = []
     if lot:
-        _measure(lot, encode, census, report, max_length)
-    listing.take(report)
-    return report, census, shown
+        _measure(lot, encode, statistics, report, max_length)
+    return statistics, shown
 
 
-def _measure(pairs: list[Pair], encode: Any, census: Census, report: DataReport, max_length: int) -> None:
+def _measure(pairs: list[Pair], encode: Any, statistics: PairStatistics, report: DataReport, max_length: int) -> None:
     from rap_lightning.batches.pair_encoder import note_encoding
 
     rows = encode(pairs)
@@ -221,10 +212,10 @@ def _measure(pairs: list[Pair], encode: Any, census: Census, report: DataReport,
             continue
         prompt = max(map(len, row["prompt_ids"])) + row["cut_prompt"]
         chosen, rejected = map(len, row["response_ids"])
-        census.add_tokens(prompt, chosen, rejected, max_length)
+        statistics.add_tokens(prompt, chosen, rejected, max_length)
 
 
-def _print(report: DataReport, census: Census, max_length: int) -> None:
+def _print(report: DataReport, statistics: PairStatistics, max_length: int) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -232,11 +223,11 @@ def _print(report: DataReport, census: Census, max_length: int) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for line in report.lines():
         console.print(escape(visible(line)), soft_wrap=True)
-    if not census.pairs:
+    if not statistics.pairs:
         return
-    histogram = census.histogram()
+    histogram = statistics.histogram()
     if histogram:
-        table = Table(title=f"rewards of both responses, {census.pairs:,} pairs", box=None)
+        table = Table(title=f"rewards of both responses, {statistics.pairs:,} pairs", box=None)
         table.add_column("from", justify="right")
         table.add_column("to", justify="right")
         table.add_column("count", justify="right")
@@ -245,7 +236,7 @@ def _print(report: DataReport, census: Census, max_length: int) -> None:
         for low, high, count in histogram:
             table.add_row(f"{low:g}", f"{high:g}", f"{count:,}", "█" * round(40 * count / most))
         console.print(table)
-    figures = census.as_dict()
+    figures = statistics.as_dict()
     table = Table(box=None)
     for name in ("", "min", "p25", "p50", "p75", "p95", "max"):
         table.add_column(name, justify="right" if name else "left")
@@ -258,8 +249,8 @@ def _print(report: DataReport, census: Census, max_length: int) -> None:
     if rows:
         console.print(table)
     console.print(f"the chosen response is the longer one in {figures['chosen_longer_share']:.0%} of the pairs")
-    if census.tokenised:
-        part = "" if census.tokenised == census.pairs else f" (of the first {census.tokenised:,} pairs)"
+    if statistics.tokenised:
+        part = "" if statistics.tokenised == statistics.pairs else f" (of the first {statistics.tokenised:,} pairs)"
         share = figures["tokens"]["share_over_max_length"]
         console.print(f"{share:.1%} of the pairs{part} are longer than max_length {max_length} and would be truncated")
 
@@ -267,7 +258,7 @@ def _print(report: DataReport, census: Census, max_length: int) -> None:
 def _print_examples(pairs: Iterable[Pair], rules: Rules, encode: Any) -> None:
     for number, pair in enumerate(pairs, 1):
         print(f"\n== pair {number}: {visible(pair.place)}, id {pair.id}")
-        for origin in rules.relabelling.of_ties if pair.tie else rules.relabelling.origins:
+        for origin in rules.relabelling.origins_of(pair):
             half = relabel(pair, rules.goal, origin)
             print(f"-- {half.origin}" + (f", goal {half.goal}" if half.goal is not None else ""))
             print(_indented(_rendered(half, rules, encode)))

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -16,26 +17,20 @@ from rap_lightning.commands.options import fit_on_training_split, load_tokenizer
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.judges import Judge
-from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.judge import rated_goal
-from rap_lightning.preferences.read_pairs import read_blocks
-from rap_lightning.preferences.relabel_export import Block, ShardedFolder, relabelled, shards_of
-from rap_lightning.preferences.relabelling import Mode
+from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.read_pairs import read_pairs
+from rap_lightning.preferences.relabel_export import BATCH, SHARD, ShardedFolder, relabelled_batch
+from rap_lightning.preferences.relabelling import ORIGIN_TABLE, Mode
 from rap_lightning.preferences.rendering import resolve_placement, shows_system
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules, key_of
 from rap_lightning.preferences.selection import Selection
 from rap_lightning.preferences.source_mix import copies
 from rap_lightning.preferences.sources import Source, as_sources, fingerprint, having, splits_among
-
-WHAT = (
-    "chosen-goal: the winner's reward is the goal, and the winner is chosen",
-    "rejected-goal: the loser's reward is the goal, and the loser is chosen",
-    "unconditioned: no goal, the winner is chosen",
-)
 
 
 def run(args: list[str]) -> int:
@@ -122,13 +117,14 @@ def relabel(
     for name, one in parts:
         report = DataReport(_public(one.path), name)
         own = replace(rules, rewards=tables.get(name))
-        blocks: Iterator[Block] = read_blocks(one, name, own, report, num_proc=num_proc)
+        pairs = read_pairs(one, name, own, report, num_proc=num_proc)
         if one.weight != 1.0 and name in ("train", split):
-            blocks = _weighted(blocks, one.weight, seed)
-        for shard in shards_of(blocks):
+            pairs = _weighted(pairs, one.weight, seed)
+        for shard in _lots(pairs, SHARD):
             label = f"{name}-{shards[name]:05d}.parquet"
             if not folder.has(label):
-                folder.write(label, relabelled(shard, rules, placement, system_shown))
+                lots = _lots(iter(shard), BATCH)
+                folder.write(label, (relabelled_batch(lot, rules, placement, system_shown) for lot in lots))
             shards[name] += 1
         reports.append(report)
         print("\n".join(report.lines()))
@@ -156,10 +152,15 @@ def _placement(rules: Rules, tokenizer: str | None) -> tuple[Literal["system", "
     return resolve_placement(loaded, asked), shows_system(loaded)
 
 
-def _weighted(blocks: Iterable[Block], weight: float, seed: int) -> Iterator[Block]:
-    for block in blocks:
-        pairs = block.pairs() if isinstance(block, PairColumns) else block
-        yield [pair for pair in pairs for _ in range(copies(pair.id, weight, seed))]
+def _weighted(pairs: Iterable[Pair], weight: float, seed: int) -> Iterator[Pair]:
+    for pair in pairs:
+        for _ in range(copies(pair.id, weight, seed)):
+            yield pair
+
+
+def _lots(pairs: Iterator[Pair], size: int) -> Iterator[list[Pair]]:
+    while lot := list(islice(pairs, size)):
+        yield lot
 
 
 def _public(path: str) -> str:
@@ -176,7 +177,7 @@ def _card(rules: Rules, reports: list[DataReport], placement: str) -> str:
         f"Written by rap-lightning {__version__}, after *Reward-Augmented Data Enhances Direct Preference Alignment of "
         "LLMs* (Zhang et al., ICML 2025, arXiv 2410.08067). Each scored pair stands here as:",
         "",
-        *(f"- {WHAT[origin]}" for origin in rules.relabelling.origins),
+        *(f"- {ORIGIN_TABLE[i].name}: {ORIGIN_TABLE[i].description}" for i in rules.relabelling.origins),
         "",
     ]
     if rules.goal is not None and rules.relabelling.conditioned:

@@ -105,7 +105,7 @@ def _items(
 
 
 def _lines(judge: Judge, split: str, table: RewardTable, errors: Counter[str]) -> list[str]:
-    values, labels = table.values, table.labels
+    values, labels = list(table.rewards.values()), table.labels
     low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
     lines = [
         f"{split}: {len(values):,} responses with rewards by {type(judge).__name__}, median {middle:.3g}, 90% of them "

@@ -11,12 +11,11 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy.jsonl_ledger import write_atomically, write_json, write_lines
 from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.onpolicy.requested_goals import goal_config
-from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import Pair
-from rap_lightning.preferences.read_pairs import fit_scale, read_blocks, rewards_of
-from rap_lightning.preferences.relabel_export import relabelled, schema
+from rap_lightning.preferences.read_pairs import fit_scale, read_pairs, rewards_of
+from rap_lightning.preferences.relabel_export import relabelled_batch, write_parquet
 from rap_lightning.preferences.rendering import resolve_placement, shows_system
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source
@@ -46,11 +45,8 @@ def write_pairs(scored: Path, rules: Rules, output: Path) -> None:
         DataError: no pair is left.
     """
     report = DataReport(scored.name, "train")
-    rows: list[dict[str, Any]] = []
     try:
-        for block in read_blocks(Source(str(scored)), "train", rules, report):
-            pairs = block.pairs() if isinstance(block, PairColumns) else block
-            rows += [_row(pair, rules.goal) for pair in pairs]
+        rows = [_row(pair, rules.goal) for pair in read_pairs(Source(str(scored)), "train", rules, report)]
     except DataError as error:
         if report.pairs or not report.read:
             raise
@@ -103,13 +99,9 @@ def read_goal(path: Path) -> dict[str, Any]:
 
 def write_view(pairs: Path, rules: Rules, policy: ModelSource, output: Path) -> None:
     """Write the relabelled pairs as training sees them, for inspection: messages, goals, origins."""
-    import pyarrow.parquet as pq
-
     tokenizer = policy.tokenizer()
     placement = resolve_placement(tokenizer, rules.goal.placement if rules.goal is not None else "auto")
     partial = output.with_name(f".{output.name}.partial")
-    blocks = read_blocks(Source(str(pairs)), "train", rules, DataReport(pairs.name, "train"), progress=False)
-    with pq.ParquetWriter(partial, schema(), compression="zstd") as writer:
-        for batch in relabelled(blocks, rules, placement, shows_system(tokenizer)):
-            writer.write_batch(batch)
+    read = list(read_pairs(Source(str(pairs)), "train", rules, DataReport(pairs.name, "train"), progress=False))
+    write_parquet(partial, [relabelled_batch(read, rules, placement, shows_system(tokenizer))])
     partial.rename(output)

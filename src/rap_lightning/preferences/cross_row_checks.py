@@ -1,4 +1,4 @@
-"""What only shows when rows are held against each other: repeats, contradictions, ids of two prompts."""
+"""Checks across rows: repeated pairs, contradicting pairs, and prompt ids that two prompts share."""
 
 from __future__ import annotations
 
@@ -7,81 +7,113 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.data_report import DataReport
-from rap_lightning.preferences.dedup_index import Seen
-from rap_lightning.preferences.hashing import Hashes, hash_text, hash_turns, hash_unordered
-from rap_lightning.preferences.ingest import LEAVE_OUT, Ingested
+from rap_lightning.preferences.hashing import hash_text, hash_turns, hash_unordered
 from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.rows_to_pairs import LEAVE_OUT, ChunkPairs
 from rap_lightning.preferences.rules import Rules
 
 CONTRADICTION = "the same two responses to the same prompt, the other way round"
 REPEAT = "a pair that was read before"
-OTHER_PROMPT = "a prompt_id that stands for another prompt as well"
+SHARED_ID = "a prompt_id that another prompt has as well"
+
+UInts = NDArray[np.uint64]
 
 
-class AcrossRows:
-    """What only shows when rows are held against each other."""
+class CrossRowChecks:
+    """Check the pairs of each chunk against those of all earlier chunks of a split.
+
+    Args:
+        rules: what to do with repeats and bad rows.
+        report: of the split; gets the counts.
+    """
 
     def __init__(self, rules: Rules, report: DataReport) -> None:
         self.rules, self.report = rules, report
-        self.kind = "faults" if rules.bad_rows == "error" else "dropped"
-        self.seen_pairs, self.seen_ids = Seen(), Seen()
+        self.seen_pairs, self.seen_ids = FirstSeen(), FirstSeen()
 
-    def check(self, part: Ingested) -> PairColumns | list[Pair]:
-        """The pairs to keep."""
-        wrong = self._check_ids(part)
-        if part.columns is not None:
-            return self._check_columns(part.columns, wrong)
-        pairs = [pair for pair in part.pairs if pair.place not in wrong]
-        histories = [hash_turns(pair.history) for pair in pairs]
-        texts = [[hash_text(text) for text in pair.responses] for pair in pairs]
-        keys = [hash_unordered(turns, *both) for turns, both in zip(histories, texts, strict=True)]
-        mask = self._mask(_uints(keys), _uints([int(pair.id, 16) for pair in pairs]), [pair.place for pair in pairs])
-        kept = [pair for pair, keep in zip(pairs, mask, strict=True) if keep]
+    def keep(self, part: ChunkPairs) -> list[Pair]:
+        """Return the pairs to keep, and count the others."""
+        shared = self._shared_ids(part)
+        pairs = [pair for pair in part.pairs if pair.place not in shared]
+        unordered = [hash_unordered(hash_turns(pair.history), *map(hash_text, pair.responses)) for pair in pairs]
+        ids = _uints([int(pair.id, 16) for pair in pairs])
+        known, first = self.seen_pairs.add(_uints(unordered), ids)
+        kept = []
+        for pair, is_known, same in zip(pairs, known, first == ids, strict=True):
+            if not is_known:
+                kept.append(pair)
+            elif not same:
+                self._note_bad(CONTRADICTION, pair.place, "chosen, rejected")
+            elif self.rules.filters.repeats == "drop":
+                self.report.note("dropped", REPEAT, pair.place, "chosen, rejected")
+            else:
+                self.report.note("noted", REPEAT, pair.place, "chosen, rejected")
+                kept.append(pair)
         self.report.kept -= len({pair.place for pair in part.pairs} - {pair.place for pair in kept})
         return kept
 
-    def _check_columns(self, columns: PairColumns, wrong: set[str]) -> PairColumns:
-        kept = columns
-        if wrong:
-            kept = kept.take(np.array([place not in wrong for place in columns.places()]))
-        kept = kept.take(self._mask(kept.keys, kept.ids, kept))
-        self.report.kept -= len(columns) - len(kept)
-        return kept
-
-    def _mask(self, keys: Hashes, ids: Hashes, places: PairColumns | list[str]) -> NDArray[np.bool_]:
-        known, before = self.seen_pairs.add(keys, ids)
-        keep = np.ones(len(keys), dtype=bool)
-        for index in np.flatnonzero(known).tolist():
-            place = places.place(index) if isinstance(places, PairColumns) else places[index]
-            if before[index] != ids[index]:
-                self._note(CONTRADICTION, place, "chosen, rejected")
-                keep[index] = False
-            elif self.rules.filters.repeats == "drop":
-                self.report.note("dropped", REPEAT, place, "chosen, rejected")
-                keep[index] = False
-            else:
-                self.report.note("noted", REPEAT, place, "chosen, rejected")
-        return keep
-
-    def _note(self, reason: str, place: str, column: str) -> None:
-        self.report.note(self.kind, reason, place, column).learn(None, LEAVE_OUT if self.kind == "faults" else "")
-
-    def _check_ids(self, part: Ingested) -> set[str]:
-        """The places of rows whose prompt_id stood for another prompt before."""
-        if not part.ids:
+    def _shared_ids(self, part: ChunkPairs) -> set[str]:
+        """Return the places of rows whose prompt_id belonged to another prompt before."""
+        if not part.prompt_ids:
             return set()
-        part.ids.sort(key=lambda found: found[0])
-        keys, values = (
-            _uints([hash_text(text) for text in column]) for column in list(zip(*part.ids, strict=True))[1:3]
-        )
-        known, before = self.seen_ids.add(keys, values)
-        wrong = [part.ids[index][3] for index in np.flatnonzero(known & (before != values)).tolist()]
-        for place in wrong:
-            self._note(OTHER_PROMPT, place, "prompt_id")
-        return set(wrong)
+        ids, prompts, places = zip(*part.prompt_ids, strict=True)
+        values = _uints([hash_text(prompt) for prompt in prompts])
+        known, first = self.seen_ids.add(_uints([hash_text(own) for own in ids]), values)
+        shared = [places[index] for index in np.flatnonzero(known & (first != values)).tolist()]
+        for place in shared:
+            self._note_bad(SHARED_ID, place, "prompt_id")
+        return set(shared)
+
+    def _note_bad(self, reason: str, place: str, column: str) -> None:
+        stops = self.rules.bad_rows == "error"
+        self.report.note("faults" if stops else "dropped", reason, place, column, remedy=LEAVE_OUT if stops else "")
 
 
-def _uints(values: Sequence[int]) -> Hashes:
+class FirstSeen:
+    """A dictionary from 64-bit keys to 64-bit values that keeps the first value of each key, at 16 bytes per key.
+
+    It consists of sorted arrays of doubling sizes; a dict would take six times the memory.
+    """
+
+    def __init__(self) -> None:
+        self._levels: list[tuple[UInts, UInts]] = []
+
+    def add(self, keys: UInts, values: UInts) -> tuple[NDArray[np.bool_], UInts]:
+        """Add keys with their values.
+
+        Args:
+            keys, values: [n] uint64; keys may repeat.
+
+        Returns:
+            For each key whether it was added before, also earlier in ``keys``, and the value it was first added with.
+        """
+        known = np.zeros(len(keys), dtype=bool)
+        first = values.copy()
+        for level_keys, level_values in self._levels:
+            place = np.searchsorted(level_keys, keys)
+            place[place == len(level_keys)] = 0
+            found = level_keys[place] == keys
+            known |= found
+            first[found] = level_values[place[found]]
+        fresh = np.flatnonzero(~known)
+        unique, index, inverse = np.unique(keys[fresh], return_index=True, return_inverse=True)
+        earlier = fresh[index[inverse]]  # np.unique returns the first index of each
+        repeated = earlier != fresh
+        known[fresh[repeated]] = True
+        first[fresh[repeated]] = values[earlier[repeated]]
+        if len(unique):
+            self._push(unique, values[fresh[index]])
+        return known, first
+
+    def _push(self, keys: UInts, values: UInts) -> None:
+        while self._levels and len(self._levels[-1][0]) <= 2 * len(keys):
+            other_keys, other_values = self._levels.pop()
+            keys, values = np.concatenate([other_keys, keys]), np.concatenate([other_values, values])
+            order = np.argsort(keys, kind="stable")
+            keys, values = keys[order], values[order]
+        self._levels.append((keys, values))
+
+
+def _uints(values: Sequence[int]) -> UInts:
     return np.array(values, dtype=np.uint64)

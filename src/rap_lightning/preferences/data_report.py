@@ -1,14 +1,20 @@
-"""The counted report: every row read is kept, repaired or dropped, with its reason and where it stood."""
+"""The counted report: what happened to every row that was read, with the reason and the first place.
+
+:class:`DataReport` is the only counter of rows. Reading and encoding call :meth:`DataReport.note`; processes return
+reports of their part, which are added up in order. :func:`write_rows` writes every noted row to a file.
+"""
 
 from __future__ import annotations
 
-import math
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from rap_lightning.preferences.pairs import BadRow
+from rap_lightning.preferences.pairs import BadRow, Pair
+from rap_lightning.preferences.relabelling import Relabelling
 
 KINDS = {
     "faults": "fault",
@@ -18,7 +24,7 @@ KINDS = {
     "noted": "noted",
     "truncated": "truncated",
 }
-
+"""The dicts of a report, and how its lines call them."""
 
 Span = tuple[float, float]
 """Lowest and highest."""
@@ -29,40 +35,38 @@ class Tally:
     """How often one thing happened, and where it happened first.
 
     Attributes:
-        span: the numbers that were found, where they are what is wrong.
-        remedy: what can be done about it, where the words alone don't say.
+        span: lowest and highest number found, where numbers are at fault.
+        remedy: what can be done about it.
     """
 
     count: int = 0
     first: str = ""
-    number: float = field(default=math.inf, compare=False)
     span: Span | None = None
     remedy: str = ""
 
-    def add(self, where: str, count: int = 1, number: float = math.inf) -> None:
-        """Count more; remember the place if it is the first, by its number within the part of the data at hand."""
-        self.count += count
-        if not self.first or number < self.number:
-            self.first, self.number = where, number
-
-    def learn(self, span: Span | None, remedy: str) -> None:
-        """Take in further numbers, and what can be done."""
-        self.span, self.remedy = wider(self.span, span), remedy or self.remedy
+    def add(self, other: Tally) -> None:
+        """Add a later tally of the same thing."""
+        self.count += other.count
+        self.first = self.first or other.first
+        self.span = merge_spans(self.span, other.span)
+        self.remedy = other.remedy or self.remedy
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        more: dict[str, Any] = {} if self.span is None else {"lowest": self.span[0], "highest": self.span[1]}
-        return {"count": self.count, "first": self.first, **more, **({"remedy": self.remedy} if self.remedy else {})}
+        """Return plain values for JSON."""
+        found: dict[str, Any] = {"count": self.count, "first": self.first}
+        if self.span is not None:
+            found |= {"lowest": self.span[0], "highest": self.span[1]}
+        return found | ({"remedy": self.remedy} if self.remedy else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Tally:
-        """The inverse of :meth:`as_dict`."""
+        """Invert :meth:`as_dict`."""
         span = (values["lowest"], values["highest"]) if "lowest" in values else None
-        return cls(values["count"], values["first"], span=span, remedy=values.get("remedy", ""))
+        return cls(values["count"], values["first"], span, values.get("remedy", ""))
 
     @property
-    def found(self) -> str:
-        """The numbers in words, after a comma."""
+    def range_text(self) -> str:
+        """The span in words, after a comma."""
         if self.span is None:
             return ""
         low, high = self.span
@@ -71,17 +75,16 @@ class Tally:
 
 @dataclass
 class DataReport:
-    """What became of the rows of one split.
+    """What happened to the rows of one split.
 
     Attributes:
-        read: rows read; kept: rows that at least one pair was made of; pairs: scored pairs; relabelled: training pairs
-            made of them.
-        faults, dropped, left_out, repaired, noted, truncated: reason in words -> tally. A fault stops a run; dropped
-            counts rows and pairs, left_out single responses of rows with several.
+        read: rows read; kept: rows that gave at least one pair; pairs: scored pairs; relabelled: training pairs made of
+            them.
+        faults, dropped, left_out, repaired, noted, truncated: reason -> tally. A fault stops a run; dropped counts rows
+            and pairs, left_out single responses of rows with several.
         rewards: lowest and highest reward of the pairs; None where there are none.
-        names: what the source calls columns that were renamed, by our name.
-        rows: where it is a list, all that is counted is also listed there, an entry a time with file, line or row,
-            column and reason.
+        names: our column name -> its name in the source, for renamed columns.
+        rows: if it is a list, everything noted is also appended to it, one entry per row.
     """
 
     source: str
@@ -99,71 +102,63 @@ class DataReport:
     rewards: Span | None = None
     names: Mapping[str, str] = field(default_factory=dict, compare=False)
     rows: list[dict[str, Any]] | None = field(default=None, compare=False)
-    row: str = field(default="", compare=False)
-    number: float = field(default=math.inf, compare=False)
-    """The row that is being looked at, and its number, so that the first of a kind is known in any order."""
 
-    def note(self, kind: str, reason: str, place: str, column: str, found: str = "") -> Tally:
-        """Count ``reason`` in ``kind`` (the name of one of this report's dicts) at a place and column."""
-        number = self.number if place == self.row else math.inf
-        column = self.named(column)
-        tally = self.tallies(kind).setdefault(reason, Tally())
-        tally.add(at(place, column, found), 1, number)
+    def note(
+        self, kind: str, reason: str, place: str, column: str, found: str = "", span: Span | None = None,
+        remedy: str = "",
+    ) -> None:  # fmt: skip
+        """Count a reason.
+
+        Args:
+            kind: the name of one of this report's dicts.
+            reason: in words, the same for every row with this fault.
+            place: file and line or row.
+            column: of the row, by our name.
+            found: a short excerpt of the value.
+            span, remedy: as in :class:`Tally`.
+        """
+        column = self._with_source_names(column)
+        tally = Tally(1, describe_place(place, column, found), span, remedy)
+        self.tallies(kind).setdefault(reason, Tally()).add(tally)
         if self.rows is not None:
-            self.rows.append(_entry(kind, reason, place, column, found))
-        return tally
+            where = re.fullmatch(r"(?s)(.*) (line|row) (\d+)", place)
+            parts = {"file": where[1], where[2]: int(where[3])} if where else {"file": place}
+            what = "fault" if kind == "faults" else kind
+            self.rows.append({"what": what, "reason": reason, **parts, "column": column, "found": found})
 
-    def note_all(
-        self, kind: str, reason: str, numbers: Sequence[int], place: Callable[[int], str], column: str
-    ) -> None:
-        """Count ``reason`` at the rows with these numbers, lowest first."""
-        column = self.named(column)
-        tally = self.tallies(kind).setdefault(reason, Tally())
-        tally.add(at(place(numbers[0]), column), len(numbers), numbers[0])
-        if self.rows is not None:
-            self.rows += [_entry(kind, reason, place(number), column, "") for number in numbers]
-
-    def problem(self, kind: str, problem: BadRow, place: str) -> None:
-        """Count what made a row or a response bad."""
+    def note_bad_row(self, kind: str, problem: BadRow, place: str) -> None:
+        """Count what was wrong with a row or a response."""
         remedy = problem.remedy if kind == "faults" else ""
-        self.note(kind, problem.reason, place, problem.column, problem.found).learn(problem.span, remedy)
+        self.note(kind, problem.reason, place, problem.column, problem.found, problem.span, remedy)
 
-    def named(self, column: str) -> str:
-        """A column, or several, as they are called here and, where they were renamed, in the source."""
-        if not self.names:
-            return column
-        parts = column.split(", ")
-        for i, part in enumerate(parts):
-            if theirs := self.names.get(re.split(r"[\[. ]", part, maxsplit=1)[0]):
-                parts[i] = f"{part} ({theirs} in the file)"
-        return ", ".join(parts)
-
-    def saw_rewards(self, lowest: float, highest: float) -> None:
-        """Take in the rewards of pairs; nan is no reward."""
-        if lowest <= highest:
-            self.rewards = wider(self.rewards, (float(lowest), float(highest)))
+    def count_pair(self, pair: Pair, relabelling: Relabelling) -> None:
+        """Count a pair that is kept, and its training pairs."""
+        self.pairs += 1
+        self.relabelled += len(relabelling.origins_of(pair))
+        high, low = pair.rewards
+        if low <= high:  # nan is no reward
+            self.rewards = merge_spans(self.rewards, (low, high))
 
     def tallies(self, kind: str) -> dict[str, Tally]:
-        """One of the dicts by its name."""
+        """Return one of the dicts by its name."""
         tallies: dict[str, Tally] = getattr(self, kind)
         return tallies
 
     def add(self, other: DataReport) -> None:
-        """Add a later part of the same split."""
-        for name in ("read", "kept", "pairs", "relabelled"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        """Add the report of a later part of the same split."""
+        self.read += other.read
+        self.kept += other.kept
+        self.pairs += other.pairs
+        self.relabelled += other.relabelled
         for kind in KINDS:
-            mine = self.tallies(kind)
             for reason, tally in other.tallies(kind).items():
-                own = mine.setdefault(reason, Tally())
-                own.add(tally.first, tally.count)
-                own.learn(tally.span, tally.remedy)
-        self.rewards = wider(self.rewards, other.rewards)
+                self.tallies(kind).setdefault(reason, Tally()).add(tally)
+        self.rewards = merge_spans(self.rewards, other.rewards)
         if self.rows is not None:
             self.rows += other.rows or []
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         kinds = {kind: {reason: t.as_dict() for reason, t in self.tallies(kind).items()} for kind in KINDS}
         return {
             "source": self.source,
@@ -178,7 +173,7 @@ class DataReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataReport:
-        """The inverse of :meth:`as_dict`."""
+        """Invert :meth:`as_dict`."""
         report = cls(values["source"], values["split"], values["rows_read"], values["rows_kept"])
         report.pairs, report.relabelled = values["pairs_kept"], values["relabelled_pairs"]
         report.rewards = tuple(values["rewards"]) if values["rewards"] else None
@@ -187,7 +182,7 @@ class DataReport:
         return report
 
     def lines(self) -> Iterable[str]:
-        """The report for people, a line each."""
+        """Yield the lines of the printed report, the most frequent reason of each kind first."""
         rows = f"{self.read:,} rows read, "
         if self.kept != self.pairs:
             rows += f"{self.kept:,} kept, "
@@ -197,27 +192,47 @@ class DataReport:
         )
         for kind, word in KINDS.items():
             for reason, tally in sorted(self.tallies(kind).items(), key=lambda item: -item[1].count):
-                yield f"  {word} {tally.count:,}: {reason}{tally.found} (first: {tally.first})"
-        for remedy in dict.fromkeys(tally.remedy for tally in self.faults.values() if tally.remedy):
+                yield f"  {word} {tally.count:,}: {reason}{tally.range_text} (first: {tally.first})"
+        for remedy in self.remedies():
             yield f"  {remedy}"
 
+    def remedies(self) -> list[str]:
+        """Return what can be done about the faults, each remedy once."""
+        return list(dict.fromkeys(tally.remedy for tally in self.faults.values() if tally.remedy))
 
-def at(place: str, column: str, found: str = "") -> str:
-    """A place for people: file, line, column, and what stands there."""
+    def _with_source_names(self, column: str) -> str:
+        """Name columns as they are called here and, where they were renamed, in the source."""
+        if not self.names:
+            return column
+        parts = column.split(", ")
+        for i, part in enumerate(parts):
+            if theirs := self.names.get(re.split(r"[\[. ]", part, maxsplit=1)[0]):
+                parts[i] = f"{part} ({theirs} in the file)"
+        return ", ".join(parts)
+
+
+def describe_place(place: str, column: str, found: str = "") -> str:
+    """Return a place for messages: file, line, column, and the value found there."""
     parts = [place, f"column {column}" if column not in ("", "row") else "", f"found {found}" if found else ""]
     return ", ".join(part for part in parts if part)
 
 
-def wider(one: Span | None, other: Span | None) -> Span | None:
-    """The range that holds both."""
+def merge_spans(one: Span | None, other: Span | None) -> Span | None:
+    """Return the smallest range that contains both."""
     if one is None or other is None:
         return one or other
     return min(one[0], other[0]), max(one[1], other[1])
 
 
-def _entry(kind: str, reason: str, place: str, column: str, found: str) -> dict[str, Any]:
-    """What is listed of a row: its place taken apart."""
-    where = re.fullmatch(r"(?s)(.*) (line|row) (\d+)", place)
-    taken = {"file": where[1], where[2]: int(where[3])} if where else {"file": place}
-    what = {"faults": "fault"}.get(kind, kind)
-    return {"what": what, "reason": reason, **taken, "column": column, "found": found}
+def write_rows(path: Path, reports: Iterable[DataReport]) -> int:
+    """Write the rows that reports noted as JSON lines; return their number. The file appears once it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    count = 0
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for report in reports:
+            of = {"source": report.source, "split": report.split}
+            rows = report.rows or []
+            file.writelines(json.dumps(of | row, ensure_ascii=False) + "\n" for row in rows)
+            count += len(rows)
+    partial.replace(path)
+    return count

@@ -1,20 +1,26 @@
-"""Figures about scored pairs, in memory that does not grow with their number."""
+"""Statistics of scored pairs, in constant memory."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from rap_lightning.preferences.columns import PairColumns
 from rap_lightning.preferences.pairs import Pair
 
 
 @dataclass
-class Census:
-    """Counts over pairs: rewards, gaps, lengths in characters and, where they are given, in tokens."""
+class PairStatistics:
+    """Counts over pairs.
+
+    Attributes:
+        rewards: of both responses, rounded to 0.01; gaps: between them.
+        lengths: in tokens, of the pairs that were tokenised.
+        longer: pairs whose chosen response has more characters; equal lengths count half.
+        turns: user turns of the conversation.
+        over: tokenised pairs longer than ``max_length``.
+    """
 
     rewards: Counter[float] = field(default_factory=Counter)
     gaps: Counter[float] = field(default_factory=Counter)
@@ -28,42 +34,19 @@ class Census:
     over: int = 0
 
     def add(self, pair: Pair) -> None:
-        """Count a pair; ties of length count half."""
+        """Count a pair."""
         self.pairs += 1
         for reward in pair.rewards:
-            if reward == reward:  # not nan
+            if not math.isnan(reward):
                 self.rewards[round(reward, 2)] += 1
-        if pair.rewards[0] == pair.rewards[0]:
+        if not math.isnan(pair.rewards[0]):
             self.gaps[round(pair.rewards[0] - pair.rewards[1], 2)] += 1
         chosen, rejected = map(len, pair.responses)
         self.longer += 0.5 if chosen == rejected else float(chosen > rejected)
         self.turns[sum(turn["role"] == "user" for turn in pair.history)] += 1
 
-    def add_columns(self, columns: PairColumns) -> None:
-        """Count many pairs at once, as :meth:`add` does."""
-        import pyarrow.compute as pc
-
-        count = len(columns)
-        if not count:
-            return
-        self.pairs += count
-        self._count(self.rewards, np.round(columns.rewards.ravel(), 2))
-        self._count(self.gaps, np.round(columns.rewards[:, 0] - columns.rewards[:, 1], 2))
-        chosen, rejected = (np.asarray(pc.utf8_length(texts)) for texts in columns.responses)
-        self.longer += float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum())
-        roles = pc.struct_field(columns.turns.flatten(), "role")
-        of_user = np.asarray(pc.equal(roles, "user")).astype(np.int64)
-        starts = np.asarray(columns.turns.offsets)[:-1] - columns.turns.offsets[0].as_py()
-        self._count(self.turns, np.add.reduceat(of_user, starts))
-
-    @staticmethod
-    def _count(counter: Counter[Any], values: Any) -> None:
-        found, counts = np.unique(values, return_counts=True)
-        for value, times in zip(found.tolist(), counts.tolist(), strict=True):
-            counter[value] += times
-
     def add_tokens(self, prompt: int, chosen: int, rejected: int, max_length: int) -> None:
-        """Count a pair's lengths in tokens: its longest prompt with the goal, and its responses."""
+        """Count the lengths of a pair in tokens: of its longest prompt with a goal, and of its responses."""
         self.tokenised += 1
         longest = prompt + max(chosen, rejected)
         for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected), ("longest", longest)):
@@ -71,7 +54,7 @@ class Census:
         self.over += longest > max_length
 
     def histogram(self, bins: int = 10) -> list[tuple[float, float, int]]:
-        """(low, high, count) of rewards in equal bins from the lowest to the highest; the last one takes its end."""
+        """Return (low, high, count) of rewards in equal bins; the last one includes its upper end."""
         if not self.rewards:
             return []
         low, high = min(self.rewards), max(self.rewards)
@@ -82,7 +65,7 @@ class Census:
         return [(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(counts)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         share = round(self.longer / self.pairs, 4) if self.pairs else None
         figures: dict[str, Any] = {
             "pairs": self.pairs,
@@ -99,7 +82,7 @@ class Census:
 
 
 def quantiles(counts: Counter[Any]) -> dict[str, float]:
-    """min, p25, p50, p75, p95 and max of counted values; nothing where none were counted."""
+    """Return min, p25, p50, p75, p95 and max of counted values; nothing if there are none."""
     total = sum(counts.values())
     if not total:
         return {}

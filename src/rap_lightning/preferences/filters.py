@@ -1,4 +1,4 @@
-"""What is left out on purpose. Each filter counts what it removes."""
+"""Filters of prompts, responses and pairs. Everything they remove is counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rap_lightning.preferences.pairs import BadRow, Judged, Response
 
 @dataclass(frozen=True)
 class Filters:
-    """Which prompts, responses and pairs are left out.
+    """Which prompts, responses and pairs to leave out.
 
     Args:
         min_gap: pairs whose rewards differ by less, in the judge's units, are left out.
@@ -26,12 +26,9 @@ class Filters:
         max_length_ratio: pairs whose longer response has more than this many times the other's characters are left out.
         near_duplicates: responses to one prompt that share this part of their words (Jaccard index, 0 to 1) with an
             earlier one are left out.
-        exclude: a file of prompts to leave out, to keep benchmarks clean: a line each, or json lines with a prompt,
-            instruction or question. Upper case, punctuation and blanks make no difference.
-        repeats: what happens to a pair that was read before: keep it, as an oversampled data set means it, or drop it.
-
-    >>> Filters(min_gap=1.0, repeats="drop").on_responses  # both look at pairs
-    False
+        exclude: a file of prompts to leave out, for decontamination: one per line, or JSON Lines with a prompt,
+            instruction or question. Case, punctuation and whitespace are ignored.
+        repeats: what to do with a pair that was read before: keep it, for oversampled data, or drop it.
     """
 
     min_gap: float | None = None
@@ -53,20 +50,15 @@ class Filters:
         if low is not None and high is not None and not low < high:
             raise ConfigError(f"filters.min_reward must be below max_reward, found {low} and {high}")
         if self.exclude is not None:
-            excluded(self.exclude)  # a missing file is found now, not after an hour
-
-    @property
-    def on_responses(self) -> bool:
-        """Whether single responses may be left out."""
-        return any(v is not None for v in (self.min_reward, self.max_reward, self.near_duplicates))
+            excluded(self.exclude)  # so that a missing file is reported at once
 
     def describe(self) -> str:
-        """The options, and what the list of prompts to exclude holds, for cache keys."""
+        """Return the options and the content of the list of prompts to exclude, for cache keys."""
         prompts = sorted(excluded(self.exclude)) if self.exclude is not None else []
         return f"{self} {hash_text(repr(prompts))}"
 
     def check_prompt(self, judged: Judged) -> None:
-        """Raise BadRow where one of the user's turns stands in the list of prompts to exclude."""
+        """Raise BadRow if a user turn is in the list of prompts to exclude."""
         if self.exclude is None:
             return
         known = excluded(self.exclude)
@@ -75,7 +67,7 @@ class Filters:
                 raise BadRow(f"prompt (turn {i + 1})", "a prompt in the list of prompts to exclude", by_choice=True)
 
     def responses(self, responses: Sequence[Response]) -> tuple[list[Response], list[BadRow]]:
-        """Those to keep, and why others are left out."""
+        """Return the responses to keep, and why others are left out."""
         good: list[Response] = []
         bad: list[BadRow] = []
         words: list[set[str]] = []
@@ -96,7 +88,7 @@ class Filters:
         return good, bad
 
     def check_pair(self, better: Response, worse: Response) -> None:
-        """Raise BadRow where a pair is to be left out."""
+        """Raise BadRow if a pair is to be left out."""
         if self.min_gap is not None and not better.reward - worse.reward >= self.min_gap:
             raise _left_out(worse, f"a gap between rewards below filters.min_gap {self.min_gap:g}")
         if self.max_length_ratio is not None:
@@ -110,13 +102,13 @@ def _left_out(response: Response, reason: str) -> BadRow:
 
 
 def normal(text: str) -> str:
-    """The words of a text: lower case, without punctuation, one blank between them."""
+    """Return the words of a text: lower case, without punctuation, separated by a space."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 @lru_cache(maxsize=4)
 def excluded(path: str) -> frozenset[str]:
-    """The prompts of a list to exclude, as :func:`normal` writes them."""
+    """Return the prompts of a list to exclude, as :func:`normal` returns them."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise DataError(f"filters.exclude: no such file: {path}")
@@ -139,7 +131,7 @@ def excluded(path: str) -> frozenset[str]:
                 ) from error
         prompts.add(normal(str(text)))
     if not prompts:
-        raise DataError(f"filters.exclude: {path} holds no prompts.")
+        raise DataError(f"filters.exclude: {path} has no prompts.")
     return frozenset(prompts - {""})
 
 

@@ -1,4 +1,9 @@
-"""Goals: the reward asked for, and how it is written into the prompt."""
+"""Goal templates: how the reward that is asked for is written into the prompt.
+
+:class:`GoalTemplate` is the base class, :class:`OverallGoal` the paper's text, and :class:`AttributeGoal` states
+several scores. The scale of a template (:mod:`rap_lightning.preferences.scales`) maps rewards to the numbers that goals
+state.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +12,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences import fingerprint as codekeys
 from rap_lightning.preferences.goal_spec import Number, Wording
+from rap_lightning.preferences.hashing import describe_object, hash_code
 from rap_lightning.preferences.scales import RewardScale
 
 Placement = Literal["auto", "system", "user"]
 
 
 class GoalTemplate(ABC):
-    """How a goal reads. Subclass it and name the class by import path: ``--data.goal my_pkg.MyGoal``.
+    """How a goal is written. Subclass it and pass the class by import path: ``--data.goal my_pkg.MyGoal``.
 
     Args:
         scale: the judge's scale, and the numbers that goals state.
         placement: ``system`` writes the goal as the system message, ``user`` before the first user turn, and ``auto``
-            picks ``system`` where the chat template shows a system message, found by rendering one.
+            uses ``system`` if the chat template renders a system message.
 
     >>> class Stars(GoalTemplate):
     ...     def text(self, goal):
@@ -31,29 +36,42 @@ class GoalTemplate(ABC):
     """
 
     attributes: tuple[str, ...] = ()
-    """Names of further rewards that each response must have, in the order in which :meth:`text` gets them."""
+    """Names of further rewards that each response must have, in the order in which :meth:`text` receives them."""
 
     def __init__(self, scale: RewardScale = RewardScale(), placement: Placement = "auto") -> None:  # noqa: B008
         self.scale, self.placement = scale, placement
 
     @abstractmethod
     def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """The text that asks for ``goal``, a number on the scale that goals state.
+        """Return the text that asks for ``goal``, a number on the scale that goals state.
 
-        ``attributes`` are passed where the class names some; others write ``def text(self, goal)``.
+        ``attributes`` are passed if the class names some; other classes define ``text(self, goal)``.
         """
 
     def write(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """:meth:`text`, given what the class asks for."""
+        """Call :meth:`text` with the arguments that the class expects."""
         return self.text(goal, attributes) if self.attributes else self.text(goal)
 
     def goal_of(self, reward: float, attributes: Sequence[float] = ()) -> tuple[float, tuple[float, ...]]:
-        """The goal under which a response with these rewards is the right answer."""
+        """Return the goal, with its attributes, under which a response with these rewards is the right answer."""
         return self.scale.goal(reward), tuple(attributes)
+
+    def own_texts(self, rewards: Sequence[float], attributes: Sequence[Sequence[float]]) -> list[str]:
+        """Return the goal text for each response's own rewards."""
+        return [self.write(*self.goal_of(r, a)) for r, a in zip(rewards, attributes, strict=True)]
+
+    def text_at(self, goal: float) -> str:
+        """Return the goal text with attributes as high on their own scale as ``goal`` is on the overall one."""
+        share = (goal - self.scale.low) / (self.scale.high - self.scale.low)
+        return self.write(goal, self.attributes_at(share))
+
+    def attributes_at(self, share: float) -> tuple[float, ...]:
+        """Return attributes at a share of their range: 0 is the lowest, 1 the highest."""
+        return (self.scale.low + share * (self.scale.high - self.scale.low),) * len(self.attributes)
 
     @property
     def best(self) -> float:
-        """The goal to ask for at inference: the highest that training can have stated."""
+        """The goal to ask for at inference: the highest that training can state."""
         return self.scale.best
 
     @property
@@ -63,15 +81,15 @@ class GoalTemplate(ABC):
 
     @property
     def worst_attributes(self) -> tuple[float, ...]:
-        """The attributes that go with the lowest goal: what guidance pushes away from."""
+        """The attributes of the lowest goal, from which guidance pushes away."""
         return self.best_attributes
 
     def low(self, option: float | Literal["none"] | None = None) -> tuple[str | None, str]:
-        """(text, print) of the goal that guidance pushes away from; the text is None for the prompt without a goal.
+        """Return (text, printed) of the goal from which guidance pushes away; text is None for the prompt without one.
 
         Args:
-            option: a number on the scale that goals state, with the best attributes; ``none``; None is the scale's
-                lowest number, with the lowest attributes.
+            option: a number on the scale that goals state, with the best attributes; ``none`` for no goal; None for
+                the scale's lowest number, with the lowest attributes.
 
         Raises:
             ConfigError: the number is outside the scale.
@@ -79,36 +97,35 @@ class GoalTemplate(ABC):
         if option == "none":
             return None, "none"
         if option is None:
-            return self.write(self.scale.low, self.worst_attributes), self.printed(
-                self.scale.low, self.worst_attributes
-            )
+            lowest = self.scale.low, self.worst_attributes
+            return self.write(*lowest), self.printed(*lowest)
         if not self.scale.low <= option <= self.scale.high:
             raise ConfigError(
-                f"guidance: against must lie on the scale from {self.scale.low:g} to {self.scale.high:g}, or be none; "
+                f"guidance: against must be on the scale from {self.scale.low:g} to {self.scale.high:g}, or none; "
                 f"found {option:g}"
             )
         return self.write(option, self.best_attributes), self.printed(option, self.best_attributes)
 
     def printed(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """The goal in short, for logs and tables."""
+        """Return the goal in short, for logs and tables."""
         return self.scale.printed(goal)
 
     def describe(self) -> str:
-        """The template's code and arguments, and what it writes over its whole scale, for cache keys."""
+        """Return code, arguments and texts over the whole scale, for cache keys."""
         step = (self.scale.high - self.scale.low) / 200
         goals = [self.scale.low + step * i for i in range(201)]
         texts = [self.write(goal, [goal] * len(self.attributes)) for goal in goals]
-        return f"{codekeys.describe(self)} {codekeys.code_of(type(self.scale))} {texts}"
+        return f"{describe_object(self)} {hash_code(type(self.scale))} {texts}"
 
     def wording(self) -> Wording | None:
-        """The text as words around numbers; None, the default, where it can't be written like that.
+        """Return the text as words around numbers; None, the default, if it can't be written like that.
 
-        Exported chat templates write goals from it; without it they know the best goal's text only.
+        Exported chat templates write goals from it; without it they only contain the best goal's text.
         """
         return None
 
     def checked_wording(self) -> Wording | None:
-        """:meth:`wording`, if it writes what :meth:`text` does, over the whole scale."""
+        """Return :meth:`wording` if it gives the same text as :meth:`text` over the whole scale, else None."""
         wording = self.wording()
         if wording is None:
             return None
@@ -117,12 +134,12 @@ class GoalTemplate(ABC):
             attributes = [values.get(name, best) for name, best in pairs]
             goal = values.get(wording.alone or "", self.best)
             if wording.text(values) != self.write(goal, attributes):
-                return None  # a subclass writes otherwise
+                return None  # a subclass overrides text alone
         best = wording.text({}) == self.write(self.best, self.best_attributes)
         return wording if best else None
 
     def record(self) -> dict[str, Any]:
-        """What must be known to ask a trained policy for its best: saved with the run and with exported models."""
+        """Return what is needed to ask a trained policy for its best: saved with the run and with exported models."""
         wording = self.checked_wording()
         return {
             "template": f"{type(self).__module__}.{type(self).__qualname__}",
@@ -135,9 +152,9 @@ class GoalTemplate(ABC):
 
 
 def is_trained(record: Mapping[str, Any] | None) -> TypeGuard[dict[str, Any]]:
-    """Whether a model with this record has seen goals: not where it was trained on plain pairs (relabel none).
+    """Return whether a model with this record was trained on goals, and not on plain pairs (relabel none).
 
-    Such a model's record says how goals would read, so that it can be asked for one all the same, as a baseline is.
+    The record of a model trained on plain pairs still has the goal text, so that it can be asked for one as a baseline.
     """
     return record is not None and bool(record.get("trained", True))
 
@@ -152,23 +169,23 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
     """
 
     def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """The paper's sentence with the scale's ends and the printed goal."""
+        """Return the paper's sentence with the scale's ends and the printed goal."""
         return f"{_lead(self.scale)}\nOverall score: {self.scale.printed(goal)}."
 
     def wording(self) -> Wording:
-        """One number."""
+        """Return the text around one number."""
         return Wording((f"{_lead(self.scale)}\nOverall score: ", "."), (_number(OVERALL, self.scale),), OVERALL)
 
 
 class AttributeGoal(GoalTemplate):
-    """Several scores in a fixed order, as the paper's runs on five attributes of ArmoRM state them.
+    """Several scores in a fixed order, as in the paper's runs on five attributes of ArmoRM.
 
-    Pairs are still relabelled by the overall reward: that decides which response won.
+    Pairs are still relabelled by the overall reward, which decides the winner.
 
     Args:
-        attributes: names of the attributes, as the data call them, in the order in which they are stated.
+        attributes: names of the attributes in the data, in the order in which they are stated.
         scale: of the overall reward.
-        attribute_scale: of the attributes' rewards; null takes the overall one's.
+        attribute_scale: of the attributes' rewards; null uses the overall one's.
         overall: also state the overall score, last.
         placement: as for every goal.
 
@@ -195,18 +212,18 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
             raise ConfigError("AttributeGoal: attribute_scale must be declared in full; only the overall one is fitted")
         if attribute_scale is None and type(scale) is not RewardScale:
             raise ConfigError(
-                f"AttributeGoal: {type(scale).__name__} maps the overall reward; say with attribute_scale what the "
-                "attributes' own range is."
+                f"AttributeGoal: {type(scale).__name__} maps the overall reward. Give the range of the attributes "
+                "with attribute_scale."
             )
         self.attributes = tuple(attributes)
         self.attribute_scale, self.overall = attribute_scale or scale, overall
 
     def goal_of(self, reward: float, attributes: Sequence[float] = ()) -> tuple[float, tuple[float, ...]]:
-        """Each reward on its own scale."""
+        """Return each reward on its own scale."""
         return self.scale.goal(reward), tuple(self.attribute_scale.goal(value) for value in attributes)
 
     def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """A line for each attribute, then the overall score."""
+        """Return a line for each attribute, then the overall score."""
         scale = self.attribute_scale
         lines = [
             f"{name.replace('_', ' ').capitalize()}: {scale.printed(value)}."
@@ -217,15 +234,20 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
         return "\n".join([_lead(scale), *lines])
 
     def wording(self) -> Wording | None:
-        """The attributes' numbers, then the overall one."""
+        """Return the text around the attributes' numbers and the overall one."""
         names = [*self.attributes, *([OVERALL] if self.overall else [])]
         if len(set(names)) != len(names):
-            return None  # an attribute has the overall score's name
+            return None  # an attribute is named like the overall score
         labels = [name.replace("_", " ").capitalize() for name in self.attributes]
         labels += ["Overall score"] if self.overall else []
         parts = [f"{_lead(self.attribute_scale)}\n{labels[0]}: ", *(f".\n{label}: " for label in labels[1:]), "."]
         numbers = [_number(n, self.scale if n == OVERALL else self.attribute_scale) for n in names]
         return Wording(tuple(parts), tuple(numbers), OVERALL if self.overall else None)
+
+    def attributes_at(self, share: float) -> tuple[float, ...]:
+        """Return attributes at a share of their own range."""
+        scale = self.attribute_scale
+        return (scale.low + share * (scale.high - scale.low),) * len(self.attributes)
 
     @property
     def best_attributes(self) -> tuple[float, ...]:
@@ -238,18 +260,18 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
         return (self.attribute_scale.low,) * len(self.attributes)
 
     def record(self) -> dict[str, Any]:
-        """Also the attributes' scale, and whether the overall score is stated."""
+        """Return the record with the attributes' scale, and whether the overall score is stated."""
         scale = {"class": type(self.attribute_scale).__name__, **self.attribute_scale.numbers()}
         return super().record() | {"attribute_scale": scale, "overall": self.overall}
 
     def printed(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """All numbers, attributes first."""
+        """Return all numbers, attributes first."""
         numbers = [self.attribute_scale.printed(value) for value in attributes]
         return " ".join([*numbers, self.scale.printed(goal)] if self.overall else numbers)
 
 
 OVERALL = "overall"
-"""What a mapping of numbers calls the overall score."""
+"""The key of the overall score in a mapping of numbers."""
 
 
 def _number(name: str, scale: RewardScale) -> Number:

@@ -1,16 +1,16 @@
-"""64-bit digests of texts, conversations and pairs, one by one or a column at a time."""
+"""Digests: 64 bits of texts, conversations and pairs, and digests of user code for cache keys.
+
+Pair ids, duplicate detection, seeded choices and the rewards of a judge all use the content digests, so they do not
+depend on the order of rows or on the number of processes. Changing one changes every pair id and every cache key.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-Hashes = NDArray[np.uint64]
 
 PRIME = 0x100000001B3  # of the FNV hash
 MASK = 2**64 - 1
@@ -20,60 +20,52 @@ ROLE = {
     "assistant": 0x165667B19E3779F9,
     "tool": 0x85EBCA77C2B2AE63,
 }
-"""Odd numbers, one for each role."""
+"""An odd multiplier for each role."""
 
 
 def hash_text(text: str) -> int:
-    """Of one text."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+    """Return the digest of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def hash_turns(turns: Sequence[Mapping[str, Any]]) -> int:
-    """Of a conversation, roles and order included."""
+    """Return the digest of a conversation, which depends on roles and order."""
     value = 0
     for turn in turns:
         own = hash_text(turn["content"]) * ROLE[turn["role"]]
-        if len(turn) > 2:
+        if len(turn) > 2:  # tool calls and their ids
             own += hash_text(repr(sorted((k, v) for k, v in turn.items() if k not in ("role", "content"))))
         value = (value * PRIME + own) & MASK
     return value
 
 
 def hash_pair(turns: int, first: int, second: int) -> int:
-    """Of a conversation and two responses, in this order."""
+    """Return the digest of a conversation and two responses in this order, from their digests."""
     return ((turns * PRIME + first) * PRIME + second) & MASK
 
 
 def hash_unordered(turns: int, first: int, second: int) -> int:
-    """The same, whatever the order of the responses."""
+    """Return the digest of a conversation and two responses in either order, from their digests."""
     return ((turns * PRIME * PRIME) + first + second) & MASK
 
 
-def hash_column(texts: Any) -> Hashes:
-    """Of each text of an Arrow string array without nulls, as :func:`hash_text`."""
-    import pyarrow as pa
-
-    if len(texts) == 0:
-        return np.zeros(0, dtype=np.uint64)
-    texts = texts.cast(pa.large_string())
-    _, offsets, data = texts.buffers()
-    ends = np.frombuffer(offsets, dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1].tolist()
-    raw = memoryview(data) if data is not None else memoryview(b"")
-    parts = [blake2b(raw[a:b], digest_size=8).digest() for a, b in pairwise(ends)]
-    return np.frombuffer(b"".join(parts), dtype="<u8").astype(np.uint64)
+def hash_code(thing: Any) -> str:
+    """Return the import path of a class or function, and digests of the files that define it and its bases."""
+    if not isinstance(thing, type):
+        return f"{thing.__module__}.{thing.__qualname__} {_file_digest(thing)}"
+    digests = [_file_digest(base) for base in thing.__mro__ if base is not object]
+    return f"{thing.__module__}.{thing.__qualname__} {' '.join(dict.fromkeys(digests))}"
 
 
-def hash_columns_of_turns(contents: Hashes, roles: NDArray[np.uint64], starts: Any, lengths: Any) -> Hashes:
-    """Of conversations whose turns stand one after another, as :func:`hash_turns`.
+def describe_object(thing: Any) -> str:
+    """Return the code and the attributes of an object, for cache keys."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(thing).items()))
+    return f"{hash_code(type(thing))} ({arguments})"
 
-    Args:
-        contents: [turns] digests of the contents.
-        roles: [turns] the number of each role.
-        starts, lengths: [n] where each conversation begins, and how many turns it has.
-    """
-    own = contents * roles
-    value = np.zeros(len(starts), dtype=np.uint64)
-    for place in range(int(lengths.max(initial=0))):
-        here = lengths > place
-        value[here] = value[here] * np.uint64(PRIME) + own[starts[here] + place]
-    return value
+
+def _file_digest(thing: Any) -> str:
+    try:
+        path = inspect.getsourcefile(thing)
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest() if path else ""
+    except (OSError, TypeError):  # defined in a console, or built in
+        return ""

@@ -1,4 +1,4 @@
-"""What every judge is: something that gives responses their rewards."""
+"""The base class of judges, which give rewards to responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rap_lightning.preferences.scales import for_unbounded
 
 @dataclass(frozen=True)
 class Item:
-    """A response to be judged: ``id`` is a digest of the conversation and the response."""
+    """A response to be judged; ``id`` is a digest of the conversation and the response."""
 
     id: str
     history: tuple[Message, ...]
@@ -27,14 +27,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of an item.
+    """A judge's answer for an item.
 
     Attributes:
         id: of the item.
         overall: the reward, on the judge's own scale.
         attributes: further rewards by name.
-        notes: whatever else is worth keeping, in plain values.
-        error: why there is no reward; such items are judged again by the next run.
+        notes: anything else to keep, in plain values.
+        error: why there is no reward; the next run judges such items again.
     """
 
     id: str
@@ -45,11 +45,11 @@ class Verdict:
 
 
 class Judge(ABC):
-    """Gives rewards. Named by import path: ``--judge my_pkg.MyJudge``.
+    """Give rewards to responses. Pass a class by import path: ``--judge my_pkg.MyJudge``.
 
     Attributes:
-        scale: lowest and highest reward it can give; None where it has no ends.
-        counts: what happened on the way, in words.
+        scale: lowest and highest reward that it can give; None if there is no limit.
+        counts: how often what happened while judging, in words.
     """
 
     scale: tuple[float, float] | None = None
@@ -59,35 +59,34 @@ class Judge(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Everything that changes rewards, in plain values."""
+        """Return everything that changes rewards, in plain values."""
 
     @abstractmethod
     def judge(self, items: Sequence[Item]) -> Iterator[list[Verdict]]:
-        """Verdicts, some at a time, as they are ready; one for each item."""
+        """Yield lists of verdicts as they are ready, one verdict for each item."""
 
 
 def declared(scale: list[float] | None) -> tuple[float, float] | None:
-    """A scale as an option gives it: two ends, lowest first."""
-
+    """Return the scale of an option: two ends, lowest first."""
     if scale is None:
         return None
     if len(scale) != 2 or not scale[0] < scale[1]:
-        raise ConfigError(f"--judge.scale: expected the lowest and the highest reward, [1, 10] say; found {scale}")
+        raise ConfigError(f"--judge.scale: expected the lowest and the highest reward, such as [1, 10]; found {scale}")
     return scale[0], scale[1]
 
 
 def rated_goal(judge: Judge | None, goal: GoalTemplate | None) -> GoalTemplate | None:
-    """The goal for data that a judge gives their rewards: its scale maps those of a judge without ends.
+    """Return the goal template for data with a judge's rewards, with a scale that fits a judge without a range.
 
     Raises:
-        ConfigError: the goal states attributes, for which there would be no rewards.
+        ConfigError: the goal states attributes, for which there are no rewards.
     """
     if judge is None or goal is None:
         return goal
     if goal.attributes:
         raise ConfigError(
-            f"{type(goal).__name__} states {', '.join(goal.attributes)}, and {type(judge).__name__} gives one reward "
-            "here. Score the data beforehand (rap-lightning score), or use OverallGoal."
+            f"{type(goal).__name__} states {', '.join(goal.attributes)}, and {type(judge).__name__} gives one reward. "
+            "Score the data beforehand (rap-lightning score), or use OverallGoal."
         )
     if judge.scale is not None:
         return goal

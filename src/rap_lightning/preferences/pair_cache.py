@@ -1,4 +1,4 @@
-"""Scored pairs on disk: read once, then memory-mapped, so that memory does not grow with their number."""
+"""A cache of scored pairs on disk: read once, then memory-mapped, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from rap_lightning.preferences.read_pairs import read_pairs
 from rap_lightning.preferences.rules import Rules, key_of
 from rap_lightning.preferences.sources import Source, fingerprint
 
-FORMAT = 2  # part of the cache key: raise it when the columns or the reading of rows change
+FORMAT = 3  # part of the cache key: increment it when the columns or the reading of rows change
 
 
 def stored_pairs(
     source: Source, split: str, rules: Rules, *, num_proc: int | None = None, cache: Path | None = None
 ) -> tuple[Any, DataReport]:
-    """The scored pairs of a split as a memory-mapped ``datasets.Dataset``, and the report of how they came about.
+    """Return the scored pairs of a split as a memory-mapped ``datasets.Dataset``, and the report of reading them.
 
-    They are read once and kept under a key of the source's content and the rules; two runs at the same time do no harm.
+    The key of the cache is a digest of the source's content and the rules. Several runs can use it at the same time.
 
     Args:
-        source: where from.
-        split: which.
-        rules: what is done with rows.
+        source: where to read from.
+        split: name of the split.
+        rules: the options of reading.
         num_proc: processes that share the work.
-        cache: folder to keep them in; by default one within the datasets library's.
+        cache: folder of the cache; by default one inside that of the datasets library.
 
     Raises:
         DataError: as for :func:`rap_lightning.preferences.read_pairs.read_pairs`.
@@ -57,13 +57,13 @@ def stored_pairs(
                     raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    table = datasets.Dataset.from_file(str(folder / "pairs.arrow"))
-    table._fingerprint = folder.name
+    stored = datasets.Dataset.from_file(str(folder / "pairs.arrow"))
+    table = datasets.Dataset(stored.data, fingerprint=folder.name)  # or each start would have another fingerprint
     return table, DataReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair], rows: int = 1000) -> None:
-    """Write pairs as an Arrow stream."""
+    """Write pairs to an Arrow stream file."""
     import pyarrow as pa
 
     layout = schema()
@@ -74,7 +74,7 @@ def write_pairs(path: Path, pairs: Iterable[Pair], rows: int = 1000) -> None:
 
 
 def schema() -> Any:
-    """The columns of a stored pair; the history is JSON, since turns differ in their keys."""
+    """Return the columns of a stored pair; the history is JSON, because turns differ in their keys."""
     import pyarrow as pa
 
     text, flag, numbers = pa.string(), pa.bool_(), pa.list_(pa.float64())
@@ -87,24 +87,19 @@ def schema() -> Any:
 
 
 def as_row(pair: Pair) -> dict[str, Any]:
-    """A pair as a row with the columns of :func:`schema`."""
-    return {
-        "id": pair.id, "history": json.dumps(pair.history, ensure_ascii=False), "responses": list(pair.responses),
-        "rewards": list(pair.rewards), "attributes": [list(values) for values in pair.attributes], "tools": pair.tools,
-        "exchanged": pair.exchanged, "tie": pair.tie, "place": pair.place,
-    }  # fmt: skip
+    """Return a pair as a row with the columns of :func:`schema`."""
+    return vars(pair) | {"history": json.dumps(pair.history, ensure_ascii=False)}
 
 
 def as_pair(row: dict[str, Any]) -> Pair:
-    """A row of a table of scored pairs."""
+    """Invert :func:`as_row`."""
+    high, low = row["attributes"]
     return Pair(
-        id=row["id"],
-        history=tuple(json.loads(row["history"])),
-        responses=(row["responses"][0], row["responses"][1]),
-        rewards=(row["rewards"][0], row["rewards"][1]),
-        attributes=(tuple(row["attributes"][0]), tuple(row["attributes"][1])),
-        tools=row["tools"],
-        exchanged=row["exchanged"],
-        tie=row["tie"],
-        place=row["place"],
+        **row
+        | {
+            "history": tuple(json.loads(row["history"])),
+            "responses": tuple(row["responses"]),
+            "rewards": tuple(row["rewards"]),
+            "attributes": (tuple(high), tuple(low)),
+        }
     )

@@ -1,4 +1,8 @@
-"""The records every source becomes, and what makes a row bad."""
+"""Records that rows are read into, and the validation of their values.
+
+A row becomes a :class:`Judged` conversation with :class:`Response` objects, and two of those a :class:`Pair`. Values
+that can't be used raise :class:`BadRow`. The ``read_*`` functions validate single values of a row.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,15 @@ from typing import Any
 from rap_lightning.preferences.hashing import hash_pair, hash_text, hash_turns
 
 Message = dict[str, Any]
-"""One turn: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``, with ``tool_calls`` where it calls
-a tool."""
+"""One turn: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``, with ``tool_calls`` if it calls a
+tool."""
 
 ROLES = ("system", "user", "assistant")
 INVISIBLE = frozenset("\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff")
 SURROGATE = re.compile("[\ud800-\udfff]")
-
-
 NUMBERS = (
     'Scores in quotes are not read: where one is text, others may be "8/10". Write numbers, or convert them in a '
-    "function of a row that format names (format my_rows.adapt)."
+    "function of a row (format my_rows.adapt)."
 )
 
 
@@ -31,35 +33,37 @@ class BadRow(Exception):
     Args:
         column: the column at fault, down to the field: ``rejected[1].content``.
         reason: in words, the same for every row with this fault, so that it can be counted.
-        found: a short excerpt of what stands there, if that helps.
-        stops: the file is not what it says it is (broken JSON, text for a number): nothing in it should be trusted,
-            and the run stops. Otherwise the row is left out and counted.
-        by_choice: left out by a rule that was asked for, not for a fault of its own.
-        span: lowest and highest number found, where numbers are what is wrong.
-        remedy: what can be done about it, for people.
+        found: the value, of which messages show an excerpt.
+        stops: the file is not what it claims to be (broken JSON, text in place of a number), so nothing in it should be
+            trusted and the run stops. Otherwise the row is dropped and counted.
+        by_choice: dropped by an option, not because of a fault.
+        remedy: what can be done about it.
+        span: lowest and highest number found, if numbers are at fault.
+        left_out: the responses of the row that can't be used, if those are the reason.
     """
-
-    span: tuple[float, float] | None = None
 
     def __init__(
         self, column: str, reason: str, found: Any = None, *, stops: bool = False, by_choice: bool = False,
-        remedy: str = "",
+        remedy: str = "", span: tuple[float, float] | None = None, left_out: Sequence[BadRow] = (),
     ) -> None:  # fmt: skip
         super().__init__(reason)
-        self.remedy = remedy
         self.column, self.reason, self.stops, self.by_choice = column, reason, stops, by_choice
+        self.remedy, self.span, self.left_out = remedy, span, left_out
         self.found = "" if found is None else shown(found)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # an exception is otherwise pickled with the arguments of Exception
+        return type(self), (self.column, self.reason), vars(self)
 
 
 @dataclass(frozen=True)
 class Response:
-    """A response and what the judge gave it.
+    """A response and its rewards.
 
     Attributes:
         text: not blank.
-        reward: in the judge's units; nan where there is none.
-        attributes: further rewards, in the order in which they were asked for.
-        column: where it stood in its row.
+        reward: in the judge's units; nan if there is none.
+        attributes: further rewards, in the goal template's order.
+        column: of the row, for messages.
     """
 
     text: str
@@ -70,15 +74,15 @@ class Response:
 
 @dataclass
 class Judged:
-    """One conversation and its judged responses: what every row format is read into.
+    """One conversation and its judged responses. Every row format is read into this.
 
     Attributes:
         history: the turns before the response; the last one is the user's, or a tool's.
         responses: those that can be used.
-        left_out: why others can't.
-        paired: the row is a pair already, ``responses[0]`` being the one it calls chosen.
-        tools: the tools the conversation may call, as JSON, where it has any.
-        prompt: the text of the row's first user turn, and ``prompt_id`` what the row calls it.
+        left_out: why others can't be used.
+        paired: the row is already a pair, and ``responses[0]`` its chosen response.
+        tools: the tools that the conversation may call, as JSON.
+        prompt_id: the id of the prompt in the source.
     """
 
     history: tuple[Message, ...]
@@ -95,7 +99,7 @@ class Judged:
 
     @property
     def uses_tools(self) -> bool:
-        """Whether the history holds tool calls or tool turns."""
+        """Whether the history has tool calls or tool turns."""
         return any(turn["role"] == "tool" or turn.get("tool_calls") for turn in self.history)
 
 
@@ -104,15 +108,15 @@ class Pair:
     """Two responses to one conversation, each with the judge's reward. ``responses[0]`` has the higher reward.
 
     Attributes:
-        id: digest of the content, equal wherever the same pair stands.
+        id: digest of the content.
         history: the turns before the response.
         responses: the winner's and the loser's text.
-        rewards: their rewards in the judge's units, ``rewards[0] >= rewards[1]``; nan where nobody judged them.
+        rewards: their rewards in the judge's units, ``rewards[0] >= rewards[1]``; nan if there are none.
         attributes: their further rewards, in the goal template's order.
-        tools: the tools the conversation may call, as JSON.
-        exchanged: the source had the lower-scored response as chosen.
-        tie: neither reward is higher once printed; only the half under the chosen response's goal is trained on.
-        place: where it was read: file, and line or row.
+        tools: the tools that the conversation may call, as JSON.
+        exchanged: the lower-scored response was the chosen one in the source.
+        tie: the two goals print the same; only the chosen response's goal is trained on.
+        place: file, and line or row.
     """
 
     id: str
@@ -127,11 +131,11 @@ class Pair:
 
 
 def make_pair(judged: Judged, first: Response, second: Response, place: str = "") -> Pair:
-    """A pair of two responses; the reward decides who won, not the column."""
+    """Return the pair of two responses; the reward decides which one wins, not the column."""
     exchanged = second.reward > first.reward
     win, lose = (second, first) if exchanged else (first, second)
     return Pair(
-        id=digest(judged.history, win.text, lose.text),
+        id=pair_id(judged.history, win.text, lose.text),
         history=judged.history,
         responses=(win.text, lose.text),
         rewards=(win.reward, lose.reward),
@@ -142,13 +146,13 @@ def make_pair(judged: Judged, first: Response, second: Response, place: str = ""
     )
 
 
-def digest(history: Sequence[Message], first: str, second: str) -> str:
-    """16 hex digits of a conversation and two responses, in this order, that depend on the text alone."""
-    return f"{hash_pair(hash_turns(history), hash_text(first), hash_text(second)):016x}"
+def pair_id(history: Sequence[Message], winner: str, loser: str) -> str:
+    """Return 16 hex digits that depend on the text of a conversation and two responses in this order."""
+    return f"{hash_pair(hash_turns(history), hash_text(winner), hash_text(loser)):016x}"
 
 
 def shown(value: Any, limit: int = 40) -> str:
-    """A value for messages: short, and with everything that a terminal would obey escaped.
+    """Return a value for messages: short, and with terminal control characters escaped.
 
     >>> shown("a\\x1b[31m" + "b" * 100, 16)
     "'a\\\\x1b[31mbbbbbb..."
@@ -158,7 +162,7 @@ def shown(value: Any, limit: int = 40) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of the text can be seen: blanks and zero-width characters only."""
+    """Return whether a text has only whitespace and zero-width characters."""
     text = text.strip()
     if not text:
         return True
@@ -166,7 +170,7 @@ def is_blank(text: str) -> bool:
 
 
 def read_text(value: Any, column: str) -> str:
-    """A text as it stands; only what can't be text at all is refused."""
+    """Return a text unchanged; raise BadRow for other types and for unpaired surrogates."""
     if not isinstance(value, str):
         raise BadRow(column, "not text" if value is not None else "null", value)
     if not value.isascii() and (found := SURROGATE.search(value)):
@@ -175,9 +179,9 @@ def read_text(value: Any, column: str) -> str:
 
 
 def read_number(value: Any, column: str) -> float:
-    """A finite number; text that looks like one is not one."""
+    """Return a finite number; raise BadRow for anything else, including numbers in quotes."""
     if type(value) is float or type(value) is int:
-        if -1e300 < value < 1e300:  # an integer may have any number of digits
+        if -1e300 < value < 1e300:  # compare before converting: an integer may have any number of digits
             return float(value)
         raise BadRow(column, "not a finite number", value)
     if value is None or value == "":
@@ -193,7 +197,7 @@ def read_number(value: Any, column: str) -> float:
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
-    """A list of messages, each with role and content, in an order that chat templates accept.
+    """Return messages, each with role and content, in an order that chat templates accept.
 
     Raises:
         BadRow: not a list of messages; a role or content missing; turns that don't alternate.
@@ -215,7 +219,7 @@ def read_messages(value: Any, column: str) -> list[Message]:
         content = turn.get("content")
         if content is None and calls:
             content = ""
-        if type(content) is not str or not content.isascii():  # the usual case at the least cost
+        if type(content) is not str or not content.isascii():  # most texts are ASCII, and need no look
             content = read_text(content, f"{column}[{i}].content")
         message: Message = {"role": role, "content": content}
         if calls:
@@ -242,7 +246,7 @@ def _check_order(turns: Sequence[Message], column: str) -> None:
 
 
 def split_response(turns: list[Message], column: str) -> tuple[list[Message], str]:
-    """The turns before the last one, and the last one's text.
+    """Return the turns before the last one, and the last one's text.
 
     Raises:
         BadRow: the last turn is not the assistant's, calls a tool, or is blank.

@@ -1,4 +1,4 @@
-"""Work shared by processes, results in order."""
+"""Map a function over items in several processes, with results in order."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-def in_order(work: Callable[[In], Out], items: Iterable[In], num_proc: int | None) -> Iterator[Out]:
-    """``work`` of each item, in the items' order; at most a few items a process are held at a time.
+def map_in_order(work: Callable[[In], Out], items: Iterable[In], num_proc: int | None) -> Iterator[Out]:
+    """Yield ``work`` of each item, in order; at most two items per process wait, so memory does not grow.
 
     Raises:
-        ConfigError: ``num_proc`` below 1.
+        ConfigError: ``num_proc`` is below 1.
     """
     if num_proc is not None and num_proc < 1:
         raise ConfigError(f"num_proc must be at least 1, found {num_proc}")
@@ -26,7 +26,7 @@ def in_order(work: Callable[[In], Out], items: Iterable[In], num_proc: int | Non
         yield from map(work, items)
         return
     waiting: deque[Future[Out]] = deque()
-    with ProcessPoolExecutor(num_proc, initializer=_leave_ctrl_c_to_the_parent) as pool:
+    with ProcessPoolExecutor(num_proc, initializer=_ignore_ctrl_c) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
@@ -34,10 +34,11 @@ def in_order(work: Callable[[In], Out], items: Iterable[In], num_proc: int | Non
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        finally:  # also when the results are no longer wanted
+        finally:  # also if the caller stops early: leaving the pool would wait for what is not cancelled
             for future in waiting:
                 future.cancel()
 
 
-def _leave_ctrl_c_to_the_parent() -> None:
+def _ignore_ctrl_c() -> None:
+    """Let the parent process alone react to Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

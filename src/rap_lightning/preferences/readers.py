@@ -1,7 +1,8 @@
-"""Files to rows, with the place of each. Broken files are found here, at the line.
+"""Read files into chunks of rows, each row with its place. Damaged files are detected here, at the line.
 
-Nothing is guessed: bytes that are not UTF-8, a line that is no JSON object, a file that is cut off all end in a message
-that says where. ``datasets.load_dataset("json")`` reads most such files without a word, or fails without a line number.
+Nothing is guessed: bytes that are not UTF-8, a line that is not a JSON object, and a truncated file are reported with
+their place. ``datasets.load_dataset("json")`` reads most such files silently, or fails without a line number. Parquet
+and Arrow files are read by pyarrow, and validated.
 """
 
 from __future__ import annotations
@@ -11,45 +12,46 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.pairs import BadRow, shown
 
 ROWS = 1000  # in a chunk
-ARROW_ROWS = 4096  # in a chunk that is looked at a column at a time
-JSON = json.JSONDecoder(strict=False)  # control characters raw inside a text are text
+CHUNK_BYTES = 2**24  # of lines in a chunk
+JSON = json.JSONDecoder(strict=False)  # accepts unescaped control characters inside a string
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file"}
 
 
+ParsedRow = dict[str, Any] | BadRow
+"""A row, or why it can't be read."""
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """Some neighbouring rows of a file, not yet taken apart, so that they can be sent to another process.
+    """Neighbouring rows of a file, not parsed yet, so that another process can do that.
 
     Attributes:
         name: of the file, for messages.
         first: number of the first line or row, from 1.
         payload: lines as bytes, a list of rows, or an Arrow record batch.
+        unit: what is numbered: ``line`` or ``row``.
     """
 
     name: str
     first: int
     payload: Any
-
-    @property
-    def unit(self) -> str:
-        """What a number counts."""
-        return "line" if isinstance(self.payload, list) and self.payload and type(self.payload[0]) is bytes else "row"
+    unit: str = "row"
 
     def place(self, number: int) -> str:
-        """Where a row stands."""
+        """Return the place of a row, for messages."""
         return f"{self.name} {self.unit} {number}"
 
-    def rows(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """(number, row) of each; a row that can't be read is the reason instead. Blank lines are passed over."""
+    def rows(self) -> Iterator[tuple[int, ParsedRow]]:
+        """Yield (number, row), with a BadRow for a row that can't be read. Blank lines are skipped."""
         if self.unit == "line":
             for number, line in enumerate(self.payload, self.first):
                 if line.strip():
@@ -57,20 +59,20 @@ class Chunk:
             return
         values = self.payload if isinstance(self.payload, list) else self.payload.to_pylist()
         for number, value in enumerate(values, self.first):
-            yield number, an_object(value)
+            yield number, as_object(value)
 
     def head(self, count: int) -> Chunk:
-        """The first rows alone."""
+        """Return the first rows."""
         part = self.payload[:count] if isinstance(self.payload, list) else self.payload.slice(0, count)
-        return Chunk(self.name, self.first, part)
+        return replace(self, payload=part)
 
 
-def parse_line(line: bytes, number: int) -> dict[str, Any] | BadRow:
-    """A row of a json-lines file, or what is wrong with it."""
+def parse_line(line: bytes, number: int) -> ParsedRow:
+    """Parse a line of a JSON Lines file."""
     if number == 1 and line.startswith(b"\xef\xbb\xbf"):
         line = line[3:]
     try:
-        return an_object(JSON.decode(line.decode("utf-8")))
+        return as_object(JSON.decode(line.decode("utf-8")))
     except UnicodeDecodeError as error:
         reason = "bytes that are not UTF-8"
         return BadRow(f"byte {error.start + 1}", reason, line[error.start : error.end], stops=True)
@@ -83,15 +85,15 @@ def parse_line(line: bytes, number: int) -> dict[str, Any] | BadRow:
                 "one JSON document over several lines, not an object per line (a .json file may hold an array of them)"
             )
             return BadRow(where, reason, stops=True)
-        return BadRow(where, f"not JSON ({error.msg.lower()}); is the file cut off?", stops=True)
+        return BadRow(where, f"not JSON ({error.msg.lower()}); is the file truncated?", stops=True)
     except RecursionError:
-        return BadRow("row", "JSON nested too deep to read", stops=True)
+        return BadRow("row", "JSON nested too deeply to be read", stops=True)
     except ValueError as error:  # a number with more digits than Python converts, say
         return BadRow("row", f"JSON that can't be read ({type(error).__name__})", stops=True)
 
 
-def an_object(value: Any) -> dict[str, Any] | BadRow:
-    """A row must be an object; null is a row that someone left empty."""
+def as_object(value: Any) -> ParsedRow:
+    """Return a row, or a BadRow if the value is not an object; null is an empty row, which is dropped."""
     if isinstance(value, dict):
         return value
     if value is None:
@@ -101,15 +103,15 @@ def an_object(value: Any) -> dict[str, Any] | BadRow:
 
 
 def read_file(path: str, label: str | None = None) -> Iterator[Chunk]:
-    """The chunks of one local file.
+    """Yield the chunks of one local file.
 
     Args:
-        path: json lines (.jsonl, .ndjson), a JSON array or json lines (.json), .parquet or .arrow; text also
+        path: JSON Lines (.jsonl, .ndjson), a JSON array or JSON Lines (.json), .parquet or .arrow; text also
             compressed.
-        label: what messages call it; the file's name by default.
+        label: its name in messages; by default the file's name.
 
     Raises:
-        DataError: it can't be opened, is empty, cut off, of another kind or in another encoding.
+        DataError: it can't be opened, is empty, truncated, of another kind or in another encoding.
     """
     label = label or Path(path).name
     kind = kind_of(path)
@@ -124,7 +126,7 @@ def read_file(path: str, label: str | None = None) -> Iterator[Chunk]:
 
 
 def kind_of(path: str) -> str | None:
-    """Of a file, by its name: parquet, arrow, json or none of them."""
+    """Return the kind of a file by its suffix: parquet, arrow, json, or None."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -146,13 +148,13 @@ def _json(path: str, label: str) -> Iterator[Chunk]:
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} can't be read: {type(error).__name__}: {error}. Is the file whole?") from error
+        raise DataError(f"{path} can't be read: {type(error).__name__}: {error}. Is the file complete?") from error
 
 
 def _open(path: str) -> Any:
-    """A file's bytes, uncompressed, line by line."""
+    """Open a file for reading uncompressed bytes, line by line."""
     compression = COMPRESSIONS.get(Path(path).suffix.lower())
-    if compression == "zstd":  # Arrow notices a stream that is cut off, other readers pass over it
+    if compression == "zstd":  # pyarrow detects a truncated stream, fsspec's reader does not
         import pyarrow as pa
 
         return io.BufferedReader(pa.input_stream(path, compression="zstd"))
@@ -174,34 +176,33 @@ def _check_head(head: bytes, path: str) -> None:
         raise DataError(f"{path}: expected UTF-8, found UTF-16 or UTF-32. Convert it: iconv -f UTF-16 -t UTF-8")
 
 
-def _lines(stream: Any, label: str, path: str) -> Iterator[Chunk]:
+def _lines(stream: BinaryIO, label: str, path: str) -> Iterator[Chunk]:
     lines: list[bytes] = []
     size, number, first, any_row = 0, 0, 1, False
-    for line in stream:  # binary, so only \n ends a line: U+2028 and its like stand inside texts
-        number += 1
+    for number, line in enumerate(stream, 1):  # binary, so only \n ends a line: texts may contain U+2028
         lines.append(line)
         size += len(line)
         any_row = any_row or bool(line.strip())
-        if len(lines) >= ROWS or size >= 2**24:
-            yield Chunk(label, first, lines)
+        if len(lines) >= ROWS or size >= CHUNK_BYTES:
+            yield Chunk(label, first, lines, "line")
             lines, size, first = [], 0, number + 1
     if not any_row:
-        raise DataError(f"{path} holds no rows: {number} blank lines.")
+        raise DataError(f"{path} has no rows: {number} blank lines.")
     if lines:
-        yield Chunk(label, first, lines)
+        yield Chunk(label, first, lines, "line")
 
 
-def _array(stream: Any, label: str, path: str) -> Iterator[Chunk]:
+def _array(stream: BinaryIO, label: str, path: str) -> Iterator[Chunk]:
     try:
         values = json.loads(stream.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start + 1} is not UTF-8.") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg}). Is the file cut off?") from error
+        raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg}). Is the file truncated?") from error
     except RecursionError as error:
-        raise DataError(f"{path}: JSON nested too deep to read.") from error
+        raise DataError(f"{path}: JSON nested too deeply to be read.") from error
     if not isinstance(values, list) or not values:
-        raise DataError(f"{path} holds no rows.")
+        raise DataError(f"{path} has no rows.")
     for start in range(0, len(values), ROWS):
         yield Chunk(label, start + 1, values[start : start + ROWS])
 
@@ -210,17 +211,17 @@ def _parquet(path: str, label: str) -> Iterator[Chunk]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    failures = (pa.ArrowException, OSError)  # looked up now: the generator may be closed when modules are gone
+    failures = (pa.ArrowException, OSError)  # looked up now: at interpreter exit the generator closes without modules
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:  # or it would hold the whole file in memory
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # pre-buffering would hold the whole file in memory
             if file.metadata.num_rows == 0:
                 raise DataError(f"{path} has no rows.")
             names = file.schema_arrow.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise DataError(f"{path} has more than one column named {', '.join(twice)}.")
-            yield from numbered(_valid(file.iter_batches(ARROW_ROWS)), label)
+            yield from numbered(_valid(file.iter_batches(ROWS)), label)
     except failures as error:
-        raise DataError(f"{path} can't be read as Parquet: {shown(str(error), 200)}. Is the file whole?") from error
+        raise DataError(f"{path} can't be read as Parquet: {shown(str(error), 200)}. Is the file complete?") from error
 
 
 def _arrow(path: str, label: str) -> Iterator[Chunk]:
@@ -228,7 +229,7 @@ def _arrow(path: str, label: str) -> Iterator[Chunk]:
 
     failures = (pa.ArrowException, OSError)
     try:
-        with pa.OSFile(path) as source:  # mapped into memory, a file that is cut off would end the process
+        with pa.OSFile(path) as source:  # a memory-mapped file that is truncated would end the process with SIGBUS
             try:
                 reader = pa.ipc.open_stream(source)
             except pa.ArrowInvalid:
@@ -236,22 +237,22 @@ def _arrow(path: str, label: str) -> Iterator[Chunk]:
                 reader = (table.get_batch(i) for i in range(table.num_record_batches))
             yield from numbered(_valid(reader), label)
     except failures as error:
-        raise DataError(f"{path} can't be read as Arrow: {shown(str(error), 200)}. Is the file whole?") from error
+        raise DataError(f"{path} can't be read as Arrow: {shown(str(error), 200)}. Is the file complete?") from error
 
 
 def _valid(batches: Iterable[Any]) -> Iterator[Any]:
-    """Record batches whose offsets and texts have been checked: Arrow would otherwise follow wrong ones anywhere."""
+    """Validate record batches: pyarrow would otherwise follow wrong offsets out of bounds."""
     for batch in batches:
         batch.validate(full=True)
         yield batch
 
 
 def numbered(batches: Iterable[Any], label: str) -> Iterator[Chunk]:
-    """Record batches as chunks of at most ARROW_ROWS rows."""
+    """Yield record batches as chunks of at most ROWS rows."""
     first = 1
     for batch in batches:
-        for start in range(0, batch.num_rows, ARROW_ROWS):
-            part = batch.slice(start, ARROW_ROWS)
+        for start in range(0, batch.num_rows, ROWS):
+            part = batch.slice(start, ROWS)
             yield Chunk(label, first, part)
             first += part.num_rows
     if first == 1:

@@ -5,7 +5,10 @@ wins under its own reward as the goal. With responses numbered 0 (winner) and 1 
 
     goal = rewards[h],   chosen = responses[h],   rejected = responses[1 - h]
 
-and that is all: N pairs become 2N by counting, and no row is copied or edited.
+so N pairs become 2N by index arithmetic, and no row is copied or edited.
+
+Read in this order: :data:`ORIGIN_TABLE`, the kinds of training pair; :class:`Relabelling`, which of them a scored pair
+becomes; :func:`relabel`, one training pair as text; :class:`RelabelledView`, all of them as a sequence.
 """
 
 from __future__ import annotations
@@ -19,12 +22,48 @@ from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.hashing import hash_text, hash_turns
 from rap_lightning.preferences.pairs import Message, Pair
 
-ORIGINS = ("chosen-goal", "rejected-goal", "unconditioned")
-"""Which half a pair is: conditioned on the winner's reward, on the loser's, or a plain pair without a goal."""
+
+@dataclass(frozen=True)
+class Origin:
+    """One way to make a training pair of a scored pair.
+
+    Attributes:
+        name: in metrics and exported data.
+        goal: ``own`` is the reward of the chosen response; None writes no goal.
+        chosen: number of the response that is chosen: 0 the winner, 1 the loser.
+        description: for the card of exported data.
+        weight: of its loss in a mean over pairs; see :meth:`Relabelling.weights`.
+    """
+
+    name: str
+    goal: Literal["own"] | None
+    chosen: int
+    description: str
+    weight: float = 1.0
+
+
+ORIGIN_TABLE = (
+    Origin("chosen-goal", "own", 0, "the winner's reward is the goal, and the winner is chosen"),
+    Origin("rejected-goal", "own", 1, "the loser's reward is the goal, and the loser is chosen"),
+    Origin("unconditioned", None, 0, "no goal, the winner is chosen"),
+)
+"""The kinds of training pair. A batch holds indices into this table."""
 
 CHOSEN_GOAL, REJECTED_GOAL, UNCONDITIONED = range(3)
 
+ORIGINS = tuple(origin.name for origin in ORIGIN_TABLE)
+"""The names of :data:`ORIGIN_TABLE`."""
+
 Mode = Literal["both", "chosen", "rejected", "none", "half"]
+
+CONDITIONED: dict[Mode, tuple[int, ...]] = {
+    "both": (CHOSEN_GOAL, REJECTED_GOAL),
+    "half": (CHOSEN_GOAL, REJECTED_GOAL),
+    "chosen": (CHOSEN_GOAL,),
+    "rejected": (REJECTED_GOAL,),
+    "none": (),
+}
+"""The goal-conditioned training pairs of each mode, as indices into :data:`ORIGIN_TABLE`."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +74,8 @@ class Relabelling:
         mode: ``both`` halves (the paper); the ``chosen`` one only, or the ``rejected`` one; ``none``, the plain pair
             without a goal (the baseline); ``half``, both halves of a seeded half of the prompts (the paper's Half-RA:
             as many training pairs as without relabelling).
-        keep_original: the plain pair stands beside the conditioned ones.
-        seed: of the half.
+        keep_original: also keep the plain pair beside the conditioned ones.
+        seed: of the half that ``half`` draws.
     """
 
     mode: Mode = "both"
@@ -49,40 +88,48 @@ class Relabelling:
 
     @classmethod
     def of(cls, mode: Mode | None, goal: GoalTemplate | None, keep_original: bool, seed: int) -> Relabelling:
-        """With ``mode`` left open both halves where there is a goal, and none where there isn't."""
+        """Return the relabelling for options; a ``mode`` of None is ``both`` with a goal and ``none`` without one."""
         return cls(mode or ("none" if goal is None else "both"), keep_original, seed)
 
     @property
     def origins(self) -> tuple[int, ...]:
-        """What each scored pair becomes, as indices into :data:`ORIGINS`."""
-        halves = {"chosen": (CHOSEN_GOAL,), "rejected": (REJECTED_GOAL,), "none": ()}
-        conditioned = halves.get(self.mode, (CHOSEN_GOAL, REJECTED_GOAL))
+        """What a scored pair becomes, as indices into :data:`ORIGIN_TABLE`."""
+        conditioned = CONDITIONED[self.mode]
         return conditioned if conditioned and not self.keep_original else (*conditioned, UNCONDITIONED)
 
     @property
     def of_ties(self) -> tuple[int, ...]:
-        """What a pair becomes whose goals print the same: never both halves, for they would contradict each other."""
-        return tuple(origin for origin in self.origins if origin != REJECTED_GOAL)
+        """What a pair becomes whose goals print the same: never both halves, because they would contradict each other.
+
+        This is law 2 (docs/invariants.md).
+        """
+        return tuple(origin for origin in self.origins if ORIGIN_TABLE[origin].chosen == 0)
+
+    def origins_of(self, pair: Pair) -> tuple[int, ...]:
+        """Return what this pair becomes."""
+        return self.of_ties if pair.tie else self.origins
 
     def weights(self, rejected: float) -> tuple[float, ...]:
-        """What the loss of a training pair of each of :data:`ORIGINS` counts in a mean over pairs.
+        """Return the loss weight of a training pair of each entry of :data:`ORIGIN_TABLE`.
 
         Args:
-            rejected: of the rejected-goal half, where the others count 1.
+            rejected: weight of the rejected-goal half; the others have weight 1.
 
         Raises:
             ConfigError: it is not above 0, or there are no two halves to weigh against each other.
         """
         if rejected == 0:
-            raise ConfigError("rejected_weight 0 leaves the rejected-goal half out: that is relabel chosen.")
+            raise ConfigError("rejected_weight 0 leaves out the rejected-goal half: that is relabel chosen.")
         if not 0 < rejected < float("inf"):
             raise ConfigError(f"rejected_weight must be above 0 and finite, found {rejected}")
         if rejected != 1 and (REJECTED_GOAL not in self.origins or len(self.origins) == 1):
             raise ConfigError(
                 f"rejected_weight {rejected:g} has no effect with relabel {self.mode}, which leaves nothing to weigh "
-                "the rejected-goal half against; use relabel both, or remove it."
+                "the rejected-goal half against. Use relabel both, or remove it."
             )
-        return tuple(rejected if origin == REJECTED_GOAL else 1.0 for origin in range(len(ORIGINS)))
+        weights = [origin.weight for origin in ORIGIN_TABLE]
+        weights[REJECTED_GOAL] = rejected
+        return tuple(weights)
 
     @property
     def conditioned(self) -> bool:
@@ -90,20 +137,20 @@ class Relabelling:
         return self.origins != (UNCONDITIONED,)
 
     def takes(self, history: Sequence[Message]) -> bool:
-        """Whether a prompt is in the half that is taken; all are, in other modes."""
+        """Return whether a prompt is used: in mode ``half`` a seeded half of them, in other modes all."""
         if self.mode != "half":
             return True
         return hash_text(f"{self.seed} {hash_turns(history)}") % 2 == 0
 
 
 class TrainingIndex:
-    """Where training pair i comes from: arithmetic over pairs, so that nothing grows with their number.
+    """Map training pair i to its scored pair and origin by arithmetic, in constant memory.
 
-    The training pairs of pair 0 come first, then those of pair 1, and so on; pairs that tie stand after all others.
+    The training pairs of pair 0 come first, then those of pair 1, and so on; pairs that tie come after all others.
 
     Args:
-        pairs: how many do not tie.
-        ties: how many tie.
+        pairs: number of pairs that do not tie.
+        ties: number of pairs that tie.
         relabelling: what each becomes.
     """
 
@@ -115,7 +162,7 @@ class TrainingIndex:
         return self.pairs * len(self.origins) + self.ties * len(self.of_ties)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        """(number of the pair, origin) of training pair ``index``."""
+        """Return (number of the pair, origin) of training pair ``index``."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         untied = self.pairs * len(self.origins)
@@ -127,12 +174,10 @@ class TrainingIndex:
 
 
 def is_tie(pair: Pair, goal: GoalTemplate) -> bool:
-    """True where both goals read the same, or neither response has the higher reward (law 2)."""
+    """Return whether both goals read the same, or neither response has the higher reward (law 2)."""
     if pair.rewards[0] == pair.rewards[1]:
         return True
-    first, second = (
-        goal.write(*goal.goal_of(r, a)) for r, a in zip(pair.rewards, pair.attributes, strict=True)
-    )  # fmt: skip
+    first, second = goal.own_texts(pair.rewards, pair.attributes)
     return first == second
 
 
@@ -143,7 +188,7 @@ class RelabelledPair:
     Attributes:
         pair_id: the id of the pair it was made from.
         origin: one of :data:`ORIGINS`.
-        goal: the goal as printed, ``None`` for an unconditioned pair.
+        goal: the goal as printed, None for an unconditioned pair.
         goal_text: the text that states it.
         history: the turns before the response, without the goal.
         chosen, rejected: the response preferred under this goal, and the other one.
@@ -161,12 +206,12 @@ class RelabelledPair:
 
 
 def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPair:
-    """One training pair of a scored pair.
+    """Return one training pair of a scored pair.
 
     Args:
         pair: the scored pair.
         goal: the template; None writes no goal.
-        origin: which half, as an index into :data:`ORIGINS`.
+        origin: index into :data:`ORIGIN_TABLE`.
 
     >>> from rap_lightning import OverallGoal
     >>> pair = Pair("1", ({"role": "user", "content": "2 + 2?"},), ("4", "22"), (9.0, 2.5))
@@ -176,14 +221,15 @@ def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPai
     goal 9: '4' beats '22'
     goal 2.5: '22' beats '4'
     """
-    half = REJECTED_GOAL if origin == REJECTED_GOAL else CHOSEN_GOAL
+    made = ORIGIN_TABLE[origin]
+    half = made.chosen
     printed = text = None
-    if goal is not None and origin != UNCONDITIONED:
+    if goal is not None and made.goal == "own":
         asked = goal.goal_of(pair.rewards[half], pair.attributes[half])
         printed, text = goal.printed(*asked), goal.write(*asked)
     return RelabelledPair(
         pair_id=pair.id,
-        origin=ORIGINS[origin],
+        origin=made.name,
         goal=printed,
         goal_text=text,
         history=pair.history,
@@ -194,11 +240,11 @@ def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPai
 
 
 class RelabelledView(Sequence[RelabelledPair]):
-    """The training pairs of scored pairs, without copying them.
+    """A sequence of the training pairs of scored pairs, without copying them.
 
     Args:
         pairs: the scored pairs, those marked as ties last.
-        goal: the template, or ``None`` for the plain pairs.
+        goal: the template, or None for the plain pairs.
         relabelling: what each pair becomes.
 
     Raises:

@@ -1,16 +1,16 @@
-"""Rewards from elsewhere than the data: a judge's, found by what a response says and what it answers."""
+"""The rewards that a judge gave to the responses of a source, looked up by conversation and response."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rap_lightning.preferences.hashing import Hashes, hash_pair, hash_text, hash_turns
+from rap_lightning.preferences.hashing import hash_pair, hash_text, hash_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Message
 
 UNJUDGED = "the judge gave the response no reward"
@@ -18,16 +18,18 @@ CONTRADICTED = "the judge's reward contradicts the label, exchanged so that the 
 
 
 def response_key(history: Sequence[Message], text: str) -> int:
-    """64 bits of a conversation and a response to it."""
+    """Return the 64-bit digest of a conversation and a response to it."""
     return hash_pair(hash_turns(history), hash_text(text), 0)
 
 
 @dataclass(frozen=True)
 class Labels:
-    """How a judge's rewards stand to the labels of pairs.
+    """How often a judge's rewards agree with the labels of pairs.
 
     Attributes:
-        agree: pairs whose chosen response has the higher reward; contradict: the rejected one; equal: neither.
+        agree: pairs whose chosen response has the higher reward.
+        contradict: pairs whose rejected response has the higher reward.
+        equal: pairs with equal rewards.
     """
 
     agree: int = 0
@@ -35,7 +37,7 @@ class Labels:
     equal: int = 0
 
     def line(self) -> str:
-        """For people."""
+        """Return the counts in words."""
         total = self.agree + self.contradict + self.equal
         return (
             f"of {total:,} labelled pairs the rewards agree with {self.agree:,} ({self.agree / total:.1%}) and "
@@ -48,80 +50,67 @@ class RewardTable:
     """The rewards of a judge for the responses of a source.
 
     Args:
-        path: of the file that :meth:`write` wrote; its arrays are read when they are first used, in each process.
+        path: of the file that :meth:`write` wrote; each process reads it on first use.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._found: dict[str, Any] | None = None
 
     @staticmethod
     def write(path: Path, rewards: dict[int, float], failed: int, labels: Labels) -> RewardTable:
-        """A table of rewards by :func:`response_key`; ``failed`` responses got none."""
-        keys = np.array(sorted(rewards), dtype=np.uint64)
-        values = np.array([rewards[int(key)] for key in keys], dtype=np.float64)
+        """Write rewards by :func:`response_key`; ``failed`` is the number of responses without one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")
-        counts = np.array([failed, labels.agree, labels.contradict, labels.equal])
-        np.savez(partial, keys=keys, values=values, counts=counts)
+        np.savez(
+            partial,
+            keys=np.array(list(rewards), dtype=np.uint64),
+            values=np.array(list(rewards.values()), dtype=np.float64),
+            counts=np.array([failed, labels.agree, labels.contradict, labels.equal]),
+        )
         partial.replace(path)
         return RewardTable(path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_found": None}
+        return {"path": self.path}  # processes read the file instead of receiving its content
 
-    def _arrays(self) -> dict[str, Any]:
-        if self._found is None:
-            with np.load(self.path, allow_pickle=False) as file:
-                self._found = {name: file[name] for name in ("keys", "values", "counts")}
-        return self._found
+    @cached_property
+    def rewards(self) -> dict[int, float]:
+        """All rewards by :func:`response_key`."""
+        with np.load(self.path, allow_pickle=False) as file:
+            return dict(zip(file["keys"].tolist(), file["values"].tolist(), strict=True))
 
-    @property
-    def values(self) -> NDArray[np.float64]:
-        """All rewards."""
-        found: NDArray[np.float64] = self._arrays()["values"]
-        return found
+    @cached_property
+    def _counts(self) -> list[int]:
+        with np.load(self.path, allow_pickle=False) as file:
+            return list(map(int, file["counts"]))
 
     @property
     def failed(self) -> int:
-        """Responses that got none."""
-        return int(self._arrays()["counts"][0])
+        """Number of responses without a reward."""
+        return self._counts[0]
 
     @property
     def labels(self) -> Labels:
-        """How the rewards stand to the labels."""
-        return Labels(*map(int, self._arrays()["counts"][1:]))
+        """How often the rewards agree with the labels."""
+        return Labels(*self._counts[1:])
 
     def describe(self) -> str:
-        """What tells it from another, for cache keys: its name is a digest of judge and data."""
+        """Return what identifies the table in cache keys: its file name is a digest of judge and data."""
         return f"{self.path.stem} {self.failed}"
 
-    def reward(self, history: Sequence[Message], text: str) -> float:
-        """The reward of a response.
-
-        Raises:
-            KeyError: the judge gave it none.
-        """
-        keys: Hashes = self._arrays()["keys"]
-        wanted = np.uint64(response_key(history, text))
-        place = int(np.searchsorted(keys, wanted))
-        if place == len(keys) or keys[place] != wanted:
-            raise KeyError(text)
-        return float(self.values[place])
-
     def rate(self, judged: Judged) -> Judged:
-        """The responses with the judge's rewards in the place of their own; those without one are left out.
+        """Replace the rewards of responses with the judge's; responses without one are left out.
 
         Raises:
-            BadRow: a response of a pair got no reward.
+            BadRow: a response of a pair has no reward.
         """
         rated, left_out = [], list(judged.left_out)
         for response in judged.responses:
-            try:
-                rated.append(replace(response, reward=self.reward(judged.history, response.text), attributes=()))
-            except KeyError:
-                problem = BadRow(response.column, UNJUDGED)
-                if judged.paired:
-                    raise problem from None
-                left_out.append(problem)
+            reward = self.rewards.get(response_key(judged.history, response.text))
+            if reward is not None:
+                rated.append(replace(response, reward=reward, attributes=()))
+            elif judged.paired:
+                raise BadRow(response.column, UNJUDGED)
+            else:
+                left_out.append(BadRow(response.column, UNJUDGED))
         return replace(judged, responses=rated, left_out=left_out)

@@ -1,20 +1,20 @@
-"""What is done with rows on the way to pairs."""
+"""The options of reading: how rows become scored pairs, and the cache key of these options."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences import fingerprint as codekeys
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.formats import FORMATS
-from rap_lightning.preferences.formats.base import Row
+from rap_lightning.preferences.formats.base import Adapter
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
+from rap_lightning.preferences.hashing import describe_object, hash_code
 from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.selection import BestVsRandom, Selection
@@ -22,24 +22,24 @@ from rap_lightning.preferences.selection import BestVsRandom, Selection
 
 @dataclass(frozen=True)
 class Rules:
-    """What is done with rows on the way to pairs.
+    """How rows become scored pairs.
 
     Args:
         goal: the goal template; None for plain pairs, which need no scores.
         relabelling: what each pair becomes.
-        ties: a pair whose goals print the same: ``drop`` it, keep its ``chosen`` half, or stop with an ``error``.
-        selection: of pairs from several responses; None is best against random.
-        filters: what is left out on purpose.
+        ties: pairs whose goals print the same: ``drop`` them, keep the ``chosen`` half, or stop with an ``error``.
+        selection: which pairs to make of several responses; None is best against random.
+        filters: what to leave out.
         outside_scale: scores outside the goal's scale: stop with an ``error``, ``drop`` such pairs or responses, or
             ``clip`` them to the nearest end.
         bad_rows: rows that can't be used (an empty response, a missing score): ``drop`` and count them, or stop with an
-            ``error``. A file that is broken or not what its first rows say stops in either case.
-        format: of the rows: ``auto``, the name of a format, or the import path of a function that turns a row into one
-            of a known format.
+            ``error``. A damaged file, or one that changes its types between rows, stops in either case.
+        format: of the rows: ``auto``, the name of a format, or the import path of a function that converts a row into
+            one of a known format.
         columns: new names for columns: {theirs: ours}.
-        tool_turns: keep conversations with tool calls; without a chat template that shows them they can't be used.
-        rewards: a judge's, in the place of the scores that the data have or lack.
-        blind: scores are not looked at, whatever stands there: for a judge that is yet to give its own.
+        tool_turns: keep conversations with tool calls, which need a chat template that renders them.
+        rewards: a judge's rewards, which replace the scores of the data.
+        blind: ignore the scores of the data, because a judge will replace them.
     """
 
     goal: GoalTemplate | None = field(default_factory=OverallGoal)
@@ -70,7 +70,7 @@ class Rules:
         if self.goal is not None and self.outside_scale != "error" and self.goal.scale.judge_range[0] == float("-inf"):
             raise ConfigError(
                 f"outside_scale {self.outside_scale} has no effect with {type(self.goal.scale).__name__}, which states "
-                "every reward by its nearest end; remove it."
+                "rewards beyond an end as that end; remove it."
             )
 
     @property
@@ -80,45 +80,42 @@ class Rules:
 
     @property
     def names(self) -> dict[str, str]:
-        """What the source calls columns that were renamed, by our name."""
+        """Our column name -> its name in the source, for renamed columns."""
         return {ours: theirs for theirs, ours in (self.columns or {}).items()}
 
     def unscored(self) -> Rules:
-        """The same rows, whatever scores they have: nothing is selected, filtered or relabelled."""
+        """Return rules that read the same rows without their scores, and select, filter and relabel nothing."""
         return Rules(
             None, Relabelling("none"), bad_rows=self.bad_rows, format=self.format, columns=self.columns,
             tool_turns=self.tool_turns, blind=True,
         )  # fmt: skip
 
     def describe(self) -> str:
-        """Everything that changes the pairs, for cache keys."""
+        """Return everything that changes the pairs, for cache keys."""
         goal = self.goal.describe() if self.goal is not None else None
-        selection = codekeys.describe(self.selection or BestVsRandom())
+        selection = describe_object(self.selection or BestVsRandom())
         known = self.format in ("auto", *(kind.name for kind in FORMATS))
-        adapter = self.format if known else codekeys.code_of(adapter_of(self.format))
+        adapter = self.format if known else hash_code(adapter_of(self.format))
         options = (
             self.relabelling, self.ties, selection, self.filters.describe(), self.outside_scale, self.bad_rows, adapter,
             self.columns, self.tool_turns,
         )  # fmt: skip
-        if self.rewards is not None:
-            return repr((goal, options, self.rewards.describe()))
-        if self.blind:
-            return repr((goal, options, "blind"))
-        return repr((goal, options))
+        rewards = self.rewards.describe() if self.rewards is not None else None
+        return repr((goal, options, rewards, self.blind))
 
 
-def adapter_of(path: str) -> Callable[[Row], Row | None]:
-    """The function of a user that makes a row of a known format.
+def adapter_of(path: str) -> Adapter:
+    """Import a user's function that converts a row into one of a known format.
 
     Raises:
-        ConfigError: there is none at this import path.
+        ConfigError: the import path has no function.
     """
     module, _, name = path.rpartition(".")
     known = ", ".join(kind.name for kind in FORMATS)
     if not module:
         raise ConfigError(f"format: expected auto, {known}, or the import path of a function; found {path!r}.")
     try:
-        function: Callable[[Row], Row | None] = getattr(importlib.import_module(module), name)
+        function: Adapter = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"format: {path} can't be imported: {error}") from error
     if not callable(function):
@@ -127,5 +124,5 @@ def adapter_of(path: str) -> Callable[[Row], Row | None]:
 
 
 def key_of(rules: Rules, prints: Sequence[str]) -> str:
-    """Digest of everything that changes the pairs made of sources with these fingerprints."""
+    """Return a digest of everything that changes the pairs of sources with these fingerprints."""
     return hashlib.sha256(json.dumps([rules.describe(), *prints]).encode()).hexdigest()[:16]

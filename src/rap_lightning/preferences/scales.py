@@ -1,4 +1,4 @@
-"""Reward scales: the judge's numbers, and the numbers that goals state."""
+"""Reward scales: they map the judge's rewards to the numbers that goals state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rap_lightning.errors import ConfigError
 
 
 def printed(number: float, decimals: int) -> str:
-    """A number with at most ``decimals`` decimals, without trailing zeros."""
+    """Return a number with at most ``decimals`` decimals, without trailing zeros."""
     text = f"{number:.{decimals}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
@@ -51,7 +51,7 @@ class RewardScale:
 
     @property
     def judge_range(self) -> tuple[float, float]:
-        """Lowest and highest reward that belong to the scale, in the judge's units."""
+        """Lowest and highest reward on the scale, in the judge's units."""
         return self.low, self.high
 
     @property
@@ -61,40 +61,49 @@ class RewardScale:
 
     @property
     def needs_fit(self) -> bool:
-        """Whether numbers are missing that come from the training split."""
+        """Whether the training split must supply some of its numbers."""
         return False
 
     def fit(self, rewards: Sequence[float]) -> None:
-        """Take the missing numbers from the rewards of the training split; the values are in the judge's units."""
+        """Set the open numbers from the rewards of the training split, in the judge's units."""
         raise ConfigError(f"{type(self).__name__} has nothing to fit.")
 
     def goal(self, reward: float) -> float:
-        """The number that a goal states for a reward."""
+        """Return the number that a goal states for a reward."""
         return reward
 
     def numbers(self) -> dict[str, Any]:
-        """All arguments, fitted ones included: the scale is made again from these."""
+        """Return all arguments, including fitted ones, from which the scale can be built again."""
         return {"low": self.low, "high": self.high, "decimals": self.decimals}
 
     def printed(self, goal: float) -> str:
-        """A goal's number as the prompt states it.
+        """Return a goal's number as the prompt states it.
 
         >>> RewardScale().printed(8.0), RewardScale().printed(7.46)
         ('8', '7.5')
         """
         return printed(goal, self.decimals)
 
+    def grid(self, count: int) -> list[float]:
+        """Return evenly spaced goals from the lowest to the highest, as printed; fewer if some print alike.
+
+        >>> RewardScale().grid(7)
+        [1.0, 2.5, 4.0, 5.5, 7.0, 8.5, 10.0]
+        """
+        step = (self.high - self.low) / max(count - 1, 1)
+        return [float(text) for text in dict.fromkeys(self.printed(self.low + step * i) for i in range(count))]
+
 
 class LinearScale(RewardScale):
-    """The judge's range stretched onto the numbers that goals state: a reward model's -20 to 5, say, onto 1 to 10.
+    """A linear map of the judge's range to the numbers that goals state, such as a reward model's -20 to 5 to 1 to 10.
 
     Args:
         low: the lowest number that goals state.
         high: the highest.
         decimals: as for RewardScale.
-        judge_low: lower end of the judge's range; null takes the lowest reward of the training split. Rewards beyond an
+        judge_low: lower end of the judge's range; null uses the lowest reward of the training split. Rewards beyond an
             end are stated as that end.
-        judge_high: its upper end; null takes the highest reward of the training split.
+        judge_high: its upper end; null uses the highest reward of the training split.
 
     >>> scale = LinearScale(judge_low=-20)
     >>> scale.fit([-12.0, 0.0, 5.0])  # the open end, from the training split
@@ -113,52 +122,44 @@ class LinearScale(RewardScale):
 
     @property
     def judge_range(self) -> tuple[float, float]:
-        """Every reward belongs: those beyond the ends are stated as the nearest end."""
+        """Every reward is on the scale: those beyond the ends are stated as the nearest end."""
         return float("-inf"), float("inf")
 
     @property
     def needs_fit(self) -> bool:
-        """Whether an end of the judge's range is still open."""
+        """Whether an end of the judge's range is not set."""
         return self.judge_low is None or self.judge_high is None
 
     def fit(self, rewards: Sequence[float]) -> None:
-        """Take the open ends from the rewards."""
+        """Set the open ends from the rewards."""
         low = min(rewards) if self.judge_low is None else self.judge_low
         high = max(rewards) if self.judge_high is None else self.judge_high
         if not low < high:
-            raise ConfigError(f"LinearScale: the training split's rewards leave no range, from {low} to {high}")
+            raise ConfigError(f"LinearScale: the training split's rewards give no range, from {low} to {high}")
         self.judge_low, self.judge_high = float(low), float(high)
 
     def goal(self, reward: float) -> float:
-        """Linear between the ends."""
-        assert self.judge_low is not None, "fit comes first"
-        assert self.judge_high is not None, "fit comes first"
+        """Return the goal, linear between the ends."""
+        assert self.judge_low is not None, "call fit first"
+        assert self.judge_high is not None, "call fit first"
         share = (reward - self.judge_low) / (self.judge_high - self.judge_low)
         return self.low + min(1.0, max(0.0, share)) * (self.high - self.low)
 
     def numbers(self) -> dict[str, Any]:
-        """All arguments, fitted ones included."""
+        """Return all arguments, including fitted ones."""
         return super().numbers() | {"judge_low": self.judge_low, "judge_high": self.judge_high}
 
 
-def for_unbounded(scale: RewardScale) -> RewardScale:
-    """A scale for rewards that have no range of their own: the same numbers, as ranks in the training split.
-
-    One that maps the judge's numbers is left as it is.
-    """
-    return QuantileScale(scale.low, scale.high, scale.decimals) if type(scale) is RewardScale else scale
-
-
 class QuantileScale(RewardScale):
-    """Goals state how a reward ranks in the training split: 10 is the best there, 5.5 the median, on a scale of 1-10.
+    """Ranks in the training split: on a scale of 1-10, goal 10 is the best reward there and 5.5 the median.
 
-    For judges whose numbers crowd together or have no fixed range.
+    For judges whose rewards are unevenly spread or have no fixed range.
 
     Args:
         low: the lowest number that goals state.
         high: the highest.
         decimals: as for RewardScale.
-        knots: the rewards at equally spaced quantiles, lowest first; null takes 101 of the training split.
+        knots: the rewards at equally spaced quantiles, lowest first; null uses 101 of the training split.
 
     >>> scale = QuantileScale()
     >>> scale.fit([rank**4 for rank in range(1001)])  # most of them near the lower end
@@ -178,21 +179,21 @@ class QuantileScale(RewardScale):
 
     @property
     def judge_range(self) -> tuple[float, float]:
-        """Every reward belongs: those beyond the ends are stated as the nearest end."""
+        """Every reward is on the scale: those beyond the ends are stated as the nearest end."""
         return float("-inf"), float("inf")
 
     @property
     def best(self) -> float:
-        """The goal of the training split's highest reward: below ``high`` where many responses share that reward."""
+        """The goal of the training split's highest reward: below ``high`` if many responses share that reward."""
         return self.high if self.knots is None else self.goal(self.knots[-1])
 
     @property
     def needs_fit(self) -> bool:
-        """Whether the knots are still open."""
+        """Whether the knots are not set."""
         return self.knots is None
 
     def fit(self, rewards: Sequence[float]) -> None:
-        """Take the knots from the rewards."""
+        """Set the knots from the rewards."""
         ordered = sorted(rewards)
         if ordered[0] == ordered[-1]:
             raise ConfigError(f"QuantileScale: all rewards of the training split are {ordered[0]:g}")
@@ -200,9 +201,9 @@ class QuantileScale(RewardScale):
         self.knots = [ordered[round(last * i / (self.KNOTS - 1))] for i in range(self.KNOTS)]
 
     def goal(self, reward: float) -> float:
-        """Linear between knots; a value that many rewards share stands in the middle of their quantiles."""
+        """Return the goal, linear between knots; a value that many rewards share gets the middle of their quantiles."""
         knots = self.knots
-        assert knots is not None, "fit comes first"
+        assert knots is not None, "call fit first"
         left, right = bisect.bisect_left(knots, reward), bisect.bisect_right(knots, reward)
         if right == 0 or left == len(knots):
             place = 0.0 if right == 0 else len(knots) - 1.0
@@ -214,5 +215,13 @@ class QuantileScale(RewardScale):
         return self.low + place / (len(knots) - 1) * (self.high - self.low)
 
     def numbers(self) -> dict[str, Any]:
-        """All arguments, fitted ones included."""
+        """Return all arguments, including fitted ones."""
         return super().numbers() | {"knots": self.knots}
+
+
+def for_unbounded(scale: RewardScale) -> RewardScale:
+    """Return a scale for rewards without a range: the same numbers, as ranks in the training split.
+
+    A scale that already maps the judge's numbers is returned as it is.
+    """
+    return QuantileScale(scale.low, scale.high, scale.decimals) if type(scale) is RewardScale else scale

@@ -1,4 +1,4 @@
-"""k scored responses to pairs. Every choice depends on the content and a seed alone, never on where a row stands."""
+"""Make pairs of k scored responses. Choices depend on content and seed only, not on the order of rows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.pairs import Response
 
 SameGoal = Callable[[Response, Response], bool]
-"""Whether two responses' goals print the same, so that they can't be told apart."""
+"""Whether the goals of two responses print the same, so that they can't be distinguished."""
 
 
 class Selection(ABC):
-    """Which pairs are made of a prompt's responses. Named by import path: ``--data.selection my_pkg.MySelection``.
+    """Which pairs to make of a prompt's responses. Pass it by import path: ``--data.selection my_pkg.MySelection``.
 
     >>> class SecondVsLast(Selection):
     ...     def choose(self, ordered, same_goal, rng):
@@ -33,14 +33,15 @@ class Selection(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
     def select(self, responses: Sequence[Response], same_goal: SameGoal, key: str) -> list[tuple[Response, Response]]:
-        """Pairs of a better and a worse response, best pairs first; none where all goals print the same.
+        """Return pairs of a better and a worse response, best pairs first; none if all goals print the same.
 
         Args:
             responses: of one prompt, with different texts.
             same_goal: such responses are never paired with each other.
             key: digest of the content, the source of randomness.
         """
-        ordered = sorted(responses, key=lambda r: (-r.reward, r.text))  # equal rewards: by text, so any order will do
+        # equal rewards are sorted by text, so that the order of responses has no effect
+        ordered = sorted(responses, key=lambda r: (-r.reward, r.text))
         pairs = list(self.choose(ordered, same_goal, random.Random(f"{self.seed} {key}")))
         if self.max_pairs is not None and len(pairs) > self.max_pairs:
             kept = sorted(random.Random(f"{self.seed} max {key}").sample(range(len(pairs)), self.max_pairs))
@@ -51,14 +52,14 @@ class Selection(ABC):
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
     ) -> Iterable[tuple[Response, Response]]:
-        """Pairs of (better, worse) among responses ordered from the highest reward to the lowest."""
+        """Return pairs of (better, worse) among responses ordered from the highest reward to the lowest."""
 
 
 class BestVsRandom(Selection):
     """The best response against a random one of the others, as in the paper.
 
     Args:
-        seed: of what is drawn.
+        seed: of the random choice.
 
     >>> responses = [Response("a", 9.0), Response("b", 9.0), Response("c", 2.0)]
     >>> pairs = BestVsRandom().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
@@ -72,7 +73,7 @@ class BestVsRandom(Selection):
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
     ) -> Iterable[tuple[Response, Response]]:
-        """One pair."""
+        """Return one pair."""
         worse = [other for other in ordered[1:] if not same_goal(ordered[0], other)]
         return [(ordered[0], rng.choice(worse))] if worse else []
 
@@ -89,16 +90,16 @@ class BestVsWorst(Selection):
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
     ) -> Iterable[tuple[Response, Response]]:
-        """One pair."""
+        """Return one pair."""
         return [] if same_goal(ordered[0], ordered[-1]) else [(ordered[0], ordered[-1])]
 
 
 class SeveralPairs(Selection):
-    """More than one pair of a prompt.
+    """More than one pair per prompt.
 
     Args:
-        max_pairs: at most this many pairs per prompt, drawn at random; null keeps all.
-        seed: of what is drawn.
+        max_pairs: at most this many pairs per prompt, chosen at random; null keeps all.
+        seed: of the random choice.
     """
 
     def __init__(self, max_pairs: int | None = None, seed: int = 0) -> None:
@@ -119,7 +120,7 @@ class AllPairs(SeveralPairs):
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
     ) -> Iterable[tuple[Response, Response]]:
-        """Up to k (k - 1) / 2 pairs."""
+        """Yield up to k (k - 1) / 2 pairs."""
         for i, better in enumerate(ordered):
             for worse in ordered[i + 1 :]:
                 if not same_goal(better, worse):
@@ -138,7 +139,7 @@ class AdjacentPairs(SeveralPairs):
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
     ) -> Iterable[tuple[Response, Response]]:
-        """Up to k - 1 pairs; of responses with the same goal the first by text stands for all."""
+        """Return up to k - 1 pairs; of responses with the same goal the first by text is used."""
         distinct = list(ordered[:1])
         for response in ordered[1:]:
             if not same_goal(distinct[-1], response):

@@ -1,4 +1,4 @@
-"""Several sources with weights."""
+"""Streams of several sources with weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rap_lightning.preferences.sources import Source
 
 
 def copies(pair_id: str, weight: float, seed: int) -> int:
-    """How often a pair of a source with a weight is seen in an epoch: 2.5 is twice, and a third time for a seeded half.
+    """Return how often a pair is used in an epoch: with weight 2.5 twice, and a seeded half of the pairs a third time.
 
-    It depends on the pair's content and the seed alone.
+    It depends on the pair's content and the seed only.
     """
     whole = int(weight)
     part = weight - whole
@@ -25,14 +25,14 @@ def copies(pair_id: str, weight: float, seed: int) -> int:
 
 
 def stream_mixed(sources: Sequence[Source], split: str, rules: Rules, report: DataReport, seed: int) -> Iterator[Pair]:
-    """The pairs of several streams, taken in turns, each as often as its weight says.
+    """Yield the pairs of several streams in turns, each pair as often as the weight of its source says.
 
     Args:
-        sources: where from.
-        split: which.
-        rules: what is done with rows.
-        report: gets the counts of all.
-        seed: of what a weight draws.
+        sources: where to read from.
+        split: name of the split.
+        rules: the options of reading.
+        report: gets the counts of all sources.
+        seed: of the half that a weight selects.
     """
     streams = [_weighted(source, split, rules, report, seed) for source in sources]
     while streams:

@@ -1,4 +1,7 @@
-"""Where preference data come from: files, folders and the Hub, split by the datasets library's own rules."""
+"""Data sources: files, folders and the Hub, with splits by the rules of the datasets library.
+
+Files of known kinds are read by :mod:`rap_lightning.preferences.readers`, everything else by ``datasets``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.pairs import shown
-from rap_lightning.preferences.readers import ARROW_ROWS, COMPRESSIONS, Chunk, kind_of, numbered, read_file
+from rap_lightning.preferences.readers import COMPRESSIONS, ROWS, Chunk, kind_of, numbered, read_file
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,11 @@ class Source:
 
     Args:
         path: a file (.parquet, .arrow, .jsonl, .json, text also compressed), a folder, or a Hub id like org/name.
-        weight: how often each of its training pairs is seen in an epoch: 2 is twice, 0.5 a seeded half of them.
-        split: the split that stands for the one asked for; by default it has the same name.
+        weight: how often each of its training pairs is used in an epoch: 2 is twice, 0.5 a seeded half of them.
+        split: the split to use as training split; by default the one of the same name.
         format: as for the data module; by default the data module's.
-        revision: of a Hub data set: a branch, tag or commit.
-        config: of a Hub data set that has several.
+        revision: of a Hub dataset: a branch, tag or commit.
+        config: of a Hub dataset that has several.
     """
 
     path: str
@@ -45,26 +48,26 @@ class Source:
 
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-"""The name of a data set on the Hub, as opposed to a path."""
+"""The name of a dataset on the Hub, as opposed to a path."""
 MODEL_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
-"""The name of a model on the Hub, as opposed to a path; the oldest have no owner."""
+"""The name of a model on the Hub, as opposed to a path; the oldest ones have no owner."""
 SPLIT_FLAGS = (
-    "Where a config of other data names it, give yours: --data.train_split NAME and --data.val_split NAME (null: the "
-    "usual one, if there is any); in commands other than fit, --split NAME."
+    "Choose a split with --data.train_split NAME and --data.val_split NAME (null: the usual one, if there is any); in "
+    "commands other than fit with --split NAME."
 )
-"""What chooses splits, for messages of one that isn't there."""
+"""How to choose splits, for messages about one that does not exist."""
 VALIDATION_NAMES = ("validation", "valid", "val", "test_prefs", "test")
-"""What splits to validate on are usually called; the first that is there counts."""
+"""Usual names of validation splits; the first that exists is used."""
 
 
 def refuse_no_model(option: str, path: str) -> None:
-    """Raise ConfigError where a model, named by an option, can be neither a folder nor on the Hub."""
+    """Raise ConfigError if the model that an option names can be neither a folder nor on the Hub."""
     if not Path(path).exists() and not MODEL_ID.fullmatch(path):
         raise ConfigError(f"{option} {path}: no such folder, and not a Hub id (org/name).")
 
 
 def as_sources(source: str | Sequence[Source]) -> list[Source]:
-    """One path, or several sources."""
+    """Return the list of sources of an option: one path, or several sources."""
     sources = [Source(source)] if isinstance(source, str) else list(source)
     if not sources:
         raise ConfigError("no source: name a file, a folder, or a Hub id.")
@@ -72,7 +75,7 @@ def as_sources(source: str | Sequence[Source]) -> list[Source]:
 
 
 def splits_of(source: Source) -> list[str]:
-    """The names of the splits of a folder or Hub data set; a single file has one, ``train``."""
+    """Return the names of the splits of a folder or Hub dataset; a single file has one, ``train``."""
     path = _local(source)
     if path is not None and path.is_file():
         return ["train"]
@@ -82,13 +85,13 @@ def splits_of(source: Source) -> list[str]:
 
 
 def splits_among(sources: Sequence[Source]) -> list[str]:
-    """The splits of several sources; one that names its split is part of the training split."""
+    """Return the splits of several sources; a source that names its split is part of the training split."""
     names = [name for source in sources for name in (["train"] if source.split else splits_of(source))]
     return list(dict.fromkeys(names))
 
 
 def having(sources: Sequence[Source], split: str, train_split: str = "train") -> list[Source]:
-    """The sources that a split is made of.
+    """Return the sources that have a split.
 
     Raises:
         DataError: there are none.
@@ -104,12 +107,12 @@ def having(sources: Sequence[Source], split: str, train_split: str = "train") ->
 
 
 def chunks_of(source: Source, split: str, *, streaming: bool = False) -> Iterator[Chunk]:
-    """The rows of one split, some at a time, in order.
+    """Yield the rows of one split in order, in chunks.
 
     Args:
-        source: where.
-        split: which; ``source.split`` if that is given.
-        streaming: read a Hub data set without downloading it first. Local files are never read whole anyway.
+        source: where to read from.
+        split: name of the split; ``source.split`` overrides it.
+        streaming: read a Hub dataset without downloading it first. Local files are always read in parts.
 
     Raises:
         DataError: missing, unreadable or empty, or no such split.
@@ -124,7 +127,7 @@ def chunks_of(source: Source, split: str, *, streaming: bool = False) -> Iterato
 
 
 def files_of(source: Source, split: str) -> list[tuple[str, str]] | None:
-    """(path, label) of the files of a split; None where only the datasets library can read the source."""
+    """Return (path, label) of the files of a split; None if only the datasets library can read the source."""
     path = _local(source)
     if path is None:
         return None
@@ -147,11 +150,11 @@ def files_of(source: Source, split: str) -> list[tuple[str, str]] | None:
 
 
 def fingerprint(source: Source, split: str) -> str:
-    """Digest of what a split holds, from names, sizes and times of its files; of a Hub split, from its own."""
+    """Return a digest of a split's content: of names, sizes and times of its files, or the Hub split's fingerprint."""
     files = files_of(source, source.split or split)
     if files is None:
         table = _load(source, source.split or split, streaming=False)
-        facts: Any = table._fingerprint
+        facts: Any = table._fingerprint  # datasets (5.2) has no public accessor
     else:
         stats = [(str(Path(path).resolve()), Path(path).stat()) for path, _ in files]
         facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
@@ -159,10 +162,10 @@ def fingerprint(source: Source, split: str) -> str:
 
 
 def _local(source: Source) -> Path | None:
-    """The path of a local source, None for a Hub id.
+    """Return the path of a local source, None for a Hub id.
 
     Raises:
-        DataError: it is a path to nothing, or a file of a kind that isn't read.
+        DataError: the path does not exist, or the kind of file is not supported.
     """
     path = Path(source.path).expanduser()
     if path.is_file():
@@ -187,7 +190,7 @@ def _local(source: Source) -> Path | None:
 
 
 def _saved_to_disk(path: Path) -> list[str] | None:
-    """The splits of a folder that ``Dataset.save_to_disk`` wrote."""
+    """Return the splits of a folder that ``Dataset.save_to_disk`` wrote; None for other folders."""
     if (path / "dataset_dict.json").is_file():
         return [str(name) for name in json.loads((path / "dataset_dict.json").read_text())["splits"]]
     return ["train"] if (path / "state.json").is_file() else None
@@ -227,7 +230,7 @@ def _load(source: Source, split: str, *, streaming: bool) -> Any:
 def _from_library(source: Source, split: str, streaming: bool) -> Iterator[Chunk]:
     table = _load(source, split, streaming=streaming).with_format("arrow")
     try:
-        batches = (batch for part in table.iter(ARROW_ROWS) for batch in part.combine_chunks().to_batches())
+        batches = (batch for part in table.iter(ROWS) for batch in part.combine_chunks().to_batches())
         yield from numbered(batches, f"{source.path} ({split})")
     except (OSError, ValueError) as error:
         raise _unreadable(source, error) from error
@@ -238,8 +241,8 @@ def _unreadable(source: Source, error: Exception) -> DataError:
         return error
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
     local = Path(source.path).expanduser().exists()
-    kind = "can't be read" if local else "is neither a file here nor a Hub data set that can be reached"
+    kind = "can't be read" if local else "is neither a local file nor a Hub dataset that can be reached"
     advice = ""
     if Path(source.path).expanduser().is_dir():
-        advice = " A folder should hold files of one kind, named after their split: train.jsonl, test.jsonl."
+        advice = " A folder should contain files of one kind, named after their split: train.jsonl, test.jsonl."
     return DataError(f"{source.path} {kind}: {type(error).__name__}: {shown(reason[0], 300)}{advice}")

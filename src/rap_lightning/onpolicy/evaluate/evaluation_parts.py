@@ -20,7 +20,6 @@ from rap_lightning.onpolicy.engines.base import prompt_id_of
 from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData, TrainingRewards, add_best_rewards
 from rap_lightning.onpolicy.evaluate.evaluation_plan import EvaluationPlan, Part
 from rap_lightning.onpolicy.evaluate.measurements import GoalLogps, JudgedSamples, Key
-from rap_lightning.preferences.goal_grid import grid, own_texts, text_at
 from rap_lightning.preferences.pairs import Pair
 
 PairLogpsByKey = Mapping[Key, tuple[float, float]]
@@ -204,7 +203,7 @@ def measure_logps(
     Raises:
         DataError: no pair can be encoded.
     """
-    goals = grid(plan.template.scale, plan.scale_points) if plan.template and "discrimination" in plan.parts else []
+    goals = plan.template.scale.grid(plan.scale_points) if plan.template and "discrimination" in plan.parts else []
     texts = [*_conditions(plan).values(), *(_text_at(plan, goal) for goal in goals)]
     under_goals = GoalLogps(plan, evaluated, texts, work)
     tokens = under_goals.tokens()
@@ -235,17 +234,17 @@ def _conditions(plan: EvaluationPlan) -> dict[str, str | None]:
     if plan.template is None:
         return {"none": None}
     template = plan.template
-    return {"none": None, "best": text_at(template, template.best), "worst": text_at(template, template.scale.low)}
+    return {"none": None, "best": template.text_at(template.best), "worst": template.text_at(template.scale.low)}
 
 
 def _text_at(plan: EvaluationPlan, goal: float) -> str:
     assert plan.template is not None, "goals have a template"
-    return text_at(plan.template, goal)
+    return plan.template.text_at(goal)
 
 
 def _own_goals(plan: EvaluationPlan, pair: Pair) -> list[str]:
     """Return the winner's and the loser's own goal; nothing without a template."""
-    return [] if plan.template is None else own_texts(plan.template, pair.rewards, pair.attributes)
+    return [] if plan.template is None else plan.template.own_texts(pair.rewards, pair.attributes)
 
 
 def _encoding(evaluated: EvaluatedData, max_length: int | None, dropped: int) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from rap_lightning.onpolicy.requested_goals import (
     template_of,
     with_low_goal,
 )
-from rap_lightning.preferences.goal_grid import grid, text_at
 from rap_lightning.preferences.goals import GoalTemplate, is_trained
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source, as_sources
@@ -103,7 +102,7 @@ class EvaluationPlan:
                 found.append(NO_GOAL)
             else:
                 printed = self.template.scale.printed(goal)
-                found.append(RequestedGoal(text_at(self.template, goal), printed, self.template.placement))
+                found.append(RequestedGoal(self.template.text_at(goal), printed, self.template.placement))
         if len({one.text for one in found}) < len(found):
             raise ConfigError(f"--goals {self.goals}: two of them read the same in the prompt.")
         return with_low_goal(found, self.sampling, None, self.template)
@@ -180,7 +179,7 @@ def _goals(
 ) -> list[GoalOrNone]:
     """Return the goals to request: none first, then from low to high."""
     if goals is None:
-        evenly: list[GoalOrNone] = [] if template is None else [*grid(template.scale, GOALS)]
+        evenly: list[GoalOrNone] = [] if template is None else [*template.scale.grid(GOALS)]
         return evenly if own else [None, *evenly]
     numbers = sorted({float(goal) for goal in goals if goal != "none"})
     if numbers and template is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences.fingerprint import code_of
+from rap_lightning.preferences.hashing import hash_code
 from rap_lightning.preferences.judge import Item, Judge, Verdict, declared
 
 CHUNK = 256
@@ -38,7 +38,7 @@ class Function(Judge):
 
     def settings(self) -> dict[str, Any]:
         """Return the function with the digest of its code."""
-        return {"class": "Function", "function": code_of(self.function), "scale": self.scale}
+        return {"class": "Function", "function": hash_code(self.function), "scale": self.scale}
 
     def judge(self, items: Sequence[Item]) -> Iterator[list[Verdict]]:
         """Yield verdicts in the order of the items."""

@@ -1,4 +1,4 @@
-"""How rows look: each format reads one row (or a run of rows) into a conversation with judged responses."""
+"""Row formats: each one reads a row, or a group of rows, into a conversation with judged responses."""
 
 from rap_lightning.preferences.formats.base import Adapted, RowFormat
 from rap_lightning.preferences.formats.completions import RankedAnswers, ScoredCompletions
@@ -15,16 +15,6 @@ FORMATS: tuple[type[RowFormat], ...] = (
     ShareGPT,
     ScoredPairs,
 )
-"""Those that are detected, in the order in which they are asked."""
+"""The formats that are detected by their columns, in this order."""
 
-__all__ = [
-    "FORMATS",
-    "Adapted",
-    "HelpSteer",
-    "RankedAnswers",
-    "RowFormat",
-    "ScoredCompletions",
-    "ScoredPairs",
-    "ShareGPT",
-    "UltraFeedback",
-]
+__all__ = ["FORMATS", "Adapted", "RowFormat"]

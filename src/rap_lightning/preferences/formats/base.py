@@ -1,4 +1,4 @@
-"""What every row format is."""
+"""The base class of row formats, and the format of a user's adapter function."""
 
 from __future__ import annotations
 
@@ -6,50 +6,48 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from rap_lightning.preferences.pairs import BadRow, Judged, is_blank, read_number, read_text, shown
+from rap_lightning.preferences.pairs import BadRow, Judged, read_number, shown
 
 Row = dict[str, Any]
-SHOWN = 160  # characters of a row that an adapter could not take
+Adapter = Callable[[Row], Row | None]
+SHOWN = 160  # characters of a row for which an adapter failed
 
 
 class RowFormat(ABC):
-    """Reads rows of one shape.
+    """Read rows of one shape.
 
     Args:
-        attributes: names of further rewards that each response must have, as the goal template asks for them.
-        scored: responses must have rewards; without, the pairs can only be trained on without goals.
+        attributes: names of further rewards that each response must have, as in the goal template.
+        scored: responses must have rewards. Unscored pairs can only be trained on without goals.
+        blind: ignore scores, because a judge's rewards replace them.
     """
 
     name: ClassVar[str]
     expects: ClassVar[str]
     """The columns, for messages."""
-    paired: ClassVar[bool] = False
-    """Rows are pairs already, so nothing is selected."""
-
-    def __init__(self, attributes: Sequence[str] = (), scored: bool = True) -> None:
-        self.attributes, self.scored = tuple(attributes), scored
-
-    @classmethod
-    @abstractmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Whether rows with these columns are of this format."""
-
+    columns: ClassVar[tuple[set[str], ...]]
+    """Rows that have all columns of one of these sets are of this format."""
+    grouped: ClassVar[bool] = False
+    """Neighbouring rows with the same :meth:`group_key` are read together."""
+    paired: bool = False
+    """Rows are already pairs, so nothing is selected."""
     id_type: type = str
-    """What prompt ids are, where there are any."""
-    blind: bool = False
-    """Scores are not looked at, whatever stands there: a judge's take their place."""
+    """The type of prompt ids."""
+
+    def __init__(self, attributes: Sequence[str] = (), scored: bool = True, blind: bool = False) -> None:
+        self.attributes, self.scored, self.blind = tuple(attributes), scored, blind
 
     def look(self, rows: Sequence[Row]) -> None:
-        """Learn from the first rows what must hold for all."""
+        """Learn from the first rows what must be the same in all."""
         self.id_type = next((type(r["prompt_id"]) for r in rows if r.get("prompt_id") is not None), str)
 
     def group_key(self, row: Row) -> Any:
-        """Neighbouring rows with the same key belong together; None where each row stands alone."""
-        return None
+        """Return what neighbouring rows of a group have in common."""
+        raise NotImplementedError
 
     @abstractmethod
     def read(self, rows: Sequence[Row]) -> Judged:
-        """The conversation of a row, or of the rows of a group, and its responses.
+        """Return the conversation of a row, or of the rows of a group, and its responses.
 
         Raises:
             BadRow: nothing of it can be used.
@@ -57,19 +55,12 @@ class RowFormat(ABC):
 
     # -- shared by formats -----------------------------------------------------------------------------------------
 
-    def prompt(self, row: Row, column: str) -> str:
-        """A prompt that is one text."""
-        text = read_text(row.get(column), column)
-        if is_blank(text):
-            raise BadRow(column, "an empty prompt", text)
-        return text
-
     def reward(self, value: Any, column: str) -> float:
-        """A score; nan where scores are not looked at."""
+        """Return a score; nan if scores are ignored."""
         return float("nan") if self.blind else read_number(value, column)
 
     def wanted(self, scores: Any, column: str) -> tuple[float, ...]:
-        """The further rewards that the goal template asks for, in its order."""
+        """Return the further rewards that the goal template states, in its order."""
         if not self.attributes:
             return ()
         if not isinstance(scores, Mapping):
@@ -78,37 +69,30 @@ class RowFormat(ABC):
 
 
 class Adapted(RowFormat):
-    """Rows that a user's own function turns into rows of a known format.
+    """Rows that a user's function converts into rows of a known format.
 
     Args:
-        adapt: takes a row, and returns one of a known format; or None to leave the row out.
+        adapt: takes a row and returns one of a known format, or None to drop the row.
         inner: the known format.
     """
 
     name = "your adapter"
-    expects = "whatever your adapter reads"
 
-    def __init__(self, adapt: Callable[[Row], Row | None], inner: RowFormat) -> None:
-        super().__init__(inner.attributes, inner.scored)
+    def __init__(self, adapt: Adapter, inner: RowFormat) -> None:
+        super().__init__(inner.attributes, inner.scored, inner.blind)
         self.adapt, self.inner = adapt, inner
-        self.paired = inner.paired  # type: ignore[misc]
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Never found by columns: it is named."""
-        return False
+        self.paired, self.id_type = inner.paired, inner.id_type
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """Adapt, then read."""
-        self.inner.blind = self.blind
+        """Adapt the row, then read it."""
         adapted = call_adapter(self.adapt, rows[0])
         if adapted is None:
             raise BadRow("row", "left out by your adapter", by_choice=True)
         return self.inner.read([adapted])
 
 
-def call_adapter(adapt: Callable[[Row], Row | None], row: Row) -> Row | None:
-    """The adapted row; whatever the function raises is the row's fault, and said."""
+def call_adapter(adapt: Adapter, row: Row) -> Row | None:
+    """Return the adapted row; raise BadRow with the row for any exception of the function."""
     try:
         adapted = adapt(dict(row))
     except BadRow:

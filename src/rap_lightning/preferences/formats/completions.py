@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rap_lightning.preferences.formats.base import Row, RowFormat
@@ -11,7 +11,6 @@ from rap_lightning.preferences.pairs import BadRow, Judged, Response, is_blank, 
 
 TEXT_NAMES = ("response", "text", "content", "answer", "completion")
 SCORE_NAMES = ("overall_score", "score", "reward", "rating")
-FEW = "fewer than 2 responses that can be used"
 
 
 class ScoredCompletions(RowFormat):
@@ -21,18 +20,17 @@ class ScoredCompletions(RowFormat):
 
     name = "completions"
     expects = "prompt and completions [{response, overall_score}], or prompt, responses and scores"
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """A prompt with a list of responses."""
-        return "prompt" in columns and ("completions" in columns or {"responses", "scores"} <= columns)
+    columns = (
+        {"prompt", "completions"},
+        {"prompt", "responses", "scores"},
+    )
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """One row; responses that can't be used are left out."""
+        """Read one row; responses that can't be used are left out."""
         (row,) = rows
         history = as_turns(row.get("prompt"))
         good, bad = read_each(self._entries(row), self._response)
-        return enough(Judged(tuple(history), good, bad, tools=tools_of(row), prompt_id=row.get("prompt_id")))
+        return Judged(tuple(history), good, bad, tools=tools_of(row), prompt_id=row.get("prompt_id"))
 
     def _entries(self, row: Row) -> list[tuple[str, Any]]:
         if row.get("responses") is not None and "completions" not in row:
@@ -59,20 +57,16 @@ class ScoredCompletions(RowFormat):
 class RankedAnswers(RowFormat):
     """``prompt`` and ``answers``, each ``{answer, rank}`` with 1 for the best, as in Nectar.
 
-    Ranks are no scores: of k answers the one of rank r gets the reward k + 1 - r, so that more is better; declare a
-    scale from 1 to k, or use a QuantileScale. Prompts written as "Human: ... Assistant:" become turns.
+    Ranks are converted to rewards: of k answers the one of rank r has the reward k + 1 - r, so that more is better.
+    Declare a scale from 1 to k, or use a QuantileScale. Prompts written as "Human: ... Assistant:" become turns.
     """
 
     name = "ranked"
     expects = "prompt and answers [{answer, rank}]"
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """A prompt with answers."""
-        return {"prompt", "answers"} <= columns
+    columns = ({"prompt", "answers"},)
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """One row."""
+        """Read one row."""
         (row,) = rows
         prompt = row.get("prompt")
         history = spoken_turns(prompt) if isinstance(prompt, str) and "Human:" in prompt else as_turns(prompt)
@@ -81,7 +75,7 @@ class RankedAnswers(RowFormat):
             [(f"answers[{i}]", entry) for i, entry in enumerate(entries)],
             lambda entry, where: self._response(entry, where, len(entries)),
         )
-        return enough(Judged(tuple(history), good, bad))
+        return Judged(tuple(history), good, bad)
 
     def _response(self, entry: Any, where: str, count: int) -> Response:
         fields = an_object(entry, where)
@@ -93,7 +87,7 @@ class RankedAnswers(RowFormat):
 
 
 def a_list(value: Any, column: str) -> list[Any]:
-    """A list that must be there."""
+    """Return a list; raise BadRow for anything else."""
     if value is None:
         raise BadRow(column, "null")
     if not isinstance(value, list):
@@ -102,22 +96,24 @@ def a_list(value: Any, column: str) -> list[Any]:
 
 
 def an_object(value: Any, where: str) -> dict[str, Any]:
-    """An object that must be there."""
+    """Return an object; raise BadRow for anything else."""
     if not isinstance(value, dict):
         raise BadRow(where, "not an object with a response and its score", value, stops=value is not None)
     return value
 
 
 def response_text(value: Any, column: str) -> str:
-    """A response that says something."""
+    """Return the text of a response that is not blank."""
     text = read_text(value, column)
     if is_blank(text):
         raise BadRow(column, "an empty response", text)
     return text
 
 
-def read_each(entries: Sequence[tuple[str, Any]], read: Any) -> tuple[list[Response], list[BadRow]]:
-    """The responses that can be read, and why others can't; the same text twice counts once."""
+def read_each(
+    entries: Sequence[tuple[str, Any]], read: Callable[[Any, str], Response]
+) -> tuple[list[Response], list[BadRow]]:
+    """Return the responses that can be read, and why others can't; of equal texts the first is kept."""
     good: list[Response] = []
     bad: list[BadRow] = []
     seen: set[str] = set()
@@ -134,12 +130,3 @@ def read_each(entries: Sequence[tuple[str, Any]], read: Any) -> tuple[list[Respo
         seen.add(response.text.strip())
         good.append(response)
     return good, bad
-
-
-def enough(judged: Judged) -> Judged:
-    """The conversation, if a pair can be made of its responses."""
-    if len(judged.responses) < 2:
-        problem = BadRow(judged.left_out[0].column if judged.left_out else "completions", FEW)
-        problem.left_out = judged.left_out  # type: ignore[attr-defined]
-        raise problem
-    return judged

@@ -6,39 +6,34 @@ from collections.abc import Sequence
 from typing import Any
 
 from rap_lightning.preferences.formats.base import Row, RowFormat
-from rap_lightning.preferences.formats.completions import enough, read_each, response_text
+from rap_lightning.preferences.formats.completions import read_each, response_text
 from rap_lightning.preferences.formats.scored_pairs import as_turns
 from rap_lightning.preferences.pairs import Judged, Response
-
-ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
 class HelpSteer(RowFormat):
     """Rows of ``prompt``, ``response`` and five attributes from 0 to 4; neighbouring rows share a prompt.
 
-    The overall reward is helpfulness; declare its scale as 0 to 4.
+    The overall reward is helpfulness; declare a scale from 0 to 4.
     """
 
     name = "helpsteer"
     expects = "prompt, response, helpfulness, correctness, coherence, complexity, verbosity"
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """A response with its helpfulness."""
-        return {"prompt", "response", "helpfulness"} <= columns
+    columns = ({"prompt", "response", "helpfulness"},)
+    grouped = True
 
     def group_key(self, row: Row) -> Any:
-        """Rows about the same prompt stand next to each other."""
+        """Return the prompt."""
         prompt = row.get("prompt")
         return prompt if isinstance(prompt, str) else repr(prompt)
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """The rows about one prompt."""
+        """Read the rows of one prompt."""
         history = as_turns(rows[0].get("prompt"))
         good, bad = read_each(
             [(f"response (row {i + 1} of its prompt)", r) for i, r in enumerate(rows)], self._response
         )
-        return enough(Judged(tuple(history), good, bad))
+        return Judged(tuple(history), good, bad)
 
     def _response(self, row: Row, where: str) -> Response:
         text = response_text(row.get("response"), where)

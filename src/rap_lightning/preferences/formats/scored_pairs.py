@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -23,32 +24,26 @@ from rap_lightning.preferences.pairs import (
 class ScoredPairs(RowFormat):
     """``chosen`` and ``rejected`` as message lists or as plain text, ``score_chosen`` and ``score_rejected``.
 
-    Message lists hold the whole conversation (as in ultrafeedback_binarized), or only the response where ``prompt`` is
-    a message list too. Plain responses answer ``prompt``. Scores for attributes stand in ``scores_chosen`` and
+    Message lists contain the whole conversation (as in ultrafeedback_binarized), or only the response if ``prompt`` is
+    a message list too. Plain responses answer ``prompt``. Scores of attributes are in ``scores_chosen`` and
     ``scores_rejected``, objects with a number for each name.
     """
 
     name = "pairs"
     expects = "chosen, rejected, score_chosen, score_rejected (and prompt, where chosen is plain text)"
+    columns = ({"chosen", "rejected"},)
     paired = True
-
-    def __init__(self, attributes: Sequence[str] = (), scored: bool = True) -> None:
-        super().__init__(attributes, scored)
-        self.plain = False
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Both responses are there."""
-        return {"chosen", "rejected"} <= columns
+    plain: bool = False
+    """Responses are text, not message lists."""
 
     def look(self, rows: Sequence[Row]) -> None:
-        """Text or message lists: the first row with a response says which, and all must agree."""
+        """Learn from the first row with a response whether responses are text or message lists in all rows."""
         super().look(rows)
         first = next((row["chosen"] for row in rows if row.get("chosen") is not None), None)
         self.plain = isinstance(first, str)
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """One row."""
+        """Read one row."""
         (row,) = rows
         if missing := [name for name in ("chosen", "rejected") if name not in row]:
             scores = [n for n in ("score_chosen", "score_rejected") if self.scored and n not in row]
@@ -118,7 +113,7 @@ class ScoredPairs(RowFormat):
         score = row.get(f"score_{side}")
         if not self.scored and score is None:
             return float("nan"), attributes
-        if attributes and f"score_{side}" not in row:  # nobody gave an overall score
+        if attributes and f"score_{side}" not in row:  # there is no overall score
             return sum(attributes) / len(attributes), attributes
         return read_number(score, f"score_{side}"), attributes
 
@@ -130,7 +125,7 @@ def _answer_only(side: Any) -> bool:
 
 
 def _spoken(texts: Sequence[str]) -> tuple[list[Message], list[str]]:
-    """Whole conversations as text, "Human: ... Assistant: ...", with the response after the last Assistant."""
+    """Split whole conversations, "Human: ... Assistant: ...", into turns and the text after the last Assistant."""
     parts = [text.rpartition("\n\nAssistant:") for text in texts]
     if not all(sign for _, sign, _ in parts):
         raise BadRow("prompt", "neither a prompt column nor a conversation of Human and Assistant")
@@ -140,7 +135,7 @@ def _spoken(texts: Sequence[str]) -> tuple[list[Message], list[str]]:
 
 
 def spoken_turns(prompt: str) -> list[Message]:
-    """Turns of a prompt written as "Human: ... Assistant: ... Human: ... Assistant:"."""
+    """Return the turns of a prompt written as "Human: ... Assistant: ... Human: ... Assistant:"."""
     pieces = re.split(r"(?:^|\n\n)(Human|Assistant): ?", prompt.strip("\n"))
     if pieces[0].strip():
         raise BadRow("prompt", "text before the first Human turn")
@@ -154,23 +149,21 @@ def spoken_turns(prompt: str) -> list[Message]:
     return read_messages(turns, "prompt")
 
 
-def as_turns(prompt: Any) -> list[Message]:
-    """A prompt, text or messages, as the turns before a response."""
+def as_turns(prompt: Any, column: str = "prompt") -> list[Message]:
+    """Return a prompt, text or messages, as the turns before a response."""
     if isinstance(prompt, list):
-        turns = read_messages(prompt, "prompt")
+        turns = read_messages(prompt, column)
         if turns[-1]["role"] not in ("user", "tool"):
-            raise BadRow(f"prompt[{len(turns) - 1}]", "the prompt does not end with the user")
+            raise BadRow(f"{column}[{len(turns) - 1}]", "the prompt does not end with the user")
         return turns
-    text = read_text(prompt, "prompt")
+    text = read_text(prompt, column)
     if is_blank(text):
-        raise BadRow("prompt", "an empty prompt", text)
+        raise BadRow(column, "an empty prompt", text)
     return [{"role": "user", "content": text}]
 
 
 def tools_of(row: Row) -> str | None:
-    """The tools column as JSON text; rows without tools have none."""
-    import json
-
+    """Return the tools column as JSON text; None for rows without tools."""
     tools = row.get("tools")
     if not tools:
         return None

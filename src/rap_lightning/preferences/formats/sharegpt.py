@@ -19,19 +19,15 @@ class ShareGPT(ScoredPairs):
     expects = (
         "conversations [{from, value}], chosen {from, value}, rejected {from, value}, score_chosen, score_rejected"
     )
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """Conversations beside a pair."""
-        return {"conversations", "chosen", "rejected"} <= columns
+    columns = ({"conversations", "chosen", "rejected"},)
 
     def look(self, rows: Sequence[Row]) -> None:
-        """Always message lists."""
+        """Learn the type of ids; the responses are always messages."""
         super().look(rows)
         self.plain = False
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """One row, as a scored pair with an explicit prompt."""
+        """Read one row as a scored pair with an explicit prompt."""
         (row,) = rows
         turns = row.get("conversations")
         if not isinstance(turns, list):

@@ -6,34 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from rap_lightning.preferences.formats.base import Row, RowFormat
-from rap_lightning.preferences.formats.completions import a_list, an_object, enough, read_each, response_text
+from rap_lightning.preferences.formats.completions import a_list, an_object, read_each, response_text
+from rap_lightning.preferences.formats.scored_pairs import as_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Response, read_number
 
-CONTRADICTING = "overall_score 10 though the mean rating is 2 or less (a known fault of early UltraFeedback)"
+CONTRADICTING = "overall_score 10 though the mean rating is 2 or less (a known error of early UltraFeedback)"
 
 
 class UltraFeedback(RowFormat):
     """``instruction`` and ``completions`` with ``overall_score`` and ``annotations.<attribute>.Rating`` from 1 to 5.
 
     The reward is overall_score. As in the paper, a response with any rating "N/A" is left out; so is one whose
-    overall_score contradicts its ratings. Attributes are the ratings; declare their scale as 1 to 5.
+    overall_score contradicts its ratings. Attributes are the ratings; declare a scale from 1 to 5 for them.
     """
 
     name = "ultrafeedback"
     expects = "instruction and completions [{response, overall_score, annotations}]"
-
-    @classmethod
-    def fits(cls, columns: set[str]) -> bool:
-        """An instruction with completions."""
-        return {"instruction", "completions"} <= columns
+    columns = ({"instruction", "completions"},)
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """One row; responses that can't be used are left out."""
+        """Read one row; responses that can't be used are left out."""
         (row,) = rows
-        history = [{"role": "user", "content": self.prompt(row, "instruction")}]
+        history = as_turns(row.get("instruction"), "instruction")
         completions = a_list(row.get("completions"), "completions")
         good, bad = read_each([(f"completions[{i}]", c) for i, c in enumerate(completions)], self._response)
-        return enough(Judged(tuple(history), good, bad))
+        return Judged(tuple(history), good, bad)
 
     def _response(self, entry: Any, where: str) -> Response:
         fields = an_object(entry, where)
