@@ -197,7 +197,7 @@ def test_a_model_that_shares_nothing_says_so_once_and_trains_the_same(
     from rap_lightning.models import attention
 
     said: list[str] = []
-    monkeypatch.setattr("rap_lightning.module.rank_zero_info", lambda text: said.append(text))
+    monkeypatch.setattr("rap_lightning.training.build.rank_zero_info", lambda text: said.append(text))
     together = fit(tmp_path / "together", tiny, pairs_folder, trainer={"max_steps": 3})
     assert not any("one at a time" in text for text in said)
     monkeypatch.setattr(attention, "_parts", lambda runs: [(slice(0, runs[-1][1]), slice(0, runs[-1][1]), True)])
@@ -238,7 +238,7 @@ def test_combinations_without_effect_are_refused_before_anything_loads() -> None
 
 def test_a_loss_of_the_users_own_trains(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
     class Shifted(Hinge):
-        needs_rewards = True
+        requires = frozenset({"reference", "rewards"})
 
         def forward(self, policy: Any, reference: Any, rewards: Any) -> torch.Tensor:  # type: ignore[override]
             seen.append(rewards.chosen - rewards.rejected)

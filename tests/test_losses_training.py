@@ -60,7 +60,7 @@ def test_every_loss_trains_and_validates(kind: Any, tiny: Path, pairs_folder: Pa
     for name in ("loss", "rewards/margins", "grad_norm"):
         assert torch.tensor(rows[0][name]).isfinite()
     assert rows[0]["grad_norm"] > 0
-    if loss.needs_reference:
+    if "reference" in loss.requires:
         assert rows[0]["rewards/margins"] == 0.0, "law 5"
     assert "val/loss" in rows[-1]
 
@@ -86,7 +86,7 @@ def test_tokens_and_their_collisions_reach_the_loss(tiny: Path, pairs_folder: Pa
             assert logps.tokens.position[logps.tokens.segment == s].tolist() == list(range(length))
     assert reference.tokens.log_collisions is None, "only the policy's are asked for"
     assert (policy.tokens.log_collisions < 0).all()
-    assert module.loss.needs_tokens
+    assert "tokens" in module.loss.requires
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "tree"])
@@ -353,14 +353,16 @@ def test_stored_log_probabilities_are_refused_where_they_cannot_be_known(
 ) -> None:
     from rap_lightning.models.references.precomputed import Stored
 
-    with pytest.raises(ConfigError, match="looks at more than the sums"):
+    with pytest.raises(ConfigError, match="needs more than the summed log-probabilities"):
         build(tiny, pairs_folder, loss=KTO(), reference=Stored(folder=str(tmp_path / "store")))
     module, data = build(tiny, pairs_folder, reference=Stored(folder=str(tmp_path / "store")), streaming=True)
-    with pytest.raises(ConfigError, match="a stream is read while training"):
+    with pytest.raises(ConfigError, match="a stream is read during training"):
         make_trainer(tmp_path, max_steps=2).fit(module, data)
     module, data = build(tiny, pairs_folder, loss=LDDPO(), reference=Stored(folder=str(tmp_path / "store")))
     make_trainer(tmp_path, max_steps=1).fit(module, data)
-    assert module.last_logged[1]["rewards/margins"] == pytest.approx(0, abs=1e-5), "tokens are kept, not sums alone"
+    assert module.step_logger.last.values["rewards/margins"] == pytest.approx(0, abs=1e-5), (
+        "tokens are kept, not sums alone"
+    )
 
 
 def test_unrelated_responses_come_from_another_scored_pair_and_fit_the_model(tiny: Path) -> None:
@@ -421,7 +423,7 @@ def test_a_reference_that_has_only_sums_is_refused_by_losses_of_tokens() -> None
         gives_tokens = False
 
     for loss in (LDDPO(), WPO(), KTO(), Mixture([DPO(), LDDPO()])):
-        with pytest.raises(ConfigError, match="looks at more than the sums"):
+        with pytest.raises(ConfigError, match="needs more than the summed log-probabilities"):
             PreferenceModule(PolicyConfig("/nowhere"), loss=loss, reference=Sums())
     PreferenceModule(PolicyConfig("/nowhere"), loss=DPO(), reference=Sums())
 

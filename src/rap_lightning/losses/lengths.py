@@ -72,7 +72,7 @@ class LDDPO(PreferenceLoss):
     Source: Liu et al. 2024, https://arxiv.org/abs/2409.06411.
     """
 
-    needs_tokens = True
+    requires = frozenset({"reference", "tokens"})
 
     def __init__(self, beta: float = 0.1, alpha: float = 0.5) -> None:
         super().__init__(beta)

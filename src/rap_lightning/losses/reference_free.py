@@ -29,7 +29,7 @@ class SimPO(PreferenceLoss):
     tensor([0.0486])
     """
 
-    needs_reference = False
+    requires = frozenset()
 
     def __init__(self, beta: float = 2.0, gamma: float = 1.0) -> None:
         super().__init__(beta)
@@ -61,7 +61,7 @@ class AlphaPO(PreferenceLoss):
     records it, its 0.1 read as γ / β.
     """
 
-    needs_reference = False
+    requires = frozenset()
 
     def __init__(self, beta: float = 2.5, gamma: float = 0.25, alpha: float = 0.25) -> None:
         super().__init__(beta)
@@ -92,7 +92,7 @@ class CPO(PreferenceLoss):
     The implicit reward is β log π. Source: Xu et al. 2024, https://arxiv.org/abs/2401.08417, equations 3 to 5.
     """
 
-    needs_reference = False
+    requires = frozenset()
 
     def __init__(self, beta: float = 0.1, nll_weight: float = 1.0) -> None:
         super().__init__(beta)
@@ -119,7 +119,7 @@ class ORPO(PreferenceLoss):
     Source: Hong et al. 2024, https://arxiv.org/abs/2403.07691, equations 4 to 7; λ as for Mistral.
     """
 
-    needs_reference = False
+    requires = frozenset()
 
     def __init__(self, odds_weight: float = 0.1) -> None:
         nn.Module.__init__(self)
@@ -150,7 +150,7 @@ class SFT(PreferenceLoss):
     Source: the usual cross-entropy; as part of a mixture: Wang et al. 2024 (MPO), https://arxiv.org/abs/2411.10442.
     """
 
-    needs_reference = False
+    requires = frozenset()
     at_zero_margin = "it imitates chosen and does not look at rejected"
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ class RewardAwareLoss(PreferenceLoss):
             Without a goal in the prompt the gap is the difference of the rewards either way.
     """
 
-    needs_rewards = True
+    requires = frozenset({"reference", "rewards"})
 
     def __init__(self, beta: float = 0.1, distance: Distance = "absolute") -> None:
         super().__init__(beta)

@@ -81,7 +81,7 @@ class KTO(PreferenceLoss):
     added; the paper averages over responses, which is half of it.
     """
 
-    needs_unrelated = True
+    requires = frozenset({"reference", "unrelated"})
     least_pairs = 2
     batch_level = "z is estimated on the batch"
 
