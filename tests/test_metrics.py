@@ -69,7 +69,7 @@ def test_a_state_replaces_the_sums_and_one_of_other_terms_is_refused() -> None:
     for metrics in (whole, rest):
         add(metrics, [5.0], [0.0], [0], [1])
     values = whole.compute()
-    assert math.isnan(values.pop("loss/won")), "a term that was not given"
-    assert values == {name: value for name, value in rest.compute().items() if name in values}
+    assert math.isnan(values["loss/won"]), "a term that was not given"
+    assert str(values) == str(rest.compute())
     with pytest.raises(ValueError, match="expected sums of shape"):
         PairMetrics().load_state_dict(whole.state_dict())

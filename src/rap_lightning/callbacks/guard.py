@@ -88,8 +88,8 @@ class Guard(pl.Callback):
             more = f" and {len(weights) - SHOWN} more parameters" if len(weights) > SHOWN else ""
             return (
                 f"step {step}: weights of the policy are not finite: {', '.join(weights[:SHOWN])}{more}. They are not "
-                "saved: resume from the checkpoint before. If it happens again at the same step, try a smaller learning "
-                "rate or --trainer.gradient_clip_val; if not, check the machine's memory.",
+                "saved: resume from the checkpoint before. If it happens again at the same step, try a smaller "
+                "learning rate or --trainer.gradient_clip_val; if not, check the machine's memory.",
                 True,
             )
         pairs = [text for _, texts, _ in found for text in texts]

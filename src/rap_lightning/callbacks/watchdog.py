@@ -72,7 +72,7 @@ class Watchdog(LogObserver):
         )  # fmt: skip
 
     def saw_samples(self, lengths: Sequence[int], step: int) -> None:
-        """Look at the lengths of samples, in tokens; called by what takes them. Later ones are compared to the first."""
+        """Compare the lengths of samples, in tokens, with those of the first; called by callbacks that take samples."""
         if not self.enabled or not lengths:
             return
         mean = fmean(lengths)
