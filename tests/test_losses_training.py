@@ -77,7 +77,7 @@ def test_tokens_and_their_collisions_reach_the_loss(tiny: Path, pairs_folder: Pa
             return super().forward(policy, reference, rewards)
 
     module = fit(tmp_path, tiny, pairs_folder, loss=Spy(LDDPO()), batch_size=3, trainer={"max_steps": 1})
-    policy, reference = seen[1]  # the first are made-up numbers
+    policy, reference = seen[1]  # the first are synthetic inputs
     for logps in (policy, reference):
         sums = torch.zeros(6).index_add(0, logps.tokens.segment, logps.tokens.logps)
         torch.testing.assert_close(sums[0::2], logps.chosen)
@@ -152,7 +152,7 @@ def test_goals_reach_a_reward_aware_loss(tiny: Path, pairs_folder: Path, tmp_pat
             return gaps[-1][0]
 
     fit(tmp_path / "a", tiny, pairs_folder, loss=Spy(), batch_size=46, trainer={"max_steps": 1})
-    under_goal, judged = gaps[1]  # the first are made-up numbers
+    under_goal, judged = gaps[1]  # the first are synthetic inputs
     assert (under_goal > 0).all()
     assert (judged < 0).sum() == 23, "half of the pairs have the lower reward as their goal"
     gaps.clear()
@@ -343,7 +343,7 @@ def test_a_loss_of_whole_batches_is_refused_where_batches_are_taken_apart(
     tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
     module, data = build(tiny, pairs_folder, loss=AOT(), token_budget=500)
-    with pytest.raises(ConfigError, match="token_budget takes a batch apart"):
+    with pytest.raises(ConfigError, match="token_budget splits a batch"):
         make_trainer(tmp_path).fit(module, data)
     assert module.policy is None
 
@@ -387,7 +387,7 @@ def test_another_number_of_accumulated_batches_than_planned_is_refused(
 
     module, data = build(tiny, pairs_folder, optimizer=sgd)
     trainer = make_trainer(tmp_path, callbacks=[GradientAccumulationScheduler({0: 4})])
-    with pytest.raises(ConfigError, match="gradients would be multiplied"):
+    with pytest.raises(ConfigError, match="gradients would be scaled wrongly"):
         trainer.fit(module, data)
 
 
@@ -396,7 +396,7 @@ def test_a_run_with_a_following_reference_does_not_go_on_with_another(
 ) -> None:
     run = fit(tmp_path / "a", tiny, pairs_folder, reference=Synchronised(), trainer={"max_steps": 1})
     run.trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ConfigError, match="Go on with the reference that the run began with"):
+    with pytest.raises(ConfigError, match="Resume with the reference of that run"):
         fit(tmp_path / "b", tiny, pairs_folder, reference=Frozen(), ckpt=tmp_path / "a.ckpt")
 
 
