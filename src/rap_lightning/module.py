@@ -40,7 +40,7 @@ from rap_lightning.distributed.deepspeed_checks import refuse_in_trainer
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO, SFT, PreferenceLoss
 from rap_lightning.losses.contract import check_loss
-from rap_lightning.models.adapters import of_adapter
+from rap_lightning.models.checkpoint.base_weights import base_weights, without_base
 from rap_lightning.models.generation import Generation, generate
 from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, PolicyConfig
@@ -451,15 +451,10 @@ class PreferenceModule(pl.LightningModule):
             "digests": dict(self._digests),
             "run_key": self.run_key,
         }
-        if "state_dict" in checkpoint:
-            # The base model below an adapter never changes: checkpoints hold the adapter alone. 4-bit weights have
-            # scales and tables below their own name.
-            base = self._base_weights()
-            checkpoint["state_dict"] = {
-                name: value
-                for name, value in checkpoint["state_dict"].items()
-                if name not in base and name.partition(".weight.")[0] + ".weight" not in base
-            }
+        if "state_dict" in checkpoint and self.device_mesh is None:
+            # An adapter's base model never changes, so a checkpoint holds the adapter alone. (Strategies that write
+            # sharded checkpoints have no state_dict here, or name its tensors themselves.)
+            checkpoint["state_dict"] = without_base(checkpoint["state_dict"], base_weights(self.policy))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits this run; give each owner its state."""
@@ -474,18 +469,9 @@ class PreferenceModule(pl.LightningModule):
         for name, owner in self._owners().items():
             if fitting or owner is self.reference:  # evaluation resumes no run
                 owner.load_state_dict(saved[name])
-        if "state_dict" in checkpoint:  # fill in the base weights, so that loading stays strict about everything else
-            checkpoint["state_dict"] = {**self._base_weights(), **checkpoint["state_dict"]}
-
-    def _base_weights(self) -> dict[str, Tensor]:
-        """Return the weights below an adapter, named as in the state dict.
-
-        There are none where a strategy writes sharded checkpoints, which name tensors of their own.
-        """
-        if self.policy is None or not self.policy.has_adapter or self.device_mesh is not None:
-            return {}
-        named = self.policy.named_parameters(remove_duplicate=False)  # a tied head has two names
-        return {f"policy.{name}": p.detach() for name, p in named if not (p.requires_grad or of_adapter(name))}
+        if "state_dict" in checkpoint and self.device_mesh is None:
+            # filled in again, so that loading stays strict about everything else
+            checkpoint["state_dict"] = {**base_weights(self.policy), **checkpoint["state_dict"]}
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights.
