@@ -19,6 +19,7 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
+from rap_lightning.models import activation_offload as memory
 from rap_lightning.models import attention
 from rap_lightning.models import flex_attention as flex
 from rap_lightning.models.policy import (
@@ -30,7 +31,6 @@ from rap_lightning.models.policy import (
     compile_layers,
     silence_dropout,
 )
-from rap_lightning.training import out_of_memory as memory
 from test_logps import examples
 
 VOCABULARY = 97

@@ -243,7 +243,7 @@ def test_the_quickstart_runs_and_prints_the_steering_table(
     monkeypatch.setattr(sys, "argv", ["rap-lightning", *arguments])
     cli.main()
     printed = capfd.readouterr().out
-    for text in ("Asked for a score", "before", "after", "8.5", "The samples answer:"):
+    for text in ("Mean score at each goal", "before", "after", "8.5", "Prompt for the samples:"):
         assert text in printed
     assert (tmp_path / "runs/version_0/hf/model.safetensors").is_file()
     record = json.loads((tmp_path / "runs/version_0/steering.json").read_text())

@@ -18,11 +18,11 @@ from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch, Forest
 from rap_lightning.errors import ConfigError
 from rap_lightning.models import adapters, alterations
+from rap_lightning.models.activation_offload import activations_on_host
 from rap_lightning.models.attention import attention_as_now, declared_windows, forest_attention
 from rap_lightning.models.logps import Head, sum_by_segment
 from rap_lightning.preferences.chat_template import restore_own_template
 from rap_lightning.preferences.sources import refuse_no_model
-from rap_lightning.training.out_of_memory import activations_on_host
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKPOINTING_FROM = 1_000_000_000  # parameters
