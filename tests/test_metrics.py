@@ -65,11 +65,11 @@ def test_sums_stay_exact_where_float32_would_round() -> None:
 def test_a_state_replaces_the_sums_and_one_of_other_terms_is_refused() -> None:
     whole, rest = PairMetrics(["won"]), PairMetrics(["won"])
     add(whole, [1.0, 2.0], [0.0, 0.0], [0, 1], [1, 1])
-    rest.load_state_dict(whole.state_dict())
+    rest.resume(whole.state_dict())
     for metrics in (whole, rest):
         add(metrics, [5.0], [0.0], [0], [1])
     values = whole.compute()
     assert math.isnan(values["loss/won"]), "a term that was not given"
     assert str(values) == str(rest.compute())
     with pytest.raises(ValueError, match="expected sums of shape"):
-        PairMetrics().load_state_dict(whole.state_dict())
+        PairMetrics().resume(whole.state_dict())

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from rap_lightning.batches.types import Batch, PairLogps
-from rap_lightning.losses.base import over_ranks
 from rap_lightning.preferences.relabelling import ORIGINS
 
 NAMES = (
@@ -24,7 +24,7 @@ NAMES = (
 )
 
 
-class PairMetrics:
+class PairMetrics(Metric):
     """Weighted means of the quantities in :data:`NAMES`, overall and by origin (``rewards/margins/chosen-goal``).
 
     A pair whose implicit rewards are equal counts as half right. ``tokens`` and ``pairs`` are totals.
@@ -33,20 +33,21 @@ class PairMetrics:
         terms: names of the loss's own terms, logged as ``loss/NAME``.
     """
 
+    full_state_update = False
+    sums: Tensor
+    counts: Tensor
+    token_count: Tensor
+
     def __init__(self, terms: Iterable[str] = ()) -> None:
+        super().__init__(compute_with_cache=False)
         self.terms = tuple(terms)
         self.names = NAMES + tuple(f"loss/{term}" for term in self.terms)
-        # float64: an epoch's sum of log-probabilities outgrows float32. A plain object and no torchmetrics.Metric:
-        # "-true" precisions convert all modules below a LightningModule
-        self.sums = torch.zeros(len(ORIGINS), len(self.names), dtype=torch.float64)
-        self.counts = torch.zeros(len(ORIGINS), dtype=torch.float64)
-        self.token_count = torch.zeros((), dtype=torch.int64)
-
-    def to(self, device: torch.device) -> None:
-        """Move the sums."""
-        floats = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-        self.sums, self.counts = self.sums.to(device, floats), self.counts.to(device, floats)
-        self.token_count = self.token_count.to(device)
+        # float64: an epoch's sum of log-probabilities outgrows float32
+        sums, counts = torch.zeros(len(ORIGINS), len(self.names)).double(), torch.zeros(len(ORIGINS)).double()
+        self.add_state("sums", sums, dist_reduce_fx="sum", persistent=True)
+        self.add_state("counts", counts, dist_reduce_fx="sum", persistent=True)
+        self.add_state("token_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
+        self.set_dtype(torch.float64)
 
     def update(
         self, losses: Tensor, rewards: tuple[Tensor, Tensor], policy: PairLogps, batch: Batch,
@@ -83,8 +84,7 @@ class PairMetrics:
 
         Origins without pairs are left out. Before the first pair the result is empty.
         """
-        totals = {name: over_ranks(value).cpu() for name, value in self.state_dict().items()}
-        sums, counts = totals["sums"], totals["counts"]
+        sums, counts = self.sums.cpu(), self.counts.cpu()
         result: dict[str, float] = {}
         if not counts.sum():
             return result
@@ -95,26 +95,15 @@ class PairMetrics:
                 if counts[i]:
                     result |= {f"{n}/{origin}": float(v) for n, v in zip(self.names, sums[i] / counts[i], strict=True)}
         result["pairs"] = float(counts.sum())
-        result["tokens"] = float(totals["token_count"])
+        result["tokens"] = float(self.token_count)
         return result
 
-    def reset(self) -> None:
-        """Set all sums to 0."""
-        for value in (self.sums, self.counts, self.token_count):
-            value.zero_()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of this rank's sums since the last reset."""
-        return {"sums": self.sums.clone(), "counts": self.counts.clone(), "token_count": self.token_count.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace this rank's sums.
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Take over sums of an earlier ``state_dict``.
 
         Raises:
             ValueError: the sums are of a loss with other terms.
         """
         if state["sums"].shape != self.sums.shape:
             raise ValueError(f"expected sums of shape {tuple(self.sums.shape)}, found {tuple(state['sums'].shape)}")
-        self.sums.copy_(state["sums"])
-        self.counts.copy_(state["counts"])
-        self.token_count.copy_(state["token_count"])
+        self.load_state_dict({name: value.to(self.sums.device, copy=True) for name, value in state.items()})

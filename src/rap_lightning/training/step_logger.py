@@ -102,7 +102,7 @@ class StepLogger(pl.Callback):
 
     def skip_step(self) -> None:
         """Take the forward passes of this step out of the window again."""
-        self.metrics["fit"].load_state_dict(self._whole_step["window"])
+        self.metrics["fit"].resume(self._whole_step["window"])
         self._grad_norm = math.nan
 
     def mark_step(self) -> None:
@@ -212,7 +212,7 @@ class StepLogger(pl.Callback):
             if trainer.global_rank > 0:
                 sums = {name: torch.zeros_like(value) for name, value in sums.items()}
             try:
-                window.load_state_dict(sums)
+                window.resume(sums)
             except ValueError as error:
                 raise ConfigError(
                     f"the checkpoint is from a run with another loss: {error}. Resume with the loss of that run."
