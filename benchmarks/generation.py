@@ -18,9 +18,9 @@ import torch
 
 from rap_lightning.models.generation import Generation, left_pad
 from rap_lightning.onpolicy.engines import Transformers
-from rap_lightning.onpolicy.prompts import read_prompts
-from rap_lightning.onpolicy.requests import Request, prompt_id_of
-from rap_lightning.onpolicy.sampled_model import Model
+from rap_lightning.onpolicy.engines.base import Request, prompt_id_of
+from rap_lightning.onpolicy.model_source import ModelSource
+from rap_lightning.onpolicy.prompt_set import read_prompts
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=16)
     options = parser.parse_args()
-    model = Model(options.model)
+    model = ModelSource(options.model)
     tokenizer = model.tokenizer()
     size = options.batch_size
     engines = {"engine": Transformers(size), "engine, continuous": Transformers(size, continuous=True)}

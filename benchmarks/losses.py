@@ -103,7 +103,7 @@ class StepTimes(pl.Callback):
 
 def measure(options: dict[str, Any], args: argparse.Namespace, data: Path) -> dict[str, Any]:
     """Test, train, test again."""
-    options = ({"reference": Remembered()} if options["loss"].needs_reference else {}) | options
+    options = ({"reference": Remembered()} if "reference" in options["loss"].requires else {}) | options
     size = options.pop("batch_size", max(args.batch_size, options["loss"].least_pairs))
     pl.seed_everything(args.seed, verbose=False)
     times = StepTimes()

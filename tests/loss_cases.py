@@ -68,7 +68,7 @@ def rewards_for(pairs: int, conditioned: bool | None = None) -> PairRewards:
 def call(loss: Any, policy: PairLogps, reference: PairLogps, rewards: PairRewards | None = None) -> Tensor:
     """The loss of each pair."""
     value: Tensor = loss.per_pair(
-        policy, reference if loss.needs_reference else None, rewards or rewards_for(len(policy.chosen))
+        policy, reference if "reference" in loss.requires else None, rewards or rewards_for(len(policy.chosen))
     )
     return value
 

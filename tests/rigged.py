@@ -6,20 +6,20 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from rap_lightning.onpolicy.engines import Engine
-from rap_lightning.onpolicy.requests import Answer, Request
-from rap_lightning.onpolicy.sampled_model import Model
+from rap_lightning.onpolicy.engines.base import Completion, Request
+from rap_lightning.onpolicy.model_source import ModelSource
 
 
 class Obedient(Engine):
     """Responds with the goal that it is asked for."""
 
-    def open(self, model: Model, rank: int) -> None:
+    def open(self, model: ModelSource, rank: int) -> None:
         pass
 
-    def run(self, requests: Sequence[Request], generation: Any, wanted: Collection[str]) -> Iterator[list[Answer]]:
+    def run(self, requests: Sequence[Request], generation: Any, wanted: Collection[str]) -> Iterator[list[Completion]]:
         for request in requests:
             if request.id in wanted:
-                yield [Answer(request.id, request.goal or "5", 4 + request.sample)]
+                yield [Completion(request.id, request.goal or "5", 4 + request.sample)]
 
 
 def face_value(prompt: str, response: str) -> float:

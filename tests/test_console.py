@@ -28,7 +28,7 @@ def test_what_comes_before_the_first_line_of_training_is_announced(
 ) -> None:
     said = lines(tmp_path, tiny, pairs_folder, capsys, log_every_n_steps=2)
     assert said[:2] == [
-        "first, validation on a batch, to see that it works",
+        "sanity-checking validation on one batch",
         "training: steps 1 to 3, a line every 2 and for the first",
     ]
     assert said[2].startswith("step 1/3 ")

@@ -16,9 +16,9 @@ import torch
 from conftest import build, called, make_model, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.cli import main as cli
 from rap_lightning.models.policy_config import PolicyConfig
-from rap_lightning.onpolicy.evaluate.base_model_record import recorded_base
+from rap_lightning.onpolicy.evaluate.recorded_run import recorded_base
 from rap_lightning.onpolicy.jsonl_ledger import Ledger, line_of
-from rap_lightning.onpolicy.sampled_model import Model
+from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.preferences.rendering import with_goal
 
@@ -110,7 +110,7 @@ def test_log_probabilities_are_the_modules(run: Path, data: Path, tmp_path: Path
     module, batches = build(run / "hf", data, layout="padded", keep_original=True, optimizer=sgd, max_length=512)
     trainer = make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
     trainer.fit(module, batches)
-    policy = Model(str(run / "hf")).load(torch.float32, "cpu")
+    policy = ModelSource(str(run / "hf")).load(torch.float32, "cpu")
     module.policy.model.load_state_dict(policy.state_dict())
     text, compared = OverallGoal().text, 0
     for (batch,) in batches.train_dataloader():
@@ -205,8 +205,8 @@ def untimed(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def found_base(path: Path) -> str:
-    base = recorded_base(Model(str(path)))
-    assert isinstance(base, Model), base
+    base = recorded_base(ModelSource(str(path)))
+    assert isinstance(base, ModelSource), base
     return base.path
 
 
@@ -320,7 +320,7 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
             "--judge has no effect",
         ),
         (["--samples", 3], "--samples has no effect without the parts controllability"),
-        (["--parts", "[controllability]"], "--parts controllability: nobody judges the samples"),
+        (["--parts", "[controllability]"], "--parts controllability: samples need a judge"),
         (["--parts", "[discrimination]", "--bins", 4], "--bins has no effect without the part unlearning"),
         (["--parts", "[discrimination]", "--base", "x/y"], "--base has no effect without the part unlearning"),
         (

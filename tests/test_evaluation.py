@@ -22,7 +22,7 @@ from rap_lightning.evaluation import (
     statistics,
     unlearning,
 )
-from rap_lightning.evaluation.likelihoods import bin_numbers
+from rap_lightning.evaluation.response_figures import bin_numbers
 
 GOALS = [1.0, 4.0, 7.0, 10.0]
 

@@ -16,12 +16,12 @@ import transformers
 from conftest import called, make_model, make_tokenizer, scored_rows, write_jsonl
 from misbehaving import Server, echo, half, hang_up, raw, slow, status, unless
 from rap_lightning.batches.encode import Encoder, Notes
-from rap_lightning.onpolicy import asked_goals as goals
-from rap_lightning.onpolicy import http
+from rap_lightning.onpolicy import chat_client
+from rap_lightning.onpolicy import requested_goals as goals
 from rap_lightning.onpolicy.engines import Transformers
 from rap_lightning.onpolicy.engines.seeded_sampling import SeededSampling, draw
 from rap_lightning.onpolicy.jsonl_ledger import parts_of, read_rows
-from rap_lightning.onpolicy.sampled_model import Model
+from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from rap_lightning.preferences.scales import LinearScale, RewardScale
 
@@ -121,7 +121,7 @@ def test_greedy_responses_are_those_of_single_sequences(prompts: Path, knowing: 
     assert called(*continuously) == 0
     batched, continuous = rows_of(tmp_path / "a.jsonl"), rows_of(tmp_path / "b.jsonl")
     by_prompt = {row["prompt_id"]: row["response"] for row in continuous.values()}
-    model = Model(str(knowing)).load(torch.float32, "cpu")
+    model = ModelSource(str(knowing)).load(torch.float32, "cpu")
     tokenizer = make_tokenizer("chatml")
     for row in batched.values():
         turns = [{"role": "system", "content": OverallGoal().text(10)}, *row["messages"]]
@@ -186,7 +186,7 @@ def test_a_baked_goal_is_not_written_twice(prompts: Path, knowing: Path, tmp_pat
         + own.chat_template
     )
     own.save_pretrained(baked)
-    assert goals.writes(Model(str(baked)).tokenizer_as_it_is(), record["best"])
+    assert goals.template_writes(ModelSource(str(baked)).tokenizer_as_saved(), record["best"])
     for goal in ("best", "none", "4"):
         outputs = []
         for model in (knowing, baked):
@@ -329,7 +329,7 @@ def test_vllm_is_driven_as_its_documentation_says(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(chat_client, "MAX_BACKOFF", 0.05)
 
 
 def at_endpoint(prompts: Path, url: str, output: Path, **more: object) -> list[object]:
@@ -365,8 +365,8 @@ def test_retry_after_holds_back_all_requests(prompts: Path, tmp_path: Path, quic
         assert called(*at_endpoint(prompts, server.url, tmp_path / "e.jsonl", **options)) == 0
         times = [when for when, _, _ in server.requests]
         assert times[1] - times[0] >= 0.95
-    assert http._retry_after({"Retry-After": "Wed, 21 Oct 2099 07:28:00 GMT"}) > 1e9
-    assert http._retry_after({"Retry-After": "soon"}) is None
+    assert chat_client._retry_after({"Retry-After": "Wed, 21 Oct 2099 07:28:00 GMT"}) > 1e9
+    assert chat_client._retry_after({"Retry-After": "soon"}) is None
 
 
 def test_requests_per_minute_are_kept(prompts: Path, tmp_path: Path) -> None:

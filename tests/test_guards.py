@@ -17,6 +17,7 @@ from rap_lightning.models.generation import Generation
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.training.schedules import ConstantWithWarmup
+from rap_lightning.training.step_logger import LoggedStep
 from test_fit import assert_same, logged, weights
 
 BAD = 3  # the step at which something breaks
@@ -158,14 +159,14 @@ def test_a_weight_that_is_no_number_stops_the_run_even_where_steps_are_skipped(
                     module.policy.causal_lm.model.layers[1].mlp.up_proj.weight[2, 7] = math.nan
 
     saver = Checkpoints(tmp_path / "saved", save_on_exception=True, every_n_train_steps=1)
-    with pytest.raises(NotFinite, match=r"up_proj.weight \(1 of 2,048 values\).*go on from the checkpoint before"):
+    with pytest.raises(NotFinite, match=r"up_proj.weight \(1 of 2,048 values\).*resume from the checkpoint before"):
         fit(tmp_path / "run", tiny, pairs_folder, Guard("skip"), Break(), saver, trainer={"enable_checkpointing": True})
     (saved,) = (tmp_path / "saved").glob("*.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == BAD
 
 
 def test_skipping_has_a_limit(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotFinite, match=r"2 steps in a row have been skipped, which is --guard\.limit"):
+    with pytest.raises(NotFinite, match=r"2 steps in a row have been skipped, the --guard\.limit"):
         fit(tmp_path, tiny, pairs_folder, Guard("skip", 2), loss=Poisoned(tuple(range(3, 99)), math.inf))
     with pytest.raises(ConfigError, match="limit has no effect without"):
         Guard(limit=3)
@@ -285,11 +286,10 @@ def test_the_watchdog_is_silent_on_a_quiet_run_and_its_memory_outlives_the_proce
     dog = Watchdog()
     module = fit(tmp_path, tiny, pairs_folder, dog)
     assert not said_by(recwarn)
-    values = dict(module.last_logged[1])
+    values = module.step_logger.last.values
 
     def look(dog: Watchdog, step: int, **changes: float) -> None:
-        module.last_logged = (step, values | changes)
-        dog._look(module)
+        dog.on_step_logged(module.trainer, LoggedStep(step, values | changes))
 
     collapsed = {"logps/chosen": values["logps/chosen"] - 2 * values["lengths/chosen"]}
     look(dog, 7, **collapsed)
@@ -321,4 +321,4 @@ def test_the_watchdog_sees_samples_change_their_length(
         )  # fmt: skip
     said = said_by(recwarn)
     assert len(said) == 1
-    assert re.search(r"step 6: samples have \d\.\d tokens on average, and had \d+\.\d at the beginning", said[0])
+    assert re.search(r"step 6: samples have \d\.\d tokens on average, and had \d+\.\d at the start", said[0])

@@ -19,13 +19,13 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
+from rap_lightning.models import activation_offload as memory
 from rap_lightning.models import flex_attention as flex
 from rap_lightning.models import masked_attention as masked
 from rap_lightning.models.masked_attention import AttentionCall
 from rap_lightning.models.model_checks import check_head, check_sharing
 from rap_lightning.models.policy import Policy, compile_layers
 from rap_lightning.models.policy_config import Lora, PolicyConfig, silence_dropout
-from rap_lightning.training import out_of_memory as memory
 from test_logps import examples
 
 VOCABULARY = 97

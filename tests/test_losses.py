@@ -46,7 +46,7 @@ from rap_lightning.losses.base import PreferenceLoss, bounded_exp, live, over_ra
 from rap_lightning.losses.divergences import DivergenceDPO
 from rap_lightning.losses.reward_aware import GapLoss
 
-REWARD_AWARE = [kind for kind in LOSSES if kind.needs_rewards]
+REWARD_AWARE = [kind for kind in LOSSES if "rewards" in kind.requires]
 
 
 def test_the_family_is_whole() -> None:
@@ -91,9 +91,9 @@ def test_float32_in_float32_out(kind: Any) -> None:
 def test_at_policy_equal_reference_the_implicit_rewards_are_zero(kind: Any) -> None:
     """Law 5, as far as it is the loss's: the rest is the reference's."""
     loss, same = make(kind), random_logps(4, seed=1)
-    chosen, rejected = loss.implicit_rewards(same, same if loss.needs_reference else None)
+    chosen, rejected = loss.implicit_rewards(same, same if "reference" in loss.requires else None)
     assert chosen.shape == rejected.shape == (4,)
-    if loss.needs_reference and not isinstance(loss, Mixture):
+    if "reference" in loss.requires and not isinstance(loss, Mixture):
         assert torch.equal(chosen, torch.zeros_like(chosen))
         assert torch.equal(rejected, torch.zeros_like(rejected))
 
@@ -131,7 +131,7 @@ def test_the_gradient_is_that_of_the_value(kind: Any) -> None:
         return call(loss, replace(policy, tokens=replace(policy.tokens, logps=values)), reference)
 
     sums = tuple(x.clone().requires_grad_() for x in (policy.chosen, policy.rejected))
-    if not (loss.needs_tokens and not loss.needs_collisions):
+    if not ("tokens" in loss.requires and "collisions" not in loss.requires):
         assert torch.autograd.gradcheck(of_sums, sums)
     else:
         assert policy.tokens is not None
@@ -187,7 +187,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_defaults_are_those_that_runs_without_options_were_made_with(kind: Any) -> None:
-    expected = DEFAULTS[kind.__name__] | ({"distance": "absolute"} if kind.needs_rewards else {})
+    expected = DEFAULTS[kind.__name__] | ({"distance": "absolute"} if "rewards" in kind.requires else {})
     signature = inspect.signature(kind).parameters
     found = {name: p.default for name, p in signature.items() if name not in ("losses", "loss")}
     assert found == expected
@@ -198,17 +198,17 @@ def test_defaults_are_those_that_runs_without_options_were_made_with(kind: Any) 
 
 def test_each_loss_declares_what_it_needs_and_no_more() -> None:
     def that(need: str) -> set[str]:
-        return {kind.__name__ for kind in LOSSES if getattr(make(kind), need)}
+        return {kind.__name__ for kind in LOSSES if need in make(kind).requires}
 
-    assert {kind.__name__ for kind in LOSSES} - that("needs_reference") == {"SimPO", "AlphaPO", "CPO", "ORPO", "SFT"}
-    assert that("needs_rewards") == {
+    assert {kind.__name__ for kind in LOSSES} - that("reference") == {"SimPO", "AlphaPO", "CPO", "ORPO", "SFT"}
+    assert that("rewards") == {
         "ODPO", "MarginDPO", "RPOSquared", "RPOBackwardKL", "RPOForwardKL", "DistilledDPO", "REBEL", "GapWeightedDPO",
         "SoftLabelDPO", "InfoNCA", "RewardNCA",
     }  # fmt: skip
-    assert that("needs_tokens") == {"LDDPO", "WPO"}
-    assert that("needs_collisions") == {"WPO"}
-    assert that("needs_unrelated") == {"KTO"}
-    assert that("batch_level") == {"AOT", "AOTUnpaired", "KTO"}
+    assert that("tokens") == {"LDDPO", "WPO"}
+    assert that("collisions") == {"WPO"}
+    assert that("unrelated") == {"KTO"}
+    assert {kind.__name__ for kind in LOSSES if make(kind).batch_level} == {"AOT", "AOTUnpaired", "KTO"}
     assert {kind.__name__: make(kind).least_pairs for kind in LOSSES if make(kind).least_pairs != 1} == {
         "AOT": 2, "AOTUnpaired": 2, "KTO": 2,
     }  # fmt: skip
@@ -239,7 +239,7 @@ def test_implicit_rewards_are_as_each_docstring_says() -> None:
         (AlphaDPO(0.3, alpha=0.4), [0.3 * (1 - torch.exp(-0.4 * x)) / 0.4 for x in ratios]),
     ]
     for loss, wanted in expected:
-        found = loss.implicit_rewards(policy, reference if loss.needs_reference else None)
+        found = loss.implicit_rewards(policy, reference if "reference" in loss.requires else None)
         torch.testing.assert_close(list(found), wanted, msg=str(loss))
 
 
@@ -350,10 +350,8 @@ def log_sigmoid(x: float) -> float:
 
 def test_a_mixture_needs_what_its_parts_need_and_no_more() -> None:
     free, whole = Mixture([SimPO(), SFT()]), Mixture([DPO(), KTO(), MarginDPO(), LDDPO()])
-    assert not (free.needs_reference)
-    assert not (free.needs_rewards)
-    assert not (free.needs_tokens)
-    assert whole.needs_reference and whole.needs_rewards and whole.needs_tokens and whole.needs_unrelated  # noqa: PT018
+    assert free.requires == set()
+    assert whole.requires == {"reference", "rewards", "tokens", "unrelated"}
     assert whole.least_pairs == 2
     assert whole.batch_level == f"KTO: {KTO.batch_level}"
     policy = random_logps(3, seed=8)
@@ -442,7 +440,7 @@ def test_wpo_of_a_reward_aware_loss_gets_the_rewards() -> None:
     policy, rewards = random_logps(3, seed=22), rewards_for(3)
     reference = random_logps(3, seed=23, lengths=(policy.chosen_lengths, policy.rejected_lengths))
     loss, part = WPO(MarginDPO(0.3)), MarginDPO(0.3)
-    assert loss.needs_rewards
+    assert "rewards" in loss.requires
     expected = loss.pair_weights(policy) * part(policy, reference, rewards=rewards)
     torch.testing.assert_close(call(loss, policy, reference, rewards), expected)
 
@@ -510,12 +508,12 @@ def test_options_show_at_the_start_of_a_run() -> None:
     assert str(DPO(0.01, 0.3)) == "DPO(beta=0.01, label_smoothing=0.3)"
     assert str(IPO(0.1, per_token=True)) == "IPO(beta=0.1, per_token=True)"
     assert "Mixture" in str(Mixture([DPO(), SFT()], [1, 2]))
-    assert "needs" not in str(WPO(DPO()))
+    assert "requires" not in str(WPO(DPO()))
 
     class Own(DPO):
         def __init__(self) -> None:
             super().__init__(0.2, 0.1)
-            self._steps, self.name, self.needs_tokens = 3, "own", True
+            self._steps, self.name = 3, "own"
 
     assert str(Own()) == "Own(beta=0.2, label_smoothing=0.1)"
 

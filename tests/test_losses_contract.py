@@ -47,7 +47,7 @@ def test_every_loss_of_the_package_passes_and_is_left_as_it_was(kind: Any) -> No
         (lambda v: (v, {}), "a tuple"),
         (lambda v: None, "is there a return"),
         (torch.detach, "without a gradient"),
-        (torch.neg, r"a step does not raise chosen \(its slope there is 0\.1\) and does not lower rejected"),
+        (torch.neg, r"a step does not raise chosen \(its gradient is 0\.1\) and does not lower rejected"),
     ],
 )
 def test_what_forward_returns_is_checked(change: Any, message: str) -> None:
@@ -76,8 +76,8 @@ def _on_meta() -> PreferenceLoss:
         (_on_meta(), "it is on meta"),
     ],
 )
-def test_what_made_up_numbers_say_nothing_of_is_told_and_let_through(loss: PreferenceLoss, why: str) -> None:
-    with pytest.warns(UserWarning, match=f"could not be tried on made-up numbers.*{why}"):
+def test_a_loss_that_synthetic_inputs_do_not_suit_is_let_through_with_a_warning(loss: PreferenceLoss, why: str) -> None:
+    with pytest.warns(UserWarning, match=f"could not be validated on synthetic inputs.*{why}"):
         check_loss(loss)
 
 
@@ -100,15 +100,17 @@ class _Asks(PreferenceLoss):
 
 def test_what_forward_is_given_is_checked_against_what_the_class_says() -> None:
     with pytest.raises(
-        ConfigError, match=r"called as forward\(policy, reference\), and is written.*needs_rewards = True"
+        ConfigError, match=r'called as forward\(policy, reference\), .*requires = {"reference", "rewards"}\.'
     ):
         check_loss(_Asks())
-    check_loss(type("Asks", (_Asks,), {"needs_rewards": True})())
-    with pytest.raises(ConfigError, match="needs_rewards is True, so forward needs a keyword rewards"):
-        check_loss(forward_is(torch.abs, needs_rewards=True))
+    check_loss(type("Asks", (_Asks,), {"requires": {"reference", "rewards"}})())
+    with pytest.raises(ConfigError, match=r'rewards=rewards.*requires = {"reference"}\.'):
+        check_loss(forward_is(torch.abs, requires={"reference", "rewards"}))
     alone = type("Alone", (PreferenceLoss,), {"forward": lambda self, policy: policy.rejected - policy.chosen})
-    with pytest.raises(ConfigError, match="needs_reference = False"):
+    with pytest.raises(ConfigError, match=r"requires = frozenset\(\)\."):
         check_loss(alone())
+    with pytest.raises(ConfigError, match=r"Mine\.requires has reward, and can have reference, rewards, tokens"):
+        check_loss(forward_is(torch.abs, requires={"reference", "reward"}))
 
 
 def test_a_constructor_that_forgets_its_parents_is_told() -> None:

@@ -104,12 +104,14 @@ def grads(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 def ours(loss: Any, models: tuple[Any, Any], examples: list[Example], tiny: Path) -> tuple[float, dict[str, Tensor]]:
     """Mean over the pairs and its gradients, by the module's own step."""
-    module = PreferenceModule(PolicyConfig(str(tiny)), loss=loss, reference=Frozen() if loss.needs_reference else None)
+    module = PreferenceModule(
+        PolicyConfig(str(tiny)), loss=loss, reference=Frozen() if "reference" in loss.requires else None
+    )
     module.policy = Policy(models[0])
     if isinstance(module.reference, Frozen):
         module.reference._model = Policy(models[1])
     loss.eval()
-    value = module._step(batch_of(examples), module._metrics("val")).mean()
+    value = module.pair_step(batch_of(examples), "val").mean()
     return float(value), grads(models[0], value)
 
 

@@ -1,5 +1,9 @@
 """Law 9: sums and counts over the epoch and all ranks; ties count half."""
 
+import math
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,9 +16,8 @@ def add(
 ) -> None:
     c, r = torch.tensor(chosen), torch.tensor(rejected)
     n = torch.arange(1, len(chosen) + 1)
-    metrics.update(
-        c * 10, (c, r), PairLogps(c, r, n, n), torch.tensor(origin), torch.tensor(weights), torch.tensor(100)
-    )
+    batch: Any = SimpleNamespace(origin=torch.tensor(origin), weights=torch.tensor(weights), tokens=torch.tensor(100))
+    metrics.update(c * 10, (c, r), PairLogps(c, r, n, n), batch)
 
 
 def test_means_are_over_pairs_not_batches_and_split_by_origin() -> None:
@@ -48,10 +51,25 @@ def test_one_origin_alone_is_not_repeated() -> None:
     assert PairMetrics().compute() == {}
 
 
-def test_sums_stay_exact_after_a_half_precision_conversion() -> None:
-    metrics = PairMetrics().to(torch.bfloat16).half()
-    metrics.reset()
+def test_sums_stay_exact_where_float32_would_round() -> None:
+    metrics = PairMetrics()
+    add(metrics, [2.0**24], [0.0], [0], [1])
     for _ in range(300):
-        add(metrics, [1.0, 3.0], [0.0, 0.0], [0, 0], [1, 1])
-    assert metrics.compute()["rewards/chosen"] == 2.0
-    assert metrics.compute()["pairs"] == 600
+        add(metrics, [1.0, 1.0], [0.0, 0.0], [0, 0], [1, 1])
+    assert metrics.compute()["rewards/chosen"] * 601 == 2**24 + 600
+    assert metrics.compute()["pairs"] == 601
+    metrics.reset()
+    assert metrics.compute() == {}
+
+
+def test_a_state_replaces_the_sums_and_one_of_other_terms_is_refused() -> None:
+    whole, rest = PairMetrics(["won"]), PairMetrics(["won"])
+    add(whole, [1.0, 2.0], [0.0, 0.0], [0, 1], [1, 1])
+    rest.resume(whole.state_dict())
+    for metrics in (whole, rest):
+        add(metrics, [5.0], [0.0], [0], [1])
+    values = whole.compute()
+    assert math.isnan(values["loss/won"]), "a term that was not given"
+    assert str(values) == str(rest.compute())
+    with pytest.raises(ValueError, match="expected sums of shape"):
+        PairMetrics().resume(whole.state_dict())

@@ -178,7 +178,7 @@ def test_samples_of_callbacks_are_guided_of_plain_pairs_too(tiny: Path, pairs_fo
         assert found["guided"][high] != found["plain"][high]
         assert found["guided"][low] == found["plain"][low], "the low goal is pushed away from itself"
     other = SteeringTable(length, goals=(1, 10), samples=8, beside=str(tmp_path / "guided"))
-    with pytest.raises(ConfigError, match=r"their numbers don't compare. Use the same .* --model.generation"):
+    with pytest.raises(ConfigError, match=r"To compare them, use the same .* --model.generation"):
         fit(tmp_path / "beside", tiny, pairs_folder, other)
 
 
@@ -191,7 +191,7 @@ def test_data_without_goals_are_sampled_without_one_and_have_no_rewards(
         fit(tmp_path / "b", tiny, pairs_folder, LikelihoodProbe(), goal=None, trainer={"max_steps": 1})
     with pytest.raises(ConfigError, match="goals have no effect with"):
         fit(tmp_path / "c", tiny, pairs_folder, GoalSamples(goals=[1]), goal=None, trainer={"max_steps": 1})
-    with pytest.raises(ConfigError, match="must lie on the scale of 1 to 10, found 0"):
+    with pytest.raises(ConfigError, match="must be on the scale of 1 to 10, found 0"):
         fit(tmp_path / "d", tiny, pairs_folder, GoalSamples(goals=[0, 5]), trainer={"max_steps": 1})
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from conftest import ROOT, called, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.onpolicy import fitting
+from rap_lightning.onpolicy import round_fit
 from rap_lightning.onpolicy.stages import Stages
 from rap_lightning.world.make import make_world
 from rap_lightning.world.world_data import make_prompts
@@ -185,10 +185,10 @@ def test_held_out_prompts_are_not_trained_on(config: Path, tmp_path: Path, capsy
 
 
 def test_the_reference_is_the_policy_or_the_initial_model(tmp_path: Path) -> None:
-    made = fitting.fit_config({}, "latest", "first", tmp_path / "p", {"goal": None}, tmp_path / "r", "initial")
+    made = round_fit.fit_config({}, "latest", "first", tmp_path / "p", {"goal": None}, tmp_path / "r", "initial")
     assert made["model"]["policy"]["path"] == "latest"
     assert made["model"]["reference"] == {"class_path": "Frozen", "init_args": {"path": "first"}}
-    made = fitting.fit_config(
+    made = round_fit.fit_config(
         {"model": {"policy": {"lora": {"r": 4}}}, "data": {"class_path": "my.Data", "init_args": {"batch_size": 2}}},
         "latest", "first", tmp_path / "p", {"goal": None}, tmp_path / "r", "policy",
     )  # fmt: skip
@@ -196,7 +196,7 @@ def test_the_reference_is_the_policy_or_the_initial_model(tmp_path: Path) -> Non
     assert made["export"] == {"merge": True}, "the next round's policy is a whole model"
     assert made["data"]["init_args"]["source"] == str((tmp_path / "p").resolve())
     with pytest.raises(ConfigError, match="beside reference initial"):
-        fitting.fit_config({"model": {"reference": "Frozen"}}, "a", "b", tmp_path, {}, tmp_path, "initial")
+        round_fit.fit_config({"model": {"reference": "Frozen"}}, "a", "b", tmp_path, {}, tmp_path, "initial")
 
 
 def test_a_stage_that_was_interrupted_goes_on_and_one_of_other_inputs_begins_anew(tmp_path: Path) -> None:
@@ -230,19 +230,19 @@ def test_a_stage_that_was_interrupted_goes_on_and_one_of_other_inputs_begins_ane
 def test_every_recipe_is_read_and_its_fit_section_is_taken_by_fit(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rap_lightning.onpolicy import prompts
+    from rap_lightning.onpolicy import prompt_set
     from rap_lightning.onpolicy import run_rounds as rounds
-    from rap_lightning.onpolicy.sampled_model import Model
+    from rap_lightning.onpolicy.model_source import ModelSource
 
     plans: list[Any] = []
     names = iter(range(10))
     monkeypatch.setattr(rounds, "run_rounds", lambda plan: plans.append(plan) or [])
-    found = lambda *args: prompts.Prompts([[{"role": "user", "content": f"hi {next(names)}"}]])  # noqa: E731
-    monkeypatch.setattr(prompts, "read_prompts", found)
+    found = lambda *args: prompt_set.PromptSet([[{"role": "user", "content": f"hi {next(names)}"}]])  # noqa: E731
+    monkeypatch.setattr(prompt_set, "read_prompts", found)
     assert called("rounds", "--config", recipe, "--output", tmp_path) == 0
     assert recipe.read_text().startswith(f"# rap-lightning rounds --config configs/rounds/{recipe.name}\n")
     (plan,) = plans
-    rounds.Round(plan, 1, Model(plan.initial.path))._check_fit()
+    rounds.Round(plan, 1, ModelSource(plan.initial.path)).check_fit()
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ import torch
 from conftest import called, make_tokenizer, write_jsonl
 from misbehaving import Server, completion, hang_up, raw, says, status, unless
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy import http
+from rap_lightning.onpolicy import chat_client
 from rap_lightning.onpolicy.jsonl_ledger import read_meta
 from rap_lightning.onpolicy.judges import RewardModel, rubric
-from rap_lightning.onpolicy.judges.base import Item
+from rap_lightning.preferences.judge import Item
 
 GOOD = {"instruction_following": 4, "truthfulness": 5, "honesty": 3, "helpfulness": 4, "overall_score": 7.5}
 
@@ -201,7 +201,7 @@ def judge_args(samples: Path, output: Path, url: str, **more: object) -> list[ob
 def test_a_judge_in_prose_is_asked_again_with_the_reason(
     samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(http, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(chat_client, "MAX_BACKOFF", 0.05)
     trouble = [says("An 8, I'd say."), status(503), says(changed(honesty=9)), raw("{"), hang_up]
     with Server(*trouble, says(json.dumps(GOOD))) as server:
         output = tmp_path / "scored.jsonl"
@@ -257,7 +257,7 @@ def test_votes_are_averaged_and_disagreement_is_counted(
 def test_a_judge_that_goes_down_keeps_what_it_said(
     samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(http, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(chat_client, "MAX_BACKOFF", 0.01)
     output = tmp_path / "o.jsonl"
     good = says(json.dumps(GOOD))
     with Server(good, hang_up) as server:

@@ -107,7 +107,7 @@ def test_a_checkpoint_of_any_strategy_exports_to_the_same_folder(
     kind: str, base: dict[str, Any], tmp_path: Path
 ) -> None:
     from rap_lightning.commands.export import export
-    from rap_lightning.onpolicy.sampled_model import Model
+    from rap_lightning.onpolicy.model_source import ModelSource
 
     case = variants(base)["tree-off" if kind == "lora" else "tree-frozen"] | {"every": 3, "export": True}
     case["model"] = base["untied" if kind == "full" else "model"]
@@ -129,8 +129,8 @@ def test_a_checkpoint_of_any_strategy_exports_to_the_same_folder(
         trained = {n.removeprefix("model."): v for n, v in torch.load(tmp_path / f"{name}.pt")["weights"].items()}
         for key, value in tensors(tmp_path / f"hf-{name}").items():
             assert torch.equal(value, trained[key.replace(".weight", ".default.weight") if kind == "lora" else key])
-    sampled = Model(str(tmp_path / "saved-fsdp2" / "step=3.ckpt"))
-    assert sampled.record() == Model(str(tmp_path / "saved-single" / "step=3.ckpt")).record() is not None
+    sampled = ModelSource(str(tmp_path / "saved-fsdp2" / "step=3.ckpt"))
+    assert sampled.record() == ModelSource(str(tmp_path / "saved-single" / "step=3.ckpt")).record() is not None
     loaded = sampled.load(torch.float32, "cpu").state_dict()
     for key, value in torch.load(tmp_path / "fsdp2.pt")["weights"].items():
         assert torch.equal(loaded[key.removeprefix("model.")], value), key

@@ -90,7 +90,7 @@ def test_losses_of_single_pairs_take_it(loss: Any, tiny: Path, pairs_folder: Pat
 
 @pytest.mark.parametrize("loss", [KTO(), AOT()])
 def test_losses_of_whole_batches_refuse_it(loss: Any, tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"rejected_weight 0.5 weighs single pairs"):
+    with pytest.raises(ConfigError, match=r"rejected_weight 0.5 weights single pairs"):
         one_step(tmp_path, tiny, pairs_folder, loss=loss, rejected_weight=0.5)
 
 

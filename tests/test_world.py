@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from importlib import import_module
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -23,7 +24,7 @@ from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.world import attributes, make, make_pairs, make_prompts, make_world, score
 from rap_lightning.world.make import pair_figures
 from rap_lightning.world.rule import FAMILIES, WORDS, parse_prompt
-from rap_lightning.world.world_data import GOAL_MESSAGE, STRAYS, Pair, respond
+from rap_lightning.world.world_data import GOAL_MESSAGE, STRAYS, WorldPair, respond
 from rap_lightning.world.world_datamodule import WorldDataModule
 
 
@@ -96,7 +97,7 @@ def test_a_noisy_judge_is_off_by_as_much_as_asked_and_still_says_who_won() -> No
     assert abs(fmean(errors)) < 0.15
     assert correlation(errors, parts) < 0.1, "each number has noise of its own"
 
-    def texts(pairs: list[Pair]) -> list[set[str]]:
+    def texts(pairs: list[WorldPair]) -> list[set[str]]:
         return [{pair["chosen"][-1]["content"], pair["rejected"][-1]["content"]} for pair in pairs]
 
     assert texts(noisy) == texts(clean), "noise changes scores, never responses"
@@ -173,22 +174,17 @@ def test_a_world_of_the_models_own_pairs_is_made_from_the_command_line(tmp_path:
     assert "Traceback" not in wrong.stderr
 
 
-def test_a_world_from_before_there_were_knobs_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "world.json").write_text(
-        json.dumps({"settings": {"version": 1, "train_pairs": 2000, "test_pairs": 200, "base_steps": 600, "seed": 0}})
-    )
-    make_world(tmp_path)
-    assert "is there already" in capsys.readouterr().out
-
-
 def test_another_world_in_the_folder_is_told_by_what_differs_and_the_flags_that_take_it(tmp_path: Path) -> None:
-    plain = {"train_pairs": 2000, "test_pairs": 200, "base_steps": 600, "version": 1}
-    (tmp_path / "world.json").write_text(json.dumps({"settings": plain | {"seed": 1, "families": ["words"]}}))
+    defaults = {
+        name: parameter.default for name, parameter in signature(make_world).parameters.items() if name != "root"
+    }
+    settings = defaults | {"version": 1, "seed": 1, "families": ["words"]}
+    (tmp_path / "world.json").write_text(json.dumps({"settings": settings}))
     module = WorldDataModule(str(tmp_path))
     with pytest.raises(DataError) as caught:
         module.prepare_data()
     said = str(caught.value)
-    assert "seed is 1 there, 0 was asked for" in said
+    assert "seed is 1 there, requested 0" in said
     assert "--data.families '[words]' --data.world_seed 1)" in said
     assert "base_steps" not in said, "it is the same"
     parser = ArgumentParser()
@@ -247,7 +243,7 @@ def test_the_quickstart_runs_and_prints_the_steering_table(
     monkeypatch.setattr(sys, "argv", ["rap-lightning", *arguments])
     cli.main()
     printed = capfd.readouterr().out
-    for text in ("Asked for a score", "before", "after", "8.5", "The samples answer:"):
+    for text in ("Mean score at each goal", "before", "after", "8.5", "Prompt for the samples:"):
         assert text in printed
     assert (tmp_path / "runs/version_0/hf/model.safetensors").is_file()
     record = json.loads((tmp_path / "runs/version_0/steering.json").read_text())
@@ -268,11 +264,11 @@ def test_the_quickstart_runs_and_prints_the_steering_table(
     monkeypatch.setattr(sys, "argv", ["rap-lightning", *run, "--trainer.callbacks.samples", "95"])
     with pytest.raises(SystemExit, match="2"):
         cli.main()
-    assert "their numbers don't compare" in capfd.readouterr().err
+    assert "was sampled with" in capfd.readouterr().err
     world = json.loads((tmp_path / "runs/world/world.json").read_text())
     assert world["settings"]["base_steps"] == 30
     settings = {"train_pairs": 80, "test_pairs": 20, "base_steps": 30}
     make_world(tmp_path / "runs/world", **settings)  # found, not made again
-    assert "is there already" in capfd.readouterr().out
+    assert "exists already" in capfd.readouterr().out
     with pytest.raises(ValueError, match="other settings"):
         make_world(tmp_path / "runs/world", **(settings | {"seed": 1}))

@@ -74,7 +74,7 @@ def fit(base: Path, recipe: Recipe, batch: int, seed: int) -> tuple[Policy, dict
         str(recipe.source), goal=recipe.goal, max_length=MAX_LENGTH, layout="tree", batch_size=batch, seed=seed,
         **recipe.data,
     )  # fmt: skip
-    remembers = recipe.loss.needs_reference and not recipe.loss.needs_tokens and recipe.warm_up is None
+    remembers = "reference" in recipe.loss.requires and "tokens" not in recipe.loss.requires and recipe.warm_up is None
     module = PreferenceModule(
         PolicyConfig(str(base)), recipe.loss, reference=Remembered() if remembers else None,
         optimizer=partial(torch.optim.AdamW, lr=recipe.lr, weight_decay=0.0, fused=True), warm_up=recipe.warm_up,
@@ -88,7 +88,7 @@ def fit(base: Path, recipe: Recipe, batch: int, seed: int) -> tuple[Policy, dict
     assert module.policy is not None, "fit builds the policy"
     assert trainer.global_step == recipe.steps, f"{trainer.global_step} steps instead of {recipe.steps}"
     report = data.reports["train"][0]
-    last = module.last_logged[1]
+    last = module.step_logger.last.values
     seen = {
         "pairs": report.pairs,
         "training_pairs": report.relabelled,

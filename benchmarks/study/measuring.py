@@ -16,7 +16,7 @@ from rap_lightning.batches.encode import Encoder, Notes
 from rap_lightning.batches.layouts import lay_out_responses
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.evaluation import read_off
-from rap_lightning.evaluation.likelihoods import bin_numbers
+from rap_lightning.evaluation.response_figures import bin_numbers
 from rap_lightning.evaluation.statistics import curve_spearman, slope, spearman
 from rap_lightning.models.generation import Generation, generate, left_pad
 from rap_lightning.models.policy import Policy, evaluating

@@ -39,6 +39,7 @@ from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.selection import Selection
 from rap_lightning.preferences.source_mix import copies, stream_mixed
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having, splits_of
+from rap_lightning.training.protocols import policy_of
 from rap_lightning.training.run_state import batches_done
 
 Prompt = tuple[list[int], dict[str, Any], list[int] | None]
@@ -373,9 +374,8 @@ class PreferenceDataModule(pl.LightningDataModule):
         if trainer is not None and trainer.overfit_batches:  # type: ignore[attr-defined]
             raise ConfigError("--trainer.overfit_batches isn't supported; use --trainer.limit_train_batches.")
         # a loss that compares the pairs of a batch must not get batches of one length
-        loss = getattr(getattr(trainer, "lightning_module", None), "loss", None)
-        packing = None
-        if not getattr(loss, "batch_level", ""):
+        packing, module = None, policy_of(trainer)
+        if module is None or not module.compares_pairs:
             packing = Packing(pairs.sizes(), LAYOUTS[self.layout].tokens, self.token_budget or sys.maxsize)
         sampler = StepSampler(
             len(pairs),

@@ -157,8 +157,8 @@ class PairLogps:
         chosen, rejected: [B] float32, summed over the response's tokens, in nats.
         chosen_lengths, rejected_lengths: [B] int64, response tokens including the end of turn.
         weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch; None: all 1.
-        tokens: for losses with ``needs_tokens``.
-        unrelated: [2B] float32, for losses with ``needs_unrelated``: summed log-probability of the response of the
+        tokens: for losses that require "tokens".
+        unrelated: [2B] float32, for losses that require "unrelated": summed log-probability of the response of the
             nearest pair before this one (the last comes before the first) that was made of another scored pair, to this
             pair's prompt, chosen at 2i and rejected at 2i+1.
     """

@@ -1,8 +1,7 @@
-"""How goals come to steer: samples at each goal, now and then during fit."""
+"""Samples at each goal every N steps: how the goal comes to steer during fit."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, ClassVar
@@ -11,7 +10,16 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from rap_lightning.callbacks.goal_sampling import Goal, Judge, Sample, parts_of_fit, sample_at_goals, tell_watchdog
+from rap_lightning.callbacks.goal_sampling import (
+    Goal,
+    Judge,
+    JudgeFailed,
+    Sample,
+    parts_of_fit,
+    sample_at_goals,
+    score,
+    tell_watchdog,
+)
 from rap_lightning.callbacks.intervals import AtIntervals, Row
 from rap_lightning.callbacks.steering_table import SteeringTable
 from rap_lightning.errors import ConfigError
@@ -23,16 +31,16 @@ class GoalSamples(AtIntervals):
 
     A line is ``{"step", "goal", "prompt", "response", "score", "tokens"}``; the score is null without a judge. Logged
     are ``samples/goal-G/score`` and ``.../tokens``, and ``samples/spearman``, the rank correlation of goals and mean
-    scores. How responses are sampled is the module's ``generation``.
+    scores. Responses are sampled with the module's ``generation``.
 
     Args:
-        judge: a function of (prompt, response), by import path, that gives the reward; by default nobody judges.
+        judge: a function of (prompt, response), by import path, that gives the reward; by default none.
         goals: rewards to ask for; by default four from the lowest to the highest of the scale. Without a goal template
-            prompts are answered without a goal.
+            prompts state no goal.
         prompts: distinct validation prompts.
         samples: responses for each prompt at each goal.
         every_n_steps: optimizer steps between two samplings; also before the first step and after the last.
-        seed: of the sampling, the same every time; the run's own random numbers are left as they were.
+        seed: of the sampling, the same at every step; the run's own random numbers are left as they were.
     """
 
     file: ClassVar[str] = "samples.jsonl"
@@ -50,7 +58,7 @@ class GoalSamples(AtIntervals):
         self._failed = False
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Settle what is asked for."""
+        """Choose goals and prompts."""
         ours, data = parts_of_fit(trainer, module, "GoalSamples")
         if data.goal is None:
             if self.goals is not None:
@@ -61,7 +69,7 @@ class GoalSamples(AtIntervals):
             asked = sorted(map(float, self.goals)) if self.goals is not None else scale.grid(4)
             if outside := [goal for goal in asked if not scale.low <= goal <= scale.high]:
                 raise ConfigError(
-                    f"GoalSamples: goals must lie on the scale of {scale.low:g} to {scale.high:g}, found {outside[0]:g}"
+                    f"GoalSamples: goals must be on the scale of {scale.low:g} to {scale.high:g}, found {outside[0]:g}"
                 )
             self._asked = list(asked)
         drawn = data.histories()[: self.prompts]
@@ -76,7 +84,7 @@ class GoalSamples(AtIntervals):
         ours, data = parts_of_fit(trainer, module, "GoalSamples")
         found = sample_at_goals(trainer, ours, data, self._histories, self._asked, self.seed, "GoalSamples")
         if not any(isinstance(callback, SteeringTable) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            tell_watchdog(trainer, found)  # a SteeringTable's samples are others, and may be longer
+            tell_watchdog(trainer, found)  # a SteeringTable's samples have other prompts and may be longer
         if not trainer.is_global_zero:
             return [], {}
         rows = [
@@ -89,14 +97,12 @@ class GoalSamples(AtIntervals):
         if self.judge is None:
             return None
         try:
-            score = float(self.judge(sample.prompt, sample.text))
-            fault = "" if math.isfinite(score) else f"gave {score}"
-        except Exception as error:  # whatever a user's judge raises must not end a run
-            score, fault = math.nan, f"raised {type(error).__name__}: {error}"
-        if fault and not self._failed:
-            rank_zero_warn(f"GoalSamples: the judge {fault}; such scores are null")
+            return score(self.judge, sample, "GoalSamples")
+        except JudgeFailed as error:  # which must not end a run
+            if not self._failed:
+                rank_zero_warn(f"{error} Such scores are null.")
             self._failed = True
-        return None if fault else score
+            return None
 
     def _metrics(self, rows: list[Row], step: int) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -1,18 +1,19 @@
-"""Samples of the policy that is being trained, at goals, without a trace in the run."""
+"""Sampling and scoring at goals during fit, which leaves the run as it was; shared by GoalSamples and SteeringTable."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from rap_lightning.callbacks.ranks import gathered
 from rap_lightning.callbacks.watchdog import Watchdog
 from rap_lightning.datamodule import PreferenceDataModule
+from rap_lightning.distributed.gather import gathered
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.generation import generate
 from rap_lightning.module import PreferenceModule
@@ -22,9 +23,13 @@ Judge = Callable[[str, str], float]
 """(prompt, response) -> reward on the goal template's scale"""
 
 
+class JudgeFailed(ConfigError):
+    """A user's judge raised an exception, or returned no finite number."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """A response: its prompt's last turn, its text, and its tokens, end of turn included."""
+    """A response: its prompt's last turn, its text, and its number of tokens with the end of turn."""
 
     prompt: str
     text: str
@@ -34,10 +39,10 @@ class Sample:
 def parts_of_fit(
     trainer: pl.Trainer, module: pl.LightningModule, name: str
 ) -> tuple[PreferenceModule, PreferenceDataModule]:  # fmt: skip
-    """Our module and data module.
+    """Return our module and data module.
 
     Raises:
-        ConfigError: the run is of others.
+        ConfigError: the run has others.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, PreferenceDataModule) or not isinstance(module, PreferenceModule):
@@ -46,7 +51,7 @@ def parts_of_fit(
 
 
 def tell_watchdog(trainer: pl.Trainer, found: Mapping[Any, Sequence[Sample]]) -> None:
-    """The lengths of samples by goal, to whom it concerns."""
+    """Give the watchdog, if there is one, the lengths of the samples."""
     lengths = [one.tokens for samples in found.values() for one in samples]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Watchdog):
@@ -54,20 +59,34 @@ def tell_watchdog(trainer: pl.Trainer, found: Mapping[Any, Sequence[Sample]]) ->
 
 
 def log_now(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
-    """To every logger, on disk at once: a run may be killed before its next line."""
+    """Log to every logger and save at once: the run may be killed before the next line."""
     for logger in trainer.loggers if metrics else ():
         logger.log_metrics(dict(metrics), step=trainer.global_step)
         logger.save()
+
+
+def score(judge: Judge, sample: Sample, name: str) -> float:
+    """Return the judge's reward for a sample.
+
+    Raises:
+        JudgeFailed: it raised, or returned no finite number.
+    """
+    try:
+        reward = float(judge(sample.prompt, sample.text))
+    except Exception as error:  # a user's judge may raise anything
+        raise JudgeFailed(f"{name}: the judge raised {type(error).__name__}: {error}.") from error
+    if not isfinite(reward):
+        raise JudgeFailed(f"{name}: the judge gave {reward}, not a finite number.")
+    return reward
 
 
 def sample_at_goals(
     trainer: pl.Trainer, module: PreferenceModule, data: PreferenceDataModule, histories: Sequence[Any],
     goals: Sequence[Goal], seed: int, name: str,
 ) -> dict[Goal, list[Sample]]:  # fmt: skip
-    """A response to each conversation at each goal, on every rank; the ranks share the work.
+    """Return a response to each conversation at each goal, on every rank; the ranks share the work.
 
-    The run's random numbers are left as they were. Texts depend on the seed, and, where there are several ranks, on how
-    many.
+    The run's random numbers are left as they were. Texts depend on the seed and on the number of ranks.
 
     Raises:
         ConfigError: the policy is sharded.
@@ -86,7 +105,7 @@ def sample_at_goals(
                 part = mine[first : first + data.batch_size]
                 batch = data.prompt_batch(part, goal, module.generation).to(module.device)
                 texts += generate(module.policy, module.tokenizer, batch, module.generation)
-            # counted as they read: one more for the end of turn, which a response that ran out of tokens lacks
+            # tokens of the text, and one for the end of turn, which a response cut at max_new_tokens lacks
             tokens = map(len, module.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
             longest = module.generation.max_new_tokens
             own = [

@@ -1,31 +1,32 @@
-"""Losses, gradients and weights that are not finite are found before they reach the weights."""
+"""Detection of losses, gradients and weights that are not finite, before an optimizer step spreads them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from rap_lightning.distributed.gather import gathered
 from rap_lightning.errors import ConfigError, NotFinite
 from rap_lightning.losses.base import over_ranks
 from rap_lightning.models.digests import not_finite
 from rap_lightning.module import Pass, PreferenceModule
 
 SHOWN = 3
-"""Pairs that a message names."""
+"""Number of pairs that a message names."""
 
 
 class Guard(pl.Callback):
-    """Looks at the losses and the gradient of each optimizer step before it is taken; all ranks decide the same.
+    """Checks the losses and the gradient of each optimizer step before it is taken; all ranks decide the same.
 
     Args:
-        non_finite: what to do where one is infinite or no number. stop: end the run, naming the pairs, with a
-            checkpoint of the step before. skip: leave that step out (weights, optimizer and log stay as they were, the
-            schedule goes on), count it as ``guard/skipped_steps``, and go on; weights that are not finite themselves
-            always stop.
+        non_finite: what to do where one is infinite or nan. stop: end the run, naming the pairs, with a checkpoint of
+            the step before. skip: leave that step out (weights, optimizer and log stay as they were, the schedule
+            advances), count it as ``guard/skipped_steps``, and continue; weights that are not finite themselves always
+            stop.
         limit: steps in a row that may be skipped (by default 10); more of them end the run.
     """
 
@@ -40,11 +41,15 @@ class Guard(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look; stop, or leave the step out."""
+        """Check the step; stop, or leave it out.
+
+        Raises:
+            NotFinite: the run must stop.
+        """
         if not isinstance(pl_module, PreferenceModule) or not pl_module.passes:
             return
         bad_losses = torch.stack([~_finite(one).all() for one in pl_module.passes]).any()
-        # a gradient scaler (16-bit floats) expects infinite gradients now and then, and skips such steps by itself
+        # a gradient scaler (16-mixed) produces infinite gradients now and then, and skips such steps by itself
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         bad_gradient = torch.zeros_like(bad_losses) if scaled else ~pl_module.gradient_norm().isfinite()
         losses, gradient = over_ranks(torch.stack((bad_losses, bad_gradient)).float()).tolist()
@@ -55,7 +60,7 @@ class Guard(pl.Callback):
         self._in_a_row += 1
         if self.non_finite == "stop" or broken or self._in_a_row > self.limit:
             if self._in_a_row > self.limit:
-                message += f" {self.limit} steps in a row have been skipped, which is --guard.limit."
+                message += f" {self.limit} steps in a row have been skipped, the --guard.limit."
             error = NotFinite(message)
             error.saves, error.on_all_ranks = not broken, True
             raise error
@@ -66,35 +71,32 @@ class Guard(pl.Callback):
             logger.log_metrics({"guard/skipped_steps": float(self.skipped)}, step=trainer.global_step + 1)
 
     def state_dict(self) -> dict[str, int]:
-        """The count."""
+        """Return the counts."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on counting."""
+        """Continue to count."""
         self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
     def _message(self, trainer: pl.Trainer, module: PreferenceModule) -> tuple[str, bool]:
-        """What is not finite, on which rank, and whether the weights are; the same text on every rank."""
+        """Return what is not finite, and whether that includes weights; the same text on every rank."""
         assert module.policy is not None, "training builds the policy"
-        found: list[Any] = [(not_finite(module.policy), _offending(module.passes), _names(module))]
-        if trainer.world_size > 1:
-            found *= trainer.world_size
-            torch.distributed.all_gather_object(found, found[0])
+        found = gathered((not_finite(module.policy), _offending(module.passes), _names(module)))
         step = trainer.global_step + 1
         weights = sorted({text for texts, _, _ in found for text in texts})
         if weights:
             more = f" and {len(weights) - SHOWN} more parameters" if len(weights) > SHOWN else ""
             return (
-                f"step {step}: weights of the policy are not finite: {', '.join(weights[:SHOWN])}{more}. Nothing can "
-                "be saved of them: go on from the checkpoint before. If it comes again at the same step, a smaller "
-                "learning rate or --trainer.gradient_clip_val helps; if not, suspect the machine's memory.",
+                f"step {step}: weights of the policy are not finite: {', '.join(weights[:SHOWN])}{more}. They are not "
+                "saved: resume from the checkpoint before. If it happens again at the same step, try a smaller "
+                "learning rate or --trainer.gradient_clip_val; if not, check the machine's memory.",
                 True,
             )
         pairs = [text for _, texts, _ in found for text in texts]
         if pairs:
             more = f"; and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
             return (
-                f"step {step}: the loss is not finite for {'; '.join(pairs[:SHOWN])}{more}. Look at those rows "
+                f"step {step}: the loss is not finite for {'; '.join(pairs[:SHOWN])}{more}. Check those rows "
                 "(rap-lightning inspect), or set --guard.non_finite skip to leave such steps out.",
                 False,
             )
@@ -103,18 +105,18 @@ class Guard(pl.Callback):
         return (
             f"step {step}: all losses are finite, but the gradient is not, of {', '.join(names[:SHOWN])} "
             f"({len(names)} parameters), in a step of pairs {', '.join(ids[:SHOWN])} and {max(0, len(ids) - SHOWN)} "
-            "more. A smaller --model.loss.beta or learning rate helps; --guard.non_finite skip leaves such steps out.",
+            "more. Try a smaller --model.loss.beta or learning rate; --guard.non_finite skip leaves such steps out.",
             False,
         )
 
 
 def _finite(one: Pass) -> torch.Tensor:
-    """[B], true for fillers."""
+    """Return whether each loss is finite, [B]; true for fillers."""
     return one.losses.isfinite() | (one.batch.weights == 0)
 
 
 def _offending(passes: Sequence[Pass]) -> list[str]:
-    """The pairs whose loss is not finite: id, goal, lengths, log-probabilities, rewards."""
+    """Describe the pairs whose loss is not finite: id, goal, lengths, log-probabilities, rewards."""
     texts = []
     for one in passes:
         for i in (~_finite(one)).nonzero()[:, 0].tolist():
@@ -132,6 +134,7 @@ def _offending(passes: Sequence[Pass]) -> list[str]:
 
 
 def _names(module: PreferenceModule) -> list[str]:
+    """Return the parameters whose gradient is not finite on this rank."""
     assert module.policy is not None, "training builds the policy"
     grads = [(name, p.grad) for name, p in module.policy.named_parameters() if p.grad is not None]
     local = [(name, grad.to_local() if hasattr(grad, "to_local") else grad) for name, grad in grads]

@@ -1,4 +1,4 @@
-"""What training does to good and bad responses: their log-probabilities by reward, now and then during fit."""
+"""Log-probabilities of good and bad responses during fit, by reward: what training does to each."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rap_lightning.batches.at_goals import AtGoal, AtGoals, batch_of, in_passes, two_by_two
 from rap_lightning.callbacks.goal_sampling import parts_of_fit
 from rap_lightning.callbacks.intervals import AtIntervals, Row
-from rap_lightning.callbacks.ranks import gathered
 from rap_lightning.datamodule import PreferenceDataModule
+from rap_lightning.distributed.gather import gathered
 from rap_lightning.errors import ConfigError
-from rap_lightning.evaluation.likelihoods import ROLES, bin_numbers, bins_of
+from rap_lightning.evaluation.response_figures import ROLES, bin_numbers, bins_of
 from rap_lightning.models.policy import evaluating, most_on_any_rank
 from rap_lightning.module import PreferenceModule
 from rap_lightning.preferences.data_report import DataReport
@@ -29,15 +29,15 @@ BUDGET = 4096  # tokens in a forward pass without gradients
 class LikelihoodProbe(AtIntervals):
     """Follows the log-probability of validation responses by role and reward, into ``likelihood.jsonl``.
 
-    A line is ``{"step", "condition", "role", "low", "high", "n", "change_nats"}``: how many nats more or less likely
-    the n chosen (higher reward) or rejected responses with a reward from low to high are than before the first step, on
-    average: without a goal in the prompt (``none``), with the best one, or with each response's own. Good rejected
-    responses that fall are unlearnt, bad chosen ones that rise are imitated. Logged as
+    A line is ``{"step", "condition", "role", "low", "high", "n", "change_nats"}``: the mean change since before the
+    first step, in nats, of the log-probability of the n chosen (higher reward) or rejected responses with a reward from
+    low to high: without a goal in the prompt (``none``), with the best one, or with each response's own. A good
+    rejected response that falls is unlearnt, a bad chosen one that rises is imitated. Logged as
     ``likelihood/CONDITION/ROLE/LOW-HIGH``.
 
     Args:
-        pairs: of the validation split (the training split, where there is none), drawn by the seed.
-        bins: of rewards, of equal width over the judge's scale.
+        pairs: pairs of the validation split (the training split, where there is none), drawn by the seed.
+        bins: bins of rewards, of equal width over the judge's scale.
         every_n_steps: optimizer steps between two measurements; also before the first step and after the last.
         seed: of the draw.
     """
@@ -58,19 +58,19 @@ class LikelihoodProbe(AtIntervals):
         self._base_of = ""
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw and encode the pairs; keep what the policy thinks of them before the first step."""
+        """Draw and encode the pairs; keep their log-probabilities before the first step."""
         ours, data = parts_of_fit(trainer, module, "LikelihoodProbe")
         self._draw(data)
         if self._base_of != self._digest:
             if trainer.global_step > 0:
                 rank_zero_warn(
-                    f"LikelihoodProbe: the checkpoint has no log-probabilities of these pairs before the first step; "
-                    f"changes are against step {trainer.global_step}."
+                    "LikelihoodProbe: the checkpoint has no log-probabilities of these pairs from before the first "
+                    f"step; changes are since step {trainer.global_step}."
                 )
             self._base, self._base_of = self._logps(trainer, ours, data), self._digest
 
     def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[list[Row], dict[str, float]]:
-        """The means of what changed since."""
+        """Return the mean changes."""
         ours, data = parts_of_fit(trainer, module, "LikelihoodProbe")
         now = self._base if trainer.global_step == 0 else self._logps(trainer, ours, data)
         change = {
@@ -97,11 +97,11 @@ class LikelihoodProbe(AtIntervals):
         return rows, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Also what the policy thought before the first step."""
+        """Return also the log-probabilities before the first step."""
         return super().state_dict() | {"base": self._base, "base_of": self._base_of}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on against the same beginning."""
+        """Continue with the same log-probabilities to compare with."""
         super().load_state_dict(state_dict)
         self._base, self._base_of = state_dict["base"], state_dict["base_of"]
 
@@ -139,7 +139,7 @@ class LikelihoodProbe(AtIntervals):
         self._digest = hashlib.sha256(keys.encode()).hexdigest()[:16]
 
     def _logps(self, trainer: pl.Trainer, module: PreferenceModule, data: PreferenceDataModule) -> list[list[float]]:
-        """Of each item both responses' log-probabilities, in nats; the ranks share the work."""
+        """Return both responses' log-probabilities of each item, in nats; the ranks share the work."""
         policy = module.policy
         assert policy is not None, "fit builds the policy"
         ranks, rank = trainer.world_size, trainer.global_rank
@@ -154,7 +154,7 @@ class LikelihoodProbe(AtIntervals):
         return [everyone[number] for number in range(len(self._items))]
 
     def _as_many_on_every_rank(self, passes: list[list[AtGoal]], device: torch.device) -> Iterator[list[AtGoal]]:
-        """Sharded policies meet in every pass: those who have fewer repeat one."""
+        """Repeat a pass on ranks that have fewer: a sharded policy communicates in each."""
         yield from passes
         for _ in range(most_on_any_rank(len(passes), device) - len(passes)):
             yield passes[-1] if passes else self._items[:1]

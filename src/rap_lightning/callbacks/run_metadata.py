@@ -81,7 +81,7 @@ def _module_facts(trainer: pl.Trainer, module: PreferenceModule) -> dict[str, An
         "reference": type(module.reference).__name__,
         "adapter": None if lora is None else dataclasses.asdict(lora),
         "hyperparameters": {k: v for k, v in hyperparameters.items() if v is not None},
-        "last_logged": {"step": module.last_logged[0], "values": dict(module.last_logged[1])},
+        "last_logged": {"step": module.step_logger.last.step, "values": dict(module.step_logger.last.values)},
         "goal": module.goal_record(),
     }
 

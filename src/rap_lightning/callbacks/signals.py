@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SLURM's warning never fall into an optimizer step, and stop all ranks at the same batch."""
+"""Ctrl-C, SIGTERM and SLURM's preemption signal: never in the middle of an optimizer step, on all ranks at once."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class Stopped(SystemExit):
-    """A signal has ended the run; the exit code is 128 plus its number, as a shell expects."""
+    """Raised where a signal ends the run; the exit code is 128 plus its number, as a shell expects."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
 
 
 class WholeSteps(pl.Callback):
-    """Holds signals back while weights are being updated, so that the checkpoint they lead to is of a whole step.
+    """Defers signals while weights are being updated, so that the checkpoint they lead to is of a whole step.
 
-    With one process everything else (forward and backward passes, data, validation) is interrupted at once. Several
-    processes agree at the end of each batch, and stop there together; a second Ctrl-C or SIGTERM stops one alone.
-    SIGTERM saves, says how to go on, and exits with 143. Under SLURM the signal that asks for it (SIGUSR1, or as
-    Lightning's SLURMEnvironment is told) saves and requeues the job, at the end of a batch: Lightning's own handler
-    does that, wherever it happens to be called.
+    A single process is interrupted at once everywhere else (forward and backward pass, data, validation). Several
+    processes agree at the end of each batch and stop there together; a second Ctrl-C or SIGTERM stops one alone.
+    SIGTERM saves, prints how to resume, and exits with 143. Under SLURM the requeue signal (SIGUSR1, or that of
+    Lightning's SLURMEnvironment) saves and requeues the job at the end of a batch, through Lightning's own handler,
+    which by itself would run wherever the signal arrives.
     """
 
     def __init__(self) -> None:
@@ -39,11 +39,11 @@ class WholeSteps(pl.Callback):
         self._owner = 0
 
     def on_sanity_check_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """From here on signals come here."""
+        """Install the handlers."""
         self._install(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """From here on signals come here."""
+        """Install the handlers."""
         self._install(trainer)
 
     def _install(self, trainer: pl.Trainer) -> None:
@@ -51,6 +51,7 @@ class WholeSteps(pl.Callback):
             return
         self._pending, self._held, self._saving = [], False, False
         self._many, self._owner = trainer.world_size > 1, os.getpid()
+        # private: a strategy of a single process has no cluster_environment (Lightning 2.6)
         environment = trainer._accelerator_connector.cluster_environment
         self._requeue = None
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
@@ -59,32 +60,32 @@ class WholeSteps(pl.Callback):
             self._previous[signum] = signal.signal(signum, self._on_signal)
 
     def on_before_optimizer_step(self, *_: Any) -> None:
-        """From here on, remember signals instead of obeying them."""
+        """From here on, only record signals."""
         self._held = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """The step, if it was one, is done and counted: obey."""
+        """Obey recorded signals: the optimizer step, if there was one, is done and counted."""
         self._held = False
         self._obey_together(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Obey."""
+        """Obey recorded signals."""
         if not trainer.sanity_checking:
             self._obey_together(trainer)
 
     def on_exception(self, *_: Any) -> None:
-        """Whatever it was, a checkpoint may be saved now; a signal must not cut that short."""
+        """Record signals from now on: a checkpoint may be saved, which a signal must not interrupt."""
         self._held, self._saving = False, True
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         previous, self._previous = self._previous, {}
         for signum, handler in previous.items():
             if signal.getsignal(signum) == self._on_signal:
                 signal.signal(signum, handler)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a data worker, born with this handler
+        if os.getpid() != self._owner:  # a data worker, which inherited this handler
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
             return

@@ -1,10 +1,9 @@
-"""Does the goal steer? Samples at goals from low to high, judged, before and after training."""
+"""A table of judged samples at goals from low to high, before and after training: does the goal steer?"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,12 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rap_lightning.callbacks.goal_sampling import Judge, Sample, log_now, parts_of_fit, sample_at_goals, tell_watchdog
+from rap_lightning.callbacks.goal_sampling import Judge, log_now, parts_of_fit, sample_at_goals, score, tell_watchdog
 from rap_lightning.callbacks.run_folder import run_folder
 from rap_lightning.errors import ConfigError
 
 FILE = "steering.json"
-"""What a run's table leaves in its folder."""
+"""The table's file in the run's folder."""
 
 
 class SteeringTable(pl.Callback):
@@ -31,11 +30,11 @@ class SteeringTable(pl.Callback):
     Args:
         judge: a function of (prompt, response), by import path, that gives the reward.
         goals: rewards to ask for, low to high.
-        samples: how many responses are sampled at each goal; validation prompts repeat where there are fewer.
+        samples: responses sampled at each goal; validation prompts are repeated where there are fewer.
         seed: of the sampling; the run's own random numbers are left as they were.
-        beside: folder of another run with this callback, or of several, of which the newest counts: its scores and
-            samples are shown beside this run's. It must have asked for the same goals, with as many samples, the same
-            seed (so that prompts are the same) and the same module's ``generation``.
+        beside: folder of another run with this callback, or of several, of which the newest is taken: its scores and
+            samples are shown beside this run's. Its goals, samples, seed (hence prompts) and the module's
+            ``generation`` must be the same.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class SteeringTable(pl.Callback):
         """Sample the untrained policy.
 
         Raises:
-            ConfigError: the run to show beside this one can't be found or compared, or the judge gives no reward.
+            ConfigError: the run to show beside this one is not found or not comparable, or the judge fails.
         """
         self._generation = parts_of_fit(trainer, pl_module, "SteeringTable")[0].generation.settings()
         if self.beside is not None:
@@ -67,11 +66,11 @@ class SteeringTable(pl.Callback):
         self.before = {goal: [s for _, _, s in rows] for goal, rows in self._sample(trainer, pl_module).items()}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sample the trained policy and print the table; a judge that fails only now costs the table, not the run."""
+        """Sample the trained policy and print the table; without it, with a warning, where the judge fails now."""
         try:
             samples = self._sample(trainer, pl_module)
         except ConfigError as error:
-            rank_zero_warn(f"{error} There is no table, and the policy is trained.")
+            rank_zero_warn(f"{error} There is no table; the policy is trained.")
             return
         self.after = {goal: [score for _, _, score in rows] for goal, rows in samples.items()}
         if trainer.is_global_zero:
@@ -86,19 +85,13 @@ class SteeringTable(pl.Callback):
         histories = [distinct[i % len(distinct)] for i in range(self.samples)]
         found = sample_at_goals(trainer, ours, data, histories, self.goals, self.seed, "SteeringTable")
         tell_watchdog(trainer, found)
-        return {goal: [(one.prompt, one.text, self._score(one)) for one in found[goal]] for goal in self.goals}
-
-    def _score(self, sample: Sample) -> float:
-        try:
-            score = float(self.judge(sample.prompt, sample.text))
-        except Exception as error:  # whatever a user's judge raises
-            raise ConfigError(f"SteeringTable: the judge raised {type(error).__name__}: {error}.") from error
-        if not isfinite(score):
-            raise ConfigError(f"SteeringTable: the judge gave {score}, not a finite number.")
-        return score
+        return {
+            goal: [(one.prompt, one.text, score(self.judge, one, "SteeringTable")) for one in found[goal]]
+            for goal in self.goals
+        }
 
     def _settings(self) -> dict[str, Any]:
-        """What two runs must share to be shown beside each other."""
+        """Return what two runs must have in common to be compared."""
         return {
             "goals": list(self.goals), "samples": self.samples, "seed": self.seed, "generation": self._generation
         }  # fmt: skip
@@ -107,15 +100,15 @@ class SteeringTable(pl.Callback):
         found = sorted(folder.rglob(FILE), key=lambda path: path.stat().st_mtime)
         if not found:
             raise ConfigError(
-                f"SteeringTable: no {FILE} below {folder}. Train the run to be shown beside this one first, with this "
-                "callback, or leave beside out."
+                f"SteeringTable: no {FILE} below {folder}. Train the other run first, with this callback, or remove "
+                "beside."
             )
         other: dict[str, Any] = json.loads(found[-1].read_text())
         theirs = {name: other.get(name) for name in self._settings()}
         if theirs != self._settings():
             raise ConfigError(
-                f"SteeringTable: {found[-1]} was sampled with {theirs}, and this run samples with {self._settings()}: "
-                "their numbers don't compare. Use the same goals, samples, seed and --model.generation."
+                f"SteeringTable: {found[-1]} was sampled with {theirs}, and this run samples with {self._settings()}. "
+                "To compare them, use the same goals, samples, seed and --model.generation."
             )
         return other
 
@@ -136,8 +129,8 @@ class SteeringTable(pl.Callback):
         floor = f", floor {options.plausibility:g}" if options.plausibility is not None else ""
         guided = f", guidance {options.guidance:g}" if options.guidance else ""
         table = Table(
-            title=f"Asked for a score, what comes back ({count} samples a goal, {heat}{guided}{floor})",
-            caption="mean score ± standard error, by the judge; the samples are of the trained policy",
+            title=f"Mean score at each goal ({count} samples a goal, {heat}{guided}{floor})",
+            caption="mean score ± standard error, by the judge; the samples are the trained policy's",
         )
         for name in ("goal", "before", "after"):
             table.add_column(name, justify="right")
@@ -157,12 +150,12 @@ class SteeringTable(pl.Callback):
             table.add_row(*cells)
         console = Console(width=None if Console().is_terminal else 120)
         console.print(table)
-        console.print(f"The samples answer: {escape(prompt_of_first)}", highlight=False)
+        console.print(f"Prompt for the samples: {escape(prompt_of_first)}", highlight=False)
         log_now(trainer, {f"steering/goal-{goal:g}": fmean(self.after[goal]) for goal in self.goals})
 
 
 def _figures(scores: list[float]) -> dict[str, float]:
-    """Mean and standard error."""
+    """Return mean and standard error."""
     return {"mean": fmean(scores), "error": stdev(scores) / len(scores) ** 0.5}
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.asked_goals import GoalOption
 from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.judges import Judge
+from rap_lightning.onpolicy.requested_goals import GoalOption
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.relabelling import Mode, Relabelling
@@ -56,57 +56,50 @@ def rounds(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> int:
-    """Generate, score, select, relabel, fit, again: the paper's best result is on-policy.
+    """Run on-policy training: generate, score, select, relabel, fit, and again. The paper's best result is on-policy.
 
     Example: rap-lightning rounds --config configs/rounds/world.yaml
 
     Every stage is a file in OUTPUT/round-N: samples.jsonl, scored.jsonl, pairs.jsonl, goal.yaml (how pairs are
-    relabelled), relabelled.parquet (what that makes, to look at), fit.yaml, model. A run that was stopped goes on where
-    it was. A file that you edit is used as it is, and what depends on it is made again; nothing is deleted, it moves to
-    old/. rounds.json sums up, with rewards at the best goal where there are held-out prompts.
+    relabelled), relabelled.parquet (the result, for inspection), fit.yaml, model. A stopped run resumes. An edited file
+    is used as it is, and what depends on it is made again; nothing is deleted, replaced files move to old/. rounds.json
+    sums up, with rewards at the best goal if there are held-out prompts.
 
     Args:
-        prompts: a file, folder or Hub id: rows with prompt, instruction or messages; data to train on serve too.
-        model: a Hugging Face folder or Hub id, where the first round begins.
+        prompts: a file, folder or Hub id: rows with prompt, instruction or messages; training data works too.
+        model: a Hugging Face folder or Hub id, the model of the first round.
         output: folder of all rounds.
-        judge: RewardModel, LLMJudge or Function, or a class of yours by import path.
-        fit: options of rap-lightning fit: model, data, trainer sections, without what each round decides.
-        rounds: how many. More of them go on with a finished run.
-        engine: Transformers, VLLM or Endpoint, or a class of yours by import path.
+        judge: RewardModel, LLMJudge or Function, or a class by import path.
+        fit: options of rap-lightning fit (model, data, trainer, ...), without those that each round sets.
+        rounds: number of rounds. A higher number continues a finished run.
+        engine: Transformers, VLLM or Endpoint, or a class by import path.
         samples: responses for each prompt at each of the goals.
-        temperature: of sampling.
-        top_p: sample from the likeliest tokens that hold this share of the probability.
+        temperature: sampling temperature.
+        top_p: sample from the most likely tokens that together hold this probability.
         max_new_tokens: longest response, in tokens.
-        max_prompt_length: cut longer prompts, goal kept; by default only what the model's context has no room for.
-        first_goals: goals that the first round's responses are sampled at, of a model that knows none yet.
+        max_prompt_length: truncate longer prompts, goal kept; by default only to what the model's context has room for.
+        first_goals: goals of the first round's responses, whose model knows none yet.
         sample_goals: goals of later rounds: best, none, numbers, or a list of them.
-        goal: how goals read. Numbers that its scale leaves open are fitted to the scores.
-        scale: of later rounds: refit to their own scores, or keep the first round's.
+        goal: goal template. Open numbers of its scale are fitted to the scores.
+        scale: scale of later rounds: refit to their own scores, or keep the first round's.
         policy: what is trained: the latest model, or in every round the initial one on responses of the latest.
-        reference: of each round: its policy as it begins, or the initial model.
+        reference: reference of each round: its policy as it begins, or the initial model.
         relabel: as in the data module: both, chosen, rejected, none or half.
-        keep_original: also each pair without a goal.
+        keep_original: also train on each pair without a goal.
         ties: a pair whose goals print the same: drop, keep its chosen half, or error.
         selection: which pairs are made of the responses to a prompt.
         filters: what is left out on purpose.
-        parts: cut the prompts into so many parts, and give each round the next one.
-        held_out: prompts that rewards at the best goal are measured on, before the first round and after each.
-        held_out_samples: responses for each of them.
-        held_out_limit: at most this many of them.
-        split: of the prompts; by default train, or the only one.
-        held_out_split: of the held-out prompts.
+        parts: divide the prompts into this many parts, and give each round the next one.
+        held_out: prompts on which rewards at the best goal are measured, before the first round and after each.
+        held_out_samples: responses for each held-out prompt.
+        held_out_limit: at most this many held-out prompts.
+        split: split of the prompts; by default train, or the only one.
+        held_out_split: split of the held-out prompts.
         limit: at most this many prompts.
-        max_failed: stop where a larger share of responses can't be generated or judged.
-        seed: of all sampling.
+        max_failed: stop if a larger share of responses can't be generated or judged.
+        seed: seed of all sampling.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
-    from jsonargparse import ArgumentParser
-
-    from rap_lightning.models.generation import Generation
-    from rap_lightning.onpolicy.prompts import read_prompts
-    from rap_lightning.onpolicy.run_rounds import Plan, run_rounds
-    from rap_lightning.onpolicy.sampled_model import Model
-
     if rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, found {rounds}")
     if rounds == 1 and (scale == "keep" or policy == "initial"):
@@ -119,43 +112,49 @@ def rounds(
         raise ConfigError("held_out_samples, held_out_limit and held_out_split have no effect without held_out.")
     if not engine.reads_ids and (rounds > 1 or held_out is not None):
         raise ConfigError(
-            f"--engine {type(engine).__name__} can't be given the model of each round: use it for one round, "
-            "without held_out, "
-            "or sample with Transformers or VLLM."
+            f"--engine {type(engine).__name__} can't be given the model of each round: use it for one round without "
+            "held_out, or sample with Transformers or VLLM."
         )
     if not 0 <= max_failed < 1:
         raise ConfigError(f"--max_failed is a share from 0 to below 1, found {max_failed}")
     if relabel == "none" or temperature == 0:
         raise ConfigError("rounds need goals (relabel both, chosen, rejected or half) and a temperature above 0.")
-    parser = ArgumentParser()
-    parser.add_argument("--goal", type=GoalTemplate)
-
-    def parse_goal(config: dict[str, Any]) -> GoalTemplate:
-        made: GoalTemplate = parser.instantiate(parser.parse_object({"goal": config})).goal
-        return made
+    from rap_lightning.models.generation import Generation
+    from rap_lightning.onpolicy.model_source import ModelSource
+    from rap_lightning.onpolicy.prompt_set import read_prompts
+    from rap_lightning.onpolicy.run_rounds import RoundsPlan, run_rounds
 
     found = read_prompts(prompts, split, None, limit)
     print("\n".join(found.lines()))
     measured = [] if held_out is None else read_prompts(held_out, held_out_split, None, held_out_limit).histories
-    both = {repr(history) for history in found.histories} & {repr(history) for history in measured}
-    if both:
+    if both := {repr(history) for history in found.histories} & {repr(history) for history in measured}:
         raise ConfigError(f"{len(both):,} of the held-out prompts are among those that are trained on.")
     if not 1 <= parts <= len(found.histories):
         raise ConfigError(f"--parts must be from 1 to the number of prompts, {len(found.histories):,}; found {parts}")
-    source = Model(model, None, trust_remote_code)
-    if source.is_checkpoint or source.is_adapter:
+    initial = ModelSource(model, None, trust_remote_code)
+    if initial.is_checkpoint or initial.is_adapter:
         raise ConfigError("--model: rounds begin with a whole model; rap-lightning export --merge true makes one.")
-    plan = Plan(
-        Path(output), found.histories, measured, source, rounds, engine, judge,
-        Generation(max_new_tokens, temperature, top_p), samples, first_goals, sample_goals, goal, scale, policy,
-        reference,
-        Relabelling.of(relabel, goal, keep_original, seed), ties, selection, filters, fit, parts, held_out_samples,
-        max_failed, max_prompt_length, seed, parse_goal,
+    plan = RoundsPlan(
+        folder=Path(output), histories=found.histories, held_out=measured, initial=initial, rounds=rounds,
+        engine=engine, judge=judge, generation=Generation(max_new_tokens, temperature, top_p), samples=samples,
+        first_goals=first_goals, sample_goals=sample_goals, goal=goal, scale=scale, policy=policy, reference=reference,
+        relabelling=Relabelling.of(relabel, goal, keep_original, seed), ties=ties, selection=selection,
+        filters=filters, fit=fit, parts=parts, held_out_samples=held_out_samples, max_failed=max_failed,
+        max_prompt_length=max_prompt_length, seed=seed, parse_goal=_parse_goal,
     )  # fmt: skip
-    rows = run_rounds(plan)
-    for row in rows:
+    for row in run_rounds(plan):
         facts = f"{row['responses']:,} responses, mean reward {row['mean_reward']:.4g}, {row['pairs']:,} pairs"
         print(f"round {row['round']}: {facts}")
         for one in row.get("held_out", []):
             print(f"  {one['model']}, best goal, held out: {one['mean']:.4g} ± {one['error']:.2g} ({one['count']})")
     return 0
+
+
+def _parse_goal(config: dict[str, Any]) -> GoalTemplate:
+    """Instantiate the goal template of a config, which may name its class by a short name."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_argument("--goal", type=GoalTemplate)
+    made: GoalTemplate = parser.instantiate(parser.parse_object({"goal": config})).goal
+    return made

@@ -1,7 +1,7 @@
 """Statistics of weighted observations, for many weightings at once.
 
-Shape legend: R weightings, M observations, G goals. Whole weights mean repeated observations, exactly: a statistic of
-weights is the statistic of the data with each observation repeated as often as its weight says.
+Shape legend: R weightings, M observations, G goals. Integer weights are repeated observations, exactly: a statistic
+of weights is the statistic of the data with each observation repeated as often as its weight says.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rap_lightning.evaluation.estimates import Floats
+from rap_lightning.evaluation.bootstrap import Floats
 
 
 def mean(values: Floats, weights: Floats) -> Floats:
-    """[R] weighted means of [M] values; nan without weight."""
+    """Return [R] weighted means of [M] values; nan without weight."""
     found: Floats = (weights @ values) / weights.sum(1)
     return found
 
 
 def means_by_goal(values: Floats, weights: Floats, goal: NDArray[np.int64], goals: int) -> Floats:
-    """[R, G] weighted means of the values at each goal; nan at a goal without weight.
+    """Return [R, G] weighted means of the values at each goal; nan for a goal without weight.
 
     Args:
         values: [M].
         weights: [R, M].
         goal: [M], number of the goal.
-        goals: how many there are.
+        goals: number of goals.
     """
     member = goal[:, None] == np.arange(goals)
     found: Floats = (weights @ (member * values[:, None])) / (weights @ member.astype(np.float64))
@@ -33,9 +33,10 @@ def means_by_goal(values: Floats, weights: Floats, goal: NDArray[np.int64], goal
 
 
 def mid_ranks(values: Floats, weights: Floats) -> Floats:
-    """[R, M] ranks among the weighted observations, equal values sharing the middle of theirs.
+    """Return [R, M] ranks among the weighted observations; equal values get the mean of their ranks.
 
-    Up to a constant, which correlations don't see: the weight of what is lower, and half that of what is equal.
+    Ranks are the weight of lower values plus half the weight of equal ones: up to a constant, which cancels in
+    correlations.
     """
     distinct, place = np.unique(values, return_inverse=True)
     order = np.argsort(place, kind="stable")
@@ -46,24 +47,24 @@ def mid_ranks(values: Floats, weights: Floats) -> Floats:
 
 
 def pearson(x: Floats, y: Floats, weights: Floats) -> Floats:
-    """[R] weighted correlations of x and y, each [M] or [R, M]; nan where one of them doesn't vary."""
+    """Return [R] weighted correlations of x and y, each [M] or [R, M]; nan if one of them is constant."""
     total = weights.sum(1, keepdims=True)
     x = x - (weights * x).sum(1, keepdims=True) / total
     y = y - (weights * y).sum(1, keepdims=True) / total
     both, of_x, of_y = ((weights * product).sum(1) for product in (x * y, x * x, y * y))
     size = np.sqrt(of_x * of_y)
-    tiny = 1e-12 * np.maximum(total[:, 0], 1)  # what rounding leaves of a constant
+    tiny = 1e-12 * np.maximum(total[:, 0], 1)  # a constant varies by rounding
     found: Floats = np.where(size > tiny, both / np.where(size > tiny, size, 1), np.nan)
     return np.clip(found, -1, 1)
 
 
 def spearman(x: Floats, y: Floats, weights: Floats) -> Floats:
-    """[R] weighted rank correlations of [M] values, ties at their middle rank (Spearman 1904)."""
+    """Return [R] weighted rank correlations of [M] values, ties at their mean rank (Spearman 1904)."""
     return pearson(mid_ranks(x, weights), mid_ranks(y, weights), weights)
 
 
 def curve_spearman(goals: Floats, means: Floats) -> Floats:
-    """[R] rank correlations of the goals [G] with the mean scores [R, G]; nan where a mean is, or all are equal."""
+    """Return [R] rank correlations of goals [G] and mean scores [R, G]; nan if a mean is nan or all are equal."""
     flat = np.ones_like(means)
     below = (means[:, :, None] > means[:, None, :]).sum(2) + (means[:, :, None] == means[:, None, :]).sum(2) / 2
     found = pearson(mid_ranks(goals, flat), below, flat)
@@ -71,17 +72,17 @@ def curve_spearman(goals: Floats, means: Floats) -> Floats:
 
 
 def slope(x: Floats, y: Floats, weights: Floats) -> Floats:
-    """[R] slopes of the least-squares line of y on x, [M] each; nan where x doesn't vary."""
+    """Return [R] slopes of the least-squares line of y on x, [M] each; nan if x is constant."""
     total = weights.sum(1, keepdims=True)
     off = x - (weights @ x)[:, None] / total
     across = (weights * off * off).sum(1)
-    varies = across > 1e-20 * total[:, 0] * (1 + np.abs(x).max(initial=0)) ** 2  # more than rounding leaves
+    varies = across > 1e-20 * total[:, 0] * (1 + np.abs(x).max(initial=0)) ** 2  # a constant varies by rounding
     found: Floats = np.where(varies, (weights * off * y).sum(1) / np.where(varies, across, 1), np.nan)
     return found
 
 
 def highest_shares(means: Floats) -> Floats:
-    """[G]: in which part of the rows [R, G] each goal is the highest; ties share. Rows with nan don't count."""
+    """Return the fraction of rows [R, G] in which each goal is the highest, [G]; ties share, nan rows don't count."""
     rows = means[np.isfinite(means).all(1)]
     if not len(rows):
         return np.full(means.shape[1], np.nan)
@@ -93,18 +94,18 @@ def highest_shares(means: Floats) -> Floats:
 def length_controlled(
     scores: Floats, lengths: Floats, weights: Floats, goal: NDArray[np.int64], goals: int
 ) -> tuple[Floats, Floats]:
-    """Mean scores at each goal as they would be at one length, [R, G], and the slope used, [R].
+    """Return the mean score at each goal as it would be at one length, [R, G], and the slope used, [R].
 
     Least squares of score on one effect per goal and on log(length) with a common slope (analysis of covariance);
-    predicted for each goal at the mean log length of all observations. Where lengths don't vary within goals, the slope
-    can't be known: nan.
+    predicted for each goal at the mean log length of all observations. If lengths are constant within goals, the slope
+    is undefined: nan.
 
     Args:
         scores: [M].
         lengths: [M], tokens, at least 1.
         weights: [R, M].
         goal: [M], number of the goal.
-        goals: how many there are.
+        goals: number of goals.
     """
     logs = np.log(lengths)
     by_goal = [means_by_goal(values, weights, goal, goals) for values in (scores, logs)]

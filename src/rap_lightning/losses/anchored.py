@@ -1,4 +1,4 @@
-"""Losses that hold each response against a fixed point of its own, not only against the other response."""
+"""Losses that compare each response with a fixed target, not only with the other response."""
 
 from __future__ import annotations
 

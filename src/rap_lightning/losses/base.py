@@ -1,10 +1,10 @@
-"""What every direct-alignment loss is."""
+"""The base class of every direct-alignment loss, and the elementwise functions that losses share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Set
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,26 @@ from torch.nn import functional as F
 from rap_lightning.batches.types import PairLogps, PairRewards
 from rap_lightning.errors import ConfigError
 
+Requirement = Literal["reference", "rewards", "tokens", "unrelated", "collisions"]
+
 
 class PreferenceLoss(nn.Module, ABC):
     """One value per pair; the module averages over the pairs of the optimizer step.
 
     Subclass it, write ``forward``, and name the class by import path: ``--model.loss my_pkg.MyLoss``. Options are the
     arguments of ``__init__``; a class without β calls ``nn.Module.__init__`` and defines ``implicit_rewards``. What
-    the loss needs, and what is particular about it, is declared by attributes:
+    the loss requires, and what is particular about it, is declared by attributes:
 
-    - ``needs_reference``: it is ``forward(policy, reference)``; where false, no reference is loaded, it is
-      ``forward(policy)``, and the class says what its ``implicit_rewards`` are.
-    - ``needs_rewards``: the judge's rewards come too, as the keyword ``rewards`` (a ``PairRewards``).
-    - ``needs_tokens``: ``policy.tokens`` and ``reference.tokens`` hold the log-probability of every response token.
-    - ``needs_collisions``: ``policy.tokens.log_collisions`` is there too.
-    - ``needs_unrelated``: ``policy.unrelated`` and ``reference.unrelated`` hold log-probabilities of responses to
-      other prompts of the batch, at the price of another forward pass.
-    - ``least_pairs``: smallest batch on which it means what it says.
+    - ``requires``: a set of inputs, by default ``{"reference"}``.
+
+      - ``"reference"``: ``forward(policy, reference)`` is called. Without it no reference is loaded,
+        ``forward(policy)`` is called, and the class defines ``implicit_rewards``.
+      - ``"rewards"``: the judge's rewards are passed as the keyword ``rewards`` (a ``PairRewards``).
+      - ``"tokens"``: ``policy.tokens`` and ``reference.tokens`` hold the log-probability of every response token.
+      - ``"collisions"``: ``policy.tokens.log_collisions`` is set; together with ``"tokens"``.
+      - ``"unrelated"``: ``policy.unrelated`` and ``reference.unrelated`` hold log-probabilities of responses to other
+        prompts of the batch, at the cost of another forward pass.
+    - ``least_pairs``: the smallest batch on which the loss is defined.
     - ``batch_level``: why a pair's value depends on the other pairs of its batch, or "" where it doesn't. Such a loss
       changes with the batch size, gradient accumulation and the number of devices; it must leave out pairs whose
       ``policy.weights`` is 0.
@@ -47,11 +51,7 @@ class PreferenceLoss(nn.Module, ABC):
     tensor([0.2500])
     """
 
-    needs_reference: bool = True
-    needs_rewards: bool = False
-    needs_tokens: bool = False
-    needs_collisions: bool = False
-    needs_unrelated: bool = False
+    requires: Set[Requirement] = frozenset({"reference"})
     least_pairs: int = 1
     batch_level: str = ""
     at_zero_margin: str = ""
@@ -62,46 +62,44 @@ class PreferenceLoss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, policy: PairLogps, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of each pair, [B] float32, in nats unless the class says otherwise."""
+        """Return the loss of each pair, [B] float32, in nats unless the class says otherwise."""
 
     def per_pair(self, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None) -> Tensor:
-        """``forward`` with what the loss needs of these: [B]."""
-        inputs = (policy, reference) if self.needs_reference else (policy,)
-        return self(*inputs, **({"rewards": rewards} if self.needs_rewards else {}))  # type: ignore[no-any-return]
+        """Call ``forward`` with what the loss requires: [B]."""
+        inputs = (policy, reference) if "reference" in self.requires else (policy,)
+        return self(*inputs, **({"rewards": rewards} if "rewards" in self.requires else {}))  # type: ignore[no-any-return]
 
     def implicit_rewards(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
-        """What the loss treats as the rewards of chosen and rejected, each [B]; logged as ``rewards/...``.
+        """Return what the loss treats as the rewards of chosen and rejected, each [B]; logged as ``rewards/...``.
 
-        Here: β times the log-ratio of policy and reference (Rafailov et al. 2023, section 4, up to a term that depends
-        on the prompt alone).
+        By default β times the log-ratio of policy and reference (Rafailov et al. 2023, section 4, up to a term that
+        depends on the prompt alone).
         """
         assert reference is not None, "a loss without a reference defines its own implicit rewards"
         return self.beta * (policy.chosen - reference.chosen), self.beta * (policy.rejected - reference.rejected)
 
     def terms(self) -> dict[str, Tensor]:
-        """Parts of the last ``forward``, [B] each, to log as ``loss/NAME``; names and number never change."""
+        """Return parts of the last ``forward``, [B] each, to log as ``loss/NAME``; the names never change."""
         return {}
 
     def term_names(self) -> Iterable[str]:
-        """The names that ``terms`` will have."""
+        """Return the names of ``terms``, before the first ``forward``."""
         return ()
 
     def after_step(self) -> None:
-        """Called on every rank after each optimizer step: the place to change buffers, so that resuming is exact."""
+        """Update buffers; called on every rank after each optimizer step, so that resuming is exact."""
 
     def forget_step(self) -> None:
-        """Called where a step is skipped, before ``after_step``: drop what its forward passes have left behind."""
+        """Drop what the step's forward passes have gathered; called before ``after_step`` where a step is skipped."""
 
     def extra_repr(self) -> str:
-        """The options, as shown at the start of a run."""
+        """Return the options, as shown at the start of a run."""
         own = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
-        return ", ".join(
-            f"{k}={v}" for k, v in own.items() if isinstance(v, int | float) and not k.startswith("needs_")
-        )
+        return ", ".join(f"{k}={v}" for k, v in own.items() if isinstance(v, int | float))
 
 
 def above_zero(loss: object, name: str, value: float) -> float:
-    """``value``.
+    """Return ``value``.
 
     Raises:
         ConfigError: it is not above 0, or not finite.
@@ -114,10 +112,10 @@ def above_zero(loss: object, name: str, value: float) -> float:
 
 
 def between(loss: object, name: str, value: float, low: float, high: float, *, with_low: bool) -> float:
-    """``value``, which must lie between ``low`` and ``high``; ``with_low`` says whether it may be ``low`` itself.
+    """Return ``value``, which must be between ``low`` and ``high``, or ``low`` itself if ``with_low``.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it is not.
     """
     if not (low < value < high or (with_low and value == low)):
         first = "from" if with_low else "above"
@@ -126,18 +124,18 @@ def between(loss: object, name: str, value: float, low: float, high: float, *, w
 
 
 def logratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """Policy minus reference log-probability of chosen and of rejected, each [B], in nats."""
+    """Return policy minus reference log-probability of chosen and of rejected, each [B], in nats."""
     return policy.chosen - reference.chosen, policy.rejected - reference.rejected
 
 
 def margin(policy: PairLogps, reference: PairLogps) -> Tensor:
-    """Chosen minus rejected log-ratio, [B], in nats."""
+    """Return chosen minus rejected log-ratio, [B], in nats."""
     chosen, rejected = logratios(policy, reference)
     return chosen - rejected
 
 
 def cross_entropy(probability: float | Tensor, logit: Tensor) -> Tensor:
-    """-p log σ(z) - (1 - p) log σ(-z), elementwise: that of a Bernoulli with probability p and one with logit z."""
+    """Return -p log σ(z) - (1 - p) log σ(-z), elementwise: of Bernoullis with probability p and with logit z."""
     return -probability * F.logsigmoid(logit) - (1 - probability) * F.logsigmoid(-logit)
 
 
@@ -145,20 +143,20 @@ EXP_BOUND = 30.0
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """exp(x) up to :data:`EXP_BOUND`, and the tangent there beyond it, so that neither value nor gradient overflows."""
+    """Return exp(x) up to :data:`EXP_BOUND`, and its tangent there beyond: value and gradient never overflow."""
     capped = x.clamp(max=EXP_BOUND)
     return torch.exp(capped) * (1 + x - capped)
 
 
 def live(policy: PairLogps) -> Tensor:
-    """Indices of the pairs that count, [n] int64: those whose weight is not 0."""
+    """Return the indices of the pairs that count, [n] int64: those whose weight is not 0."""
     if policy.weights is None:
         return torch.arange(len(policy.chosen), device=policy.chosen.device)
     return policy.weights.nonzero()[:, 0]
 
 
 def over_ranks(totals: Tensor) -> Tensor:
-    """The sum of a small tensor over all ranks; every rank must call it."""
+    """Return the sum of a small tensor over all ranks; every rank must call it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         totals = totals.clone()
         torch.distributed.all_reduce(totals)

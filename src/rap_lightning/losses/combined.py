@@ -13,44 +13,45 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.losses.base import PreferenceLoss
 from rap_lightning.losses.margin import DPO
 
-NEEDS = ("needs_reference", "needs_rewards", "needs_tokens", "needs_collisions", "needs_unrelated")
-
 
 class _Combined(PreferenceLoss):
-    """Needs what its parts need. Its implicit rewards are those of the first part."""
+    """A loss of losses: it requires what its parts require; its implicit rewards are those of the first part."""
 
     def __init__(self, losses: list[PreferenceLoss]) -> None:
         nn.Module.__init__(self)
         self.losses = nn.ModuleList(losses)
-        for need in NEEDS:
-            setattr(self, need, any(getattr(loss, need) for loss in losses))
+        self.requires = frozenset().union(*(loss.requires for loss in losses))
         self.least_pairs = max(loss.least_pairs for loss in losses)
-        for name in ("batch_level", "at_zero_margin"):
-            reasons = [f"{type(loss).__name__}: {getattr(loss, name)}" for loss in losses if getattr(loss, name)]
-            setattr(self, name, "; ".join(reasons))
+        self.batch_level = _joined((loss, loss.batch_level) for loss in losses)
+        self.at_zero_margin = _joined((loss, loss.at_zero_margin) for loss in losses)
 
     @property
     def parts(self) -> list[PreferenceLoss]:
-        """The losses it is made of."""
+        """The losses, typed."""
         return [loss for loss in self.losses if isinstance(loss, PreferenceLoss)]
 
     def per_pair(self, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None) -> Tensor:
-        """[B]; parts that need no reference or rewards do not see them."""
+        """Return [B]; parts that require no reference or rewards do not get them."""
         return self(policy, reference, rewards)  # type: ignore[no-any-return]
 
     def implicit_rewards(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
-        """Those of the first part: the parts' units differ, so their sum would mean nothing."""
+        """Return those of the first part: the parts' units differ, so a sum has no meaning."""
         return self.parts[0].implicit_rewards(policy, reference)
 
     def after_step(self) -> None:
-        """The parts'."""
+        """Update the parts."""
         for loss in self.parts:
             loss.after_step()
 
     def forget_step(self) -> None:
-        """Pass it on."""
+        """Drop what the parts have gathered."""
         for loss in self.parts:
             loss.forget_step()
+
+
+def _joined(reasons: Iterable[tuple[PreferenceLoss, str]]) -> str:
+    """Join the parts' reasons, each after its class."""
+    return "; ".join(f"{type(loss).__name__}: {reason}" for loss, reason in reasons if reason)
 
 
 class Mixture(_Combined):
@@ -87,11 +88,11 @@ class Mixture(_Combined):
         return torch.stack([w * value for w, value in zip(self.weights, values, strict=True)]).sum(0)
 
     def terms(self) -> dict[str, Tensor]:
-        """Each loss of the last forward, before its weight, and its own terms."""
+        """Return each loss of the last forward, before its weight, and its own terms."""
         return self._terms
 
     def term_names(self) -> Iterable[str]:
-        """The classes' names, numbered where one comes again: DPO, DPO-2; and what each logs of its own: DPO/NAME."""
+        """Return the classes' names, numbered where repeated (DPO, DPO-2), and their own terms (DPO/NAME)."""
         for name, loss in zip(self._names(), self.parts, strict=True):
             yield name
             yield from (f"{name}/{term}" for term in loss.term_names())
@@ -104,7 +105,7 @@ class Mixture(_Combined):
             yield name if seen[name] == 1 else f"{name}-{seen[name]}"
 
     def extra_repr(self) -> str:
-        """The weights."""
+        """Return the weights."""
         return f"weights={self.weights}"
 
 
@@ -115,7 +116,7 @@ class WPO(_Combined):
     one that a sample of the policy would have on average (the paper's sampled alignment).
 
     Args:
-        loss: what is weighted. Not one whose values are sorted over the batch.
+        loss: the loss that is weighted; it must not compare the pairs of a batch.
 
     The implicit reward is that of the weighted loss.
     Source: Zhou et al. 2024, https://arxiv.org/abs/2406.11827, equation 2, with its sampled alignment.
@@ -124,26 +125,27 @@ class WPO(_Combined):
     def __init__(self, loss: PreferenceLoss = DPO()) -> None:  # noqa: B008 (jsonargparse makes a new one)
         if loss.batch_level:
             raise ConfigError(
-                f"WPO weights pairs, but of {type(loss).__name__} {loss.batch_level}. Choose a loss of single pairs."
+                f"WPO weights single pairs, and {type(loss).__name__} compares the pairs of a batch "
+                f"({loss.batch_level}). Choose another loss."
             )
         super().__init__([loss])
-        self.needs_tokens = self.needs_collisions = True
+        self.requires |= {"tokens", "collisions"}
 
     def forward(self, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards | None = None) -> Tensor:
         """[B], in the units of the weighted loss."""
         return self.pair_weights(policy) * self.parts[0].per_pair(policy, reference, rewards)
 
     def terms(self) -> dict[str, Tensor]:
-        """The weighted loss's own, before its weights."""
+        """Return the weighted loss's own terms, before its weights."""
         return self.parts[0].terms()
 
     def term_names(self) -> Iterable[str]:
-        """The weighted loss's own."""
+        """Return the names of the weighted loss's own terms."""
         return self.parts[0].term_names()
 
     @torch.no_grad()
     def pair_weights(self, policy: PairLogps) -> Tensor:
-        """w(y_w) w(y_l), [B]."""
+        """Return w(y_w) w(y_l), [B]."""
         tokens = policy.tokens
         assert tokens is not None, "WPO needs token log-probabilities"
         assert tokens.log_collisions is not None, "WPO needs collision probabilities"

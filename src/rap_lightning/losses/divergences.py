@@ -1,7 +1,7 @@
 r"""f-DPO, -log σ(β f'(e^a) - β f'(e^b)): DPO under another divergence between policy and reference than reverse KL.
 
 a and b are the log-ratios of chosen and rejected in nats. With the reverse KL, f'(u) = log u + 1 and f-DPO is DPO.
-Where f' grows exponentially it goes on as its tangent beyond e^30, so that no value overflows.
+Where f' grows exponentially it is continued by its tangent beyond e^30, so that no value overflows.
 
 Source: Wang et al. 2023, https://arxiv.org/abs/2309.16240, the f-DPO objective and table 1.
 """
@@ -19,7 +19,7 @@ from rap_lightning.losses.base import PreferenceLoss, between, bounded_exp, logr
 
 
 class DivergenceDPO(PreferenceLoss):
-    """-log σ(β f'(e^a) - β f'(e^b)); a subclass says what f' is.
+    """-log σ(β f'(e^a) - β f'(e^b)); a subclass defines f' (``slope``).
 
     Args:
         beta: strength of the implicit reward.
@@ -27,7 +27,7 @@ class DivergenceDPO(PreferenceLoss):
 
     @abstractmethod
     def slope(self, logratio: Tensor) -> Tensor:
-        """f'(e^logratio), elementwise, up to a constant."""
+        """Return f'(e^logratio), elementwise, up to a constant."""
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """[B] nats."""

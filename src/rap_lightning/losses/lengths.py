@@ -1,4 +1,4 @@
-"""DPO with the length of responses taken out of the margin, in three ways."""
+"""DPO with a correction for the length of responses, in three ways."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class RDPO(PreferenceLoss):
 
     Args:
         beta: strength of the implicit reward, per nat.
-        alpha: α, the price of a token. 0.05 is the smallest that Meng et al. 2024 (SimPO) search.
+        alpha: α, the penalty per token. 0.05 is the smallest that Meng et al. 2024 (SimPO) search.
 
-    The implicit reward is β times the log-ratio, without the price.
+    The implicit reward is β times the log-ratio, without the penalty.
     Source: Park et al. 2024, https://arxiv.org/abs/2403.19159, its length-regularised DPO.
     """
 
@@ -72,7 +72,7 @@ class LDDPO(PreferenceLoss):
     Source: Liu et al. 2024, https://arxiv.org/abs/2409.06411.
     """
 
-    needs_tokens = True
+    requires = frozenset({"reference", "tokens"})
 
     def __init__(self, beta: float = 0.1, alpha: float = 0.5) -> None:
         super().__init__(beta)

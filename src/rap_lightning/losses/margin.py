@@ -86,7 +86,7 @@ class Hinge(PreferenceLoss):
 
 
 class IPO(PreferenceLoss):
-    r"""IPO, (m - 1 / (2β))²: the margin is drawn to a finite target.
+    r"""IPO, (m - 1 / (2β))²: the margin is regressed to a finite target.
 
     m is the margin in nats: of sums over tokens as in the paper's equation, or, with per_token, of means over each
     response's tokens, as TRL computes it (its authors were told that the paper's own results used means).
@@ -167,13 +167,13 @@ class DiscoPOP(PreferenceLoss):
 
 
 class DPOPositive(PreferenceLoss):
-    r"""DPOP, -log σ(β (m - λ max(0, -a))): DPO that pays for a chosen response less likely than under the reference.
+    r"""DPOP, -log σ(β (m - λ max(0, -a))): DPO with a penalty where chosen is less likely than under the reference.
 
     m is the margin and a the chosen log-ratio, in nats.
 
     Args:
         beta: strength of the implicit reward, per nat.
-        penalty: λ, 0 is DPO and refused.
+        penalty: λ, above 0 (0 would be DPO).
 
     Source: Pal et al. 2024 (Smaug), https://arxiv.org/abs/2402.13228; β and λ as for their models.
     """

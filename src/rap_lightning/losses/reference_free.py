@@ -1,4 +1,4 @@
-"""Losses that need no reference, so none is loaded. s is a response's mean log-probability per token, in nats."""
+"""Losses without a reference; none is loaded. s is a response's mean log-probability per token, in nats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rap_lightning.losses.base import PreferenceLoss, above_zero, bounded_exp
 
 
 def per_token(policy: PairLogps) -> tuple[Tensor, Tensor]:
-    """Mean log-probability per token of chosen and of rejected, each [B], in nats."""
+    """Return the mean log-probability per token of chosen and of rejected, each [B], in nats."""
     return policy.chosen / policy.chosen_lengths, policy.rejected / policy.rejected_lengths
 
 
@@ -29,7 +29,7 @@ class SimPO(PreferenceLoss):
     tensor([0.0486])
     """
 
-    needs_reference = False
+    requires = frozenset()
 
     def __init__(self, beta: float = 2.0, gamma: float = 1.0) -> None:
         super().__init__(beta)
@@ -49,7 +49,7 @@ class SimPO(PreferenceLoss):
 class AlphaPO(PreferenceLoss):
     r"""AlphaPO, SimPO with a reward of another shape: -log σ(r_w - r_l - γ), r = β (1 - e^(-α s)) / α.
 
-    s is the response's mean log-probability per token. Beyond e^30 the exponential goes on as its tangent.
+    s is the response's mean log-probability per token. Beyond e^30 the exponential is continued by its tangent.
 
     Args:
         beta: strength of the reward.
@@ -61,7 +61,7 @@ class AlphaPO(PreferenceLoss):
     records it, its 0.1 read as γ / β.
     """
 
-    needs_reference = False
+    requires = frozenset()
 
     def __init__(self, beta: float = 2.5, gamma: float = 0.25, alpha: float = 0.25) -> None:
         super().__init__(beta)
@@ -83,7 +83,7 @@ class CPO(PreferenceLoss):
     r"""CPO, -log σ(β (log π(y_w) - log π(y_l))) - w s_w: DPO with a uniform reference, and imitation of chosen.
 
     log π is summed over tokens, in nats; s_w is chosen's mean log-probability per token. The paper writes a sum over
-    tokens there; TRL takes the mean over all the batch's, here it is the mean over each response's.
+    tokens there; TRL takes the mean over all tokens of the batch, this class the mean over each response's.
 
     Args:
         beta: strength of the implicit reward, per nat.
@@ -92,7 +92,7 @@ class CPO(PreferenceLoss):
     The implicit reward is β log π. Source: Xu et al. 2024, https://arxiv.org/abs/2401.08417, equations 3 to 5.
     """
 
-    needs_reference = False
+    requires = frozenset()
 
     def __init__(self, beta: float = 0.1, nll_weight: float = 1.0) -> None:
         super().__init__(beta)
@@ -119,7 +119,7 @@ class ORPO(PreferenceLoss):
     Source: Hong et al. 2024, https://arxiv.org/abs/2403.07691, equations 4 to 7; λ as for Mistral.
     """
 
-    needs_reference = False
+    requires = frozenset()
 
     def __init__(self, odds_weight: float = 0.1) -> None:
         nn.Module.__init__(self)
@@ -144,14 +144,14 @@ def _log_odds(s: Tensor) -> Tensor:
 class SFT(PreferenceLoss):
     r"""Imitation of the chosen response, -s_w: its mean negative log-probability per token.
 
-    The mean is over the tokens of each response; TRL's is over all the batch's, which lets long responses count more.
-    The implicit reward is s, of rejected too, so that the logs tell what imitation does to the margin.
+    The mean is over the tokens of each response; TRL's is over all tokens of the batch, so long responses weigh more.
+    The implicit reward is s, also of rejected, so that the logs show the effect of imitation on the margin.
 
     Source: the usual cross-entropy; as part of a mixture: Wang et al. 2024 (MPO), https://arxiv.org/abs/2411.10442.
     """
 
-    needs_reference = False
-    at_zero_margin = "it imitates chosen and does not look at rejected"
+    requires = frozenset()
+    at_zero_margin = "it imitates chosen and ignores rejected"
 
     def __init__(self) -> None:
         nn.Module.__init__(self)

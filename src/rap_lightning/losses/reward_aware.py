@@ -1,9 +1,9 @@
-r"""Losses that look at how much better chosen is, not only at which response is better.
+r"""Losses that use how much better chosen is, not only which response is better.
 
-m is the margin of log-ratios in nats; Δ is the gap, how much better chosen is than rejected, in the judge's units.
+m is the margin of log-ratios in nats; Δ is the gap, by which chosen is better than rejected, in the judge's units.
 
-What is better depends on the goal. A pair with a goal g in its prompt is chosen by R(y) = -|g - r(y)|, whose largest
-value, 0, belongs to the response that has the goal's own reward (the paper squares it: https://arxiv.org/abs/2410.08067,
+Which response is better depends on the goal. A pair with a goal g in its prompt is chosen by R(y) = -|g - r(y)|, which
+is largest, 0, for the response that has the goal's own reward (the paper squares it: https://arxiv.org/abs/2410.08067,
 section 4). There Δ = R(y_w) - R(y_l) = |r_w - r_l|: in the half whose goal is the lower reward, the judge's own
 r_w - r_l is below 0 and would push against the relabelling. A pair without a goal has Δ = r_w - r_l.
 """
@@ -24,7 +24,7 @@ Distance = Literal["absolute", "squared"]
 
 
 class RewardAwareLoss(PreferenceLoss):
-    """A loss that sees the gap.
+    """A loss that uses the gap between the rewards.
 
     Args:
         beta: strength of the implicit reward, per nat.
@@ -32,20 +32,20 @@ class RewardAwareLoss(PreferenceLoss):
             Without a goal in the prompt the gap is the difference of the rewards either way.
     """
 
-    needs_rewards = True
+    requires = frozenset({"reference", "rewards"})
 
     def __init__(self, beta: float = 0.1, distance: Distance = "absolute") -> None:
         super().__init__(beta)
         self.distance = distance
 
     def gap(self, rewards: PairRewards) -> Tensor:
-        """Δ, [B]: by how much chosen is better under its goal; by the judge's own rewards where there is no goal."""
+        """Return Δ, [B]: by how much chosen is better under its goal, or by the judge's rewards where there is none."""
         given = rewards.under_goal(2 if self.distance == "squared" else 1)
         return given.chosen - given.rejected
 
 
 class GapLoss(RewardAwareLoss):
-    """A loss of the margin and the gap alone; a subclass writes ``compare``."""
+    """A loss of the margin and the gap alone; a subclass defines ``compare``."""
 
     def forward(self, policy: PairLogps, reference: PairLogps, rewards: PairRewards) -> Tensor:
         """[B]."""
@@ -53,11 +53,11 @@ class GapLoss(RewardAwareLoss):
 
     @abstractmethod
     def compare(self, m: Tensor, gap: Tensor) -> Tensor:
-        """The loss of each pair, [B], from its margin and its gap, [B] each."""
+        """Return the loss of each pair, [B], from its margin and its gap, [B] each."""
 
 
 class ODPO(GapLoss):
-    r"""ODPO, DPO with an offset: -log σ(β m - α log Δ): the better chosen is, the more it must win by.
+    r"""ODPO, DPO with an offset: -log σ(β m - α log Δ): the larger the gap, the larger the required margin.
 
     m is the margin in nats and Δ the gap in the judge's units. Below Δ = 1 the offset is negative.
 
@@ -85,7 +85,7 @@ class MarginDPO(GapLoss):
 
     Args:
         beta: strength of the implicit reward, per nat.
-        scale: λ, implicit reward asked for per unit of the gap. 1/3 takes gaps of 0-9 to 0-3, Llama 2's large margins.
+        scale: λ, implicit reward required per unit of the gap. 1/3 takes gaps of 0-9 to 0-3, Llama 2's large margins.
         distance: how far a reward is from the goal, absolute or squared.
 
     Source: Touvron et al. 2023 (Llama 2), https://arxiv.org/abs/2307.09288, equation 2, with β m as the model's reward.
@@ -101,7 +101,7 @@ class MarginDPO(GapLoss):
 
 
 class RPOSquared(GapLoss):
-    r"""RPO with the squared distance, (β m - η Δ)²: the implicit reward gap is drawn to the judge's.
+    r"""RPO with the squared distance, (β m - η Δ)²: the implicit reward gap is regressed to the judge's.
 
     m is the margin in nats and Δ the gap in the judge's units.
 
@@ -161,7 +161,7 @@ class RPOForwardKL(RPOSquared):
 
 
 def _bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(σ(p) ‖ σ(q)), elementwise, in nats."""
+    """Return KL(σ(p) ‖ σ(q)), elementwise, in nats."""
     one = torch.sigmoid(p) * (F.logsigmoid(p) - F.logsigmoid(q))
     return one + torch.sigmoid(-p) * (F.logsigmoid(-p) - F.logsigmoid(-q))
 

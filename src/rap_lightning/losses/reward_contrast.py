@@ -12,14 +12,14 @@ from rap_lightning.losses.reward_aware import Distance, RewardAwareLoss
 
 
 class _Contrast(RewardAwareLoss):
-    """Args as below; the softmax of two rewards is σ of their difference, so the gap says it all."""
+    """The rewards enter through their softmax, which for two is σ of their difference, the gap."""
 
     def __init__(self, beta: float = 0.01, temperature: float = 1.0, distance: Distance = "absolute") -> None:
         super().__init__(beta, distance)
         self.temperature = above_zero(self, "temperature", temperature)
 
     def shares(self, rewards: PairRewards) -> Tensor:
-        """Chosen's share of softmax(rewards / T), [B]."""
+        """Return chosen's share of softmax(rewards / T), [B]."""
         return torch.sigmoid(self.gap(rewards) / self.temperature)
 
 
@@ -59,5 +59,5 @@ class RewardNCA(_Contrast):
         """[B] nats."""
         share = self.shares(rewards)
         chosen, rejected = (self.beta * ratio for ratio in logratios(policy, reference))
-        drawn = -share * F.logsigmoid(chosen) - (1 - share) * F.logsigmoid(rejected)
-        return drawn - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
+        pulled = -share * F.logsigmoid(chosen) - (1 - share) * F.logsigmoid(rejected)
+        return pulled - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))

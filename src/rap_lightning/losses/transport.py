@@ -1,4 +1,4 @@
-"""Alignment by optimal transport: what is compared is the batch's distribution of margins, not each pair's own."""
+"""Alignment by optimal transport: losses that compare distributions of margins over the batch, not single pairs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class AOTUnpaired(PreferenceLoss):
 
 
 def _sorted_loss(beta: float, above: Tensor, below: Tensor, pairs: Tensor) -> Tensor:
-    """-log σ of the differences of both sorted over ``pairs``, [B]; 0 for the others."""
+    """Return -log σ of the differences of both, sorted over ``pairs``, [B]; 0 for other pairs."""
     order = torch.argsort(above[pairs])
     losses = -F.logsigmoid(beta * (above[pairs][order] - below[pairs].sort().values))
     return torch.zeros_like(above).index_copy(0, pairs[order], losses)

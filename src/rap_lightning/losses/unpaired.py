@@ -1,4 +1,4 @@
-"""Losses made for single responses marked good or bad, on pairs: each response is held against a running figure."""
+"""Losses for single responses labelled good or bad, applied to pairs: each is compared with a running mean."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class BCO(PreferenceLoss):
     r"""BCO on pairs, -log σ(β a - δ) - log σ(-(β b - δ)), where δ is the mean implicit reward so far.
 
     a and b are the log-ratios of chosen and rejected in nats. δ averages the rewards of both responses over all pairs
-    of the optimizer steps before this one, on all ranks; it is part of the checkpoint. A mean that took the current
-    batch in, as earlier releases of TRL did, would depend on gradient accumulation.
+    of the optimizer steps before this one, on all ranks; it is part of the checkpoint. A mean that included the current
+    batch, as in earlier releases of TRL, would depend on gradient accumulation.
 
     Args:
         beta: strength of the implicit reward, per nat.
@@ -35,7 +35,7 @@ class BCO(PreferenceLoss):
 
     @property
     def delta(self) -> Tensor:
-        """δ, [] float32; 0 before the first step."""
+        """δ, [] float32; it is 0 before the first step."""
         return (self.totals[0] / self.totals[1].clamp(min=1)).float()
 
     def forward(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -60,7 +60,7 @@ class BCO(PreferenceLoss):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         result: Any = super()._apply(fn, recurse)
         if self.totals.device.type != "mps":  # which has no float64
-            self.totals = self.totals.double()  # half-precision plugins convert modules; a count must stay exact
+            self.totals = self.totals.double()  # "-true" precisions convert modules; a count must stay exact
         return result  # type: ignore[no-any-return]
 
 
@@ -68,7 +68,7 @@ class KTO(PreferenceLoss):
     r"""KTO on pairs, λ_D (1 - σ(β (a - z))) + λ_U (1 - σ(β (z - b))), with z an estimate of KL(policy ‖ reference).
 
     a and b are the log-ratios of chosen and rejected in nats. z = max(0, mean log-ratio of responses to other prompts
-    of the batch, over all ranks), without gradient; 0 in a batch that is left with a single pair. It costs another
+    of the batch, over all ranks), without gradient; it is 0 in a batch with a single pair left. It costs another
     forward pass of policy and reference.
 
     Args:
@@ -81,7 +81,7 @@ class KTO(PreferenceLoss):
     added; the paper averages over responses, which is half of it.
     """
 
-    needs_unrelated = True
+    requires = frozenset({"reference", "unrelated"})
     least_pairs = 2
     batch_level = "z is estimated on the batch"
 
@@ -98,11 +98,11 @@ class KTO(PreferenceLoss):
 
     @torch.no_grad()
     def divergence(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """z, [] nats, the same on every rank."""
+        """Return z, [] nats, the same on every rank."""
         assert policy.unrelated is not None, "KTO needs log-probabilities of unrelated responses"
         assert reference.unrelated is not None, "KTO needs log-probabilities of unrelated responses"
         pairs = live(policy)
-        if len(pairs) < 2:  # nothing unrelated: this rank adds nothing, but must take part
+        if len(pairs) < 2:  # nothing unrelated: this rank adds nothing, but must join the sum over ranks
             pairs = pairs[:0]
         ratios = (policy.unrelated - reference.unrelated).reshape(-1, 2)[pairs]
         total, count = over_ranks(torch.stack((ratios.sum(), ratios.new_tensor(ratios.numel()))))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from rap_lightning.batches.types import Batch, Forest
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.activation_offload import activations_on_host
 from rap_lightning.models.attention import forest_attention
 from rap_lightning.models.logps import Head, sum_by_segment
-from rap_lightning.training.out_of_memory import activations_on_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,18 +1,20 @@
-"""Finished work as json lines that survive whatever ends the process.
+"""JSON lines that survive a killed process: what is finished is on disk, and the next run does the rest.
 
-Rows are appended a chunk at a time and synced to disk. What a killed process left of its last line is taken away, and
-said. A file beside, ``NAME.meta.json``, holds the settings that the rows were made with: a run with other settings does
-not go on in the same file. One process writes a file at a time.
+A :class:`Ledger` appends rows and syncs them to disk. ``NAME.meta.json`` beside the file holds the settings that the
+rows were made with; a run with other settings is refused. Several processes write shards (:func:`shard_path`), each its
+own file, and know each other's finished rows. The functions below read and write such files.
 """
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,63 +22,60 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.pairs import shown
 
 Row = dict[str, Any]
-LONGEST_LINE = 1 << 26  # bytes
-SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def digest_of(*parts: Any) -> str:
-    """24 hex digits of plain values."""
+    """Return 24 hex digits for plain values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 def file_digest(path: Path) -> str:
-    """24 hex digits of a file's content."""
+    """Return 24 hex digits for a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:24]
 
 
 def shard_path(path: Path, shard: int, shards: int) -> Path:
-    """The file of one of several processes; of a single one, ``path`` itself."""
+    """Return the file of one of several processes; ``path`` itself for a single process."""
     return path if shards == 1 else path.with_name(f"{path.stem}-{shard:05d}-of-{shards:05d}{path.suffix}")
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The files that were written for ``path``: itself, and shards of any number of processes."""
+    """Return the files written for ``path``: itself, and shards of any number of processes."""
     found = [path] if path.is_file() else []
-    for other in sorted(path.parent.glob(f"{glob_escape(path.stem)}-*{path.suffix}")):
+    for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{path.suffix}")):
         stem = other.name.removesuffix(path.suffix)
         if SHARD.search(stem) and SHARD.sub("", stem) == path.stem:
             found.append(other)
     return found
 
 
-def glob_escape(text: str) -> str:
-    """The text with everything escaped that a glob would read as a pattern."""
-    return re.sub(r"([*?[])", r"[\1]", text)
+def plain_values(value: Any) -> Any:
+    """Return a value as it reads after a round trip through JSON, so that it compares with a stored one."""
+    return json.loads(json.dumps(value))
 
 
 def meta_path(path: Path) -> Path:
-    """Where the settings of ``path`` stand."""
+    """Return the file that holds the settings of ``path``."""
     return path.with_name(path.name + ".meta.json")
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The record beside a file of rows; empty where there is none."""
+    """Read the record beside a file of rows; empty if there is none."""
     record = meta_path(path)
     try:
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise DataError(
-            f"{record} is not JSON: {error}. It holds the settings that {path.name} was made with."
-        ) from error
+        raise DataError(f"{record} is not JSON: {error}. It holds the settings of {path.name}.") from error
     return found
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that exists completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -87,29 +86,29 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON document for people and programs, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write an indented JSON document atomically."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, rows: Iterable[Row]) -> None:
-    """Json lines, whole or not at all."""
-    write_whole(path, "".join(line_of(row) for row in rows))
+    """Write JSON lines atomically."""
+    write_atomically(path, "".join(line_of(row) for row in rows))
 
 
 def line_of(row: Row) -> str:
-    """A row as its line."""
+    """Return a row as its line."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_rows(paths: Sequence[Path], *, torn: bool = False) -> Iterator[Row]:
-    """The rows of finished files.
+    """Read the rows of files.
 
     Args:
         paths: from :func:`parts_of`.
-        torn: pass over a last line that is cut off: another process may be writing it.
+        torn: ignore an incomplete last line, which another process may be writing.
 
     Raises:
-        DataError: a line that is no JSON object.
+        DataError: a line is not a JSON object.
     """
     for path in paths:
         with path.open("rb") as file:
@@ -123,7 +122,7 @@ def read_rows(paths: Sequence[Path], *, torn: bool = False) -> Iterator[Row]:
                         return
                     raise DataError(
                         f"{path} line {number}: not JSON ({error}), found {shown(line.decode('utf-8', 'replace'))}. "
-                        "A file cut off by a killed process is mended by running the command that wrote it again."
+                        "If a process was killed while it wrote this file, run its command again to repair it."
                     ) from error
                 if not isinstance(row, dict):
                     raise DataError(f"{path} line {number}: expected an object, found {shown(line.decode())}.")
@@ -131,27 +130,27 @@ def read_rows(paths: Sequence[Path], *, torn: bool = False) -> Iterator[Row]:
 
 
 class Ledger:
-    """The rows that are done, and a way to add more. Used as a context manager.
+    """Finished rows, with a way to append more. Used as a context manager.
 
     Args:
-        path: json lines; each row has an ``id``.
-        settings: whatever changes the rows. Plain values.
-        notes: goes into the record beside, and may change between runs.
-        shard, shards: this process, and how many share the work.
+        path: JSON lines; each row has an ``id``.
+        settings: plain values of everything that changes the rows.
+        notes: further facts for the record beside the file; they may change between runs.
+        shard, shards: number of this process, and how many share the work.
 
     Attributes:
-        done: ids of the rows that are there, in the files of all shards.
+        done: ids of the finished rows in the files of all shards.
 
     Raises:
-        ConfigError: the file is another process's at the moment, or was made with other settings.
-        DataError: a line in the middle of the file is no row.
+        ConfigError: another process is writing the file, or it was made with other settings.
+        DataError: a line in the middle of the file is not a row.
     """
 
     def __init__(
         self, path: Path, settings: dict[str, Any], notes: dict[str, Any] | None = None, shard: int = 0, shards: int = 1
     ) -> None:
         self.base, self.path = path, shard_path(path, shard, shards)
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.settings: dict[str, Any] = plain_values(settings)
         self.notes = notes or {}
         self.done: set[str] = set()
         self._file: IO[bytes] | None = None
@@ -162,39 +161,26 @@ class Ledger:
             self._file = self.path.open("ab+")
         except OSError as error:
             raise ConfigError(f"{self.path} can't be written: {error.strerror}.") from error
+        new = False
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise ConfigError(
-                f"{self.path} is being written by another process. Wait for it, or name another."
-            ) from error
-        made_now = not self.path.stat().st_size and not meta_path(self.path).is_file()
-        try:
-            if not made_now:
-                self._same_settings(self.path)
-            else:  # before the others are looked at: of two shards that begin at once, one sees the other's record
-                write_json(meta_path(self.path), self._record())
-            for other in parts_of(self.base):
-                if other != self.path:
-                    self._same_settings(other)
-            self._mend()
-            for row in read_rows([self.path]):
-                self._add(row, self.path)
-            for other in parts_of(self.base):
-                if other != self.path:
-                    self.done.update(str(row.get("id")) for row in read_rows([other], torn=True))
+            self._lock()
+            new = not self.path.stat().st_size and not meta_path(self.path).is_file()
+            if new:  # before looking at the others: of two shards that start at once, one sees the other's record
+                self._write_record()
+            others = [part for part in parts_of(self.base) if part != self.path]
+            for part in others if new else [self.path, *others]:
+                self._check_settings(part)
+            self._repair_last_line()
+            self._read_own()
+            self.done.update(str(row.get("id")) for row in read_rows(others, torn=True))
         except BaseException:
             self._file.close()
-            if made_now:
+            if new:
                 meta_path(self.path).unlink(missing_ok=True)
             raise
-        if not made_now:
-            write_json(meta_path(self.path), self._record())
+        if not new:
+            self._write_record()
         return self
-
-    def _record(self) -> dict[str, Any]:
-        return {"settings": self.settings, **self.notes}
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None, "entered first"
@@ -202,61 +188,71 @@ class Ledger:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write rows and sync them to disk."""
-        assert self._file is not None, "entered first"
-        self._file.write("".join(map(line_of, rows)).encode("utf-8", "surrogatepass"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write("".join(map(line_of, rows)).encode("utf-8", "surrogatepass"))
         self.done.update(str(row["id"]) for row in rows)
 
-    def _add(self, row: Row, path: Path) -> None:
-        if not isinstance(row.get("id"), str):
-            raise DataError(f"{path} holds a row without an id, found {shown(json.dumps(row))}. Name another file.")
-        if row["id"] in self.done:
-            raise DataError(f"{path} holds the row {row['id']} twice. Remove one of the two.")
-        self.done.add(row["id"])
-
-    def _same_settings(self, part: Path) -> None:
-        found = read_meta(part).get("settings")
-        if found is None and part != self.path and not part.stat().st_size:
-            return  # opened a moment ago, and its process sees our record
-        if found is None:
-            raise ConfigError(
-                f"{part} is there already, and no record beside it says how it was made. Name another output, "
-                "or remove it."
-            )
-        if found != self.settings:
-            keys = sorted({*found, *self.settings})
-            changed = [
-                f"{key}: {shown(found.get(key), 200)} there, {shown(self.settings.get(key), 200)} now"
-                for key in keys if found.get(key) != self.settings.get(key)
-            ]  # fmt: skip
-            raise ConfigError(
-                f"{part} was made with other settings, and one file never mixes them. {'; '.join(changed)}. "
-                "Name another "
-                "output, or remove the old one."
-            )
-
-    def _mend(self) -> None:
-        """Take away what a killed process left of its last line, and say so."""
+    def _write(self, data: bytes) -> None:
         assert self._file is not None, "entered first"
-        size = self._file.seek(0, os.SEEK_END)
-        if not size:
-            return
-        behind = max(0, size - LONGEST_LINE)
-        self._file.seek(behind)
-        start = behind + self._file.read().rfind(b"\n") + 1
-        if start == size:
-            return
-        self._file.seek(start)
-        tail = self._file.read()
-        try:
-            whole = isinstance(json.loads(tail), dict)
-        except ValueError:
-            whole = False
-        if whole:
-            self._file.write(b"\n")
-        else:
-            self._file.truncate(start)
-            print(f"{self.path.name}: the last line was cut off ({len(tail)} bytes); taken away, and done again")
+        self._file.write(data)
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _lock(self) -> None:
+        assert self._file is not None, "entered first"
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} is being written by another process. Wait for it, or name another."
+            ) from error
+
+    def _write_record(self) -> None:
+        write_json(meta_path(self.path), {"settings": self.settings, **self.notes})
+
+    def _check_settings(self, part: Path) -> None:
+        found = read_meta(part).get("settings")
+        if found is None and part != self.path and not part.stat().st_size:
+            return  # created a moment ago; its process will see our record
+        if found is None:
+            raise ConfigError(
+                f"{part} exists, and no record beside it says how it was made. Name another output, or remove it."
+            )
+        if found != self.settings:
+            changed = "; ".join(
+                f"{key}: {shown(found.get(key), 200)} there, {shown(self.settings.get(key), 200)} now"
+                for key in sorted({*found, *self.settings})
+                if found.get(key) != self.settings.get(key)
+            )
+            raise ConfigError(
+                f"{part} was made with other settings, and one file never mixes them. {changed}. Name another output, "
+                "or remove the old one."
+            )
+
+    def _repair_last_line(self) -> None:
+        """Complete or remove a last line without a newline, which a killed process left."""
+        if not self.path.stat().st_size:
+            return
+        with self.path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            start = content.rfind(b"\n") + 1
+            tail = content[start:]
+        if not tail:
+            return
+        try:
+            complete = isinstance(json.loads(tail), dict)
+        except ValueError:
+            complete = False
+        if complete:
+            self._write(b"\n")
+        else:
+            os.truncate(self.path, start)
+            print(f"{self.path.name}: the last line was cut off ({len(tail)} bytes): removed, its row is made again")
+
+    def _read_own(self) -> None:
+        for row in read_rows([self.path]):
+            if not isinstance(row.get("id"), str):
+                raise DataError(
+                    f"{self.path} holds a row without an id, found {shown(json.dumps(row))}. Name another file."
+                )
+            if row["id"] in self.done:
+                raise DataError(f"{self.path} holds the row {row['id']} twice. Remove one of the two.")
+            self.done.add(row["id"])

@@ -1,4 +1,4 @@
-"""Scored responses to pairs, and how pairs are to be relabelled: two stages of a round."""
+"""Stages "select" and "relabel" of a round: scored responses become pairs; goal.yaml says how to relabel them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.onpolicy.asked_goals import config_of
-from rap_lightning.onpolicy.jsonl_ledger import write_json, write_lines, write_whole
-from rap_lightning.onpolicy.sampled_model import Model
+from rap_lightning.onpolicy.jsonl_ledger import write_atomically, write_json, write_lines
+from rap_lightning.onpolicy.model_source import ModelSource
+from rap_lightning.onpolicy.requested_goals import goal_config
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import Pair
@@ -23,28 +23,23 @@ from rap_lightning.preferences.sources import Source
 REPORT = "select_report.json"
 
 
-def rewards_are_tied(scored: Path, rules: Rules) -> bool:
-    """Whether all rewards of a file are the same, so that nothing can be learnt from them."""
-    return len(set(rewards_of(Source(str(scored)), "train", rules))) < 2
-
-
-def fitted(scored: Path, rules: Rules) -> None:
-    """Take the scale's open numbers from the scored responses.
+def fit_scale_to(scored: Path, rules: Rules) -> None:
+    """Fit the open numbers of the goal's scale to the scored responses.
 
     Raises:
         DataError: all rewards are the same.
     """
-    if rewards_are_tied(scored, rules):
+    source = Source(str(scored))
+    if len(set(rewards_of(source, "train", rules))) < 2:
         raise DataError(
-            f"{scored}: all rewards are the same, so no response is better than another, and there is nothing "
-            "to learn. "
-            "Sample with a higher temperature, or more; or use a judge that tells them apart. What is finished is kept."
+            f"{scored}: all rewards are the same, so no response is better than another. Sample with a higher "
+            "temperature, or more; or use a judge that tells them apart. What is finished is kept."
         )
-    fit_scale(rules, [Source(str(scored))], "train")
+    fit_scale(rules, [source], "train")
 
 
-def write_pairs(scored: Path, rules: Rules, output: Path) -> DataReport:
-    """The pairs that the selection makes, in the layout of scored pairs, with the counted report beside.
+def write_pairs(scored: Path, rules: Rules, output: Path) -> None:
+    """Write the selected pairs in the format of scored pairs, with a report of the rows beside them.
 
     Raises:
         DataError: no pair is left.
@@ -55,16 +50,14 @@ def write_pairs(scored: Path, rules: Rules, output: Path) -> DataReport:
     except DataError as error:
         if report.pairs or not report.read:
             raise
-        write_json(output.with_name(REPORT), report.as_dict())
         raise DataError(
-            f"{error}\nNo two responses to a prompt have goals that differ. Sample with a higher temperature, "
-            "or more; or print "
-            "goals with more decimals. What is finished is kept."
+            f"{error}\nNo two responses to a prompt have goals that differ. Sample with a higher temperature, or more; "
+            "or print goals with more decimals. What is finished is kept."
         ) from error
-    write_json(output.with_name(REPORT), report.as_dict())
+    finally:
+        write_json(output.with_name(REPORT), report.as_dict())
     write_lines(output, rows)
     print("\n".join(report.lines()))
-    return report
 
 
 def _row(pair: Pair, goal: GoalTemplate | None) -> dict[str, Any]:
@@ -81,22 +74,20 @@ def _row(pair: Pair, goal: GoalTemplate | None) -> dict[str, Any]:
 
 
 def write_goal(rules: Rules, output: Path) -> None:
-    """How pairs are relabelled, as options of the data section: goal with its fitted scale, halves, ties."""
+    """Write how pairs are relabelled, as options of the data section: goal with its fitted scale, halves, ties."""
     assert rules.goal is not None, "rounds are about goals"
     best = rules.goal.write(rules.goal.best, rules.goal.best_attributes)
     head = ["# How this round's pairs are relabelled; may be edited. At its best the goal reads:", "#"]
     head += [f"#   {line}" for line in best.splitlines()]
     body = {
-        "goal": config_of(rules.goal),
-        "relabel": rules.relabelling.mode,
-        "keep_original": rules.relabelling.keep_original,
-        "ties": rules.ties,
-    }
-    write_whole(output, "\n".join(head) + "\n\n" + yaml.safe_dump(body, sort_keys=False, allow_unicode=True))
+        "goal": goal_config(rules.goal), "relabel": rules.relabelling.mode,
+        "keep_original": rules.relabelling.keep_original, "ties": rules.ties,
+    }  # fmt: skip
+    write_atomically(output, "\n".join(head) + "\n\n" + yaml.safe_dump(body, sort_keys=False, allow_unicode=True))
 
 
 def read_goal(path: Path) -> dict[str, Any]:
-    """The options that :func:`write_goal` wrote, or someone made of them."""
+    """Read the options of :func:`write_goal`, which may have been edited."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -106,11 +97,11 @@ def read_goal(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_view(pairs: Path, rules: Rules, policy: Model, output: Path) -> None:
-    """The relabelled pairs as training sees them, to look at: messages, goals, origins."""
-    placement = resolve_placement(policy.tokenizer(), rules.goal.placement if rules.goal is not None else "auto")
-    system_shown = shows_system(policy.tokenizer())
+def write_view(pairs: Path, rules: Rules, policy: ModelSource, output: Path) -> None:
+    """Write the relabelled pairs as training sees them, for inspection: messages, goals, origins."""
+    tokenizer = policy.tokenizer()
+    placement = resolve_placement(tokenizer, rules.goal.placement if rules.goal is not None else "auto")
     partial = output.with_name(f".{output.name}.partial")
     read = list(read_pairs(Source(str(pairs)), "train", rules, DataReport(pairs.name, "train"), progress=False))
-    write_parquet(partial, [relabelled_batch(read, rules, placement, system_shown)])
+    write_parquet(partial, [relabelled_batch(read, rules, placement, shows_system(tokenizer))])
     partial.rename(output)

@@ -1,24 +1,35 @@
-"""Rounds of generate, score, select, relabel, fit. Every stage is a file; see :mod:`rap_lightning.onpolicy.stages`."""
+"""On-policy training: rounds of generate, score, select, relabel and fit.
+
+:func:`run_rounds` runs one :class:`Round` after the other; :meth:`Round.run` lists its stages in order. Every stage
+writes files and is skipped if they are up to date (:mod:`rap_lightning.onpolicy.stages`).
+"""
 
 from __future__ import annotations
 
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.onpolicy import fitting
-from rap_lightning.onpolicy import round_pairs as select
-from rap_lightning.onpolicy.asked_goals import Asked, GoalOption, config_of, resolve, writes
+from rap_lightning.onpolicy import round_fit, round_pairs
 from rap_lightning.onpolicy.engines import Engine
-from rap_lightning.onpolicy.jsonl_ledger import digest_of, meta_path, parts_of, read_rows, write_json
+from rap_lightning.onpolicy.jsonl_ledger import (
+    digest_of,
+    meta_path,
+    parts_of,
+    plain_values,
+    read_meta,
+    read_rows,
+    write_json,
+)
 from rap_lightning.onpolicy.judges import Judge
-from rap_lightning.onpolicy.response_generator import Generator
-from rap_lightning.onpolicy.sampled_model import Model
+from rap_lightning.onpolicy.model_source import ModelSource
+from rap_lightning.onpolicy.requested_goals import GoalOption, RequestedGoal, goal_config, resolve, template_writes
+from rap_lightning.onpolicy.response_generator import ResponseGenerator
 from rap_lightning.onpolicy.scoring import score_file
 from rap_lightning.onpolicy.stages import Stages, digest_of_paths
 from rap_lightning.preferences.filters import Filters
@@ -32,18 +43,19 @@ if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
 
 Goals = GoalOption | list[GoalOption]
+History = Sequence[Message]
 SAMPLES, SCORED, PAIRS, GOAL, VIEW = "samples.jsonl", "scored.jsonl", "pairs.jsonl", "goal.yaml", "relabelled.parquet"
 MODEL, CONFIG, RUN = "model", "fit.yaml", "run"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that rounds are made of; the options of the command, which says what each means."""
+class RoundsPlan:
+    """The options of all rounds; the docstring of the command describes each."""
 
     folder: Path
-    histories: Sequence[Sequence[Message]]
-    held_out: Sequence[Sequence[Message]]
-    initial: Model
+    histories: Sequence[History]
+    held_out: Sequence[History]
+    initial: ModelSource
     rounds: int
     engine: Engine
     judge: Judge
@@ -66,11 +78,11 @@ class Plan:
     max_prompt_length: int | None
     seed: int
     parse_goal: Callable[[dict[str, Any]], GoalTemplate] = field(repr=False)
-    """Makes the goal template of a config."""
+    """Instantiates the goal template of a config."""
 
 
 @dataclass
-class Measured:
+class HeldOutReward:
     """Rewards of a model at its best goal, on prompts that no round trains on."""
 
     model: str
@@ -79,12 +91,12 @@ class Measured:
     count: int
 
 
-def run_rounds(plan: Plan) -> list[dict[str, Any]]:
-    """Do what isn't done yet, and write ``rounds.json``.
+def run_rounds(plan: RoundsPlan) -> list[dict[str, Any]]:
+    """Run all unfinished stages, and write ``rounds.json``.
 
     Raises:
-        ConfigError: options that don't go together, or a stage that failed; it has said why.
-        DataError: a round that nothing can be learnt from.
+        ConfigError: options that contradict each other, or a failed stage.
+        DataError: a round without anything to learn from.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     latest, rows = plan.initial, []
@@ -97,27 +109,21 @@ def run_rounds(plan: Plan) -> list[dict[str, Any]]:
 
 
 class Round:
-    """One round.
+    """Round ``number``, from 1, on responses of the model ``sampled``."""
 
-    Args:
-        plan: of all rounds.
-        number: from 1.
-        sampled: the model that responses are sampled from.
-    """
-
-    def __init__(self, plan: Plan, number: int, sampled: Model) -> None:
+    def __init__(self, plan: RoundsPlan, number: int, sampled: ModelSource) -> None:
         self.plan, self.number, self.sampled = plan, number, sampled
         self.folder = plan.folder / f"round-{number}"
         self.folder.mkdir(exist_ok=True)
         self.stages = Stages(self.folder, f"round {number}")
         self.policy = plan.initial if plan.policy == "initial" else sampled
-        self.trained = Model(str(self.folder / MODEL), trust_remote_code=plan.initial.trust_remote_code)
+        self.trained = ModelSource(str(self.folder / MODEL), trust_remote_code=plan.initial.trust_remote_code)
 
     def run(self) -> dict[str, Any]:
-        """All stages; the round's row of the summary."""
+        """Run the stages in order; return the round's row of ``rounds.json``."""
         print(f"== round {self.number} of {self.plan.rounds}: sampling from {self.sampled.path}", flush=True)
         if not (self.folder / CONFIG).is_file():
-            self._check_fit()
+            self.check_fit()
         generated = self._generate()
         scored = self._score(generated)
         rules = self._rules()
@@ -127,102 +133,52 @@ class Round:
         row: dict[str, Any] = {"round": self.number, "model": os.path.relpath(self.trained.path, self.plan.folder)}
         row |= _summary(self.folder / SCORED) | {"pairs": sum(1 for _ in read_rows([self.folder / PAIRS]))}
         if self.plan.held_out:
-            before = [self._measure("before", self.plan.initial)] if self.number == 1 else []
-            row["held_out"] = [vars(one) for one in [*before, self._measure("after", self.trained)]]
-            for one in row["held_out"]:
-                print(
-                    f"  {one['model']}: {one['mean']:.3f} ± {one['error']:.3f} at the best goal, {one['count']} "
-                    "responses"
-                )
+            measured = [self._measure("before", self.plan.initial)] if self.number == 1 else []
+            measured.append(self._measure("after", self.trained))
+            for one in measured:
+                print(f"  {one.model}: {one.mean:.3f} ± {one.error:.3f} at the best goal, {one.count} responses")
+            row["held_out"] = [asdict(one) for one in measured]
         return row
 
-    # -- stages ---------------------------------------------------------------------------------------------------
+    # -- stages: each returns the digest of its result ----------------------------------------------------------------
 
     def _generate(self) -> str:
         plan = self.plan
         histories = list(plan.histories)[(self.number - 1) % plan.parts :: plan.parts]
-        asked = self._asked(plan.first_goals if self.number == 1 else plan.sample_goals)
+        goals = self._goals(plan.first_goals if self.number == 1 else plan.sample_goals)
         inputs = digest_of(
-            self.sampled.identity(), type(plan.engine).__name__, plan.engine.settings(), vars(plan.generation),
-            plan.samples, [one.text for one in asked], plan.seed, plan.max_prompt_length,
+            self.sampled.identity(), type(plan.engine).__name__, plan.engine.settings(), asdict(plan.generation),
+            plan.samples, [goal.text for goal in goals], plan.seed, plan.max_prompt_length,
             digest_of(list(map(list, histories))),
         )  # fmt: skip
-
-        def make() -> None:
-            self._sample(self.sampled, histories, SAMPLES, asked, plan.samples, plan.seed + self.number)
-
-        return self.stages.run(
-            "generate", inputs, [SAMPLES], make, also=[SAMPLES + ".meta.json", SAMPLES + ".failed.jsonl"]
-        )
-
-    def _sample(
-        self,
-        model: Model,
-        histories: Sequence[Sequence[Message]],
-        name: str,
-        asked: list[Asked],
-        samples: int,
-        seed: int,
-    ) -> None:
-        plan = self.plan
-        with Generator(model, plan.engine, max_prompt_length=plan.max_prompt_length) as generator:
-            outcome = generator.run(histories, self.folder / name, asked, plan.generation, samples, seed)
-        if outcome.failed > plan.max_failed * outcome.total:
-            raise DataError(
-                f"{outcome.failed:,} of {outcome.total:,} responses could not be generated, more than --max_failed "
-                f"{plan.max_failed:g} lets pass; they are listed in {self.folder / name}.failed.jsonl. Start "
-                "the same rounds again "
-                "to ask for them once more."
-            )
+        also = [SAMPLES + ".meta.json", SAMPLES + ".failed.jsonl"]
+        seed = plan.seed + self.number
+        make = lambda: self._sample(self.sampled, histories, SAMPLES, goals, plan.samples, seed)  # noqa: E731
+        return self.stages.run("generate", inputs, [SAMPLES], make, also)
 
     def _score(self, generated: str) -> str:
         inputs = digest_of(generated, self.plan.judge.settings())
         also = [meta_path(self.folder / SCORED).name]
-        verdicts = self.folder / f"{SCORED}.verdicts.jsonl"
-        return self.stages.run("score", inputs, [SCORED], lambda: self._judge(SAMPLES, SCORED, verdicts), also=also)
-
-    def _judge(self, samples: str, scored: str, verdicts: Path) -> None:
-        """Verdicts know their responses by content: those of responses that are still there are used again."""
-        import json
-
-        settings = json.loads(json.dumps(self.plan.judge.settings()))
-        if verdicts.is_file():
-            from rap_lightning.onpolicy.jsonl_ledger import read_meta
-
-            if read_meta(verdicts).get("settings") != settings:
-                self.stages.aside("verdicts", [verdicts, meta_path(verdicts)])
-        for leftover in (self.folder / scored, meta_path(self.folder / scored)):
-            leftover.unlink(missing_ok=True)  # of an interrupted run of the same inputs
-        outcome = score_file(str(self.folder / samples), self.folder / scored, self.plan.judge)
-        if outcome.failed > self.plan.max_failed * outcome.responses:
-            (self.folder / scored).unlink()
-            raise DataError(
-                f"{outcome.failed:,} of {outcome.responses:,} responses could not be judged, more than --max_failed "
-                f"{self.plan.max_failed:g} lets pass. Verdicts are kept; start the same rounds again to ask for "
-                "the others."
-            )
+        return self.stages.run("score", inputs, [SCORED], lambda: self._judge(SAMPLES, SCORED), also)
 
     def _rules(self) -> Rules:
         plan = self.plan
         goal = copy.deepcopy(plan.goal)
         if plan.scale == "keep" and self.number > 1:
-            goal = plan.parse_goal(select.read_goal(plan.folder / "round-1" / GOAL)["goal"])
+            goal = plan.parse_goal(round_pairs.read_goal(plan.folder / "round-1" / GOAL)["goal"])
         return Rules(goal, plan.relabelling, plan.ties, plan.selection, plan.filters, tool_turns=False)
 
     def _select(self, scored: str, rules: Rules) -> str:
         inputs = digest_of(scored, rules.describe())
-        select.fitted(self.folder / SCORED, rules)
-
-        def make() -> None:
-            select.write_pairs(self.folder / SCORED, rules, self.folder / PAIRS)
-
-        return self.stages.run("select", inputs, [PAIRS], make, also=[select.REPORT])
+        source = self.folder / SCORED
+        round_pairs.fit_scale_to(source, rules)
+        make = lambda: round_pairs.write_pairs(source, rules, self.folder / PAIRS)  # noqa: E731
+        return self.stages.run("select", inputs, [PAIRS], make, [round_pairs.REPORT])
 
     def _relabel(self, scored: str, pairs: str, rules: Rules) -> str:
         assert rules.goal is not None, "rounds are about goals"
-        inputs = digest_of(scored, config_of(rules.goal), vars(rules.relabelling), rules.ties)
-        made = self.stages.run("relabel", inputs, [GOAL], lambda: select.write_goal(rules, self.folder / GOAL))
-        options = select.read_goal(self.folder / GOAL)
+        inputs = digest_of(scored, goal_config(rules.goal), vars(rules.relabelling), rules.ties)
+        made = self.stages.run("relabel", inputs, [GOAL], lambda: round_pairs.write_goal(rules, self.folder / GOAL))
         view = self.folder / VIEW
         known = self.stages.state.get("view", {})
         if view.exists() and "made" in known and digest_of_paths([view]) != known["made"]:
@@ -232,91 +188,131 @@ class Round:
             )
 
         def make() -> None:
-            relabelling = Relabelling(options.get("relabel", "both"), options.get("keep_original", False))
+            options = round_pairs.read_goal(self.folder / GOAL)  # possibly edited by hand
             as_edited = replace(
-                rules, goal=self.plan.parse_goal(options["goal"]), relabelling=relabelling, selection=None,
-                filters=Filters(),
+                rules, goal=self.plan.parse_goal(options["goal"]), selection=None, filters=Filters(),
+                relabelling=Relabelling(options.get("relabel", "both"), options.get("keep_original", False)),
                 ties=options.get("ties", "drop"),
             )  # fmt: skip
-            select.write_view(self.folder / PAIRS, as_edited, self.policy, view)
+            round_pairs.write_view(self.folder / PAIRS, as_edited, self.policy, view)
 
         self.stages.run("view", digest_of(made, pairs), [VIEW], make)
         return made
 
     def _fit(self, pairs: str, relabelled: str) -> str:
-        plan, run = self.plan, self.folder / RUN
-        config = self._config(select.read_goal(self.folder / GOAL))
-        identity = [self.policy.identity(), plan.initial.identity() if plan.reference == "initial" else None]
-        inputs = digest_of(pairs, relabelled, plan.fit, plan.reference, identity)
+        plan = self.plan
+        initial = plan.initial.identity() if plan.reference == "initial" else None
+        inputs = digest_of(pairs, relabelled, plan.fit, plan.reference, [self.policy.identity(), initial])
+        config = self._config(round_pairs.read_goal(self.folder / GOAL))
 
         def make() -> None:
             record = self.policy.record()
-            if record is not None and writes(self.policy.fit_tokenizer(), record["best"]):
+            if record is not None and template_writes(self.policy.fit_tokenizer(), record["best"]):
                 raise ConfigError(
-                    f"{self.policy.path}: its chat template writes a goal by itself, and training would write a "
-                    "second one. Use "
-                    "the template that the model was trained with."
+                    f"{self.policy.path}: its chat template writes a goal by itself, and training would write a second "
+                    "one. Use the template that the model was trained with."
                 )
-            fitting.write_config(self.folder / CONFIG, config)
-            trained = fitting.run_fit(self.folder / CONFIG, run)
+            round_fit.write_config(self.folder / CONFIG, config)
+            trained = round_fit.run_fit(self.folder / CONFIG, self.folder / RUN)
             link = self.folder / MODEL
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(trained, self.folder), target_is_directory=True)
 
-        return self.stages.run("fit", inputs, [MODEL], make, also=[RUN, CONFIG])
+        return self.stages.run("fit", inputs, [MODEL], make, [RUN, CONFIG])
 
-    def _config(self, relabelling: dict[str, Any]) -> dict[str, Any]:
+    def _measure(self, when: Literal["before", "after"], model: ModelSource) -> HeldOutReward:
         plan = self.plan
-        paths = [
-            str(model.place.resolve()) if model.place.exists() else model.path for model in (self.policy, plan.initial)
-        ]
-        return fitting.fit_config(
-            plan.fit, paths[0], paths[1], self.folder / PAIRS, relabelling, self.folder / RUN, plan.reference
-        )
-
-    def _check_fit(self) -> None:
-        """Find out before hours of sampling that fit would refuse its options."""
-        body = {"goal": config_of(self.plan.goal), "relabel": self.plan.relabelling.mode}
-        draft = self.folder / ".fit-draft.yaml"
-        try:
-            fitting.write_config(draft, self._config(body))
-            fitting.check(draft)
-        finally:
-            draft.unlink(missing_ok=True)
-
-    def _measure(self, when: str, model: Model) -> Measured:
-        plan = self.plan
-        names = [f"held_out-{when}.jsonl", f"held_out-{when}-scored.jsonl"]
-        template = plan.parse_goal(select.read_goal(self.folder / GOAL)["goal"])
-        asked = [resolve("best", None, template)]
+        samples, scored = f"held_out-{when}.jsonl", f"held_out-{when}-scored.jsonl"
+        template = plan.parse_goal(round_pairs.read_goal(self.folder / GOAL)["goal"])
+        goal = resolve("best", None, template)
         inputs = digest_of(
-            model.identity(), plan.engine.settings(), vars(plan.generation), asked[0].text, plan.held_out_samples,
-            plan.seed,
-            plan.judge.settings(), digest_of(list(map(list, plan.held_out))),
+            model.identity(), plan.engine.settings(), asdict(plan.generation), goal.text, plan.held_out_samples,
+            plan.seed, plan.judge.settings(), digest_of(list(map(list, plan.held_out))),
         )  # fmt: skip
 
         def make() -> None:
-            self._sample(model, plan.held_out, names[0], asked, plan.held_out_samples, plan.seed)
-            self._judge(names[0], names[1], self.folder / f"{names[1]}.verdicts.jsonl")
+            self._sample(model, plan.held_out, samples, [goal], plan.held_out_samples, plan.seed)
+            self._judge(samples, scored)
 
-        self.stages.run(f"measure-{when}", inputs, [names[1], names[0]], make, also=[f"{n}.meta.json" for n in names])
-        rewards = [
-            c["overall_score"] for row in read_rows([self.folder / names[1]]) for c in row["completions"]
-            if c["overall_score"] is not None
-        ]  # fmt: skip
+        also = [f"{name}.meta.json" for name in (scored, samples)]
+        self.stages.run(f"measure-{when}", inputs, [scored, samples], make, also)
+        rewards = [reward for row in _rewards(self.folder / scored) for reward in row if reward is not None]
         error = stdev(rewards) / len(rewards) ** 0.5 if len(rewards) > 1 else 0.0
-        label = "before" if when == "before" else f"round {self.number}"
-        return Measured(label, fmean(rewards), error, len(rewards))
+        name = "before" if when == "before" else f"round {self.number}"
+        return HeldOutReward(name, fmean(rewards), error, len(rewards))
 
-    def _asked(self, goals: Goals) -> list[Asked]:
-        options = goals if isinstance(goals, list) else [goals]
+    # -- parts of stages ----------------------------------------------------------------------------------------------
+
+    def _goals(self, options: Goals) -> list[RequestedGoal]:
+        listed = options if isinstance(options, list) else [options]
         record = self.sampled.record()
-        template = None if record is not None or set(options) == {"none"} else self.plan.goal
-        return [resolve(option, record, template) for option in options]
+        template = None if record is not None or set(listed) == {"none"} else self.plan.goal
+        return [resolve(option, record, template) for option in listed]
+
+    def _sample(
+        self, model: ModelSource, histories: Sequence[History], name: str, goals: list[RequestedGoal], samples: int,
+        seed: int,
+    ) -> None:  # fmt: skip
+        plan = self.plan
+        with ResponseGenerator(model, plan.engine, max_prompt_length=plan.max_prompt_length) as generator:
+            summary = generator.run(histories, self.folder / name, goals, plan.generation, samples, seed)
+        self._check_failed(
+            len(summary.failed), summary.total, "generated", f"They are listed in {self.folder / name}.failed.jsonl"
+        )  # fmt: skip
+
+    def _judge(self, samples: str, scored: str) -> None:
+        """Score samples. Verdicts belong to texts, so those of unchanged responses are used again."""
+        output = self.folder / scored
+        verdicts = self.folder / f"{scored}.verdicts.jsonl"
+        if verdicts.is_file() and read_meta(verdicts).get("settings") != plain_values(self.plan.judge.settings()):
+            self.stages.move_to_old("verdicts", [verdicts, meta_path(verdicts)])
+        for leftover in (output, meta_path(output)):
+            leftover.unlink(missing_ok=True)  # of an interrupted run with the same inputs
+        summary = score_file(str(self.folder / samples), output, self.plan.judge)
+        try:
+            self._check_failed(summary.failed, summary.responses, "judged", "Verdicts are kept")
+        except DataError:
+            output.unlink()
+            raise
+
+    def _check_failed(self, failed: int, total: int, what: str, kept: str) -> None:
+        if failed > self.plan.max_failed * total:
+            raise DataError(
+                f"{failed:,} of {total:,} responses could not be {what}, more than --max_failed "
+                f"{self.plan.max_failed:g} allows. {kept}; start the same rounds again to retry them."
+            )
+
+    def _config(self, relabelling: dict[str, Any]) -> dict[str, Any]:
+        policy, initial = (
+            str(model.place.resolve()) if model.place.exists() else model.path
+            for model in (self.policy, self.plan.initial)
+        )
+        return round_fit.fit_config(
+            self.plan.fit, policy, initial, self.folder / PAIRS, relabelling, self.folder / RUN, self.plan.reference
+        )
+
+    def check_fit(self) -> None:
+        """Have fit parse its options before hours of sampling.
+
+        Raises:
+            ConfigError: fit refuses them.
+        """
+        draft = self.folder / ".fit-draft.yaml"
+        relabelling = {"goal": goal_config(self.plan.goal), "relabel": self.plan.relabelling.mode}
+        try:
+            round_fit.write_config(draft, self._config(relabelling))
+            round_fit.check_config(draft)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _rewards(scored: Path) -> list[list[float | None]]:
+    """Return the rewards of each prompt's responses."""
+    return [[one["overall_score"] for one in row["completions"]] for row in read_rows(parts_of(scored))]
 
 
 def _summary(scored: Path) -> dict[str, Any]:
-    rows = list(read_rows(parts_of(scored)))
-    rewards = [c["overall_score"] for row in rows for c in row["completions"] if c["overall_score"] is not None]
-    tied = sum(len({c["overall_score"] for c in row["completions"]}) < 2 for row in rows)
+    rows = _rewards(scored)
+    rewards = [reward for row in rows for reward in row if reward is not None]
+    tied = sum(len(set(row)) < 2 for row in rows)
     return {"responses": len(rewards), "mean_reward": fmean(rewards), "prompts_with_tied_rewards": tied}

@@ -1,4 +1,8 @@
-"""Rewards for responses, and the file that training reads: a prompt with its scored responses on each line."""
+"""Rewards for responses, and the file that training reads: on each line a prompt with its scored responses.
+
+:func:`score_file` reads the responses (:func:`read_prompt_groups`), has a judge rate the unrated ones
+(:func:`judge_items`), and writes the prompts with their scores (:func:`_write`).
+"""
 
 from __future__ import annotations
 
@@ -11,49 +15,45 @@ from typing import Any
 
 from rap_lightning import __version__
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.onpolicy.engines.base import prompt_id_of
 from rap_lightning.onpolicy.jsonl_ledger import (
     Ledger,
+    Row,
     digest_of,
     file_digest,
     meta_path,
     parts_of,
+    plain_values,
     read_meta,
     read_rows,
     write_json,
     write_lines,
 )
 from rap_lightning.onpolicy.judges import Judge
-from rap_lightning.onpolicy.judges.base import Item
-from rap_lightning.onpolicy.request_progress import Progress
-from rap_lightning.onpolicy.requests import prompt_id_of
+from rap_lightning.onpolicy.prompt_set import default_split
 from rap_lightning.preferences.formats.completions import TEXT_NAMES
 from rap_lightning.preferences.formats.scored_pairs import as_turns
+from rap_lightning.preferences.judge import Item
 from rap_lightning.preferences.pairs import BadRow, Message, is_blank, read_messages
 from rap_lightning.preferences.sources import Source, chunks_of, splits_of
+from rap_lightning.progress_bar import progress
 
 KEPT = ("model", "goal", "sample", "finish", "tokens")
+"""Columns of a response that are copied to the output."""
 
 
 @dataclass
-class Candidate:
-    """A response of a prompt, with what is known of it."""
-
-    item: Item
-    facts: dict[str, Any]
-
-
-@dataclass
-class Group:
-    """A prompt and its responses, in order."""
+class PromptGroup:
+    """A prompt and its responses in order, each with the columns that are kept."""
 
     prompt_id: str
     history: list[Message]
-    candidates: list[Candidate] = field(default_factory=list)
+    responses: list[tuple[Item, dict[str, Any]]] = field(default_factory=list)
 
 
 @dataclass
-class Scored:
-    """What became of a run."""
+class ScoreSummary:
+    """Counts of one call of :func:`score_file`."""
 
     prompts: int
     responses: int
@@ -61,10 +61,9 @@ class Scored:
     failed: int
     rewards: list[float]
     counts: Counter[str]
-    finished: bool = True
 
     def lines(self, path: Path) -> list[str]:
-        """For people."""
+        """Return a summary for the terminal."""
         lines = [
             f"{path}: {self.responses:,} responses to {self.prompts:,} prompts, {self.judged_before:,} judged before"
         ]
@@ -73,36 +72,73 @@ class Scored:
             lines.append(f"  rewards from {low:.4g} to {high:.4g}, mean {fmean(self.rewards):.4g}")
         lines += [f"  {count:,}: {what}" for what, count in self.counts.most_common()]
         if self.failed:
-            lines.append(f"  {self.failed:,} have no reward and stand as null; the same command judges them again")
+            lines.append(f"  {self.failed:,} have no reward and are written as null; the same command retries them")
         return lines
 
 
-def read_groups(source: str, split: str | None, counts: Counter[str]) -> list[Group]:
-    """The prompts and responses of a file: lines of ``generate``, or prompts with ``completions``.
+def score_file(source: str, output: Path, judge: Judge, split: str | None = None) -> ScoreSummary:
+    """Judge the responses without a verdict, then write all of them as training data.
+
+    Verdicts are appended to ``OUTPUT.verdicts.jsonl`` as they come; the output itself appears at the end.
 
     Raises:
-        DataError: rows of another form.
+        ConfigError: the output or the verdicts are another judge's, or the output was edited.
+        DataError: rows that can't be read.
     """
-    groups: dict[str, Group] = {}
+    counts: Counter[str] = Counter()
+    groups = read_prompt_groups(source, split, counts)
+    _check_output(output, judge)
+    items = {item.id: item for group in groups for item, _ in group.responses}
+    verdicts, before, failed = judge_items(items, output.with_name(output.name + ".verdicts.jsonl"), judge)
+    listing = output.with_name(output.name + ".failed.jsonl")
+    if failed:
+        write_lines(listing, failed)
+    else:
+        listing.unlink(missing_ok=True)
+    counts.update(judge.counts)
+    counts.update(f"failed: {row['error'][:200]}" for row in failed)
+    rewards = _write(output, groups, verdicts, judge, counts)
+    summary = ScoreSummary(
+        len(groups), sum(len(group.responses) for group in groups), before, len(failed), rewards, counts
+    )  # fmt: skip
+    print("\n".join(summary.lines(output)), flush=True)
+    return summary
+
+
+def expected_responses(source: str) -> int | None:
+    """Return how many responses ``generate`` set out to write; None for other files."""
+    for part in parts_of(Path(source).expanduser()):
+        if "responses" in (meta := read_meta(part)):
+            return int(meta["responses"])
+    return None
+
+
+def read_prompt_groups(source: str, split: str | None, counts: Counter[str]) -> list[PromptGroup]:
+    """Read the prompts and responses of a file: rows of ``generate``, or prompts with ``completions``.
+
+    Raises:
+        DataError: rows of another form, or none.
+    """
+    groups: dict[str, PromptGroup] = {}
     for row, place in _rows(source, split):
         try:
-            history, entries = _entries(row)
+            history, responses = _responses(row)
         except BadRow as problem:
             if problem.stops:
                 raise DataError(f"{place}, column {problem.column}: {problem.reason}.") from problem
             counts[f"dropped: {problem.reason}"] += 1
             continue
         prompt_id = prompt_id_of(history)
-        group = groups.setdefault(prompt_id, Group(prompt_id, history))
-        for text, facts in entries:
-            item = Item(digest_of(prompt_id, text), tuple(history), text)
-            group.candidates.append(Candidate(item, facts))
+        group = groups.setdefault(prompt_id, PromptGroup(prompt_id, history))
+        for text, columns in responses:
+            kept = {name: columns[name] for name in KEPT if columns.get(name) is not None}
+            group.responses.append((Item(digest_of(prompt_id, text), tuple(history), text), kept))
     if not groups:
         raise DataError(f"{source}: no response to score.")
     return list(groups.values())
 
 
-def _rows(source: str, split: str | None) -> Iterator[tuple[dict[str, Any], str]]:
+def _rows(source: str, split: str | None) -> Iterator[tuple[Row, str]]:
     path = Path(source).expanduser()
     parts = parts_of(path)
     if parts and split is None and (len(parts) > 1 or not path.is_file() or read_meta(path)):
@@ -111,162 +147,103 @@ def _rows(source: str, split: str | None) -> Iterator[tuple[dict[str, Any], str]
                 yield row, f"{part.name} line {number}"
         return
     one = Source(source)
-    available = splits_of(one)
-    for chunk in chunks_of(one, split or ("train" if "train" in available else available[0])):
+    for chunk in chunks_of(one, split or default_split(splits_of(one))):
         for number, found in chunk.rows():
             if isinstance(found, BadRow):
                 raise DataError(f"{chunk.place(number)}: {found.reason}.")
             yield found, chunk.place(number)
 
 
-def _entries(row: dict[str, Any]) -> tuple[list[Message], list[tuple[str, dict[str, Any]]]]:
-    if isinstance(row.get("response"), str) and row.get("messages"):
-        turns = read_messages(row["messages"], "messages")
-        return turns, [(row["response"], {name: row[name] for name in KEPT if row.get(name) is not None})]
+def _responses(row: Row) -> tuple[list[Message], list[tuple[str, Row]]]:
+    """Return the conversation and (text, columns) of each response."""
     prompt = row.get("prompt", row.get("instruction"))
     if isinstance(row.get("response"), str):
-        return as_turns(prompt), [(row["response"], {name: row[name] for name in KEPT if row.get(name) is not None})]
+        history = read_messages(row["messages"], "messages") if row.get("messages") else as_turns(prompt)
+        return history, [(row["response"], row)]
     if isinstance(row.get("completions"), list):
-        entries = []
+        found = []
         for one in row["completions"]:
             text = next((one[n] for n in TEXT_NAMES if isinstance(one, dict) and isinstance(one.get(n), str)), None)
             if text is None:
                 raise BadRow("completions", "an entry without a response", one, stops=True)
-            entries.append((text, {name: one[name] for name in KEPT if one.get(name) is not None}))
-        return as_turns(prompt), entries
-    raise BadRow(
-        ", ".join(row), "expected messages and response (as generate writes them), or prompt and completions "
-        "[{response}]",
-        stops=True,
-    )  # fmt: skip
+            found.append((text, one))
+        return as_turns(prompt), found
+    expected = "expected messages and response (as generate writes them), or prompt and completions [{response}]"
+    raise BadRow(", ".join(row), expected, stops=True)
 
 
-def expected(source: str) -> int | None:
-    """How many responses generate said that there would be; None for other files."""
-    for part in parts_of(Path(source).expanduser()):
-        if "responses" in (meta := read_meta(part)):
-            return int(meta["responses"])
-    return None
+def _check_output(output: Path, judge: Judge) -> None:
+    """Raise ConfigError if the output exists and isn't what this judge wrote."""
+    if not output.is_file():
+        return
+    record = read_meta(output)
+    if record.get("judge") != plain_values(judge.settings()):
+        why = "is scored by another judge or scale" if record else "no record says by whom"
+        raise ConfigError(f"{output} exists, and {why}: one file never mixes them. Name another output, or remove it.")
+    if record.get("digest") != file_digest(output):
+        raise ConfigError(f"{output} was edited, and scoring again would overwrite that. Name another output.")
 
 
-def score_file(source: str, output: Path, judge: Judge, split: str | None = None, quiet: bool = False) -> Scored:
-    """Judge what isn't judged yet, then write all of it in the form that training reads.
+def judge_items(items: Mapping[str, Item], path: Path, judge: Judge) -> tuple[dict[str, Row], int, list[Row]]:
+    """Judge the items that ``path`` has no verdict for, and append their verdicts as they come.
 
-    The verdicts stand in ``OUTPUT.verdicts.jsonl`` as they come; the output itself appears when all are there.
-
-    Raises:
-        ConfigError: the verdicts there are another judge's.
-        DataError: rows that can't be read.
-    """
-    counts: Counter[str] = Counter()
-    groups = read_groups(source, split, counts)
-    own = read_meta(output)
-    if output.is_file() and (not own or own.get("judge") != _plain(judge.settings())):
-        raise ConfigError(
-            f"{output} is there already, and "
-            f"{'is scored by another judge or scale' if own else 'no record says by whom'}: one "
-            "file never mixes them. Name another output, or remove it."
-        )
-    if output.is_file() and own.get("digest") != file_digest(output):
-        raise ConfigError(
-            f"{output} was changed since it was written, and scoring again would write over that. Name another output."
-        )
-    items = {c.item.id: c.item for group in groups for c in group.candidates}
-    verdicts, before, failed = judged(items, output.with_name(output.name + ".verdicts.jsonl"), judge, quiet)
-    lost = output.with_name(output.name + ".failed.jsonl")
-    if failed:
-        write_lines(lost, failed)
-    else:
-        lost.unlink(missing_ok=True)
-    return _write(output, groups, verdicts, judge, counts, before, failed, quiet)
-
-
-def judged(
-    items: Mapping[str, Item], path: Path, judge: Judge, quiet: bool = False
-) -> tuple[dict[str, dict[str, Any]], int, list[dict[str, Any]]]:
-    """Verdicts by the items' ids, those of earlier runs among them; how many were there; what could not be judged.
-
-    Args:
-        items: by their ids.
-        path: json lines of verdicts, appended as they come.
-        judge: who judges what isn't there yet.
-        quiet: show no progress.
+    Returns:
+        All verdicts by item id, how many were there before, and a row for each failure.
 
     Raises:
-        ConfigError: the verdicts there are another judge's.
+        ConfigError: the existing verdicts are another judge's.
     """
-    failed: list[dict[str, Any]] = []
+    failed: list[Row] = []
     judge.counts.clear()
-    with Ledger(path, _plain(judge.settings())) as ledger:
+    with Ledger(path, judge.settings()) as ledger:
         left = [item for item in items.values() if item.id not in ledger.done]
         before = len(items) - len(left)
-        with Progress("score", len(items), before, shown=not quiet) as progress:
+        with progress(total=len(items), initial=before, desc="score") as bar:
             for verdicts in judge.judge(left) if left else ():
-                good = [v for v in verdicts if not v.error]
                 rows = [
                     {"id": v.id, "overall_score": v.overall, "scores": v.attributes}
                     | ({"notes": v.notes} if v.notes else {})
-                    for v in good
+                    for v in verdicts if not v.error
                 ]  # fmt: skip
                 if rows:
                     ledger.append(rows)
                 failed += [
                     {"id": v.id, "response": items[v.id].response, "error": v.error} for v in verdicts if v.error
                 ]
-                progress.add([0] * len(good))
+                bar.update(len(rows))
     return {row["id"]: row for row in read_rows([path])}, before, failed
 
 
 def _write(
-    output: Path, groups: list[Group], verdicts: dict[str, Any], judge: Judge, counts: Counter[str], before: int,
-    failed: list[dict[str, Any]], quiet: bool,
-) -> Scored:  # fmt: skip
-    rows, rewards = [], []
-    names: dict[str, list[float]] = {}
+    output: Path, groups: list[PromptGroup], verdicts: dict[str, Row], judge: Judge, counts: Counter[str]
+) -> list[float]:
+    """Write the prompts with their scores and the record beside them; return the rewards."""
+    rows: list[Row] = []
+    rewards: list[float] = []
+    attributes: dict[str, list[float]] = {}
     for group in groups:
         completions = []
-        for candidate in group.candidates:
-            found = verdicts.get(candidate.item.id)
-            if found is not None:
+        for item, kept in group.responses:
+            row = {**kept, "response": item.response, "overall_score": None}
+            if (found := verdicts.get(item.id)) is not None:
                 rewards.append(found["overall_score"])
+                row["overall_score"] = found["overall_score"]
+                if found["scores"]:
+                    row["scores"] = found["scores"]
                 for name, value in found["scores"].items():
-                    names.setdefault(name, []).append(value)
-            if is_blank(candidate.item.response):
+                    attributes.setdefault(name, []).append(value)
+            if is_blank(item.response):
                 counts["an empty response; training leaves it out"] += 1
-            scores = {"scores": found["scores"]} if found is not None and found["scores"] else {}
-            reward = found["overall_score"] if found is not None else None
-            completions.append(
-                {**candidate.facts, "response": candidate.item.response, "overall_score": reward, **scores}
-            )
-        single = len(group.history) == 1
-        prompt: Any = group.history[0]["content"] if single else group.history
+            completions.append(row)
+        prompt: Any = group.history[0]["content"] if len(group.history) == 1 else group.history
         rows.append({"prompt": prompt, "prompt_id": group.prompt_id, "completions": completions})
-    counts.update(judge.counts)
-    counts.update(f"failed: {row['error'][:200]}" for row in failed)
-    retries = getattr(getattr(judge, "connection", None), "retries", 0)
-    if retries:
-        counts["requests tried again"] += retries
-    record = {
-        "judge": _plain(judge.settings()),
-        "scale": {
-            "declared": judge.scale, "seen": _range(rewards), "attributes": {n: _range(v) for n, v in names.items()}
-        },
-        "counts": dict(counts), "package": __version__,
-    }  # fmt: skip
     write_lines(output, rows)
+    seen = _range(rewards)
+    scale = {"declared": judge.scale, "seen": seen, "attributes": {name: _range(v) for name, v in attributes.items()}}
+    record = {"judge": plain_values(judge.settings()), "scale": scale, "counts": dict(counts), "package": __version__}
     write_json(meta_path(output), record | {"digest": file_digest(output)})
-    scored = Scored(len(groups), sum(len(g.candidates) for g in groups), before, len(failed), rewards, counts)
-    if not quiet:
-        print("\n".join(scored.lines(output)), flush=True)
-    return scored
+    return rewards
 
 
 def _range(values: list[float]) -> dict[str, float]:
     return {"low": min(values), "high": max(values), "mean": fmean(values), "count": len(values)} if values else {}
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    import json
-
-    found: dict[str, Any] = json.loads(json.dumps(settings))
-    return found

@@ -1,8 +1,8 @@
-"""Stages whose results are files: done once, resumed, redone where what they were made of has changed.
+"""Stages whose results are files: made once, resumed, and made again when their inputs have changed.
 
-``state.json`` in a round's folder holds for every stage a digest of what went in, and of what came out. A result that
-was changed since by hand is used as it is, and said; everything after it is made again. What is made again moves to
-``old/``: nothing is deleted.
+``state.json`` in a round's folder holds for every stage a digest of its inputs and of its results. A result that was
+edited by hand is used as it is, and everything that depends on it is made again. Replaced results move to ``old/``;
+nothing is deleted.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from rap_lightning.onpolicy.jsonl_ledger import file_digest, write_json
 
 
 class Stages:
-    """The stages of one folder.
-
-    Args:
-        folder: where results and ``state.json`` stand.
-        title: what messages call it.
-    """
+    """The stages of one folder, which messages call ``title``."""
 
     def __init__(self, folder: Path, title: str) -> None:
         self.folder, self.title = folder, title
@@ -34,31 +29,31 @@ class Stages:
             try:
                 self.state = json.loads(self.path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise DataError(f"{self.path} is not JSON: {error}. Remove the folder to begin anew.") from error
+                raise DataError(f"{self.path} is not JSON: {error}. Remove the folder to start over.") from error
 
     def run(
         self, name: str, inputs: str, results: Sequence[str], make: Callable[[], None], also: Sequence[str] = ()
     ) -> str:
-        """Make a stage's results unless they are there.
+        """Make a stage's results unless they exist.
 
         Args:
-            name: of the stage.
-            inputs: digest of everything that it is made of.
-            results: names of the files or folders that it makes; the first is the one that later stages read.
-            make: makes them; it may find what an interrupted run left, made of the same inputs.
-            also: what else the stage leaves: it moves with the results, but may be changed or missing.
+            name: name of the stage.
+            inputs: digest of everything that the results depend on.
+            results: files or folders that the stage makes; later stages read the first one.
+            make: makes them; it may find what an interrupted run of the same inputs left.
+            also: further files of the stage: they move with the results, but may be edited or missing.
 
         Returns:
-            The digest of the results, for the stages after it.
+            The digest of the results, as an input of later stages.
         """
         paths = [self.folder / result for result in results]
         known = self.state.get(name, {})
         if known.get("inputs") != inputs and (known or any(path.exists() for path in paths)):
             edited = "made" in known and paths[0].exists() and digest_of_paths(paths) != known["made"]
             why = "what it is made of has changed" if known else "nothing is known of how it was made"
-            hand = ", which was changed by hand," if edited else ""
-            print(f"{self.title}: {name} is done again: {why}. What was there{hand} is in old/")
-            self.aside(name, [*paths, *(self.folder / one for one in also)])
+            hand = ", edited by hand," if edited else ""
+            print(f"{self.title}: {name} is done again: {why}. The previous result{hand} is in old/")
+            self.move_to_old(name, [*paths, *(self.folder / one for one in also)])
             known = {}
         if "made" in known and all(path.exists() for path in paths):
             now = digest_of_paths(paths)
@@ -72,24 +67,24 @@ class Stages:
         self._record(name, inputs, now)
         return now
 
-    def _record(self, name: str, inputs: str, made: str | None) -> None:
-        self.state[name] = {"inputs": inputs} | ({} if made is None else {"made": made})
-        write_json(self.path, self.state)
-
-    def aside(self, name: str, paths: Sequence[Path]) -> None:
-        """Move what is there into ``old/``."""
-        there = [path for path in paths if path.exists() or path.is_symlink()]
-        if not there:
+    def move_to_old(self, name: str, paths: Sequence[Path]) -> None:
+        """Move existing files into a new folder below ``old/``."""
+        existing = [path for path in paths if path.exists() or path.is_symlink()]
+        if not existing:
             return
         number = 1 + len(list((self.folder / "old").glob(f"{name}-*")))
         target = self.folder / "old" / f"{name}-{number}"
         target.mkdir(parents=True)
-        for path in there:
+        for path in existing:
             shutil.move(path, target / path.name)
+
+    def _record(self, name: str, inputs: str, made: str | None) -> None:
+        self.state[name] = {"inputs": inputs} | ({} if made is None else {"made": made})
+        write_json(self.path, self.state)
 
 
 def digest_of_paths(paths: Sequence[Path]) -> str:
-    """Of files, and of all files in folders; names count, times don't."""
+    """Return the digest of files and of all files in folders; it depends on names and content, not on times."""
     digest = hashlib.sha256()
     for path in paths:
         for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:

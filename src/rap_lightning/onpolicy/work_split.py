@@ -1,4 +1,4 @@
-"""Several processes on one task: which part is this one's."""
+"""Several processes on one task: the share of this process, and starting them on one machine."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from collections.abc import Sequence
 
 from rap_lightning.errors import ConfigError
 
-# SLURM_NTASKS is set in a batch script too, where one process would take its first part for all there is
+# Not SLURM_NTASKS: a batch script has it too, where a single process would take its first share for the whole.
 LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
 
 
 def own_part(shard: str | None) -> tuple[int, int, int]:
-    """(this process, how many, its rank on this machine), as asked or as the launcher says.
+    """Return (number of this process, number of processes, rank on this machine), from ``--shard`` or the launcher.
 
     Args:
         shard: "0/4" is the first of four.
 
     Raises:
-        ConfigError: it reads otherwise.
+        ConfigError: ``shard`` has another form.
     """
     if shard is not None:
         match = re.fullmatch(r"(\d+)/(\d+)", shard)
         if match is None or not int(match[1]) < int(match[2]):
-            raise ConfigError(
-                f"--shard: expected this process's number of how many, from 0/4 to 3/4 say; found {shard}"
-            )
+            raise ConfigError(f"--shard: expected NUMBER/COUNT, from 0/4 to 3/4 for four processes; found {shard}")
         return int(match[1]), int(match[2]), int(os.environ.get("LOCAL_RANK", match[1]))
     for rank, world, local in LAUNCHERS:
         if rank in os.environ and world in os.environ:
@@ -37,16 +35,18 @@ def own_part(shard: str | None) -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def in_processes(count: int, args: Sequence[str]) -> int:
-    """Run ``rap-lightning`` with ``args`` in several processes, each with its part; the highest of their exit codes.
+def run_processes(count: int, args: Sequence[str]) -> int:
+    """Run ``rap-lightning`` with ``args`` in several processes, each with its share; return the highest exit code.
 
-    The others go on where one fails: what they finish is kept.
+    If one fails, the others continue: finished work is kept.
     """
-    children = []
-    for rank in range(count):
-        own = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", "rap_lightning.cli.main", *args]
-        children.append(subprocess.Popen(command, env=os.environ | own))
+    command = [sys.executable, "-m", "rap_lightning.cli.main", *args]
+    children = [
+        subprocess.Popen(
+            command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(count)
+    ]  # fmt: skip
     try:
         codes = [child.wait() for child in children]
     except BaseException:
@@ -55,7 +55,6 @@ def in_processes(count: int, args: Sequence[str]) -> int:
         for child in children:
             child.wait()
         raise
-    failed = [rank for rank, code in enumerate(codes) if code]
-    if failed:
-        print(f"{len(failed)} of {count} processes did not finish; the same command goes on with what they left")
+    if failed := sum(code != 0 for code in codes):
+        print(f"{failed} of {count} processes failed; the same command resumes with what is finished")
     return max(abs(code) for code in codes)

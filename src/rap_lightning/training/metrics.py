@@ -1,15 +1,14 @@
-"""Means over pairs as sums and counts, so that they are exact over epochs, accumulated batches and ranks."""
+"""Means over pairs, kept as sums and counts: exact over epochs, accumulated batches and ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from rap_lightning.batches.types import PairLogps
+from rap_lightning.batches.types import Batch, PairLogps
 from rap_lightning.preferences.relabelling import ORIGINS
 
 NAMES = (
@@ -40,23 +39,31 @@ class PairMetrics(Metric):
     token_count: Tensor
 
     def __init__(self, terms: Iterable[str] = ()) -> None:
-        super().__init__()
+        super().__init__(compute_with_cache=False)
         self.terms = tuple(terms)
         self.names = NAMES + tuple(f"loss/{term}" for term in self.terms)
         # float64: an epoch's sum of log-probabilities outgrows float32
-        self.add_state("sums", torch.zeros(len(ORIGINS), len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(len(ORIGINS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("token_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        sums, counts = torch.zeros(len(ORIGINS), len(self.names)).double(), torch.zeros(len(ORIGINS)).double()
+        self.add_state("sums", sums, dist_reduce_fx="sum", persistent=True)
+        self.add_state("counts", counts, dist_reduce_fx="sum", persistent=True)
+        self.add_state("token_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
         self.set_dtype(torch.float64)
 
     def update(
-        self, losses: Tensor, rewards: tuple[Tensor, Tensor], policy: PairLogps, origin: Tensor, weights: Tensor,
-        tokens: Tensor, terms: dict[str, Tensor] | None = None,
+        self, losses: Tensor, rewards: tuple[Tensor, Tensor], policy: PairLogps, batch: Batch,
+        terms: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """Add a batch: [B] losses, implicit rewards of chosen and rejected, log-probs, origins, weights; its tokens.
+        """Add a batch.
 
-        ``terms`` are the loss's own, [B] each; a term that isn't there (another step was taken) is logged as nan.
+        Args:
+            losses: [B].
+            rewards: implicit rewards of chosen and rejected, [B] each.
+            policy: the policy's log-probabilities.
+            batch: gives each pair's origin and weight, and the number of tokens.
+            terms: the loss's own terms, [B] each; a missing one (SFT steps before the loss begins) is logged as nan.
         """
+        if self.sums.device != losses.device:
+            self.to(losses.device)
         chosen, rejected = rewards
         margins = chosen - rejected
         values = torch.stack(
@@ -66,14 +73,17 @@ class PairMetrics(Metric):
                 *((terms or {}).get(term, torch.full_like(losses, torch.nan)) for term in self.terms),
             ],
             dim=1,
-        ).double()  # fmt: skip
-        weights = weights.double()
-        self.sums.index_add_(0, origin, values.detach() * weights[:, None])
-        self.counts.index_add_(0, origin, weights)
-        self.token_count += tokens
+        ).to(self.sums)  # fmt: skip
+        weights = batch.weights.to(self.sums)
+        self.sums.index_add_(0, batch.origin, values.detach() * weights[:, None])
+        self.counts.index_add_(0, batch.origin, weights)
+        self.token_count += batch.tokens
 
     def compute(self) -> dict[str, float]:
-        """Name to mean. Origins without pairs are left out; everything is, before the first pair."""
+        """Return name to mean over all ranks; every rank must call it.
+
+        Origins without pairs are left out. Before the first pair the result is empty.
+        """
         sums, counts = self.sums.cpu(), self.counts.cpu()
         result: dict[str, float] = {}
         if not counts.sum():
@@ -88,29 +98,12 @@ class PairMetrics(Metric):
         result["tokens"] = float(self.token_count)
         return result
 
-    def sums_so_far(self) -> dict[str, Tensor]:
-        """What this rank has added up since the last reset, as copies."""
-        return {name: getattr(self, name).clone() for name in ("sums", "counts", "token_count")}
-
-    def go_on_from(self, state: dict[str, Tensor]) -> None:
-        """Replace what has been added up by what ``sums_so_far`` gave.
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Take over sums of an earlier ``state_dict``.
 
         Raises:
-            ValueError: it is of another loss, with other terms.
+            ValueError: the sums are of a loss with other terms.
         """
         if state["sums"].shape != self.sums.shape:
             raise ValueError(f"expected sums of shape {tuple(self.sums.shape)}, found {tuple(state['sums'].shape)}")
-        self.reset()
-        for name, value in state.items():
-            getattr(self, name).copy_(value)
-        self._update_count = 1  # torchmetrics warns of a compute before any update
-
-    def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
-        # Lightning's half-precision plugins convert modules; sums must stay float64
-        self.sums, self.counts = self.sums.float(), self.counts.float()
-        result = super()._apply(fn, exclude_state)
-        if self.sums.device.type != "mps":  # which has no float64
-            self.sums, self.counts = self.sums.double(), self.counts.double()
-            for name in ("sums", "counts"):  # what reset() goes back to
-                self._defaults[name] = self._defaults[name].double()  # type: ignore[union-attr]
-        return result
+        self.load_state_dict({name: value.to(self.sums.device, copy=True) for name, value in state.items()})

@@ -1,47 +1,28 @@
-"""Memory: activations on the host; and out of memory, in words: which batch, how many tokens, and what to change."""
+"""Explanation of an out-of-memory error: which batch, how many tokens, and which options take less memory."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import OutOfMemory
+from rap_lightning.losses import PreferenceLoss
+from rap_lightning.models.policy import Policy
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.references.base import Reference
+from rap_lightning.models.references.frozen import Frozen
+from rap_lightning.training.protocols import PreferenceData
 
+# CPU allocators raise a plain RuntimeError, which only its text tells from others
 SIGNS = re.compile(r"out of memory|can't allocate memory|not enough memory|failed to allocate", re.IGNORECASE)
 
 
-def activations_on_host(*, pin_memory: bool = True) -> saved_tensors_hooks:
-    """Keep on the host what a block's forward pass leaves for the backward pass, but for weights.
-
-    torch's ``save_on_cpu`` alone takes weights too: a copy of the whole model for each forward pass, though they stay
-    on the device anyway.
-    """
-    host = save_on_cpu(pin_memory=pin_memory)
-
-    def pack(tensor: Tensor) -> Any:
-        return tensor if is_weight(tensor) else host.pack_hook(tensor)
-
-    def unpack(packed: Any) -> Tensor:
-        tensor: Tensor = packed if isinstance(packed, Tensor) else host.unpack_hook(packed)
-        return tensor
-
-    return saved_tensors_hooks(pack, unpack)
-
-
-def is_weight(tensor: Tensor) -> bool:
-    """Whether a saved tensor is a parameter, or a view of one: linear layers save their weight transposed."""
-    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that no memory is left, on a GPU or in the machine."""
+    """Return whether an error means that no memory is left, on a GPU or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
@@ -49,13 +30,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained(what: Callable[[], str]) -> Iterator[None]:
-    """Say of a block that runs out of memory what it was doing.
+    """Replace an out-of-memory error of the block by one that says what the block was doing.
 
     Args:
-        what: the message; asked only when it happens.
+        what: makes the message; called only after such an error.
 
     Raises:
-        OutOfMemory: in the place of torch's error.
+        OutOfMemory: in place of torch's error.
     """
     try:
         yield
@@ -63,14 +44,15 @@ def explained(what: Callable[[], str]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        error.__traceback__ = None  # its frames hold the tensors that took the memory, which a checkpoint may need
+        # the traceback's frames hold the tensors that took the memory, which a checkpoint may need now
+        error.__traceback__ = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise OutOfMemory(f"out of memory {what()} ({reason})") from None
 
 
-def described(parts: Sequence[Batch]) -> str:
-    """A batch's size in words."""
+def size_of(parts: Sequence[Batch]) -> str:
+    """Describe the size of a batch that is taken in one or more forward passes."""
     pairs = sum(map(len, parts))
     largest = max(parts, key=lambda part: part.input_ids.numel())
     longest = max(part.forest.longest if part.forest is not None else part.input_ids.shape[1] for part in parts)
@@ -80,3 +62,22 @@ def described(parts: Sequence[Batch]) -> str:
         f"{largest.input_ids.numel():,} tokens, {len(largest.target):,} of them of responses; the longest sequence has "
         f"{longest:,}"
     )
+
+
+def advice(
+    config: PolicyConfig, policy: Policy | None, loss: PreferenceLoss, reference: Reference, data: PreferenceData | None
+) -> str:
+    """List the options that would take less memory and are not set already."""
+    options = []
+    if data is not None and data.token_budget is None and not data.streaming and not loss.batch_level:
+        options.append("--data.token_budget N, at least the longest pair (the same gradients in smaller passes)")
+    elif data is not None and data.batch_size > 1:
+        options.append("a smaller --data.batch_size with more --trainer.accumulate_grad_batches")
+    if not config.gradient_checkpointing and policy is not None and not policy.checkpoints:
+        options.append("--model.policy.gradient_checkpointing true")
+    if isinstance(reference, Frozen):
+        options.append("--model.reference Stored (no second model beside the policy)")
+    if not config.adapts:
+        options.append("--model.policy.lora.r 16 (optimizer state for an adapter only)")
+    options.append("a smaller --data.max_length")
+    return f"To use less memory: {'; '.join(options)}"

@@ -6,9 +6,12 @@ it: PreferenceModule can train on a user's own loaders, and PreferenceDataModule
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+
+# not from typing: before Python 3.12 its isinstance evaluates properties, such as has_rewards, which reads the data
+from typing_extensions import Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,38 +1,135 @@
-"""Where a run stands, in whole optimizer steps.
+"""Exact resume: what a run is at the end of a whole optimizer step, beyond weights, optimizer and scheduler.
 
 Lightning counts batches. A run that ends between two optimizer steps has gradients of some batches in memory, which no
-checkpoint holds; so a checkpoint says that the unfinished step never began, and its batches are run again. What else a
-run carries from step to step (random numbers, sums for the log) is kept as of the last whole step too.
+checkpoint holds. So a checkpoint says that the unfinished step never began (``rewind_to_step``), and the resumed run
+repeats its batches: with the random numbers as of the last whole step, which RunState keeps.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
+from rap_lightning.distributed.gather import gathered
 from rap_lightning.errors import ConfigError
+from rap_lightning.training.protocols import data_of
 
 COUNTERS = ("ready", "started", "processed", "completed")
 
 
-def settle(
-    checkpoint: dict[str, Any], accumulate: int, batches: float, *, stream_over: bool, validates: bool
-) -> None:  # fmt: skip
+class RunState:
+    """Random numbers of all ranks, optimizer steps done, and the progress within the epoch.
+
+    Attributes:
+        steps_done: optimizer steps that the weights have taken; also known in validate and test, where the trainer
+            counts none.
+        restored: a checkpoint was loaded.
+        validated: the step of the last finished validation.
+    """
+
+    def __init__(self) -> None:
+        self.steps_done = 0
+        self.restored = False
+        self.validated = -1
+        self._random: dict[str, Any] | None = None  # of this rank, as of the last whole step
+        self._loaded: list[Any] | None = None  # of all ranks, from a checkpoint
+        self._step_size: dict[str, int] | None = None
+
+    def begin(self, trainer: pl.Trainer, device: torch.device) -> None:
+        """Set this rank's random numbers; to be called when training starts, after the sanity check."""
+        if trainer.global_rank > 0:  # weights were initialised alike; dropout must differ
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+        if self._loaded is not None:
+            if len(self._loaded) == trainer.world_size:
+                set_random_state(self._loaded[trainer.global_rank], device)
+            else:
+                rank_zero_warn(
+                    f"the checkpoint is from a run on {len(self._loaded)} devices, and this one has "
+                    f"{trainer.world_size}: random numbers (of dropout) start afresh."
+                )
+        self._loaded = None
+        self._step_size = step_size(trainer)
+        self.mark_step(device)
+
+    def mark_step(self, device: torch.device) -> None:
+        """Keep the random numbers as of a whole step."""
+        self._random = random_state(device)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def rewind(self, checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+        """Bring a checkpoint's counters back to the last whole step, in place."""
+        batches = trainer.num_training_batches
+        rewind_to_step(
+            checkpoint, trainer.accumulate_grad_batches, batches,
+            stream_ended=not math.isfinite(batches) and trainer.is_last_batch,
+            validates=self._validation_due(trainer),
+        )  # fmt: skip
+
+    def _validation_due(self, trainer: pl.Trainer) -> bool:
+        """Return whether a validation follows the current batch and has not been finished."""
+        if self.validated == trainer.global_step or not trainer.enable_validation:
+            return False
+        every, interval = trainer.check_val_every_n_epoch, trainer.val_check_batch
+        if interval is None or not math.isfinite(interval):
+            return trainer.is_last_batch
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        if every is None:
+            return bool(progress.total.processed % int(interval) == 0)
+        return bool((trainer.current_epoch + 1) % every == 0 and progress.current.processed % int(interval) == 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; every rank must call it."""
+        state: dict[str, Any] = {"validated": self.validated, "step": self._step_size}
+        return state if self._random is None else state | {"random": gathered(self._random)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of the run that is resumed."""
+        self.validated, self._loaded = state["validated"], state.get("random")
+
+
+def step_size(trainer: pl.Trainer) -> dict[str, int] | None:
+    """Return the pairs in an optimizer step, and each rank's batches in it; None for a user's own data."""
+    data = data_of(trainer)
+    if data is None:
+        return None
+    accumulate = trainer.accumulate_grad_batches
+    return {"pairs": data.batch_size * accumulate * trainer.world_size, "accumulate": accumulate}
+
+
+def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Return whether the optimizer stepped at the end of this batch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def batches_done(trainer: pl.Trainer | None) -> int:
+    """Return the batches of the current epoch that a resumed run must not see again; 0 in any other epoch."""
+    if trainer is None or not trainer.training:
+        return 0
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def rewind_to_step(
+    checkpoint: dict[str, Any], accumulate: int, batches: float, *, stream_ended: bool, validates: bool
+) -> None:
     """Bring the counters of a checkpoint to the last finished optimizer step, in place, whenever it was made.
 
     Args:
         checkpoint: as Lightning made it.
         accumulate: batches per optimizer step.
         batches: batches of this rank in the epoch; the last step of an epoch may have fewer than ``accumulate``.
-        stream_over: whether this is the last batch of a stream, whose length is not known before.
-        validates: whether a validation is due at this step and has not been finished; a resumed run begins it anew.
+        stream_ended: whether this is the last batch of a stream, whose length is not known before.
+        validates: whether a validation is due at this step and has not been finished; a resumed run repeats it.
     """
     loops = checkpoint["loops"]["fit_loop"]
     progress, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
-    if stream_over:
+    if stream_ended:
         _close_epoch(loops)
         return
     if epochs["total"]["started"] < epochs["total"]["ready"]:  # between two epochs: the next has not begun
@@ -46,7 +143,7 @@ def settle(
     if whole >= batches and (epoch_over or not validates):
         _close_epoch(loops)
         return
-    if epoch_over:  # Lightning ends an epoch where max_steps ends the run; with more steps it goes on
+    if epoch_over:  # Lightning closes the epoch where max_steps ends the run; a run with more steps continues it
         for counts in (epochs["total"], epochs["current"]):
             counts["processed"] = counts["completed"] = counts["ready"] - 1
     current, total = progress["current"], progress["total"]
@@ -64,7 +161,7 @@ def settle(
 def _close_epoch(loops: dict[str, Any]) -> None:
     """Say that the epoch is over.
 
-    Lightning would resume at the end of it, and of a stream go on counting its batches in the next one.
+    Lightning would otherwise resume at its end, and count a stream's batches on in the next epoch.
     """
     batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
     batches["is_last_batch"] = False
@@ -75,13 +172,12 @@ def _close_epoch(loops: dict[str, Any]) -> None:
             counts[name] = counts["ready"]
 
 
-def recount(checkpoint: dict[str, Any], old: dict[str, int], new: dict[str, int]) -> None:
-    """Count the epoch's batches of a checkpoint anew, in place: other ranks take as many pairs in other batches.
+def rescale_progress(checkpoint: dict[str, Any], old: dict[str, int], new: dict[str, int]) -> None:
+    """Convert the epoch's batch count of a checkpoint, in place, to ranks that take as many pairs in other batches.
 
     Args:
-        checkpoint: of whole optimizer steps.
-        old, new: ``pairs`` in an optimizer step and ``accumulate``, its batches on each rank, of the run that wrote it
-            and of the one that goes on.
+        checkpoint: rewound to a whole optimizer step.
+        old, new: ``step_size`` of the run that wrote it and of the one that resumes it.
 
     Raises:
         ConfigError: steps of another size don't begin where this one stopped.
@@ -96,8 +192,8 @@ def recount(checkpoint: dict[str, Any], old: dict[str, int], new: dict[str, int]
         return
     if old["pairs"] != new["pairs"]:
         raise ConfigError(
-            f"the checkpoint was written within an epoch of steps of {old['pairs']} pairs, and this run's have "
-            f"{new['pairs']}: their order would not go on where it stopped. Set --data.batch_size and "
+            f"the checkpoint was written within an epoch of steps of {old['pairs']} pairs, and this run has steps of "
+            f"{new['pairs']}, so it can't resume in the middle of that epoch. Set --data.batch_size and "
             f"--trainer.accumulate_grad_batches so that they and the devices multiply to {old['pairs']}."
         )
     batches = done // old["accumulate"] * new["accumulate"]
@@ -106,15 +202,8 @@ def recount(checkpoint: dict[str, Any], old: dict[str, int], new: dict[str, int]
         current[name] = batches
 
 
-def batches_done(trainer: Any) -> int:
-    """Batches of the current epoch that a resumed run must not see again; 0 in any other."""
-    if not trainer.training:
-        return 0
-    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-
-
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Where this process's random numbers stand, as plain values and tensors."""
+    """Return the state of this process's random number generators, as plain values and tensors."""
     kind, keys, place, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -127,7 +216,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go on with the random numbers that ``random_state`` gave."""
+    """Set the random number generators to what ``random_state`` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""Learning-rate schedules by warm-up ratio. A user's own is any callable of (optimizer, total_steps)."""
+"""Learning-rate schedules with a warm-up ratio; any callable of (optimizer, total_steps) will do as well."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rap_lightning.errors import ConfigError
 
 
 class Schedule(ABC):
-    """Makes a scheduler that steps once per optimizer step."""
+    """A factory of schedulers that step once per optimizer step."""
 
     @abstractmethod
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """The scheduler for a run of ``total_steps`` optimizer steps."""
+        """Return the scheduler for a run of ``total_steps`` optimizer steps."""
 
 
 class CosineWithWarmup(Schedule):
     """Linear warm-up, then half a cosine down to ``final_ratio`` of the peak.
 
-    The first step has a rate above 0, the first after the warm-up the peak: (step + 1) / (warm-up steps + 1).
+    During the warm-up the rate is (step + 1) / (warm-up steps + 1) of the peak: above 0 at the first step.
 
     Args:
-        warmup_ratio: share of all steps that warm up.
+        warmup_ratio: warm-up steps as a share of all steps.
         final_ratio: last learning rate as a share of the peak.
     """
 
@@ -33,7 +33,7 @@ class CosineWithWarmup(Schedule):
         self.warmup_ratio, self.final_ratio = _ratio("warmup_ratio", warmup_ratio), _ratio("final_ratio", final_ratio)
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """See the class."""
+        """Return the scheduler."""
         warmup = math.ceil(self.warmup_ratio * total_steps)
 
         def factor(step: int) -> float:
@@ -46,23 +46,23 @@ class CosineWithWarmup(Schedule):
 
 
 class ConstantWithWarmup(Schedule):
-    """Linear warm-up as CosineWithWarmup's, then constant.
+    """The linear warm-up of CosineWithWarmup, then a constant rate.
 
     Args:
-        warmup_ratio: share of all steps that warm up.
+        warmup_ratio: warm-up steps as a share of all steps.
     """
 
     def __init__(self, warmup_ratio: float = 0.0) -> None:
         self.warmup_ratio = _ratio("warmup_ratio", warmup_ratio)
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """See the class."""
+        """Return the scheduler."""
         warmup = math.ceil(self.warmup_ratio * total_steps)
         return LambdaLR(optimizer, lambda step: _warming(step, warmup) if step < warmup else 1.0)
 
 
 def _warming(step: int, warmup: int) -> float:
-    """Share of the peak in a step, counted from 0: a rate of 0 would make the first step one for nothing."""
+    """Return the share of the peak at a step, counted from 0; with a rate of 0 the first step would do nothing."""
     return (step + 1) / (warmup + 1)
 
 

@@ -1,13 +1,13 @@
-"""A small world that the package makes itself: prompts, a judge that is a rule, scored pairs, a tiny chat model.
+"""The embedded world: prompts, a rule as judge, scored pairs and a tiny chat model, all made by the package itself.
 
-It is there to see the whole method work in minutes, on a CPU and without a download.
+It shows the whole method in minutes, on a CPU and without a download.
 
-- `rule`: what a response is worth, from 1 to 10.
+- `rule`: the score of a response, from 1 to 10.
 - `world_data`: prompts, responses of graded quality, scored pairs.
 - `base_model`: the tokenizer and the base model, trained on the spot.
-- `make`: all of it into a folder.
+- `make`: all of it, in a folder.
 
-The names below are looked up when they are first used: importing this package does not import torch.
+The names below are imported on first use: importing this package does not import torch.
 """
 
 from importlib import import_module
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rap_lightning.world.rule import attributes as attributes
     from rap_lightning.world.rule import score as score
     from rap_lightning.world.world_data import GOAL_MESSAGE as GOAL_MESSAGE
-    from rap_lightning.world.world_data import Pair as Pair
+    from rap_lightning.world.world_data import WorldPair as WorldPair
     from rap_lightning.world.world_data import make_pairs as make_pairs
     from rap_lightning.world.world_data import make_prompts as make_prompts
 
@@ -26,7 +26,7 @@ _HOMES = {
     "attributes": "rule",
     "score": "rule",
     "GOAL_MESSAGE": "world_data",
-    "Pair": "world_data",
+    "WorldPair": "world_data",
     "make_pairs": "world_data",
     "make_prompts": "world_data",
     "make_world": "make",

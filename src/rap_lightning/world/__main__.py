@@ -1,4 +1,4 @@
-"""``python -m rap_lightning.world FOLDER``: make the small world, its base model among it, for anything but fit.
+"""``python -m rap_lightning.world FOLDER``: make the embedded world with its base model (fit makes it itself).
 
 For example: python -m rap_lightning.world runs/noisy --judge_noise 2 --families [words,numbers,words-backwards]
 """

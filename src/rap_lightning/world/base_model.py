@@ -1,7 +1,7 @@
-"""The base model of the small world: a tokenizer and a tiny chat model, trained on the spot.
+"""The base model of the embedded world: a tokenizer and a tiny chat model, trained on the spot.
 
-The base speaks the world (topics, orders, counts), has seen the goal message and has a faint idea of it, for its
-training goals were noisy. Steering well is left to preference training.
+The base model knows topics, orders and counts, and follows the goal message weakly, because its training goals were
+noisy. Following goals well is left to preference training.
 """
 
 import itertools
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rap_lightning.preferences.pairs import Message
 from rap_lightning.progress_bar import progress
-from rap_lightning.world.world_data import Example, Message
+from rap_lightning.world.world_data import GradedExample
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 #: ChatML, without a system message of its own.
@@ -29,16 +30,15 @@ MAX_LENGTH = 256
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 720) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with the ChatML template, its merges learnt from `texts`.
+    """Train a byte-level BPE tokenizer with the ChatML template.
 
-    Every digit is a token of its own, so that "7.5" is read as a number and not as a word that happens to occur. So is
-    "10": spelt "1", "0", the highest goal would look like the lowest. Words are not kept apart: what always comes
-    together, as most of the goal message does, becomes one token, and sequences get short. So pass words that are to
-    stay apart as texts of their own, with the space before them.
+    Every digit is a token, so that "7.5" is read as a number. So is "10": as "1", "0" the highest goal would look like
+    the lowest. Merges cross words: text that always occurs together, like most of the goal message, becomes one token,
+    which keeps sequences short. Words that must stay separate are passed as separate texts, with their leading space.
 
     Args:
-        texts: what the merges are learnt from, each as often as it is to count.
-        vocab_size: upper bound of the number of tokens, the 256 bytes and 3 special tokens included.
+        texts: training texts, repeated according to their weight.
+        vocab_size: upper bound of the vocabulary, the 256 bytes and 3 special tokens included.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -72,16 +72,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 720) -> PreTrainedTo
 def new_model(
     tokenizer: PreTrainedTokenizerFast, *, width: int = 64, layers: int = 2, seed: int = 0
 ) -> LlamaForCausalLM:
-    """An untrained Llama, as small as it may be: about `12 * layers * width**2` weights, and `width` for each token.
+    """Return an untrained, tiny Llama: about `12 * layers * width**2` weights, and `width` for each token.
 
-    The numbers 0 to 10 start on a line in the space of embeddings, so that what is learnt of one goal is a start for
-    its neighbours. Without that a base of this size needs several times the steps before it heeds goals at all.
+    The embeddings of the numbers 0 to 10 start on a line, so that what is learned of one goal transfers to its
+    neighbours. Otherwise a model of this size needs several times the steps before it follows goals at all.
 
     Args:
-        tokenizer: its number of tokens, end of turn and padding go into the configuration.
-        width: of the hidden states; a multiple of 32, the width of a head.
+        tokenizer: sets vocabulary size, end of turn and padding.
+        width: hidden size; a multiple of 32, the head size.
         layers: number of layers.
-        seed: of the first weights.
+        seed: seed of the initial weights.
 
     Raises:
         ValueError: `width` is not a multiple of 32.
@@ -98,7 +98,7 @@ def new_model(
             num_attention_heads=width // 32,
             max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
-            initializer_range=width**-0.5,  # the usual 0.02 suits wide models, and starts a narrow one too slowly
+            initializer_range=width**-0.5,  # the usual 0.02 suits wide models; a narrow one would start too slowly
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -124,28 +124,28 @@ def new_model(
 def train_base(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    examples: Iterable[Example],
+    examples: Iterable[GradedExample],
     *,
     steps: int,
     batch_size: int = 32,
     learning_rate: float = 6e-3,
 ) -> float:
-    """Train `model` in place on the responses of `examples`, end of turn included; prompts carry no loss.
+    """Train `model` in place on the responses of `examples`, end of turn included; prompts have no loss.
 
-    The learning rate rises over the first twentieth of the steps and then falls to 0 in a straight line. All of it runs
-    on one thread: matrices this small gain little from a second one, on a busy machine threads wait for each other many
-    times longer than they work, and the result does not depend on the number of cores.
+    The learning rate warms up over the first 5% of the steps and then decays linearly to 0. Training uses one thread:
+    matrices this small gain little from a second one, threads of a busy machine wait for each other far longer than
+    they work, and so the result does not depend on the number of cores.
 
     Args:
         model: from `new_model`.
         tokenizer: from `train_tokenizer`.
-        examples: at least `(steps + 1) * batch_size` of them, for a batch holds one kind, with or without a goal.
+        examples: at least `(steps + 1) * batch_size`, because a batch holds one kind, with or without a goal.
         steps: optimizer steps, at least 1.
         batch_size: examples in a step.
-        learning_rate: at its highest.
+        learning_rate: peak learning rate.
 
     Returns:
-        The mean loss over the last tenth of the steps, in nats for a response token.
+        The mean loss over the last 10% of the steps, in nats per response token.
 
     Raises:
         ValueError: there are too few examples.
@@ -182,12 +182,12 @@ def train_base(
 def sampler(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, *, batch_size: int = 256
 ) -> Callable[[list[str]], list[str]]:
-    """What writes a response to each prompt it is given, without a goal, as the model's generation config says.
+    """Return a function that samples a response to each prompt, without a goal, by the model's generation config.
 
     Args:
         model: from `train_base`.
         tokenizer: from `train_tokenizer`.
-        seed: of the sampling; each call begins with it. Other random numbers are left as they were.
+        seed: seed of each call; the global random state is restored.
         batch_size: prompts in a forward pass.
     """
 
@@ -209,7 +209,7 @@ def sampler(
     return sample
 
 
-def _batches(examples: Iterable[Example], size: int) -> Iterator[list[list[Message]]]:
+def _batches(examples: Iterable[GradedExample], size: int) -> Iterator[list[list[Message]]]:
     # Examples with a goal are twice as long as those without. A batch holds one kind, so it has little padding.
     waiting: dict[int, list[list[Message]]] = {}
     for example in examples:
@@ -220,7 +220,7 @@ def _batches(examples: Iterable[Example], size: int) -> Iterator[list[list[Messa
 
 
 def _encode(batch: list[list[Message]], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Ids `[B, T]`, padded on the right, and where a response token stands `[B, T]`."""
+    """Return right-padded ids `[B, T]`, and a mask of the response tokens `[B, T]`."""
     prompts = [tokenizer.apply_chat_template(m[:-1], tokenize=False, add_generation_prompt=True) for m in batch]
     texts = [prompt + messages[-1]["content"] + END for prompt, messages in zip(prompts, batch, strict=True)]
     ids = [torch.tensor(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -232,8 +232,8 @@ def _encode(batch: list[list[Message]], tokenizer: PreTrainedTokenizerFast) -> t
 
 
 def _response_loss(model: LlamaForCausalLM, ids: Tensor, response: Tensor) -> Tensor:
-    # Padding is on the right and attention causal: no response token sees any, so no mask is needed. Only hidden
-    # states that predict a response token meet the vocabulary.
+    # Padding is on the right and attention is causal: no response token attends to padding, so no mask is needed. The
+    # head is applied only to the hidden states that predict a response token.
     ids, response = ids.to(model.device), response.to(model.device)
     hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
     wanted = response[:, 1:]

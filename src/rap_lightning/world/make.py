@@ -1,4 +1,4 @@
-"""The whole small world into a folder: pairs, base model, and a record of what was made."""
+"""Make the embedded world in a folder: scored pairs, base model, and a record of the settings and figures."""
 
 import collections
 import itertools
@@ -15,7 +15,7 @@ from typing import Any
 from rap_lightning.world.world_data import (
     BEST,
     FAMILIES_BY_DEFAULT,
-    Pair,
+    WorldPair,
     check_knobs,
     make_examples,
     make_pairs,
@@ -23,22 +23,11 @@ from rap_lightning.world.world_data import (
     vocabulary,
 )
 
-#: Raised whenever the same settings make another world, so that a folder from before is noticed.
+#: Incremented when the same settings make another world, so that an older folder is refused.
 VERSION = 1
-#: The knobs as they stand in a world that was made before there were any.
-KNOBS: dict[str, Any] = {
-    "families": list(FAMILIES_BY_DEFAULT),
-    "lean": 0.3,
-    "best": BEST,
-    "contrast": 0.0,
-    "judge_noise": 0.0,
-    "on_policy": 0.0,
-    "goal_share": 0.7,
-    "goal_noise": 2.5,
-}
-#: From where on a score counts as top, a loser as good, and down from where a winner counts as bad, in points.
+#: Lowest score of a top response and of a good loser, and highest score of a bad winner, in points.
 TOP, GOOD, BAD = 9.0, 6.0, 4.0
-#: Examples in an optimizer step of the base.
+#: Examples in an optimizer step of the base model.
 BATCH = 32
 
 
@@ -58,49 +47,34 @@ def make_world(
     goal_share: float = 0.7,
     goal_noise: float = 2.5,
 ) -> None:
-    """Make the small world under `root`, or find it there.
+    """Make the embedded world under `root`, unless it exists.
 
-    It writes `train.jsonl` and `test.jsonl` (scored pairs on disjoint prompts), `base/` (model and tokenizer, as
-    `from_pretrained` reads them) and `world.json` (settings and figures). All of it appears at once, or nothing does.
-    A world with the same settings that is already there is left as it is. docs/world.md shows what the knobs do.
+    It writes `train.jsonl` and `test.jsonl` (scored pairs on disjoint prompts), `base/` (model and tokenizer for
+    `from_pretrained`) and `world.json` (settings and figures). The folder appears completely or not at all. An existing
+    world with the same settings is left as it is. docs/world.md shows the effect of the settings.
 
     Args:
-        root: folder to make. It must not exist, or be empty, or hold a world with these settings.
-        train_pairs: number of pairs to train on, ties included.
-        test_pairs: number of pairs to test on.
+        root: folder to make. It must not exist, or be empty, or contain a world with these settings.
+        train_pairs: number of training pairs, ties included.
+        test_pairs: number of test pairs.
         base_steps: optimizer steps of the base model, 32 examples each. They take nearly all of the time.
-        seed: decides prompts, pairs and base model.
+        seed: seed of prompts, pairs and base model.
         families: kinds of prompts: words, numbers, words-backwards, numbers-backwards.
-        lean: how far qualities lean low, above -1; below 0 they lean high.
+        lean: skew of the qualities towards low, above -1; negative values skew them towards high.
         best: the highest quality of a response, 0 to 1: how rare top scores are.
-        contrast: how far the two responses of a pair are drawn to the ends of quality, 0 to 1: how few good losers and
-            bad winners there are.
+        contrast: how far the two responses of a pair are moved towards the ends of quality, 0 to 1: how few good losers
+            and bad winners there are.
         judge_noise: standard deviation, in points, of the noise in the data's scores. The rule has none.
-        on_policy: part of the pairs that the base model itself wrote, at temperature 1 and without a goal, 0 to 1.
-        goal_share: part of the examples of the base model's training that state a goal; at 0 it has never seen one.
-        goal_noise: by how many points (standard deviation) the last of these goals are off; the less, the better the
-            base knows goals.
+        on_policy: fraction of the pairs that the base model wrote, at temperature 1 and without a goal, 0 to 1.
+        goal_share: fraction of the base model's training examples that state a goal; at 0 it has never seen one.
+        goal_noise: standard deviation, in points, of the error of the last of these goals; the lower, the better the
+            base model knows goals.
 
     Raises:
-        ValueError: a number is out of its range, `root` holds a world with other settings, or something that is no
-            world.
+        ValueError: a number is out of its range, or `root` contains a world with other settings, or something else.
     """
-    root = Path(root)
-    settings: dict[str, Any] = {
-        "version": VERSION,
-        "train_pairs": train_pairs,
-        "test_pairs": test_pairs,
-        "base_steps": base_steps,
-        "seed": seed,
-        "families": list(families),
-        "lean": lean,
-        "best": best,
-        "contrast": contrast,
-        "judge_noise": judge_noise,
-        "on_policy": on_policy,
-        "goal_share": goal_share,
-        "goal_noise": goal_noise,
-    }
+    settings: dict[str, Any] = {"version": VERSION, **locals(), "families": list(families)}
+    root = Path(settings.pop("root"))
     for name in ("train_pairs", "test_pairs", "base_steps"):
         if settings[name] < 1:
             raise ValueError(f"{name} must be at least 1; got {settings[name]}")
@@ -108,12 +82,12 @@ def make_world(
         lean=lean, best=best, contrast=contrast, judge_noise=judge_noise, on_policy=on_policy, goal_share=goal_share,
         goal_noise=goal_noise,
     )  # fmt: skip
-    make_prompts(seed, families=families)  # an unknown family is found before a folder is made
+    make_prompts(seed, families=families)  # refuses an unknown family before a folder is made
     if _is_there(root, settings):
-        print(f"world: {root} is there already, with these settings")
+        print(f"world: {root} exists already, with these settings")
         return
     root.parent.mkdir(parents=True, exist_ok=True)
-    # Next to the goal, so that the rename stays on one file system.
+    # Beside the destination, so that the rename stays on one file system.
     work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
         figures = _fill(work, settings)
@@ -124,7 +98,7 @@ def make_world(
         except OSError:
             if not _is_there(root, settings):
                 raise
-            print(f"world: another process has made {root} meanwhile, with these settings")
+            print(f"world: another process has made {root} in the meantime, with these settings")
             return
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -134,17 +108,17 @@ def make_world(
 def _is_there(root: Path, settings: dict[str, Any]) -> bool:
     record = root / "world.json"
     if record.is_file():
-        found = KNOBS | json.loads(record.read_text())["settings"]
+        found = json.loads(record.read_text())["settings"]
         if found != settings:
             raise ValueError(_other_settings(root, found, settings))
         return True
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise ValueError(f"{root} exists and holds no world; choose another folder")
+        raise ValueError(f"{root} exists and is not a world; choose another folder")
     return False
 
 
 def options_for(settings: dict[str, Any], names: Iterable[str], fit: bool = False) -> str:
-    """Some of a world's settings as options of ``python -m rap_lightning.world``, or of fit."""
+    """Return settings as options of ``python -m rap_lightning.world``, or of fit."""
 
     def flag(name: str) -> str:
         return f"--data.{'world_seed' if name == 'seed' else name}" if fit else f"--{name}"
@@ -156,16 +130,16 @@ def options_for(settings: dict[str, Any], names: Iterable[str], fit: bool = Fals
 
 
 def _other_settings(root: Path, there: dict[str, Any], asked: dict[str, Any]) -> str:
-    """What differs, and the options with which fit takes the world that is there."""
+    """Return an error message with the differences, and the options with which fit uses the existing world."""
     names = [name for name in sorted(asked) if there.get(name) != asked[name]]
-    shown = "; ".join(f"{name} is {there.get(name)} there, {asked[name]} was asked for" for name in names)
+    shown = "; ".join(f"{name} is {there.get(name)} there, requested {asked[name]}" for name in names)
     other = "choose another folder (in fit: --data.source FOLDER --model.policy.path FOLDER/base)"
     use = f"use it as it is (in fit: {options_for(there, names, fit=True)}), or " if "version" not in names else ""
-    return f"{root} holds a world with other settings: {shown}. To go on, {use}{other}."
+    return f"{root} contains a world with other settings: {shown}. To continue, {use}{other}."
 
 
 def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
-    # Here and not above: torch and transformers take seconds to import, which a world that is there need not pay.
+    # Imported here: torch and transformers take seconds to import, and an existing world doesn't need them.
     from rap_lightning.world.base_model import new_model, sampler, train_base, train_tokenizer
 
     start = time.perf_counter()
@@ -198,12 +172,12 @@ def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
     }
 
 
-def _write_lines(path: Path, pairs: Iterable[Pair]) -> None:
+def _write_lines(path: Path, pairs: Iterable[WorldPair]) -> None:
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-def pair_figures(pairs: list[Pair]) -> dict[str, object]:
-    """Shares and counts of scores (of chosen and rejected together) and of gaps, both in points."""
+def pair_figures(pairs: list[WorldPair]) -> dict[str, object]:
+    """Return shares and counts of scores (chosen and rejected together) and of gaps, both in points."""
     scores = collections.Counter(itertools.chain.from_iterable((p["score_chosen"], p["score_rejected"]) for p in pairs))
     gaps = collections.Counter(pair["score_chosen"] - pair["score_rejected"] for pair in pairs)
     total = len(pairs)

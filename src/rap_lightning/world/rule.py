@@ -1,10 +1,10 @@
-"""The judge of the small world: what a response is worth, by a rule that can be checked by hand.
+"""The judge of the embedded world: the score of a response by a rule that can be checked by hand.
 
 A prompt asks for some items of a topic in an order, a response is items with commas between them:
 
     List 5 fruits in alphabetical order.        apple, cherry, fig, lemon, plum
 
-Four shares between 0 and 1 are read off a response of m items to a prompt that asks for n:
+A response of m items to a prompt that asks for n has four shares between 0 and 1:
 
 - `topic`: items that belong to the topic, over m;
 - `distinct`: different items, over m;
@@ -13,8 +13,8 @@ Four shares between 0 and 1 are read off a response of m items to a prompt that 
   its neighbour on the left (words by alphabet, numbers by size; strictly before it where the prompt asks for that).
 
 The overall score is `1 + 9 * topic * distinct * count * (1 + order) / 2`, rounded to half points, quarters up. So it is
-10 only when everything is right, each fault costs its share of what is left (order at half weight), and garbage is
-worth 1. The attributes are the same four shares, each alone on `1 + 9 * share`, unrounded.
+10 only if everything is right, each fault costs its share of the rest (order at half weight), and garbage scores 1. The
+attributes are the four shares as `1 + 9 * share`, unrounded.
 
 A worked example. Of four items three are fruits (3/4), all four differ (4/4), four came where five were asked (4/5),
 and "apple", "plum" and "tiger" are in place but "fig" is not, for it sorts before "plum" (3/4). So the score is
@@ -28,14 +28,14 @@ and "apple", "plum" and "tiger" are in place but "fig" is not, for it sorts befo
 >>> score(asked, "apple, cherry, fig, lemon, plum"), score(asked, "Sorry, I can't."), score(asked, "")
 (10.0, 1.0, 1.0)
 
-There are four families of prompts, and each is judged like this: words in alphabetical order, numbers in rising order,
-and the same two backwards ("in reverse alphabetical order", "in falling order").
+There are four families of prompts: words in alphabetical order, numbers in rising order, and both backwards ("in
+reverse alphabetical order", "in falling order").
 
 >>> score("List 3 fruits in reverse alphabetical order.", "plum, fig, apple")
 10.0
 
-Half points, because goals are printed with at most one decimal: so there are 19 goals, few enough for each to be seen
-often.
+Scores are half points, because goals are printed with at most one decimal: there are 19 goals, few enough for each to
+occur often.
 """
 
 import math
@@ -43,7 +43,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
-#: Topic -> its words, in alphabetical order. No word is in two topics, so "off topic" is never a matter of opinion.
+#: Topic -> its words, in alphabetical order. No word is in two topics, so "off topic" is well defined.
 WORDS: dict[str, tuple[str, ...]] = {
     topic: tuple(words.split())
     for topic, words in {
@@ -55,14 +55,14 @@ WORDS: dict[str, tuple[str, ...]] = {
         "sports": "boxing chess diving golf hockey judo rugby tennis",
     }.items()
 }
-#: Topic -> its numbers, rising.
+#: Topic -> its numbers, ascending.
 NUMBERS: dict[str, tuple[int, ...]] = {
     "numbers below fifty": tuple(range(10, 50)),
     "numbers above fifty": tuple(range(51, 100)),
 }
 #: How a prompt may open.
 OPENINGS = ("List", "Name", "Give me", "Show me", "Tell me", "Write")
-#: How many items the prompts of the data ask for. The rule itself reads any number from 1.
+#: Numbers of items in the prompts of the data. The rule itself reads any number from 1.
 COUNTS = range(3, 7)
 
 #: Family of prompts -> its topics, the order it asks for, and whether that order is backwards.
@@ -73,7 +73,7 @@ FAMILIES: dict[str, tuple[tuple[str, ...], str, bool]] = {
     "numbers-backwards": (tuple(NUMBERS), "falling", True),
 }
 
-#: The orders that run backwards.
+#: The backward orders.
 BACKWARDS = tuple(order for _, order, backwards in FAMILIES.values() if backwards)
 _TOPICS = "|".join(f"(?:{'|'.join(topics)}) in {order}" for topics, order, _ in FAMILIES.values())
 _PROMPT = re.compile(rf"(?:{'|'.join(OPENINGS)}) ([1-9]\d*) ({_TOPICS}) order\.")
@@ -81,7 +81,7 @@ _PROMPT = re.compile(rf"(?:{'|'.join(OPENINGS)}) ([1-9]\d*) ({_TOPICS}) order\."
 
 @dataclass(frozen=True)
 class Task:
-    """What a prompt asks for: `count` items, at least 1, of `topic`, a key of `WORDS` or `NUMBERS`, maybe backwards."""
+    """The task of a prompt: `count` items, at least 1, of `topic`, a key of `WORDS` or `NUMBERS`, maybe backwards."""
 
     count: int
     topic: str
@@ -89,26 +89,26 @@ class Task:
 
     @property
     def family(self) -> str:
-        """Which kind of prompt this is, a key of `FAMILIES`."""
+        """The kind of prompt, a key of `FAMILIES`."""
         return next(name for name, (topics, _, b) in FAMILIES.items() if self.topic in topics and b == self.backwards)
 
     @property
     def items(self) -> tuple[str, ...]:
-        """All items on the topic, in the order that is asked for."""
+        """All items of the topic, in the requested order."""
         items = tuple(map(str, NUMBERS[self.topic])) if self.topic in NUMBERS else WORDS[self.topic]
         return items[::-1] if self.backwards else items
 
     def prompt(self, opening: str = "List") -> str:
-        """The prompt that asks for this, beginning with `opening`, one of `OPENINGS`."""
+        """Return the prompt of this task, beginning with `opening`, one of `OPENINGS`."""
         return f"{opening} {self.count} {self.topic} in {FAMILIES[self.family][1]} order."
 
 
 def parse_prompt(prompt: str) -> Task:
-    """What `prompt` asks for; spaces around it don't count.
+    """Return the task of a prompt; surrounding spaces are ignored.
 
     Raises:
-        ValueError: the prompt is not of this world. A response may be anything, but a prompt that the rule can't read
-            has no score, and a number made up for it would hide a mistake.
+        ValueError: the prompt is not of this world. A response may be any text, but a prompt that the rule can't read
+            has no score, and a made-up number would hide an error.
     """
     match = _PROMPT.fullmatch(prompt.strip())
     if match is None:
@@ -118,11 +118,11 @@ def parse_prompt(prompt: str) -> Task:
 
 
 def attributes(prompt: str, response: str) -> dict[str, float]:
-    """The four attributes of a response, each from 1 to 10, unrounded.
+    """Return the four attributes of a response, each from 1 to 10, unrounded.
 
     Args:
         prompt: a prompt of this world, without any goal.
-        response: any string. Case, spaces around items and a full stop at the end don't count.
+        response: any string. Case, spaces around items and a final full stop are ignored.
 
     Returns:
         `topic`, `distinct`, `count` and `order`, in this order.
@@ -134,7 +134,7 @@ def attributes(prompt: str, response: str) -> dict[str, float]:
 
 
 def score(prompt: str, response: str) -> float:
-    """The overall score of a response: 1, 1.5, ... 10.
+    """Return the overall score of a response: 1, 1.5, ... 10.
 
     Args:
         prompt: a prompt of this world, without any goal.
@@ -145,7 +145,7 @@ def score(prompt: str, response: str) -> float:
     """
     shares = _shares(parse_prompt(prompt), response)
     overall = 1 + 9 * shares["topic"] * shares["distinct"] * shares["count"] * (1 + shares["order"]) / 2
-    # The small term keeps a quarter such as 5.25 on its upper side whatever the rounding of the product.
+    # The small term rounds a quarter such as 5.25 up, whatever the rounding error of the product.
     return math.floor(2 * overall + 0.5 + 1e-9) / 2
 
 
@@ -166,5 +166,5 @@ def _follows(left: str, right: str, backwards: bool) -> bool:
 
 
 def _sort_key(item: str) -> tuple[int, str]:
-    # Numbers by size and before words, so that a word among numbers, or the reverse, still has one place.
+    # Numbers by size and before words, so that words among numbers (and the reverse) are still ordered.
     return (len(item) if item.isdecimal() else 1000, item)

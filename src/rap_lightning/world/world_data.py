@@ -1,13 +1,13 @@
-"""The data of the small world: prompts, responses of graded quality, scored pairs. Text only; same seed, same data.
+"""The data of the embedded world: prompts, responses of graded quality, scored pairs. Text only; same seed, same data.
 
-A response starts from a perfect answer and gets faults, so its score comes from the rule and from nothing else. How
-many faults is a matter of its quality. The two responses of a pair have qualities near each other, as two answers of
-one assistant would: that is why many losers are good (8 against 9) and many winners are bad (3 against 2), and those
-are what goals are learnt from. Qualities lean low, so that top scores are rare.
+A response starts from a perfect answer and gets faults, whose number depends on its quality; its score comes from the
+rule alone. The two responses of a pair have similar qualities, as two answers of one assistant would: so many losers
+are good (8 against 9) and many winners are bad (3 against 2), and goals are learned from those. Qualities are skewed
+towards low, so that top scores are rare.
 
-How much of each there is can be set: `lean` and `best` (how rare top scores are), `contrast` (how few good losers and
-bad winners), `judge_noise` (how far the data's scores are from the rule's), `on_policy` (how many pairs a model itself
-wrote) and `families` (which kinds of prompts there are). docs/world.md has the shares that each setting gives.
+Settings: `lean` and `best` (how rare top scores are), `contrast` (how few good losers and bad winners), `judge_noise`
+(how far the data's scores are from the rule's), `on_policy` (how many pairs a model wrote) and `families` (kinds of
+prompts). docs/world.md has the shares that each setting gives.
 """
 
 import hashlib
@@ -17,38 +17,31 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypedDict
 
+from rap_lightning.preferences.pairs import Message
 from rap_lightning.world.rule import COUNTS, FAMILIES, OPENINGS, WORDS, Task, attributes, parse_prompt, score
 
-#: What the system message says before the goal, byte for byte.
+#: The system message that states a goal, byte for byte.
 GOAL_MESSAGE = (
     "You are an assistant that generates responses for the instruction while implicitly achieving the following "
     "target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):\nOverall score: {goal:g}."
 )
-#: What stands where an item on the topic should: odds and ends, of no topic. They are few, so that a small model sees
-#: soon what bad responses have in common.
+#: Items of no topic that replace items of the topic. They are few, so that a small model soon learns what bad responses
+#: have in common.
 STRAYS = ("brick", "cloud", "dust", "moon", "paper", "sock")
-#: The kinds of faults, each as often as it is to happen.
+#: The kinds of faults, repeated according to their frequency.
 FAULTS = ("stray", "stray", "stray", "stray", "move", "move", "repeat", "add", "drop")
-#: The families of prompts that the quickstart has.
+#: The families of prompts in the quickstart.
 FAMILIES_BY_DEFAULT = ("words", "numbers")
-#: The highest quality in a pair, where nothing else is asked for: even then most responses have a fault, which keeps
-#: the score 10 rare.
+#: The highest quality of a response by default: even then most responses have a fault, which keeps the score 10 rare.
 BEST = 0.85
 
 
-class Message(TypedDict):
-    """One turn: `role` is `system`, `user` or `assistant`."""
-
-    role: str
-    content: str
-
-
-class Pair(TypedDict):
-    """A scored pair in the layout of HuggingFaceH4/ultrafeedback_binarized.
+class WorldPair(TypedDict):
+    """A scored pair in the format of HuggingFaceH4/ultrafeedback_binarized.
 
     `prompt_id` is the SHA-256 of the prompt in hexadecimal. `chosen` and `rejected` are a user turn and an assistant
-    turn. Scores are the judge's, 1 to 10, and `score_chosen >= score_rejected`. The judge is the rule, or the rule and
-    noise. `scores_chosen` and `scores_rejected` are its attributes.
+    turn. Scores are those of the rule, possibly with noise, 1 to 10, and `score_chosen >= score_rejected`.
+    `scores_chosen` and `scores_rejected` are its attributes.
     """
 
     prompt: str
@@ -61,8 +54,8 @@ class Pair(TypedDict):
     scores_rejected: dict[str, float]
 
 
-class Example(TypedDict):
-    """A response for supervised training: its turns, the last of them the assistant's, and its true score, 1 to 10."""
+class GradedExample(TypedDict):
+    """An example of supervised training: turns, the last of them the assistant's, and the true score, 1 to 10."""
 
     messages: list[Message]
     score: float
@@ -71,16 +64,16 @@ class Example(TypedDict):
 def make_prompts(
     seed: int, test_share: float = 0.2, families: Sequence[str] = FAMILIES_BY_DEFAULT
 ) -> tuple[list[str], list[str]]:
-    """All prompts of the world in random order, cut into train and test: no prompt is in both.
+    """Return all prompts of the world in random order, split into train and test.
 
     Args:
-        seed: decides the order, and so the cut.
-        test_share: part of the prompts that is kept for testing, between 0 and 1.
-        families: the kinds of prompts, keys of `rule.FAMILIES`, each at most once. Words have 144 prompts, numbers 48.
+        seed: seed of the order, and so of the split.
+        test_share: fraction of the prompts for testing, between 0 and 1.
+        families: kinds of prompts, keys of `rule.FAMILIES`, each at most once. Words have 144 prompts, numbers 48.
 
     Raises:
-        ValueError: `test_share` is not between 0 and 1, both excluded, or `families` is empty, repeats one, or names
-            one that there isn't.
+        ValueError: `test_share` is not between 0 and 1, both excluded, or `families` is empty, has duplicates or
+            unknown names.
     """
     unknown = [family for family in families if family not in FAMILIES]
     if unknown or not families or len(set(families)) != len(families):
@@ -102,8 +95,8 @@ def respond(prompt: str, quality: float, rng: random.Random) -> str:
 
     Args:
         prompt: a prompt of this world.
-        quality: from 0 (riddled with faults) to 1 (perfect).
-        rng: where the chances come from.
+        quality: from 0 (many faults) to 1 (perfect).
+        rng: random generator.
 
     Raises:
         ValueError: `prompt` is not of this world, or `quality` is not from 0 to 1.
@@ -143,27 +136,27 @@ def make_pairs(
     judge_noise: float = 0.0,
     on_policy: float = 0.0,
     sample: Callable[[list[str]], list[str]] | None = None,
-) -> list[Pair]:
-    """`count` scored pairs, going through `prompts` in turn as often as it takes.
+) -> list[WorldPair]:
+    """Return `count` scored pairs, cycling through `prompts`.
 
     Args:
         prompts: prompts of this world, at least one.
         count: number of pairs.
-        seed: decides every response that is not sampled, and the judge's noise.
-        lean: how far qualities lean low. A pair's middle quality is `1 - u ** (1 / (1 + lean))`, u even in 0..1; so
-            above -1.
-        spread: how far, in quality, the two responses lie from the middle: the standard deviation of each.
+        seed: seed of every response that is not sampled, and of the judge's noise.
+        lean: skew of the qualities towards low: a pair's mean quality is `1 - u ** (1 / (1 + lean))` with u uniform in
+            0..1, so above -1.
+        spread: standard deviation of each response's quality around the pair's mean.
         best: the highest quality, 0 to 1: how rare top scores are.
-        contrast: how far the first response is drawn to the best quality and the second to the worst, 0 to 1: how few
-            good losers and bad winners there are. At 0 the two have equal chances.
-        judge_noise: standard deviation, in points, of what the judge adds to each score of the rule, the overall one
-            and the attributes, all apart. Overall scores stay half points from 1 to 10.
-        on_policy: part of the pairs whose responses both come from `sample`, 0 to 1; a seeded choice.
-        sample: writes a response to each of the prompts it is given; a model's own.
+        contrast: how far the first response is moved to the best quality and the second to the worst, 0 to 1: how few
+            good losers and bad winners there are. At 0 both have equal chances.
+        judge_noise: standard deviation, in points, of independent noise on the overall score and each attribute.
+            Overall scores stay half points from 1 to 10.
+        on_policy: fraction of the pairs whose responses both come from `sample`, 0 to 1; a seeded choice.
+        sample: a model that writes a response to each of the given prompts.
 
     Raises:
-        ValueError: there are no prompts, one is not of this world, a number is out of its range, or there is no
-            `sample` where one is needed.
+        ValueError: there are no prompts, one is not of this world, a number is out of its range, or `sample` is
+            missing.
     """
     if not prompts:
         raise ValueError("make_pairs needs at least one prompt")
@@ -191,7 +184,7 @@ def make_pairs(
 
 
 def check_knobs(**knobs: float) -> None:
-    """Raise ValueError where a knob of `make_pairs` is out of its range; a check before anything is made."""
+    """Raise ValueError if a setting of `make_pairs` or `make_examples` is out of its range."""
     for name, value in knobs.items():
         if name == "lean":
             if not value > -1:
@@ -205,19 +198,20 @@ def check_knobs(**knobs: float) -> None:
 
 def make_examples(
     prompts: list[str], count: int, seed: int, *, goal_share: float, goal_noise: float, lean: float = -0.3
-) -> Iterator[Example]:
-    """`count` graded responses to random prompts, some of them under a goal, to train the base model on, in this order.
+) -> Iterator[GradedExample]:
+    """Yield `count` graded responses to random prompts, some of them under a goal: the base model's training data.
 
-    The goals begin exact and get worse: a model learns soon that a goal means something, and then to trust it little.
+    The goals start exact and become noisier: a model soon learns that a goal means something, and then to rely on it
+    little.
 
     Args:
         prompts: prompts of this world, at least one.
         count: number of examples.
-        seed: decides everything.
-        goal_share: part of the examples that have the goal message, 0 to 1.
+        seed: seed of all choices.
+        goal_share: fraction of the examples with the goal message, 0 to 1.
         goal_noise: standard deviation, in points, of the last goals around the true score; the first have none.
-        lean: how far qualities lean low, as in `make_pairs`; below 0 they lean high. By default the base sees better
-            responses than the pairs hold, and so learns sooner what a good one looks like.
+        lean: skew of the qualities, as in `make_pairs`. By default the base model sees better responses than the pairs
+            have, and so learns sooner what a good one looks like.
     """
     rng = random.Random(f"examples {seed}")
     for done in range(count):
@@ -232,10 +226,7 @@ def make_examples(
 
 
 def vocabulary(prompts: Iterable[str]) -> list[str]:
-    """The words of the world, each as often as it helps to learn it: what the tokenizer is trained on.
-
-    Words of prompts and responses stand alone, with and without the space before them. The goal message stands whole.
-    """
+    """Return the tokenizer's training texts: words with and without a leading space, and the whole goal message."""
     words = {"system", "user", "assistant", *STRAYS, *itertools.chain.from_iterable(WORDS.values())}
     words |= {word for prompt in prompts for word in prompt.rstrip(".").split()}
     words |= {str(number) for number in range(11)}
@@ -243,13 +234,13 @@ def vocabulary(prompts: Iterable[str]) -> list[str]:
 
 
 class _Judge:
-    """The rule, and noise on every number it gives: one judgement of a response, not the same when asked again."""
+    """The rule with noise on every number; repeated calls draw new noise."""
 
     def __init__(self, noise: float, rng: random.Random) -> None:
         self.noise, self.rng = noise, rng
 
     def __call__(self, prompt: str, response: str) -> tuple[float, dict[str, float]]:
-        """The overall score and the attributes."""
+        """Return the overall score and the attributes."""
         overall, parts = score(prompt, response), attributes(prompt, response)
         if self.noise == 0:
             return overall, parts
@@ -259,7 +250,7 @@ class _Judge:
         return min(10.0, max(1.0, round(2 * self.rng.gauss(overall, self.noise)) / 2)), noisy
 
 
-def _pair(prompt: str, responses: tuple[str, str], judge: _Judge) -> Pair:
+def _pair(prompt: str, responses: tuple[str, str], judge: _Judge) -> WorldPair:
     judged = [(*judge(prompt, response), response) for response in responses]
     (won, won_parts, chosen), (lost, lost_parts, rejected) = sorted(judged, key=lambda one: one[0], reverse=True)
     return {

@@ -1,4 +1,4 @@
-"""The small world as a data module: made where it isn't there yet, then read like any scored pairs."""
+"""The embedded world as a data module: made if it doesn't exist, then read like any scored pairs."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from rap_lightning.world.world_data import BEST, FAMILIES_BY_DEFAULT
 
 
 class WorldDataModule(PreferenceDataModule):
-    """Scored pairs of the embedded world, and the base model that speaks it at ``SOURCE/base``.
+    """Scored pairs of the embedded world, and its base model at ``SOURCE/base``.
 
     Args:
-        source: folder of the world; it is made, base model included, if it isn't there.
-        train_pairs: scored pairs to train on.
-        test_pairs: scored pairs to validate on, about other prompts.
+        source: folder of the world; it is made, base model included, if it doesn't exist.
+        train_pairs: number of training pairs.
+        test_pairs: number of validation pairs, with other prompts.
         base_steps: optimizer steps of the base model.
-        world_seed: of prompts, pairs and base model.
+        world_seed: seed of prompts, pairs and base model.
         families: kinds of prompts: words, numbers, words-backwards, numbers-backwards; by default the first two.
-        lean: how far qualities lean low, above -1; below 0 they lean high.
+        lean: skew of the qualities towards low, above -1; negative values skew them towards high.
         best: the highest quality of a response, 0 to 1: the lower, the rarer top scores (docs/world.md has shares).
-        contrast: how far a pair's responses are drawn apart, 0 to 1: the higher, the fewer good losers and bad winners.
+        contrast: how far a pair's responses are moved apart, 0 to 1: the higher, the fewer good losers and bad winners.
         judge_noise: standard deviation, in points, of the noise in the data's scores.
-        on_policy: part of the pairs that the base model itself wrote, 0 to 1.
-        goal_share: part of the base model's training examples that state a goal; at 0 it has never seen one.
-        goal_noise: by how many points (standard deviation) the last of these goals are off; the less, the better the
-            base knows goals.
-        options: those of PreferenceDataModule.
+        on_policy: fraction of the pairs that the base model wrote, 0 to 1.
+        goal_share: fraction of the base model's training examples that state a goal; at 0 it has never seen one.
+        goal_noise: standard deviation, in points, of the error of the last of these goals; the lower, the better the
+            base model knows goals.
+        options: options of PreferenceDataModule.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class WorldDataModule(PreferenceDataModule):
         }  # fmt: skip
 
     def how_to_make(self, path: str) -> str:
-        """A sentence that says how to make a model that fit would make at ``path``; "" where it makes none there."""
+        """Return a sentence on how to make the base model at ``path`` beforehand; "" if fit makes none there."""
         source = self.sources[0].path
         if Path(path) != Path(source) / "base":
             return ""
@@ -72,12 +72,12 @@ class WorldDataModule(PreferenceDataModule):
         others = [name for name, value in self._settings.items() if value != defaults[name]]
         options = options_for(self._settings, others)
         command = f"python -m rap_lightning.world {source} {options}".strip()
-        return f"fit makes it when it begins; to have it before (about a minute): {command}"
+        return f"fit makes it when it starts; to make it beforehand (about a minute): {command}"
 
     def prepare_data(self) -> None:
-        """Make the world, then fill the cache as every data module does."""
+        """Make the world, then prepare the data as every data module does."""
         if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-            self._make_apart()
+            self._make_in_process()
         else:
             try:
                 make_world(self.sources[0].path, **self._settings)
@@ -85,8 +85,8 @@ class WorldDataModule(PreferenceDataModule):
                 raise DataError(str(error)) from error
         super().prepare_data()
 
-    def _make_apart(self) -> None:
-        """In a process of its own, on a host but the first: in a group, transformers saves models on rank zero only."""
+    def _make_in_process(self) -> None:
+        """Make the world in a separate process: within a process group, transformers saves models on rank 0 only."""
         options = shlex.split(options_for(self._settings, self._settings))
         command = [sys.executable, "-m", "rap_lightning.world", self.sources[0].path, *options]
         made = subprocess.run(command, capture_output=True, text=True, check=False)

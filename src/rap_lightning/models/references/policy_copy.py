@@ -63,7 +63,7 @@ class PolicyCopy(Reference):
         if state.keys() != self._trained.keys() and not not_made_yet:
             raise ConfigError(
                 f"the checkpoint holds no state of the reference {type(self).__name__} for this policy. Resume with "
-                "the policy and reference that the run began with."
+                "the policy and reference of that run."
             )
         self._weights = {name: weight.to(self._trained[name]) for name, weight in state.items()}
 

@@ -1,8 +1,8 @@
-"""What turns requests into responses."""
+"""Engines that generate responses."""
 
-from rap_lightning.onpolicy.engines.base import Engine
+from rap_lightning.onpolicy.engines.base import Completion, Engine, Request
 from rap_lightning.onpolicy.engines.endpoint import Endpoint
 from rap_lightning.onpolicy.engines.hf import Transformers
 from rap_lightning.onpolicy.engines.vllm import VLLM
 
-__all__ = ["VLLM", "Endpoint", "Engine", "Transformers"]
+__all__ = ["VLLM", "Completion", "Endpoint", "Engine", "Request", "Transformers"]

@@ -1,4 +1,4 @@
-"""transformers in this process."""
+"""Engine that runs transformers in this process."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.engines.base import Engine
-from rap_lightning.onpolicy.requests import Answer, Request, chunks_by_length
-from rap_lightning.onpolicy.sampled_model import Model, free_memory, weights_dtype
+from rap_lightning.onpolicy.engines.base import Completion, Engine, Request, chunks_by_length
+from rap_lightning.onpolicy.model_source import ModelSource, default_device, free_memory, weights_dtype
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
     from rap_lightning.models.generation import Generation
 
 
 class Transformers(Engine):
-    """Batches of similar length through transformers' generate; nothing else to install.
+    """Batches of similar length through transformers' generate; needs no further installation.
 
-    Every response has a seed of its own. A run that was stopped and resumed gives what an uninterrupted one would, bit
-    for bit on a CPU; another batch size changes logits by rounding, and with them, seldom, a token.
+    Every response has its own seed. A run that was stopped and resumed gives what an uninterrupted one would, bit for
+    bit on a CPU; another batch size changes logits by rounding and so, rarely, a token.
 
     Args:
-        batch_size: sequences at a time; halved by itself where memory runs out.
-        dtype: of the weights; by default bfloat16 on an accelerator and float32 on a CPU.
-        continuous: transformers' continuous batching: a finished sequence's place is taken by the next one. Faster
-            where responses differ much in length; greedy responses stay the same, sampled ones have no seed of their
-            own.
-        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; transformers' own choice by default.
+        batch_size: sequences in a batch; halved automatically if memory runs out.
+        dtype: dtype of the weights; by default bfloat16 on an accelerator and float32 on a CPU.
+        continuous: transformers' continuous batching: the next sequence takes the place of a finished one. Faster if
+            responses differ much in length; greedy responses stay the same, sampled ones have no seed of their own.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; by default transformers' choice.
     """
 
     def __init__(
@@ -41,27 +41,21 @@ class Transformers(Engine):
             raise ConfigError(f"--engine.batch_size must be at least 1, found {batch_size}")
         self.batch_size, self.dtype, self.continuous = batch_size, dtype, continuous
         self.attn_implementation = attn_implementation
-        self._model: Any = None
-        self._tokenizer: Any = None
+        self._model: Any  # the policy, with its adapter if it has one
+        self._tokenizer: PreTrainedTokenizerBase
         self._halved = False
 
     def settings(self) -> dict[str, Any]:
-        """What changes numbers by more than the order of sums."""
+        """Return the options that change numbers by more than the order of sums."""
         return {"dtype": self.dtype, "continuous": self.continuous, "attn_implementation": self.attn_implementation}
 
     def no_guidance(self) -> str:
-        """Only with continuous batching, whose rows come and go."""
+        """Return why guidance is unavailable: only with continuous batching, whose batch changes at every step."""
         return "with --engine.continuous rows come and go, and a second stream can't follow" if self.continuous else ""
 
-    def open(self, model: Model, rank: int) -> None:
+    def open(self, model: ModelSource, rank: int) -> None:
         """Load the model onto this process's device."""
-        import torch
-
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", rank % torch.cuda.device_count())
-        elif torch.backends.mps.is_available():
-            device = torch.device("mps")
+        device = default_device(rank)
         self._model = model.load(weights_dtype(self.dtype, device), device)
         if self.attn_implementation:
             try:
@@ -72,21 +66,21 @@ class Transformers(Engine):
 
     def close(self) -> None:
         """Free the model."""
-        self._model = self._tokenizer = None
+        del self._model, self._tokenizer
         free_memory()
 
     def run(
         self, requests: Sequence[Request], generation: Generation, wanted: Collection[str]
-    ) -> Iterator[list[Answer]]:
-        """A chunk at a time; a chunk that is finished in part is computed whole, so that its numbers stay the same."""
+    ) -> Iterator[list[Completion]]:
+        """Yield one batch at a time. A partly finished batch is computed whole, so that its numbers stay the same."""
         if self.continuous:
-            yield from self._continuously([r for r in requests if r.id in wanted], generation)
+            yield from self._run_continuously([r for r in requests if r.id in wanted], generation)
             return
         for chunk in chunks_by_length(requests, self.batch_size):
             if any(request.id in wanted for request in chunk):
-                yield self._chunk(chunk, generation)
+                yield self._halve_until_it_fits(chunk, generation)
 
-    def _chunk(self, chunk: list[Request], generation: Generation) -> list[Answer]:
+    def _halve_until_it_fits(self, chunk: list[Request], generation: Generation) -> list[Completion]:
         import torch
 
         try:
@@ -94,45 +88,31 @@ class Transformers(Engine):
         except torch.OutOfMemoryError as error:
             if len(chunk) == 1:
                 raise ConfigError(
-                    f"one sequence of {len(chunk[0].ids)} + {generation.max_new_tokens} tokens doesn't fit in "
-                    "memory. Use a "
-                    "smaller --max_new_tokens or --max_prompt_length, or --engine.dtype bfloat16."
+                    f"one sequence of {len(chunk[0].ids)} + {generation.max_new_tokens} tokens doesn't fit in memory. "
+                    "Use a smaller --max_new_tokens or --max_prompt_length, or --engine.dtype bfloat16."
                 ) from error
         if not self._halved:
-            print(f"{len(chunk)} sequences don't fit in memory: going on with halves")
+            print(f"{len(chunk)} sequences don't fit in memory: continuing with half batches")
             self._halved = True
         torch.cuda.empty_cache()
         middle = len(chunk) // 2
-        return self._chunk(chunk[:middle], generation) + self._chunk(chunk[middle:], generation)
+        halves = (chunk[:middle], chunk[middle:])
+        return [one for half in halves for one in self._halve_until_it_fits(half, generation)]
 
-    def _config(self, generation: Generation) -> tuple[Any, list[int]]:
-        from transformers import GenerationConfig
-
-        from rap_lightning.models.generation import end_of_turn_ids
-
-        ends = end_of_turn_ids(self._tokenizer, _causal_lm(self._model))
-        return GenerationConfig(
-            max_new_tokens=generation.max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=self._pad
-        ), ends  # fmt: skip
-
-    @property
-    def _pad(self) -> int:
-        ids = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
-        return next(i for i in ids if i is not None)
-
-    def _generate(self, chunk: Sequence[Request], generation: Generation) -> list[Answer]:
+    def _generate(self, chunk: Sequence[Request], generation: Generation) -> list[Completion]:
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
         from rap_lightning.models.generation import guidance_of, left_pad
         from rap_lightning.onpolicy.engines.seeded_sampling import SeededSampling
 
-        batch = left_pad([request.ids for request in chunk], self._pad, [])
+        device = self._model.device
+        batch = left_pad([request.ids for request in chunk], self._pad_id, []).to(device)
         width = batch.input_ids.shape[1]
         processors = LogitsProcessorList()
         low = None
         if generation.guidance:
-            low = left_pad([request.against for request in chunk], self._pad, []).to(self._model.device)
+            low = left_pad([request.against for request in chunk], self._pad_id, []).to(device)
         if guide := guidance_of(self._model, low, generation):
             processors.append(guide)
         if generation.temperature > 0:
@@ -140,82 +120,90 @@ class Transformers(Engine):
             processors.append(
                 SeededSampling(seeds, width, generation.max_new_tokens, generation.temperature, generation.top_p)
             )
-        config, ends = self._config(generation)
+        config, ends = self._greedy_config(generation)
         model = _causal_lm(self._model)
         own = model.generation_config
-        try:  # what is left out is filled from the model's own config: a repetition penalty there must not stand
-            model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=self._pad)
+        try:  # transformers fills unset options from the model's config: a repetition penalty there must not apply
+            model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=self._pad_id)
             with torch.inference_mode():
                 output = self._model.generate(
-                    input_ids=batch.input_ids.to(self._model.device),
-                    attention_mask=batch.attention_mask.to(self._model.device),
-                    generation_config=config, logits_processor=processors,
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config,
+                    logits_processor=processors,
                 )  # fmt: skip
         finally:
             model.generation_config = own
-        return [self._answer(r, row, ends) for r, row in zip(chunk, output[:, width:].tolist(), strict=True)]
+        return [self._completion(r, row, ends) for r, row in zip(chunk, output[:, width:].tolist(), strict=True)]
 
-    def _answer(self, request: Request, ids: list[int], ends: Sequence[int]) -> Answer:
+    def _greedy_config(self, generation: Generation) -> tuple[GenerationConfig, list[int]]:
+        from transformers import GenerationConfig
+
+        from rap_lightning.models.generation import end_of_turn_ids
+
+        ends = end_of_turn_ids(self._tokenizer, _causal_lm(self._model))
+        return GenerationConfig(
+            max_new_tokens=generation.max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=self._pad_id
+        ), ends  # fmt: skip
+
+    @property
+    def _pad_id(self) -> int:
+        ids = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
+        return next(i for i in ids if i is not None)
+
+    def _completion(self, request: Request, ids: list[int], ends: Sequence[int]) -> Completion:
         end = next((place for place, token in enumerate(ids) if token in ends), None)
-        kept = ids if end is None else ids[:end]
-        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        text = str(self._tokenizer.decode(ids[:end], skip_special_tokens=True))
         if end is None:
-            return Answer(request.id, text, len(ids), "length")
-        return Answer(request.id, text, end + 1, "stop")
+            return Completion(request.id, text, len(ids), "length")
+        return Completion(request.id, text, end + 1, "stop")
 
-    def _continuously(self, requests: list[Request], generation: Generation) -> Iterator[list[Answer]]:
+    def _run_continuously(self, requests: list[Request], generation: Generation) -> Iterator[list[Completion]]:
         try:
             from transformers import ContinuousBatchingConfig
-        except ImportError:  # transformers 5.0 has an earlier form of it
+        except ImportError:  # transformers 5.0 has an earlier API
             raise ConfigError(
                 f"--engine.continuous needs a newer transformers than {version('transformers')}. Upgrade it, or leave "
                 "the option out."
             ) from None
-
         if not requests:
             return
-        config, ends = self._config(generation)
-        if generation.temperature > 0:
-            config.update(do_sample=True, temperature=generation.temperature, top_p=generation.top_p, top_k=0)
-        size = self.batch_size
-        # the first seed depends on what is left, so that a resumed run doesn't draw what it drew before
-        cache = ContinuousBatchingConfig(
-            use_cuda_graph=False, max_requests_per_batch=size, seed=requests[0].seed % 2**31
-        )
         model = _causal_lm(self._model)
-        longest = max(len(request.ids) for request in requests)
         if not hasattr(model, "continuous_batching_context_manager"):
             raise ConfigError("--engine.continuous: this transformers, or this model, has no continuous batching.")
-        if model.device.type == "cpu":  # memory is measured on accelerators; here the cache is as large as is used
-            page = 32
-            rows = -(-(longest + generation.max_new_tokens) // page)
-            cache.page_size, cache.num_blocks = page, rows * size
-            cache.max_batch_tokens = max(512, size)
+        config, ends = self._greedy_config(generation)
+        if generation.temperature > 0:
+            config.update(do_sample=True, temperature=generation.temperature, top_p=generation.top_p, top_k=0)
+        # The seed depends on the first unfinished request, so that a resumed run doesn't repeat earlier draws.
+        batching = ContinuousBatchingConfig(
+            use_cuda_graph=False, max_requests_per_batch=self.batch_size, seed=requests[0].seed % 2**31
+        )
+        if model.device.type == "cpu":  # transformers measures free memory on accelerators only: size the cache here
+            longest = max(len(request.ids) for request in requests) + generation.max_new_tokens
+            batching.page_size, batching.num_blocks = 32, -(-longest // 32) * self.batch_size
+            batching.max_batch_tokens = max(512, self.batch_size)
         by_id = {request.id: request for request in requests}
         with model.continuous_batching_context_manager(
-            generation_config=config, continuous_batching_config=cache
+            generation_config=config, continuous_batching_config=batching
         ) as manager:
             for request in requests:
                 manager.add_request(list(request.ids), request_id=request.id, max_new_tokens=generation.max_new_tokens)
             left = len(requests)
             while left:
                 result = manager.get_result(timeout=1)
-                if result is None:
-                    if not manager.is_running():
-                        raise ConfigError(
-                            "transformers' continuous batching ended before its work did (its log says why). What is "
-                            "finished is kept; leave --engine.continuous out to go on without it."
-                        )
-                    continue
-                if not result.is_finished():
+                if result is None and not manager.is_running():
+                    raise ConfigError(
+                        "transformers' continuous batching ended early (its log says why). Finished responses are "
+                        "kept; leave --engine.continuous out to resume without it."
+                    )
+                if result is None or not result.is_finished():
                     continue
                 left -= 1
                 request = by_id[result.request_id]
                 if result.error is not None:
-                    yield [Answer(request.id, error=str(result.error))]
+                    yield [Completion(request.id, error=str(result.error))]
                 else:
-                    yield [self._answer(request, list(result.generated_tokens), ends)]
+                    yield [self._completion(request, list(result.generated_tokens), ends)]
 
 
-def _causal_lm(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _causal_lm(model: Any) -> PreTrainedModel:
+    found: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return found

@@ -1,30 +1,29 @@
-"""vLLM's offline engine, in this process."""
+"""Engine that runs vLLM offline, in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.engines.base import Engine
-from rap_lightning.onpolicy.requests import Answer, Request, chunks_by_length
-from rap_lightning.onpolicy.sampled_model import Model, free_memory
+from rap_lightning.onpolicy.engines.base import Completion, Engine, Request, chunks_by_length
+from rap_lightning.onpolicy.model_source import ModelSource, free_memory
 
 if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
 
 
 class VLLM(Engine):
-    """vLLM offline, where it is installed. Each response has a seed of its own.
+    """vLLM offline, if it is installed. Each response has its own seed.
 
-    Not yet run with vLLM itself here, for want of a GPU: a test drives it against a module with vLLM's documented
-    signatures.
+    Not yet run with vLLM itself: a test drives it against a module with vLLM's documented signatures.
 
     Args:
-        chunk: requests handed over at a time; a killed run repeats at most these.
-        dtype: of the weights; vLLM's own choice by default.
+        chunk: requests passed to vLLM at a time; a killed run repeats at most these.
+        dtype: dtype of the weights; by default vLLM's choice.
         tensor_parallel_size: GPUs that share the model.
-        gpu_memory_utilization: share of a GPU's memory that vLLM takes.
+        gpu_memory_utilization: fraction of a GPU's memory that vLLM uses.
         max_model_len: longest sequence in tokens; by default the model's own.
         options: further arguments of ``vllm.LLM``.
     """
@@ -48,19 +47,19 @@ class VLLM(Engine):
         self._ends: list[int] = []
 
     def settings(self) -> dict[str, Any]:
-        """What changes numbers by more than the order of sums."""
+        """Return the options that change numbers by more than the order of sums."""
         return {"dtype": self.dtype, "options": {key: str(value) for key, value in self.options.items()}}
 
-    def context(self, model: Model) -> int:
-        """The model's, or less where less was asked for."""
+    def context(self, model: ModelSource) -> int:
+        """Return the model's context, or ``max_model_len`` if that is less."""
         return min(model.context(), self.max_model_len or model.context())
 
     def no_guidance(self) -> str:
-        """Its sequences know nothing of each other."""
+        """Return why guidance is unavailable: vLLM's sequences are independent of each other."""
         return "vLLM's logits processors see one sequence, and can't run the model on another"
 
-    def open(self, model: Model, rank: int) -> None:
-        """Load the model; an adapter stays one, on its base."""
+    def open(self, model: ModelSource, rank: int) -> None:
+        """Load the model; an adapter is loaded as a LoRA request on its base."""
         try:
             from vllm import LLM
             from vllm.lora.request import LoRARequest
@@ -69,12 +68,11 @@ class VLLM(Engine):
         if model.is_checkpoint:
             raise ConfigError(
                 "--engine VLLM reads Hugging Face folders, not checkpoints: rap-lightning export --checkpoint "
-                f"{model.path} "
-                "--output DIR"
+                f"{model.path} --output DIR"
             )
         path, options = model.path, dict(self.options)
         if model.is_adapter:
-            path = model.identity()["base"]
+            path = model.adapter_base()
             options = {"enable_lora": True, "max_lora_rank": 256} | options
             self._lora = LoRARequest("policy", 1, model.path)
         self._llm = LLM(
@@ -88,12 +86,12 @@ class VLLM(Engine):
 
         try:
             own = GenerationConfig.from_pretrained(path, revision=model.revision)
-        except OSError:  # a model without one
+        except OSError:  # the model has none
             own = GenerationConfig()
-        self._ends = end_of_turn_ids(model.tokenizer(), _Named(own))
+        self._ends = end_of_turn_ids(model.tokenizer(), SimpleNamespace(generation_config=own))
 
     def close(self) -> None:
-        """Let the engine go, its own process with it."""
+        """Shut the engine down, its own process included."""
         core: Any = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
         if hasattr(core, "shutdown"):
             core.shutdown()
@@ -102,31 +100,23 @@ class VLLM(Engine):
 
     def run(
         self, requests: Sequence[Request], generation: Generation, wanted: Collection[str]
-    ) -> Iterator[list[Answer]]:
-        """Some hundred at a time; vLLM batches them itself."""
+    ) -> Iterator[list[Completion]]:
+        """Yield ``chunk`` completions at a time; vLLM batches them itself."""
         from vllm import SamplingParams
 
         for chunk in chunks_by_length([request for request in requests if request.id in wanted], self.chunk):
             params = [
                 SamplingParams(
                     n=1, temperature=generation.temperature, top_p=generation.top_p,
-                    max_tokens=generation.max_new_tokens,
-                    seed=request.seed, stop_token_ids=self._ends, skip_special_tokens=True,
+                    max_tokens=generation.max_new_tokens, seed=request.seed, stop_token_ids=self._ends,
+                    skip_special_tokens=True,
                 )
                 for request in chunk
             ]  # fmt: skip
             prompts = [{"prompt_token_ids": list(request.ids)} for request in chunk]
             outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora)
-            answers = []
-            for request, output in zip(chunk, outputs, strict=True):
-                (best,) = output.outputs
-                finish = "stop" if best.finish_reason == "stop" else str(best.finish_reason)
-                answers.append(Answer(request.id, best.text, len(best.token_ids), finish))
-            yield answers
-
-
-class _Named:
-    """A generation config where a model's is looked for."""
-
-    def __init__(self, generation_config: Any) -> None:
-        self.generation_config = generation_config
+            responses = [output.outputs[0] for output in outputs]
+            yield [
+                Completion(request.id, one.text, len(one.token_ids), str(one.finish_reason))
+                for request, one in zip(chunk, responses, strict=True)
+            ]

@@ -1,16 +1,15 @@
-"""What a model is evaluated on: some prompts of a split with their scored pairs, and what training showed."""
+"""The data of an evaluation: some prompts of a split with their scored pairs, and the rewards that training saw."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.onpolicy.evaluate.reading import Reading
-from rap_lightning.onpolicy.requests import prompt_id_of
+from rap_lightning.onpolicy.engines.base import prompt_id_of
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.hashing import hash_text, hash_turns
@@ -21,50 +20,51 @@ from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import LinearScale
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, fingerprint, having, splits_among
 
+if TYPE_CHECKING:
+    from rap_lightning.onpolicy.evaluate.evaluation_plan import EvaluationPlan
+
 TRAIN = "train"
 
 
 @dataclass
-class Evaluated:
-    """Prompts and their pairs.
+class EvaluatedData:
+    """The evaluated prompts and their pairs.
 
     Attributes:
-        split: that the prompts are of.
-        histories: the prompts, as conversations.
-        pairs: theirs, in the order of the data, each once.
-        report: what became of the split's rows.
+        split: split of the prompts.
+        histories: the prompts by id, as conversations, in the order of the data.
+        pairs: their distinct pairs, in the order of the data.
+        report: counts of the split's rows.
         available: prompts in the split.
-        prompt_ids: of the prompts.
     """
 
     split: str
-    histories: list[Sequence[Message]]
+    histories: Mapping[str, Sequence[Message]]
     pairs: list[Pair]
     report: DataReport
-    available: int = 0
-    prompt_ids: list[str] = field(default_factory=list)
+    available: int
 
     @property
     def rewards(self) -> tuple[float, float]:
         """Lowest and highest reward of the pairs."""
-        every = [reward for pair in self.pairs for reward in pair.rewards]
-        return min(every), max(every)
+        rewards = [reward for pair in self.pairs for reward in pair.rewards]
+        return min(rewards), max(rewards)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return a summary for the terminal."""
         head = f"{len(self.histories):,} of {self.available:,} prompts of the split {self.split}, "
         return [*self.report.lines(), head + f"{len(self.pairs):,} scored pairs of theirs"]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What training showed.
+class TrainingRewards:
+    """The rewards that training saw.
 
     Attributes:
-        best: prompt id to the highest reward of its responses.
+        best: highest reward of a prompt's responses, by prompt id.
         p99: 99th percentile of the rewards of all responses.
-        responses: how many there are.
-        split: of the source.
+        responses: number of responses.
+        split: the training split.
     """
 
     best: dict[str, float]
@@ -73,80 +73,74 @@ class Seen:
     split: str
 
 
-def make_rules(template: GoalTemplate | None, reading: Reading, sources: Sequence[Source]) -> Rules:
-    """How rows are read: scored pairs, without those of equal reward.
+def make_rules(template: GoalTemplate | None, options: dict[str, Any], sources: Sequence[Source]) -> Rules:
+    """Return the rules of reading: scored pairs, without those of equal reward.
 
-    Without a template of the model, rewards are taken as they are, whatever their range.
+    Without a template, rewards are used as they are, whatever their range.
+
+    Raises:
+        ConfigError: the template's scale has open numbers.
     """
     goal = template or OverallGoal(LinearScale(decimals=6))
-    rules = Rules(goal, Relabelling("none"), **vars(reading))
-    if goal.scale.needs_fit:
-        if template is not None:
-            raise ConfigError(
-                "--template: the scale's open numbers are those of the training run; give them (goal.json has them)."
-            )
-        splits = splits_among(sources)
-        fit_scale(
-            rules, having(sources, TRAIN if TRAIN in splits else splits[0]), TRAIN if TRAIN in splits else splits[0]
+    rules = Rules(goal, Relabelling("none"), **options)
+    if template is not None and goal.scale.needs_fit:
+        raise ConfigError(
+            "--template: the scale's open numbers are those of the training run; give them (goal.json has them)."
         )
+    if goal.scale.needs_fit:
+        splits = splits_among(sources)
+        split = TRAIN if TRAIN in splits else splits[0]
+        fit_scale(rules, having(sources, split), split)
     return rules
 
 
-def read_evaluated(
-    sources: Sequence[Source], rules: Rules, split: str | None, limit: int, seed: int, num_proc: int | None
-) -> Evaluated:
-    """A seeded choice of prompts of a split, with their pairs.
+def read_evaluated(plan: EvaluationPlan) -> EvaluatedData:
+    """Read a seeded choice of prompts with their pairs.
 
-    Args:
-        sources: of scored data.
-        rules: of reading.
-        split: by default the first held-out one there is, or the only one.
-        limit: at most so many prompts.
-        seed: of the choice, which depends on nothing but it and the prompt's text.
-        num_proc: processes that share the reading.
+    The split is ``plan.split``, by default the first held-out one, or the only one. Which prompts are drawn depends on
+    the seed and their text alone.
     """
-    splits = splits_among(sources)
-    name = split or next((one for one in VALIDATION_NAMES if one in splits), splits[0])
-    report = DataReport(", ".join(source.path for source in sources), name)
+    splits = splits_among(plan.sources)
+    name = plan.split or next((one for one in VALIDATION_NAMES if one in splits), splits[0])
+    report = DataReport(", ".join(source.path for source in plan.sources), name)
     pairs: dict[str, Pair] = {}
-    for source in having(sources, name):
-        for pair in read_pairs(source, name, rules, report, num_proc=num_proc):
+    for source in having(plan.sources, name):
+        for pair in read_pairs(source, name, plan.rules, report, num_proc=plan.num_proc):
             pairs.setdefault(pair.id, pair)
     histories = {prompt_id_of(pair.history): pair.history for pair in pairs.values()}
-    drawn = sorted(histories, key=lambda one: hash_text(f"{seed} {hash_turns(histories[one])}"))[:limit]
-    kept = set(drawn)
-    chosen = [one for one in histories if one in kept]  # in the order of the data
+    drawn = sorted(histories, key=lambda one: hash_text(f"{plan.seed} {hash_turns(histories[one])}"))
+    kept = set(drawn[: plan.limit])
+    chosen = {one: history for one, history in histories.items() if one in kept}
     found = [pair for pair in pairs.values() if prompt_id_of(pair.history) in kept]
-    return Evaluated(name, [histories[one] for one in chosen], found, report, len(histories), chosen)
+    return EvaluatedData(name, chosen, found, report, len(histories))
 
 
-def read_seen(sources: Sequence[Source], rules: Rules, num_proc: int | None) -> Seen | str:
-    """What the training split showed; in words why that isn't known."""
-    splits = splits_among(sources)
+def read_training_rewards(plan: EvaluationPlan) -> TrainingRewards | str:
+    """Read the rewards of the training split; without one, return why they are unknown."""
+    splits = splits_among(plan.sources)
     if TRAIN not in splits:
         return f"the data have no split named {TRAIN}, only {', '.join(splits)}"
     best: dict[str, float] = {}
     rewards: list[float] = []
-    # ties show a reward too
-    every = replace(rules, ties="chosen")
-    for source in having(sources, TRAIN):
-        pairs = read_pairs(source, TRAIN, every, DataReport(source.path, TRAIN), num_proc=num_proc)
-        best = best_rewards(pairs, best)
-        rewards += _on_scale(rewards_of(source, TRAIN, rules, num_proc=num_proc), rules)
+    with_ties = replace(plan.rules, ties="chosen")  # a tied pair shows a reward too
+    for source in having(plan.sources, TRAIN):
+        report = DataReport(source.path, TRAIN)
+        add_best_rewards(best, read_pairs(source, TRAIN, with_ties, report, num_proc=plan.num_proc))
+        rewards += _as_training_stated(rewards_of(source, TRAIN, plan.rules, num_proc=plan.num_proc), plan.rules)
     if not rewards:
-        raise DataError(f"{', '.join(s.path for s in sources)} (split {TRAIN}): no reward.")
-    return Seen(best, float(np.percentile(rewards, 99)), len(rewards), TRAIN)
+        raise DataError(f"{', '.join(s.path for s in plan.sources)} (split {TRAIN}): no reward.")
+    return TrainingRewards(best, float(np.percentile(rewards, 99)), len(rewards), TRAIN)
 
 
-def training_print(sources: Sequence[Source]) -> str:
-    """A digest of the training split, without reading it; "" where there is none."""
+def training_fingerprint(sources: Sequence[Source]) -> str:
+    """Return a digest of the training split, without reading it; "" if there is none."""
     if TRAIN not in splits_among(sources):
         return ""
     return " ".join(fingerprint(source, TRAIN) for source in having(sources, TRAIN))
 
 
-def _on_scale(rewards: list[float], rules: Rules) -> list[float]:
-    """Rewards as training stated them: those outside the scale left out, or clipped, as the rules say."""
+def _as_training_stated(rewards: list[float], rules: Rules) -> list[float]:
+    """Drop or clip rewards outside the scale, as the rules say."""
     if rules.goal is None or rules.outside_scale == "error":
         return rewards
     low, high = rules.goal.scale.judge_range
@@ -155,27 +149,9 @@ def _on_scale(rewards: list[float], rules: Rules) -> list[float]:
     return [reward for reward in rewards if low <= reward <= high]
 
 
-def best_rewards(pairs: Iterable[Pair], before: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Prompt id to the highest reward of its responses, in these pairs and before."""
-    best = dict(before or {})
+def add_best_rewards(best: dict[str, float], pairs: Iterable[Pair]) -> dict[str, float]:
+    """Raise ``best`` (highest reward by prompt id) to the rewards of these pairs, and return it."""
     for pair in pairs:
         one = prompt_id_of(pair.history)
         best[one] = max(best.get(one, -np.inf), pair.rewards[0])
     return best
-
-
-def shown_prompt(history: Sequence[Message]) -> str:
-    """A conversation as one text: that of a single user turn alone, otherwise each turn after its role."""
-    if len(history) == 1:
-        return str(history[0]["content"])
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in history)
-
-
-def plain_scale(rules: Rules, evaluated: Evaluated, declared: Any) -> tuple[float, float]:
-    """The range of rewards: the judge's own, the goals' scale, or what the pairs have."""
-    low, high = rules.goal.scale.judge_range if rules.goal is not None else (-np.inf, np.inf)
-    if np.isfinite(low) and np.isfinite(high):
-        return float(low), float(high)
-    if declared is not None:
-        return float(declared[0]), float(declared[1])
-    return evaluated.rewards

@@ -1,79 +1,247 @@
-"""What an evaluation is asked for."""
+"""The options of an evaluation: defaults, which parts can be measured, and which options have no effect."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.asked_goals import Asked, guided
-from rap_lightning.onpolicy.engines import Engine
-from rap_lightning.onpolicy.evaluate import evaluation_data as data
-from rap_lightning.onpolicy.evaluate.reading import Reading
-from rap_lightning.onpolicy.evaluate.sampled import Goal
+from rap_lightning.onpolicy.engines import Engine, Transformers
+from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData, make_rules
+from rap_lightning.onpolicy.evaluate.recorded_run import READ_OPTIONS, read_options, recorded_base, run_of
 from rap_lightning.onpolicy.judges import Judge
-from rap_lightning.onpolicy.sampled_model import Model
-from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.sources import Source
+from rap_lightning.onpolicy.model_source import ModelSource
+from rap_lightning.onpolicy.requested_goals import (
+    NAME_TEMPLATE,
+    NO_GOAL,
+    RequestedGoal,
+    check_template_options,
+    template_of,
+    with_low_goal,
+)
+from rap_lightning.preferences.goals import GoalTemplate, is_trained
+from rap_lightning.preferences.rules import Rules
+from rap_lightning.preferences.sources import Source, as_sources
 
 if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
 
 Part = Literal["controllability", "unlearning", "extrapolation", "discrimination", "length"]
+FROM_SAMPLES: tuple[Part, ...] = ("controllability", "extrapolation", "length")
+FROM_LOGPS: tuple[Part, ...] = ("unlearning", "discrimination")
 PARTS: tuple[Part, ...] = ("controllability", "unlearning", "extrapolation", "discrimination", "length")
-OF_SAMPLES: tuple[Part, ...] = ("controllability", "extrapolation", "length")
-OF_LIKELIHOODS: tuple[Part, ...] = ("unlearning", "discrimination")
+OPTIONS_OF: dict[tuple[Part, ...], tuple[str, ...]] = {
+    FROM_SAMPLES: (
+        "judge", "goals", "samples", "greedy", "engine", "temperature", "top_p", "max_new_tokens", "guidance",
+        "against", "plausibility", "max_prompt_length",
+    ),
+    FROM_LOGPS: ("max_length", "dtype", "token_budget"),
+    ("unlearning",): ("base", "bins"),
+    ("discrimination",): ("scale_points",),
+}  # fmt: skip
+"""Options that only these parts use."""
+AT_LEAST = {"limit": 1, "samples": 1, "bins": 1, "scale_points": 2, "token_budget": 1, "num_proc": 1}
+GOALS = 7
+"""Goals by default, evenly over the scale."""
+MAX_NEW_TOKENS = 512
+GoalOrNone = float | None
 
 
 @dataclass
-class Plan:
-    """Everything that an evaluation is made of; the options of the command, which says what each means."""
+class EvaluationPlan:
+    """Everything that an evaluation depends on; the docstring of the command describes each option."""
 
-    model: Model
-    base: Model | None
+    model: ModelSource
+    base: ModelSource | None
     template: GoalTemplate | None
     sources: list[Source]
     output: Path
     parts: list[Part]
     explicit: bool
+    """Whether the user named the parts."""
     left_out: dict[str, str]
+    """Why the other parts are left out."""
     judge: Judge | None
     engine: Engine
-    goals: list[Goal]
+    goals: list[GoalOrNone]
     sampling: Generation
-    samples: int
-    greedy: bool
-    bins: int
-    scale_points: int
-    max_length: int | None
-    max_prompt_length: int | None
-    dtype: str
-    token_budget: int
-    split: str | None
-    limit: int
-    reading: Reading
-    num_proc: int | None
-    seed: int
-    rules: Any = field(init=False)
+    read: dict[str, Any]
+    samples: int = 4
+    greedy: bool = True
+    bins: int = 3
+    scale_points: int = 19
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    dtype: str = "float32"
+    token_budget: int = 8192
+    split: str | None = None
+    limit: int = 100
+    num_proc: int | None = None
+    seed: int = 0
+    rules: Rules = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rules = data.make_rules(self.template, self.reading, self.sources)
+        self.rules = make_rules(self.template, self.read, self.sources)
 
-    def asked(self) -> list[Asked]:
-        """How each of the goals is asked for."""
+    def measures(self, parts: tuple[Part, ...]) -> bool:
+        """Return whether any of these parts is measured."""
+        return not set(parts).isdisjoint(self.parts)
+
+    def requested_goals(self) -> list[RequestedGoal]:
+        """Return the goals with their texts, in the order of ``goals``.
+
+        Raises:
+            ConfigError: two of them read the same, or guidance has no effect.
+        """
         found = []
         for goal in self.goals:
             if goal is None or self.template is None:
-                found.append(Asked(None, None))
+                found.append(NO_GOAL)
             else:
-                text, printed = self.template.text_at(goal), self.template.scale.printed(goal)
-                found.append(Asked(text, printed, self.template.placement))
+                printed = self.template.scale.printed(goal)
+                found.append(RequestedGoal(self.template.text_at(goal), printed, self.template.placement))
         if len({one.text for one in found}) < len(found):
             raise ConfigError(f"--goals {self.goals}: two of them read the same in the prompt.")
-        return guided(found, self.sampling, None, self.template)
+        return with_low_goal(found, self.sampling, None, self.template)
 
-    def range(self, evaluated: data.Evaluated) -> tuple[float, float]:
-        """The judge's scale where one is known, else that of the data."""
-        scale = self.judge.scale if self.judge is not None else None
-        return data.plain_scale(self.rules, evaluated, scale)
+    @property
+    def highest_score(self) -> float:
+        """The highest score that the judge can give on the goal's scale; infinity if it has no limit."""
+        highest = self.judge.scale[1] if self.judge is not None and self.judge.scale is not None else np.inf
+        return float(min(highest, self.rules.goal.scale.judge_range[1] if self.rules.goal is not None else np.inf))
+
+    def reward_range(self, evaluated: EvaluatedData) -> tuple[float, float]:
+        """Return the range of the goal's scale, otherwise of the judge, otherwise of the data."""
+        low, high = self.rules.goal.scale.judge_range if self.rules.goal is not None else (-np.inf, np.inf)
+        if np.isfinite(low) and np.isfinite(high):
+            return float(low), float(high)
+        if self.judge is not None and self.judge.scale is not None:
+            return float(self.judge.scale[0]), float(self.judge.scale[1])
+        return evaluated.rewards
+
+
+def make_plan(
+    model: str, source: str | list[Source], *, judge: Judge | None = None, output: str | None = None,
+    base: str | None = None, parts: list[Part] | None = None, goals: list[float | Literal["none"]] | None = None,
+    template: GoalTemplate | None = None, goal_from: str | None = None, engine: Engine | None = None,
+    revision: str | None = None, trust_remote_code: bool = False, **given: Any,
+) -> EvaluationPlan:  # fmt: skip
+    """Return the plan for the options of the command.
+
+    Args:
+        given: the other options that the user gave.
+
+    Raises:
+        ConfigError: options that are out of range, contradict each other or have no effect.
+    """
+    from rap_lightning.models.generation import Generation
+
+    for name, lowest in AT_LEAST.items():
+        if name in given and given[name] < lowest:
+            raise ConfigError(f"--{name} must be at least {lowest}, found {given[name]}")
+    check_template_options(template, goal_from, ())
+    one = ModelSource(model, revision, trust_remote_code)
+    if template is None and (record := one.record(goal_from)) is not None:
+        known: GoalTemplate | None = template_of(record)
+    else:
+        known = template
+    started_from = recorded_base(one) if base is None else ModelSource(base, None, trust_remote_code, "--base")
+    wanted, left_out = _choose_parts(parts, _obstacles(judge, known, started_from, engine, one))
+    also = {"judge": judge, "goals": goals, "engine": engine, "base": base}
+    _refuse_options_without_effect({*given, *(name for name, value in also.items() if value is not None)}, wanted)
+    if given.get("temperature") == 0:
+        raise ConfigError("--temperature 0 would sample one response again and again; greedy ones are shown beside.")
+    for part, why in left_out.items():
+        print(f"left out: {part}: {why}")
+    read, taken = read_options(one, {name: given.pop(name) for name in READ_OPTIONS if name in given}, known)
+    if taken:
+        print(taken)
+    engine = engine or Transformers()
+    if "max_new_tokens" not in given:  # by default half of the context is left for the prompt
+        context = engine.context(one) if engine.reads_ids and set(wanted) & set(FROM_SAMPLES) else 2 * MAX_NEW_TOKENS
+        given["max_new_tokens"] = min(MAX_NEW_TOKENS, context // 2)
+    sampling = {field.name for field in fields(Generation)} & given.keys()
+    own_goals = template is None and goal_from is None and is_trained(one.record())
+    compared = started_from if "unlearning" in wanted and isinstance(started_from, ModelSource) else None
+    return EvaluationPlan(
+        model=one, base=compared, template=known, sources=as_sources(source), output=_output(output, one), parts=wanted,
+        explicit=parts is not None, left_out=left_out, judge=judge, engine=engine, read=read,
+        goals=_goals(goals, known, own=own_goals),
+        sampling=Generation(**{name: given.pop(name) for name in sampling}), **given,
+    )  # fmt: skip
+
+
+def _goals(
+    goals: list[float | Literal["none"]] | None, template: GoalTemplate | None, *, own: bool
+) -> list[GoalOrNone]:
+    """Return the goals to request: none first, then from low to high."""
+    if goals is None:
+        evenly: list[GoalOrNone] = [] if template is None else [*template.scale.grid(GOALS)]
+        return evenly if own else [None, *evenly]
+    numbers = sorted({float(goal) for goal in goals if goal != "none"})
+    if numbers and template is None:
+        raise ConfigError(
+            f"--goals {numbers[0]:g}: the model's folder has no goal.json, so how goals read isn't known. "
+            f"{NAME_TEMPLATE}"
+        )
+    if template is not None:
+        low, high = template.scale.low, template.scale.high
+        if outside := [goal for goal in numbers if not low <= goal <= high]:
+            raise ConfigError(f"--goals must lie on the scale of {low:g} to {high:g}, found {outside[0]:g}")
+    return [*([None] if "none" in goals else []), *numbers]
+
+
+def _obstacles(
+    judge: Judge | None, template: GoalTemplate | None, base: ModelSource | str, engine: Engine | None,
+    model: ModelSource,
+) -> dict[Part, str]:  # fmt: skip
+    """Return why parts can't be measured."""
+    reasons: dict[Part, str] = {}
+    if judge is None:
+        reasons |= dict.fromkeys(FROM_SAMPLES, "samples need a judge. Name a --judge")
+    if isinstance(base, str):
+        reasons["unlearning"] = base
+    if template is None:
+        reasons["discrimination"] = "the model knows no goals (no goal.json). Name how they read with --template"
+    if engine is not None and not engine.reads_ids and not model.place.exists():
+        where = f"{type(engine).__name__} gives no log-probabilities of texts. Give the model's folder as --model"
+        reasons |= dict.fromkeys(FROM_LOGPS, where)
+    return reasons
+
+
+def _choose_parts(requested: list[Part] | None, reasons: dict[Part, str]) -> tuple[list[Part], dict[str, str]]:
+    """Return the parts to measure, and why others are left out."""
+    if requested is not None:
+        if not requested:
+            raise ConfigError("--parts: name at least one, or leave it out.")
+        if refused := [part for part in requested if part in reasons]:
+            raise ConfigError(f"--parts {refused[0]}: {reasons[refused[0]]}.")
+        return [part for part in PARTS if part in requested], {}
+    wanted = [part for part in PARTS if part not in reasons]
+    if not wanted:
+        raise ConfigError("nothing can be measured. " + " ".join(f"{part}: {why}." for part, why in reasons.items()))
+    return wanted, dict[str, str](reasons.items())
+
+
+def _refuse_options_without_effect(given: set[str], wanted: list[Part]) -> None:
+    for parts, options in OPTIONS_OF.items():
+        if set(parts) & set(wanted):
+            continue
+        if idle := [option for option in options if option in given]:
+            raise ConfigError(
+                f"--{idle[0]} has no effect without the part{'s' if len(parts) > 1 else ''} {', '.join(parts)}; remove "
+                "it, or give what they need."
+            )
+
+
+def _output(output: str | None, model: ModelSource) -> Path:
+    if output is not None:
+        return Path(output)
+    run = run_of(model)
+    if run is None:
+        here = "" if model.place.exists() else f" {model.path} is not here: is it a Hub id?"
+        raise ConfigError(f"--output: name a folder; only a model within a run's folder has one of its own.{here}")
+    return run / "evaluation"

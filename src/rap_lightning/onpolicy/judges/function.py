@@ -1,4 +1,4 @@
-"""A Python function as judge."""
+"""Judge by a Python function."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.judges.base import Item, Judge, Verdict, declared
 from rap_lightning.preferences.hashing import hash_code
+from rap_lightning.preferences.judge import Item, Judge, Verdict, declared
 
 CHUNK = 256
+"""Verdicts that are written to disk at a time."""
 
 
 class Function(Judge):
@@ -23,8 +22,8 @@ class Function(Judge):
     user turn; a function with a parameter ``history`` gets the whole conversation in it.
 
     Args:
-        function: import path, rap_lightning.world.rule.score say.
-        scale: lowest and highest reward it gives, where it has ends: [1, 10].
+        function: import path, for example rap_lightning.world.rule.score.
+        scale: lowest and highest reward, if the function has limits: [1, 10].
     """
 
     def __init__(self, function: Callable[[str, str], Any], scale: list[float] | None = None) -> None:
@@ -38,26 +37,26 @@ class Function(Judge):
             self._takes_history = False
 
     def settings(self) -> dict[str, Any]:
-        """The function, and the digest of its code."""
+        """Return the function with the digest of its code."""
         return {"class": "Function", "function": hash_code(self.function), "scale": self.scale}
 
     def judge(self, items: Sequence[Item]) -> Iterator[list[Verdict]]:
-        """One after another."""
-        for first in tqdm(range(0, len(items), CHUNK), desc="judging", delay=2, leave=False, disable=None):
-            yield [self._one(item) for item in items[first : first + CHUNK]]
+        """Yield verdicts in the order of the items."""
+        for first in range(0, len(items), CHUNK):
+            yield [self._verdict(item) for item in items[first : first + CHUNK]]
 
-    def _one(self, item: Item) -> Verdict:
+    def _verdict(self, item: Item) -> Verdict:
         prompt = next(turn["content"] for turn in reversed(item.history) if turn["role"] == "user")
         options = {"history": [dict(turn) for turn in item.history]} if self._takes_history else {}
         try:
             found = self.function(prompt, item.response, **options)
-        except Exception as error:  # whatever the user's code raises is its verdict on this response
+        except Exception as error:  # whatever the user's code raises is the verdict on this response
             return Verdict(item.id, error=f"the function raised {type(error).__name__}: {error}")
-        rewards = found if isinstance(found, dict) else {"overall_score": found}
+        rewards = dict(found) if isinstance(found, dict) else {"overall_score": found}
         for name, value in rewards.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 return Verdict(item.id, error=f"the function returned {value!r} as {name}, not a finite number")
         if "overall_score" not in rewards:
             return Verdict(item.id, error="the function returned no overall_score")
-        attributes = {name: float(value) for name, value in rewards.items() if name != "overall_score"}
-        return Verdict(item.id, float(rewards["overall_score"]), attributes)
+        overall = float(rewards.pop("overall_score"))
+        return Verdict(item.id, overall, {name: float(value) for name, value in rewards.items()})

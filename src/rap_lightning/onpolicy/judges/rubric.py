@@ -1,7 +1,7 @@
-"""The rubric that a language model judges by, and the only form in which its answer counts.
+"""The rubric of :class:`LLMJudge`, and the parser of its answers.
 
 The four attributes and the overall score are those of UltraFeedback (Cui et al. 2023, https://arxiv.org/abs/2310.01377);
-the words are our own.
+the wording is our own. The rubric's digest is part of a verdict file's settings: another wording is another judge.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ AGAIN = "That can't be read: {reason}. Answer with the one JSON object, with exa
 
 
 class Malformed(ValueError):
-    """An answer that does not count."""
+    """An answer in another form than the rubric asks for."""
 
 
 def messages_for(history: Sequence[Message], response: str, mark: str) -> list[Message]:
-    """What the judge is sent.
+    """Return the judge's prompt.
 
     Args:
         history: the conversation.
-        response: to be graded.
-        mark: a text that stands in neither, so that neither can close its own frame.
+        response: the response to grade.
+        mark: delimiter that occurs in neither, so that neither text can end its own frame.
     """
     names = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
     turns = "\n\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in history)
@@ -67,13 +67,13 @@ def messages_for(history: Sequence[Message], response: str, mark: str) -> list[M
 
 
 def parse(text: str) -> dict[str, float]:
-    """The five numbers of an answer.
+    """Return the five numbers of an answer.
 
-    The whole answer must be one JSON object (a code fence around it is let pass) with exactly the five keys, each once,
+    The whole answer must be one JSON object (a code fence around it is accepted) with exactly the five keys, each once,
     and numbers within their scales: whole ones for the attributes, halves for the overall score.
 
     Raises:
-        Malformed: anything else; the reason in words.
+        Malformed: any other answer; the reason in words.
     """
     body = text.strip()
     if fenced := re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", body, re.DOTALL):
@@ -105,7 +105,7 @@ def parse(text: str) -> dict[str, float]:
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
-        raise Malformed("a key stands there twice")
+        raise Malformed("a key occurs twice")
     return dict(pairs)
 
 

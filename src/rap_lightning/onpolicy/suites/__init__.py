@@ -1,4 +1,4 @@
-"""Benchmarks: answers in the files that their judges' own tools read. No benchmark's text is in this package."""
+"""Benchmarks: answers in the files that their judges' own tools read. This package contains no benchmark's text."""
 
 from rap_lightning.onpolicy.suites.alpaca_eval import AlpacaEval
 from rap_lightning.onpolicy.suites.arena_hard import ArenaHard

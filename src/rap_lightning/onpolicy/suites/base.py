@@ -1,4 +1,4 @@
-"""What every suite is."""
+"""Base class of benchmarks, and what they share: questions, and answers in files that a killed run resumes from."""
 
 from __future__ import annotations
 
@@ -10,36 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.onpolicy.asked_goals import Asked
 from rap_lightning.onpolicy.engines import Engine
+from rap_lightning.onpolicy.engines.base import prompt_id_of
 from rap_lightning.onpolicy.jsonl_ledger import parts_of, read_rows
-from rap_lightning.onpolicy.requests import prompt_id_of
-from rap_lightning.onpolicy.sampled_model import Model
+from rap_lightning.onpolicy.model_source import ModelSource
+from rap_lightning.onpolicy.requested_goals import RequestedGoal
 from rap_lightning.preferences.pairs import Message
 
 if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
-    from rap_lightning.onpolicy.response_generator import Generator
+    from rap_lightning.onpolicy.response_generator import ResponseGenerator
 
 
 @dataclass
-class Work:
-    """What a suite works with.
+class SuiteRun:
+    """The model that answers a suite, and the options of its answers; the docstring of the command describes each."""
 
-    Attributes:
-        model: to be evaluated; name: what the judges' tables call it.
-        goal: what it is asked for.
-        engine: what it runs in.
-        generation: how to sample, where the suite doesn't say so itself.
-        output: folder for everything.
-        max_prompt_length: longer prompts are cut, goal kept.
-        limit: at most this many questions.
-        seed: of sampling.
-    """
-
-    model: Model
+    model: ModelSource
     name: str
-    goal: Asked
+    """The model's name in the judges' tables."""
+    goal: RequestedGoal
     engine: Engine
     generation: Generation
     output: Path
@@ -47,16 +37,19 @@ class Work:
     limit: int | None
     seed: int
 
-    def generator(self) -> Generator:
-        """A generator for this work's model."""
-        from rap_lightning.onpolicy.response_generator import Generator
+    def generator(self) -> ResponseGenerator:
+        """Return a generator for the model."""
+        from rap_lightning.onpolicy.response_generator import ResponseGenerator
 
-        return Generator(self.model, self.engine, max_prompt_length=self.max_prompt_length)
+        return ResponseGenerator(self.model, self.engine, max_prompt_length=self.max_prompt_length)
 
     def answers(
-        self, generator: Generator, histories: Sequence[Sequence[Message]], name: str, temperature: float | None = None
-    ) -> dict[str, dict[str, Any]]:
-        """A response to each conversation, by the conversation's digest; resumed where a file of the name is there.
+        self, generator: ResponseGenerator, histories: Sequence[Sequence[Message]], name: str,
+        temperature: float | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Return the response to each conversation, without surrounding whitespace.
+
+        Responses are rows of ``generations/NAME.jsonl``; existing ones are used again.
 
         Raises:
             DataError: some could not be generated.
@@ -64,66 +57,54 @@ class Work:
         generation = self.generation if temperature is None else replace(self.generation, temperature=temperature)
         if generation.temperature == 0:
             generation = replace(generation, top_p=1.0)
-        distinct = list({prompt_id_of(history): history for history in histories}.values())
+        ids = [prompt_id_of(history) for history in histories]
+        distinct = list(dict(zip(ids, histories, strict=True)).values())
         path = self.output / "generations" / f"{name}.jsonl"
-        outcome = generator.run(distinct, path, [self.goal], generation, 1, self.seed)
-        if outcome.failed:
+        failed = generator.run(distinct, path, [self.goal], generation, 1, self.seed).failed
+        if failed:
             raise DataError(
-                f"{outcome.failed:,} answers could not be generated; {path}.failed.jsonl lists them. Start the "
-                "same command again "
-                "to ask for them once more."
+                f"{len(failed):,} answers could not be generated; {path}.failed.jsonl lists them. Start the same "
+                "command again to retry them."
             )
-        wanted = {prompt_id_of(history) for history in distinct}
-        rows = {row["prompt_id"]: row for row in read_rows(parts_of(path)) if row["goal"] == self.goal.printed}
-        return {prompt_id: row for prompt_id, row in rows.items() if prompt_id in wanted}
+        rows = read_rows(parts_of(path))
+        texts = {row["prompt_id"]: row["response"].strip() for row in rows if row["goal"] == self.goal.printed}
+        return [texts[one] for one in ids]
 
 
 class Suite(ABC):
     """A benchmark. Named by import path: ``--suite my_pkg.MySuite``."""
 
     samples: bool = True
-    """Whether it samples with ``--engine`` and the options of sampling; they have no effect otherwise."""
+    """Whether it samples with ``--engine`` and the sampling options; otherwise they have no effect."""
 
     @abstractmethod
-    def run(self, work: Work) -> int:
-        """Write the answers, judge them where that is possible; the command's exit code."""
+    def run(self, run: SuiteRun) -> int:
+        """Write the answers, judge them if possible, and return the command's exit code."""
 
 
-def from_hub(repo: str, file: str, kind: str = "dataset") -> Path:
-    """A file of a benchmark, from the Hub or its cache.
+def read_questions(
+    file: str | None, hub: tuple[str, ...], needs: Sequence[str], limit: int | None
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Read the questions of a JSON array or JSON lines file.
 
-    Raises:
-        ConfigError: it can't be had.
-    """
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repo, file, repo_type=kind))
-    except Exception as error:  # offline, moved, gated: whatever the client says
-        raise ConfigError(
-            f"the questions ({repo}, {file}) can't be had from the Hub: {type(error).__name__}. Name a file of "
-            "them with "
-            "--suite.questions."
-        ) from error
-
-
-def read_questions(path: Path, needs: Sequence[str], limit: int | None) -> list[dict[str, Any]]:
-    """The questions of a JSON array or json-lines file.
+    Args:
+        file: ``--suite.questions``; by default the file of the Hub.
+        hub: repository, file and, unless it is a dataset, the kind of repository.
+        needs: required columns.
+        limit: at most this many.
 
     Raises:
-        DataError: it can't be read, or lacks a column.
+        ConfigError: the Hub can't be reached.
+        DataError: the file can't be read, or lacks a column.
     """
+    path = Path(file) if file is not None else _from_hub(*hub)
     try:
         text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else list(read_rows([path]))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}") from error
-    else:
-        rows = list(read_rows([path]))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
     if not rows:
         raise DataError(f"{path}: no questions.")
     for number, row in enumerate(rows, 1):
@@ -133,6 +114,18 @@ def read_questions(path: Path, needs: Sequence[str], limit: int | None) -> list[
     return kept
 
 
+def _from_hub(repo: str, file: str, kind: str = "dataset") -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, file, repo_type=kind))
+    except Exception as error:  # offline, moved, gated: whatever the client raises
+        raise ConfigError(
+            f"the questions ({repo}, {file}) can't be had from the Hub: {type(error).__name__}. Name a file of them "
+            "with --suite.questions."
+        ) from error
+
+
 def user(text: str) -> Message:
-    """A user turn."""
+    """Return a user turn."""
     return {"role": "user", "content": text}

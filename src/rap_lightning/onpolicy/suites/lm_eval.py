@@ -8,26 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.jsonl_ledger import write_json, write_whole
-from rap_lightning.onpolicy.sampled_model import weights_dtype
-from rap_lightning.onpolicy.suites.base import Suite, Work
+from rap_lightning.onpolicy.jsonl_ledger import write_atomically, write_json
+from rap_lightning.onpolicy.model_source import default_device, weights_dtype
+from rap_lightning.onpolicy.suites.base import Suite, SuiteRun
 from rap_lightning.preferences.rendering import resolve_placement, shows_system, with_goal
 
 PAPER = ["gsm8k", "leaderboard_gpqa", "leaderboard_musr", "truthfulqa_mc2", "leaderboard_bbh", "arc_challenge"]
 
 
 class LMEval(Suite):
-    """The academic suites, through lm-evaluation-harness: GSM8K, GPQA, MuSR, TruthfulQA, BBH and ARC by default.
+    """Academic benchmarks through lm-evaluation-harness: GSM8K, GPQA, MuSR, TruthfulQA, BBH and ARC by default.
 
-    The goal is the system instruction; where the chat template has no system role, it stands before the first user
-    turn, as in training. The first rendered prompt of each task is written down, and checked for the goal.
+    The goal is the system instruction, or precedes the first user turn if the chat template has no system role, as in
+    training. The first rendered prompt of each task is written to a file, and checked for the goal.
 
     Args:
-        tasks: names that lm-evaluation-harness knows, or those of YAML files in ``include``.
-        include: folder of tasks of your own.
+        tasks: names of lm-evaluation-harness, or of YAML files in ``include``.
+        include: folder of further tasks.
         num_fewshot: examples before each question; by default the task's own.
-        batch_size: sequences at a time.
-        dtype: of the weights; by default bfloat16 on an accelerator and float32 on a CPU.
+        batch_size: sequences in a batch.
+        dtype: dtype of the weights; by default bfloat16 on an accelerator and float32 on a CPU.
     """
 
     samples = False
@@ -45,7 +45,7 @@ class LMEval(Suite):
         self.tasks = tasks if tasks is not None else PAPER
         self.include, self.num_fewshot, self.batch_size, self.dtype = include, num_fewshot, batch_size, dtype
 
-    def run(self, work: Work) -> int:
+    def run(self, run: SuiteRun) -> int:
         """Evaluate, and write results, samples and prompts."""
         try:
             import lm_eval
@@ -58,28 +58,27 @@ class LMEval(Suite):
         known = {*manager.all_tasks}
         if unknown := [name for name in self.tasks if name not in known]:
             raise ConfigError(f"--suite.tasks: lm-evaluation-harness knows no task {unknown[0]!r}.")
-        tokenizer = work.model.tokenizer()
-        placement = resolve_placement(tokenizer, work.goal.placement)
+        tokenizer = run.model.tokenizer()
+        placement = resolve_placement(tokenizer, run.goal.placement)
         as_system = placement == "system" and shows_system(tokenizer)
-        language_model = self._language_model(work, tokenizer, None if as_system else work.goal.text)
+        language_model = self._language_model(run, tokenizer, None if as_system else run.goal.text)
         found = lm_eval.simple_evaluate(
-            model=language_model, tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=work.limit,
-            log_samples=True,
-            system_instruction=work.goal.text if as_system else None, apply_chat_template=True, task_manager=manager,
-            random_seed=work.seed, numpy_random_seed=work.seed, torch_random_seed=work.seed,
-            fewshot_random_seed=work.seed,
+            model=language_model, tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=run.limit,
+            log_samples=True, system_instruction=run.goal.text if as_system else None, apply_chat_template=True,
+            task_manager=manager, random_seed=run.seed, numpy_random_seed=run.seed, torch_random_seed=run.seed,
+            fewshot_random_seed=run.seed,
         )  # fmt: skip
         if found is None:  # on ranks above the first
             return 0
         samples = found.pop("samples")
         prompts = {task: _first_prompt(rows) for task, rows in samples.items()}
-        self._check(prompts, work.goal.text)
-        folder = work.output / "lm_eval" / work.name
+        self._check(prompts, run.goal.text)
+        folder = run.output / "lm_eval" / run.name
         shown = [f"== {task}\n{prompt}\n" for task, prompt in prompts.items()]
-        write_whole(folder / "prompts.txt", "\n".join(shown))
+        write_atomically(folder / "prompts.txt", "\n".join(shown))
         write_json(folder / "samples.json", _plain(samples))
         kept = {key: found[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in found}
-        write_json(folder / "results.json", _plain({"model": work.name, "goal": work.goal.text, **kept}))
+        write_json(folder / "results.json", _plain({"model": run.name, "goal": run.goal.text, **kept}))
         for task, numbers in found["results"].items():
             values = {name: v for name, v in numbers.items() if isinstance(v, float) and "stderr" not in name}
             print(
@@ -88,12 +87,11 @@ class LMEval(Suite):
         print(f"wrote {folder} (results, samples, and the first prompt of each task)")
         return 0
 
-    def _language_model(self, work: Work, tokenizer: Any, goal: str | None) -> Any:
-        import torch
+    def _language_model(self, run: SuiteRun, tokenizer: Any, goal: str | None) -> Any:
         from lm_eval.models.huggingface import HFLM
 
         class BeforeUser(HFLM):
-            """Writes the goal where training did, for templates without a system role."""
+            """Writes the goal before the first user turn, for templates without a system role."""
 
             def apply_chat_template(
                 self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -101,8 +99,8 @@ class LMEval(Suite):
                 turns = with_goal(chat_history, goal, "user", system_shown=shows_system(tokenizer))
                 return str(super().apply_chat_template(turns, add_generation_prompt))
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = work.model.load(weights_dtype(self.dtype, device), device)
+        device = default_device()
+        model = run.model.load(weights_dtype(self.dtype, device), device)
         kind = HFLM if goal is None else BeforeUser
         return kind(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, backend="causal")
 
@@ -110,14 +108,13 @@ class LMEval(Suite):
         for task, prompt in prompts.items():
             if goal is not None and prompt.count(goal.strip()) != 1:
                 raise ConfigError(
-                    f"task {task}: the goal stands {prompt.count(goal.strip())} times in the rendered prompt, "
-                    "not once. Its results "
-                    f"are not what was asked for. The prompt: {prompt[:300]!r}"
+                    f"task {task}: the rendered prompt holds the goal {prompt.count(goal.strip())} times instead of "
+                    f"once, so its results are not those of the goal. The prompt: {prompt[:300]!r}"
                 )
 
 
 def _first_prompt(rows: Sequence[dict[str, Any]]) -> str:
-    """What was sent to the model for the first sample."""
+    """Return the model's input for the first sample."""
     arguments = rows[0]["arguments"]
     if isinstance(arguments, dict):
         arguments = list(arguments.values())

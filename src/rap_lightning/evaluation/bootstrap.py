@@ -1,4 +1,4 @@
-"""Figures with an interval: the bootstrap over prompts."""
+"""Figures with a confidence interval: the bootstrap over prompts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
+Mask: TypeAlias = NDArray[np.bool_]
 Statistic: TypeAlias = Callable[[Floats], Floats]
-"""[R, M] weights of M observations -> [R] or [R, K] values; nan where there is none."""
+"""[R, M] weights of M observations -> [R] or [R, K] values; nan if undefined."""
 
 LEVEL = 0.95
 RESAMPLES = 2000
-AT_ONCE = 1 << 22  # weights in memory at a time
-DEFINED = 0.9  # share of the resamples in which a statistic must exist for an interval
+MAX_WEIGHTS = 1 << 22  # weights in memory at a time
+MIN_DEFINED = 0.9  # fraction of resamples in which a statistic must be defined for an interval
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Figure:
     """A number with its 95% interval.
 
     Attributes:
-        value: None where it can't be computed.
-        low, high: ends of the percentile bootstrap interval; None where there is none.
-        n: prompts that it rests on.
-        why: what is missing, where value or interval is None.
+        value: None if undefined.
+        low, high: ends of the percentile bootstrap interval; None without one.
+        n: prompts behind the figure.
+        why: why value or interval is None.
     """
 
     value: float | None
@@ -37,13 +38,13 @@ class Figure:
     why: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; ``why`` only where there is something to say."""
+        """Return plain values for JSON; ``why`` only if value or interval is missing."""
         plain: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
         return plain if self.why is None else plain | {"why": self.why}
 
     @classmethod
     def missing(cls, why: str, n: int = 0) -> Figure:
-        """A figure that can't be computed."""
+        """Return an undefined figure."""
         return cls(None, n=n, why=why)
 
 
@@ -55,9 +56,9 @@ class Bootstrap:
     Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 13 (percentile interval).
 
     Args:
-        prompts: of each of the M observations, its prompt: any value that tells prompts apart.
-        resamples: how many.
-        seed: of the resampling.
+        prompts: prompt of each of the M observations: any value that identifies it.
+        resamples: number of resamples.
+        seed: seed of the resampling.
     """
 
     def __init__(self, prompts: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = 0) -> None:
@@ -70,55 +71,60 @@ class Bootstrap:
             even = np.full(self.prompts, 1 / self.prompts)
             self._counts = rng.multinomial(self.prompts, even, size=resamples).astype(np.float64)
 
-    def figure(self, statistic: Statistic, why: str, among: NDArray[np.bool_] | None = None) -> Figure:
-        """A statistic that gives one number, with its interval.
+    def figure(self, statistic: Statistic, why: str, among: Mask | None = None) -> Figure:
+        """Return a statistic with its interval.
 
         Args:
-            statistic: of weights.
-            why: said where it gives none.
-            among: [M], the observations that it looks at; all by default.
+            statistic: function of weights.
+            why: reason to give if it is undefined.
+            among: [M], the observations that it uses; all by default.
         """
         return self.figures(lambda weights: statistic(weights)[:, None], 1, why, [among])[0]
 
     def figures(
-        self, statistic: Statistic, count: int, why: str, among: Sequence[NDArray[np.bool_] | None] | None = None
+        self, statistic: Statistic, count: int, why: str, among: Sequence[Mask | None] | None = None
     ) -> list[Figure]:
-        """A statistic that gives ``count`` numbers ([R, M] -> [R, count]), each with its interval.
+        """Return the ``count`` values of a statistic ([R, M] -> [R, count]), each with its interval.
 
-        ``among`` says for each which observations it looks at, to count their prompts.
+        ``among`` has the observations that each value uses, to count their prompts.
         """
-        masks = list(among or [None] * count)
         if not self.prompts:
             return [Figure.missing(why)] * count
-        values = self._of(statistic, np.ones((1, len(self.prompt_of))))[0]
+        values = self.value(statistic)
         spread = self.spread(statistic) if np.isfinite(values).any() and self.prompts > 1 else None
+        masks = among or [None] * count
         return [
-            self._one(float(value), None if spread is None else spread[:, i], masks[i], why)
+            self._figure(float(value), None if spread is None else spread[:, i], masks[i], why)
             for i, value in enumerate(values)
         ]
 
+    def value(self, statistic: Statistic) -> Floats:
+        """Return the statistic of the data themselves, [K]."""
+        found: Floats = _evaluate(statistic, np.ones((1, len(self.prompt_of))))[0]
+        return found
+
     def spread(self, statistic: Statistic) -> Floats:
-        """[resamples, K]: the statistic of every resample, nan where it has none."""
-        rows = max(1, AT_ONCE // max(len(self.prompt_of), 1))
+        """Return the statistic of every resample, [resamples, K]; nan if undefined."""
+        rows = max(1, MAX_WEIGHTS // max(len(self.prompt_of), 1))
         parts = [
-            self._of(statistic, self._counts[first : first + rows][:, self.prompt_of])
+            _evaluate(statistic, self._counts[first : first + rows][:, self.prompt_of])
             for first in range(0, self.resamples, rows)
         ]
         return np.concatenate(parts)
 
-    @staticmethod
-    def _of(statistic: Statistic, weights: Floats) -> Floats:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(statistic(weights), dtype=np.float64)
-
-    def _one(self, value: float, spread: Floats | None, among: NDArray[np.bool_] | None, why: str) -> Figure:
+    def _figure(self, value: float, spread: Floats | None, among: Mask | None, why: str) -> Figure:
         n = len(np.unique(self.prompt_of if among is None else self.prompt_of[among]))
         if not np.isfinite(value):
             return Figure.missing(why, n)
         if n < 2 or spread is None:
             return Figure(value, n=n, why="no interval: it rests on one prompt")
         defined = spread[np.isfinite(spread)]
-        if len(defined) < DEFINED * self.resamples:
+        if len(defined) < MIN_DEFINED * self.resamples:
             return Figure(value, n=n, why=f"no interval: {n} prompts are too few, many resamples have no such figure")
         low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Figure(value, float(low), float(high), n)
+
+
+def _evaluate(statistic: Statistic, weights: Floats) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(statistic(weights), dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Plain values of all ranks."""
+"""Plain Python values from all ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def gathered(value: Any) -> list[Any]:
-    """What each rank gave, by rank; all ranks must call it. Of a single process, its own."""
+    """Return the value of each rank, by rank; every rank must call it. A single process gets its own."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     found: list[Any] = [None] * torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""Conversations to generate for, from files of many kinds."""
+"""Conversations to generate for, from files of several formats."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FORMS = "a prompt or instruction (text or messages), messages, or chosen (messag
 
 
 @dataclass
-class Prompts:
-    """Distinct conversations, in order, and what became of the rows."""
+class PromptSet:
+    """Distinct conversations in order of the file, with counts of what was done to the rows."""
 
     histories: list[list[Message]] = field(default_factory=list)
     read: int = 0
@@ -30,29 +30,31 @@ class Prompts:
         self.first.setdefault(reason, place)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return a summary for the terminal."""
         head = f"{self.read:,} rows read, {len(self.histories):,} prompts"
         return [head, *(f"  {n:,}: {reason} (first: {self.first[reason]})" for reason, n in self.counts.items())]
 
 
-def read_prompts(path: str, split: str | None = None, column: str | None = None, limit: int | None = None) -> Prompts:
-    """The distinct conversations of a file, folder or Hub data set.
+def default_split(splits: list[str]) -> str:
+    """Return ``train`` if the source has it, otherwise its first split."""
+    return "train" if "train" in splits else splits[0]
+
+
+def read_prompts(path: str, split: str | None = None, column: str | None = None, limit: int | None = None) -> PromptSet:
+    """Read the distinct conversations of a file, folder or Hub dataset.
 
     Args:
-        path: rows with ``messages`` (an answer at the end is left out), ``chosen`` as messages, ``prompt``,
-            ``instruction`` or ``question``; data to train on serve too.
+        path: rows with ``messages`` (a final answer is left out), ``chosen`` as messages, ``prompt``, ``instruction``
+            or ``question``; training data works too.
         split: by default ``train``, or the only one.
-        column: which column to read instead.
-        limit: at most this many.
+        column: read this column instead.
+        limit: at most this many conversations.
 
     Raises:
-        DataError: nothing there that can be read as prompts.
+        DataError: no row can be read as a prompt.
     """
-    source = Source(path)
-    available = splits_of(source)
-    name = split or ("train" if "train" in available else available[0])
-    found, seen = Prompts(), set()
-    for chunk in chunks_of(source, name):
+    source, found, seen = Source(path), PromptSet(), set()
+    for chunk in chunks_of(source, split or default_split(splits_of(source))):
         for number, row in chunk.rows():
             found.read += 1
             place = chunk.place(number)
@@ -65,9 +67,8 @@ def read_prompts(path: str, split: str | None = None, column: str | None = None,
                     raise DataError(f"{place}, column {problem.column}: {problem.reason}.") from problem
                 found.note(f"dropped: {problem.reason}", f"{place}, column {problem.column}")
                 continue
-            key = repr(history)
-            if key in seen:
-                found.note("the same prompt again, asked once", place)
+            if (key := repr(history)) in seen:
+                found.note("the same prompt again, used once", place)
                 continue
             seen.add(key)
             found.histories.append(history)
@@ -78,16 +79,14 @@ def read_prompts(path: str, split: str | None = None, column: str | None = None,
     return found
 
 
-def _history(row: dict[str, Any], column: str | None, found: Prompts, place: str) -> list[Message]:
+def _history(row: dict[str, Any], column: str | None, found: PromptSet, place: str) -> list[Message]:
     if column is not None:
         if column not in row:
             raise BadRow(column, f"no such column; there are {', '.join(row)}", stops=True)
         return as_turns(row[column])
     for name in COLUMNS:
         value = row.get(name)
-        if name == "chosen" and not isinstance(value, list):
-            continue  # the answer alone
-        if value is None:
+        if value is None or (name == "chosen" and not isinstance(value, list)):  # chosen as text is the answer alone
             continue
         if name == "chosen":
             return split_response(read_messages(value, name), name)[0]

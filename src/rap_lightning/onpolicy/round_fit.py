@@ -1,4 +1,4 @@
-"""The training stage of a round: ``rap-lightning fit`` on a config that is written for it."""
+"""The training stage of a round: ``rap-lightning fit`` in a process of its own, on a config written for the round."""
 
 from __future__ import annotations
 
@@ -11,35 +11,28 @@ from typing import Any, Literal
 import yaml
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.jsonl_ledger import write_whole
+from rap_lightning.onpolicy.jsonl_ledger import write_atomically
 
-TAKEN = {"path": "the round's policy", "source": "the round's pairs", "goal": "the round's goal.yaml"}
+SET_BY_ROUND = {"path": "the round's policy", "source": "the round's pairs", "goal": "the round's goal.yaml"}
 
 
 def fit_config(
     user: dict[str, Any], policy: str, initial: str, pairs: Path, relabelling: dict[str, Any], run: Path,
     reference: Literal["policy", "initial"],
 ) -> dict[str, Any]:  # fmt: skip
-    """The user's options with those that a round decides.
+    """Return the user's options of fit together with those that a round sets.
 
     Raises:
-        ConfigError: the user's options decide something that the round does.
+        ConfigError: the user sets an option of the round.
     """
     config = copy.deepcopy(user)
     model, data = _arguments(config, "model"), _arguments(config, "data")
-    if not isinstance(model.setdefault("policy", {}), dict):
-        raise ConfigError("fit.model.policy: expected options of the policy, {lora: {r: 16}} say")
-    for section, options, names in (
-        ("model.policy", model["policy"], ("path",)),
-        ("data", data, ("source", *relabelling, "outside_scale", "format", "columns")),
-    ):
-        if taken := [name for name in names if name in options]:
-            raise ConfigError(
-                f"fit.{section}.{taken[0]} has no effect: every round sets it "
-                f"({TAKEN.get(taken[0], 'from the options of rounds')})."
-                " Remove it."
-            )
-    model["policy"]["path"] = policy
+    own_policy = model.setdefault("policy", {})
+    if not isinstance(own_policy, dict):
+        raise ConfigError("fit.model.policy: expected options of the policy: {lora: {r: 16}}")
+    _refuse("model.policy", own_policy, ("path",))
+    _refuse("data", data, ("source", *relabelling, "outside_scale", "format", "columns"))
+    own_policy["path"] = policy
     if reference == "initial":
         if "reference" in model:
             raise ConfigError("fit.model.reference has no effect beside reference initial; remove one of the two.")
@@ -49,13 +42,19 @@ def fit_config(
     if "default_root_dir" in trainer:
         raise ConfigError("fit.trainer.default_root_dir has no effect: every round has a folder of its own. Remove it.")
     trainer["default_root_dir"] = str(run.resolve())
-    if model["policy"].get("lora"):
-        config.setdefault("export", {})["merge"] = True  # the next round's policy is a whole model
+    if own_policy.get("lora"):
+        config.setdefault("export", {})["merge"] = True  # the next round's policy must be a whole model
     return config
 
 
+def _refuse(section: str, options: dict[str, Any], names: tuple[str, ...]) -> None:
+    if taken := [name for name in names if name in options]:
+        origin = SET_BY_ROUND.get(taken[0], "from the options of rounds")
+        raise ConfigError(f"fit.{section}.{taken[0]} has no effect: every round sets it ({origin}). Remove it.")
+
+
 def _arguments(config: dict[str, Any], section: str) -> dict[str, Any]:
-    """A section's options, where it names a class its arguments."""
+    """Return a section's options: its ``init_args`` if it names a class."""
     found = config.setdefault(section, {})
     if isinstance(found, str):
         found = config[section] = {"class_path": found}
@@ -66,16 +65,16 @@ def _arguments(config: dict[str, Any], section: str) -> dict[str, Any]:
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
-    """The config, with the command that runs it."""
+    """Write a config, headed by the command that runs it."""
     head = f"# rap-lightning fit --config {path.name}\n# Written for this round.\n\n"
-    write_whole(path, head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_atomically(path, head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
-def check(path: Path) -> None:
-    """Let fit read a config, without running it.
+def check_config(path: Path) -> None:
+    """Have fit parse a config without running it.
 
     Raises:
-        ConfigError: it says what is wrong.
+        ConfigError: fit refuses it; the message is fit's.
     """
     done = subprocess.run(_command(path, "--print_config"), capture_output=True, text=True)
     if done.returncode:
@@ -84,36 +83,35 @@ def check(path: Path) -> None:
 
 
 def run_fit(config: Path, run: Path) -> Path:
-    """Train, or go on with a run that was stopped; the folder of the trained model.
+    """Train, or resume a stopped run; return the folder of the exported model.
 
     Raises:
-        ConfigError: fit ended with an error; it has said why.
+        ConfigError: fit ended with an error, which it has printed.
     """
-    if (trained := _trained(run)) is not None:
+    if (trained := _exported(run)) is not None:
         return trained
     last = max(run.glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
-    go_on = ["--ckpt_path", str(last)] if last is not None else []
-    if go_on:
-        print(f"fit: going on from {last}")
-    child = subprocess.Popen(_command(config, *go_on))
+    if last is not None:
+        print(f"fit: resuming from {last}")
+    child = subprocess.Popen(_command(config, *(["--ckpt_path", str(last)] if last is not None else [])))
     try:
         code = child.wait()
-    except KeyboardInterrupt:  # the child got it too, and writes a checkpoint
+    except KeyboardInterrupt:  # the child received it too, and writes a checkpoint
         child.wait()
         raise
     if code == 130:
         raise KeyboardInterrupt
-    found = _trained(run)
+    found = _exported(run)
     if code or found is None:
         raise ConfigError(
-            f"fit ended with {code} (its message stands above). What is finished is kept: mend it, and start "
-            "the same rounds again."
+            f"fit ended with exit code {code}; its message is above. Finished stages are kept: fix the cause, and "
+            "start the same rounds again."
         )
     return found
 
 
-def _trained(run: Path) -> Path | None:
-    """The newest exported model of a run; an adapter's merged into its base."""
+def _exported(run: Path) -> Path | None:
+    """Return the newest exported model of a run; an adapter's is merged into its base."""
     folders = [path for path in run.glob("version_*/hf*") if (path / "config.json").is_file()]
     return max(folders, key=lambda path: path.stat().st_mtime, default=None)
 

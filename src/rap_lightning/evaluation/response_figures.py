@@ -1,4 +1,4 @@
-"""Figures of log-probabilities: what was unlearnt, and whether the policy knows good from bad."""
+"""Figures of response log-probabilities: what was unlearned, and whether the policy tells good from bad."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rap_lightning.evaluation import statistics
-from rap_lightning.evaluation.estimates import Bootstrap, Floats
+from rap_lightning.evaluation.bootstrap import Bootstrap, Floats, Mask
 
 ROLES = ("chosen", "rejected")
 CONDITIONS = ("none", "best", "worst", "own")
-"""Which goal stands in the prompt: none, the best, the worst, or the response's own."""
+"""Goal in the prompt: none, the best, the worst, or the response's own."""
 
 
 @dataclass(frozen=True)
 class Responses:
-    """M responses of the data: those of pair i stand at 2i (chosen, the higher reward) and 2i + 1 (rejected).
+    """M responses of the data: those of pair i are 2i (chosen, the higher reward) and 2i + 1 (rejected).
 
     Attributes:
-        prompts: of each, its prompt: any value that tells prompts apart.
-        rewards: the judge's.
+        prompts: prompt of each: any value that identifies it.
+        rewards: reward of each.
         tokens: response tokens, end of turn included.
     """
 
@@ -37,20 +37,20 @@ class Responses:
             raise ValueError("Responses: two of each pair, with as many rewards and lengths")
 
     @property
-    def chosen(self) -> NDArray[np.bool_]:
-        """[M]: which are chosen."""
-        found: NDArray[np.bool_] = np.arange(len(self.prompts)) % 2 == 0
+    def chosen(self) -> Mask:
+        """[M]: True for the chosen responses."""
+        found: Mask = np.arange(len(self.prompts)) % 2 == 0
         return found
 
 
 def bins_of(low: float, high: float, count: int) -> list[tuple[float, float]]:
-    """Rewards from ``low`` to ``high`` in bins of equal width; the last one includes its upper end."""
+    """Return bins of equal width from ``low`` to ``high``; the last one includes its upper end."""
     edges = np.linspace(low, high, count + 1)
     return [(float(a), float(b)) for a, b in pairwise(edges)]
 
 
 def bin_numbers(rewards: Sequence[float], bins: Sequence[tuple[float, float]]) -> NDArray[np.int64]:
-    """[M]: the bin of each reward; what lies outside counts to the nearest end."""
+    """Return the bin of each reward, [M]; rewards outside belong to the nearest bin."""
     edges = np.asarray([low for low, _ in bins[1:]])
     numbers: NDArray[np.int64] = np.searchsorted(edges, np.asarray(rewards), side="right")
     return numbers
@@ -59,17 +59,17 @@ def bin_numbers(rewards: Sequence[float], bins: Sequence[tuple[float, float]]) -
 def unlearning(
     responses: Responses, changes: Mapping[str, Sequence[float]], bins: Sequence[tuple[float, float]], seed: int = 0
 ) -> dict[str, Any]:
-    """Mean change of a response's log-probability against the base, by reward bin and role.
+    """Return the mean change of a response's log-probability against the base, by reward bin and role.
 
     Args:
-        responses: of the data.
-        changes: condition to [M] policy minus base log-probabilities, both of the same prompt, in nats.
-        bins: of rewards, [low, high).
-        seed: of the bootstrap.
+        responses: the data's responses.
+        changes: for each condition, policy minus base log-probability of each response [M], in nats.
+        bins: reward bins, [low, high).
+        seed: seed of the bootstrap.
 
     Returns:
-        ``conditions``: condition to role to a figure per bin, in nats a response; ``per_token``: the same of each
-        response's change divided by its tokens.
+        ``conditions``: for each condition and role a figure per bin, in nats per response; ``per_token``: the same
+        after each change was divided by the response's tokens.
     """
     number, chosen = bin_numbers(responses.rewards, bins), responses.chosen
     tokens = np.asarray(responses.tokens, dtype=np.float64)
@@ -100,11 +100,11 @@ def unlearning(
 
 
 def read_off(logps: Floats, goals: Floats) -> Floats:
-    """[M]: the goal under which each response is most likely; the mean of them where several are.
+    """Return the goal under which each response is most likely, [M]; the mean of several that tie.
 
     Args:
-        logps: [M, G], log-probability of each response under each goal.
-        goals: [G].
+        logps: log-probability of each response under each goal, [M, G].
+        goals: the goals, [G].
     """
     top = logps == logps.max(1, keepdims=True)
     found: Floats = (top * goals).sum(1) / top.sum(1)
@@ -118,19 +118,19 @@ DISCRIMINATION_METHOD = (
 
 
 def discrimination(responses: Responses, logps: Floats, goals: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """The inverse task: does the policy, asked under which goal it would write a response, know what it is worth?
+    """Return how well the goal under which the policy would most likely write a response predicts its reward.
 
-    - ``spearman``: rank correlation of the score that is read off with the judge's;
-    - ``pair_accuracy``: how often the better response of a pair is read as better; ties count half, and pairs that the
-      judge finds equal are left out;
-    - ``centred``: both again, after the mean over responses has been taken from each goal's log-probabilities. A goal
+    - ``spearman``: rank correlation of the predicted score with the judge's;
+    - ``pair_accuracy``: how often the better response of a pair has the higher predicted score; ties count half, and
+      pairs with equal rewards are left out;
+    - ``centred``: both again, after subtracting from each goal's log-probabilities their mean over responses. A goal
       that makes every text more likely then no longer wins everywhere.
 
     Args:
-        responses: of the data.
-        logps: [M, G], log-probability of each response under each goal, in nats.
-        goals: [G].
-        seed: of the bootstrap.
+        responses: the data's responses.
+        logps: log-probability of each response under each goal, [M, G], in nats.
+        goals: the goals, [G].
+        seed: seed of the bootstrap.
     """
     bootstrap = Bootstrap(responses.prompts, seed=seed)
     asked = np.asarray(goals, dtype=np.float64)

@@ -1,0 +1,237 @@
+"""Goals to request from a model: from its goal record, a template and the options ``--goal`` and ``--guidance``.
+
+:func:`request_goals` gives the :class:`RequestedGoal` of each option. Exported chat templates may write the best goal
+by themselves; :func:`without_own_goal` switches that off, so that a prompt never has two.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from rap_lightning.errors import ConfigError
+from rap_lightning.preferences import scales
+from rap_lightning.preferences.goals import GoalTemplate, Placement, is_trained
+from rap_lightning.preferences.rendering import render
+from rap_lightning.preferences.scales import RewardScale
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rap_lightning.models.generation import Generation
+
+GoalOption: TypeAlias = float | Literal["best", "none"]
+GoalRecord: TypeAlias = dict[str, Any]
+"""The content of goal.json, which fit and export write beside a model."""
+NAME_TEMPLATE = "Name the template: --template OverallGoal"
+
+
+@dataclass(frozen=True)
+class RequestedGoal:
+    """A goal to request: its text in the prompt, its printed number and its placement; text None without a goal.
+
+    With guidance, ``against`` is the low goal whose distribution is subtracted.
+    """
+
+    text: str | None
+    printed: str | None
+    placement: Placement = "auto"
+    against: RequestedGoal | None = None
+
+    @property
+    def last_line(self) -> str:
+        """The line of the text that states the number, for the terminal."""
+        return "none" if self.text is None else self.text.splitlines()[-1]
+
+
+NO_GOAL = RequestedGoal(None, None)
+
+
+def read_goal_record(path: str) -> GoalRecord | None:
+    """Read goal.json from the folder of a model or a run, or from the file itself; None if there is none."""
+    place = Path(path).expanduser()
+    file = place if place.name == "goal.json" else place / "goal.json"
+    if not file.is_file():
+        return None
+    try:
+        record: GoalRecord = json.loads(file.read_text(encoding="utf-8"))
+        record["best"], record["placement"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is not a goal record as fit and export write it: {error}.") from error
+    return record
+
+
+def template_of(record: GoalRecord) -> GoalTemplate:
+    """Return the goal template that a record describes.
+
+    Only classes of this package are instantiated: a file must not decide which code runs.
+
+    Raises:
+        ConfigError: the template is another package's, or writes another text than the record holds.
+    """
+    path = str(record.get("template"))
+    module, _, name = path.rpartition(".")
+    advice = "Only its best goal can be asked for; for another, name the template with --template."
+    if not path.startswith("rap_lightning."):
+        raise ConfigError(f"the model's goal template is {path}, which is not of this package. {advice}")
+    try:
+        options: dict[str, Any] = {"scale": _scale_of(record["scale"]), "placement": record["placement"]}
+        if record.get("attributes"):
+            options |= {"attributes": list(record["attributes"]), "overall": record["overall"]}
+            options["attribute_scale"] = _scale_of(record["attribute_scale"])
+        template: GoalTemplate = getattr(importlib.import_module(module), name)(**options)
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"the model's goal record can't be read: {error!r}. {advice}") from error
+    if template.write(template.best, template.best_attributes) != record["best"]:
+        raise ConfigError(f"the model's goal record was written by another version of {path}. {advice}")
+    return template
+
+
+def _scale_of(numbers: dict[str, Any]) -> RewardScale:
+    options = dict(numbers)
+    scale: RewardScale = getattr(scales, options.pop("class"))(**options)
+    return scale
+
+
+def goal_config(thing: GoalTemplate | RewardScale) -> dict[str, Any]:
+    """Return the config of a goal template or scale: class path and arguments, fitted numbers included.
+
+    Raises:
+        ConfigError: an argument isn't stored as an attribute of the same name.
+    """
+    if isinstance(thing, RewardScale):
+        arguments: dict[str, Any] = dict(thing.numbers())
+    else:
+        names = [name for name in inspect.signature(type(thing).__init__).parameters if name != "self"]
+        if missing := [name for name in names if not hasattr(thing, name)]:
+            raise ConfigError(
+                f"{type(thing).__qualname__} must keep its argument {missing[0]!r} as an attribute of that name, to be "
+                "written into a config."
+            )
+        arguments = {name: getattr(thing, name) for name in names}
+    plain = {
+        name: goal_config(value)
+        if isinstance(value, RewardScale) else list(value) if isinstance(value, tuple) else value
+        for name, value in arguments.items()
+    }  # fmt: skip
+    return {"class_path": f"{type(thing).__module__}.{type(thing).__qualname__}", "init_args": plain}
+
+
+def check_template_options(template: GoalTemplate | None, goal_from: str | None, goals: Sequence[Any]) -> None:
+    """Raise ConfigError if ``--template`` meets an option that it contradicts."""
+    if template is not None and goal_from is not None:
+        raise ConfigError("--goal_from has no effect beside --template; remove one of the two.")
+    if template is not None and set(goals) == {"none"}:
+        raise ConfigError("--template has no effect with --goal none; remove one of the two.")
+
+
+def request_goals(
+    options: Sequence[GoalOption | None], record: GoalRecord | None, template: GoalTemplate | None,
+    generation: Generation,
+) -> list[RequestedGoal]:  # fmt: skip
+    """Return the goal of each option, with the low goal of guidance.
+
+    Raises:
+        ConfigError: a goal can't be requested (:func:`resolve`, :func:`with_low_goal`), or two read the same.
+    """
+    goals = [resolve(option, record, template) for option in options]
+    if len({goal.text for goal in goals}) < len(goals):
+        raise ConfigError(f"--goal {list(options)}: two of them read the same")
+    return with_low_goal(goals, generation, record, template)
+
+
+def resolve(option: GoalOption | None, record: GoalRecord | None, template: GoalTemplate | None) -> RequestedGoal:
+    """Return the goal of one option.
+
+    Args:
+        option: a number on the template's scale, ``best`` or ``none``; None is ``best`` if the model was trained with
+            goals or a template is given, otherwise ``none``.
+        record: the model's goal record.
+        template: the user's template; by default that of the record.
+
+    Raises:
+        ConfigError: the model has no goal record and there is no template, or the number is outside the scale.
+    """
+    if option == "none" or (option is None and template is None and not is_trained(record)):
+        return NO_GOAL
+    if record is None and template is None:
+        raise ConfigError(
+            f"--goal {option}: the model's folder has no goal.json, so how goals read isn't known. {NAME_TEMPLATE}"
+        )
+    if template is not None and template.scale.needs_fit:
+        raise ConfigError("--template: the scale's open numbers can't be fitted here; give them (goal.json has them).")
+    if template is None:
+        assert record is not None, "checked above"
+        try:
+            template = template_of(record)
+        except ConfigError:  # another package's template: only the best goal, whose text is recorded, is available
+            if option not in (None, "best"):
+                raise
+            return RequestedGoal(record["best"], "best", record["placement"])
+    goal = template.best if option is None or option == "best" else float(option)
+    low, high = template.scale.low, template.scale.high
+    if not low <= goal <= high:
+        raise ConfigError(f"--goal must lie on the scale of {low:g} to {high:g}, found {goal:g}")
+    best = template.best_attributes
+    return RequestedGoal(template.write(goal, best), template.printed(goal, best), template.placement)
+
+
+def with_low_goal(
+    goals: Sequence[RequestedGoal], generation: Generation, record: GoalRecord | None, template: GoalTemplate | None
+) -> list[RequestedGoal]:
+    """Return the goals with the low goal of guidance; unchanged without guidance.
+
+    Raises:
+        ConfigError: the text of the low goal isn't known, the goal is outside the scale, or it is the only one
+            requested.
+    """
+    if generation.guidance == 0:
+        return list(goals)
+    if record is None and template is None:
+        raise ConfigError(
+            f"--guidance: the model's folder has no goal.json, so how the low goal reads isn't known. {NAME_TEMPLATE}"
+        )
+    if template is None and generation.against != "none":
+        template = template_of(record or {})
+    text, printed = (None, "none") if template is None else template.low(generation.against)
+    placement = template.placement if template is not None else (record or {})["placement"]
+    if {goal.text for goal in goals} == {text}:
+        raise ConfigError(
+            f"--guidance has no effect: the goal that it pushes away from, {printed}, is the one that is asked for. "
+            "Ask for a higher --goal, or remove it."
+        )
+    return [replace(goal, against=RequestedGoal(text, printed, placement)) for goal in goals]
+
+
+def without_own_goal(tokenizer: PreTrainedTokenizerBase, record: GoalRecord | None) -> PreTrainedTokenizerBase:
+    """Change the chat template in place so that it writes no goal by itself, and return the tokenizer.
+
+    Exported templates that write the best goal read a variable ``goal``; it is set to "no goal" here.
+
+    Raises:
+        ConfigError: the template writes its goal regardless.
+    """
+    if record is None or not tokenizer.chat_template or not template_writes(tokenizer, record["best"]):
+        return tokenizer
+    own = tokenizer.chat_template
+    for nothing in ("false", "none", "'none'"):
+        tokenizer.chat_template = "{%- set goal = " + nothing + " -%}" + own
+        if not template_writes(tokenizer, record["best"]):
+            return tokenizer
+    raise ConfigError(
+        "the model's chat template writes the best goal into every prompt, and no variable switches that off. Use the "
+        "template of the model that was trained."
+    )
+
+
+def template_writes(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Return whether the chat template writes ``text`` into a prompt that doesn't contain it."""
+    try:
+        return text.strip() in render(tokenizer, [{"role": "user", "content": "hello"}], generation_prompt=True)
+    except Exception:  # templates fail with whatever jinja error their author raised
+        return False
