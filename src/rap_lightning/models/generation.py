@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,14 +63,6 @@ class Generation:
     def processes_logits(self) -> bool:
         """Whether more is done with log-probabilities than temperature and top-p do."""
         return self.guidance > 0 or self.plausibility is not None
-
-
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[dict[str, Any]]) -> PromptBatch:
-    """Prompts side by side, ending together."""
-    width = max(map(len, prompts))
-    rows = [[pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
-    masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    return PromptBatch(torch.tensor(rows), torch.tensor(masks), tuple(records))
 
 
 @torch.no_grad()
