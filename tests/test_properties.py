@@ -162,7 +162,8 @@ def test_the_prompt_is_an_exact_prefix_and_the_goal_survives(
     encoder = Encoder(tokenizer, GOAL, max_length)
     encoded = PairEncoder(encoder, Relabelling())(pairs)
     control = set(encoder.special.values())
-    for pair, row in zip(pairs, encoded, strict=True):
+    whole_rows = PairEncoder(Encoder(tokenizer, GOAL, 10**6), Relabelling())(pairs)
+    for pair, row, whole_row in zip(pairs, encoded, whole_rows, strict=True):
         if row["dropped"]:
             continue
         for half, prompt in enumerate(row["prompt_ids"]):
@@ -183,9 +184,9 @@ def test_the_prompt_is_an_exact_prefix_and_the_goal_survives(
                 )
                 if not row["repaired"]:
                     assert prompt + ids == whole
-        for ids, cut in zip(row["response_ids"], row["cut_response"], strict=True):
-            own = 0 if cut else 1  # the end of turn
-            assert sum(token in control for token in ids) == own, "text must never become a control token"
+        for ids, uncut in zip(row["response_ids"], whole_row["response_ids"], strict=True):
+            assert sum(token in control for token in uncut) == 1, "text must never become a control token"
+            assert ids == uncut[: len(ids)]
 
 
 def training_pairs(encoded: Any) -> Counter[Any]:
