@@ -16,7 +16,8 @@ from collections import Counter
 
 import torch
 
-from rap_lightning.models.generation import Generation, left_pad
+from rap_lightning.batches.prompts import left_pad
+from rap_lightning.models.generation import Generation
 from rap_lightning.onpolicy.engines import Transformers
 from rap_lightning.onpolicy.engines.base import Request, prompt_id_of
 from rap_lightning.onpolicy.model_source import ModelSource

@@ -55,7 +55,7 @@ PARTS = {  # name: (files, their tests)
     "goals": (["preferences/goals.py", "preferences/goal_spec.py", "preferences/scales.py"], ["goals", "scales"]),
     "losses": (["losses/*.py"], ["losses", "losses_formulas"]),
     "layouts": (
-        ["batches/layouts.py", "batches/forest.py"],
+        ["batches/layouts.py"],
         [
             "laid_out",
             "layouts::test_a_forest_holds_every_sequence_and_sees_exactly_its_path",

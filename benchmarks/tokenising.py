@@ -31,8 +31,8 @@ def main() -> None:
     import datasets
     from transformers import AutoTokenizer
 
+    from rap_lightning.batches.dataset import PairEncoder
     from rap_lightning.batches.encode import Encoder
-    from rap_lightning.batches.pair_encoder import PairEncoder
     from rap_lightning.preferences.data_report import DataReport
     from rap_lightning.preferences.goals import OverallGoal
     from rap_lightning.preferences.read_pairs import read_pairs

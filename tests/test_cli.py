@@ -170,7 +170,7 @@ def test_help_teaches_the_options_of_a_run_that_can_be_trusted(
     assert call(monkeypatch, "fit", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     for taught in (
-        "go on training this LoRA adapter, a peft folder or Hub id (safetensors only)",
+        "continue training this LoRA adapter, a peft folder or Hub id (safetensors only)",
         "hold the base model's weights in 4", "a parameter is not trained if its name contains a match",
         "scale rotary positions for longer texts",
         "--guard.non_finite", "skip: leave that step out", "--watchdog.chosen_drop", "Only on request",

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import scored_rows, write_jsonl
-from rap_lightning.batches.loader import plainly
+from rap_lightning.batches.loader import unwrap_worker_error
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.pairs import BadRow
 from rap_lightning.preferences.readers import read_file
@@ -73,6 +73,6 @@ def test_a_workers_error_of_ours_is_raised_with_its_own_text() -> None:
         "rap_lightning.errors.DataError: train.jsonl line 3: what is wrong\n"
     )
     with pytest.raises(DataError, match=r"^train\.jsonl line 3: what is wrong$"):
-        list(plainly(batches(around)))
+        list(unwrap_worker_error(batches(around)))
     with pytest.raises(DataError, match=r"^another$"):
-        list(plainly(batches("another")))
+        list(unwrap_worker_error(batches("another")))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from conftest import build, make_model, make_tokenizer, make_trainer
 from rap_lightning.atomic_write import atomic_folder
-from rap_lightning.batches.encode import Encoder, Notes
+from rap_lightning.batches.encode import Encoder
 from rap_lightning.commands.export import export
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.checkpoint.integrity import INDEX_CHECKSUM
@@ -103,7 +103,7 @@ def test_the_exported_template_writes_the_ids_of_training(family: str, kind: str
     seen = set()
     for history in HISTORIES:
         for text, options in asked:
-            expected = encoder.prompt(history, text, Notes()).ids
+            expected = encoder.prompt_ids(history, text)
             assert ids(baked, history, **options) == expected, (history, options)
             seen.add(tuple(expected))
     assert len(seen) >= len({text for text, _ in asked}) * 3, "goals and histories must make different prompts"
@@ -128,9 +128,9 @@ def test_a_goal_of_words_is_written_at_its_best_only(goal: GoalTemplate, family:
     own = make_tokenizer(family)
     baked, encoder = reloaded(own, goal, tmp_path), Encoder(own, goal, 4096)
     for history in HISTORIES:
-        assert ids(baked, history) == encoder.prompt(history, goal.text(10), Notes()).ids
-        assert ids(baked, history, goal=False) == encoder.prompt(history, None, Notes()).ids
-        with pytest.raises(TemplateError, match="knows the best goal"):
+        assert ids(baked, history) == encoder.prompt_ids(history, goal.text(10))
+        assert ids(baked, history, goal=False) == encoder.prompt_ids(history, None)
+        with pytest.raises(TemplateError, match="has only the best goal"):
             ids(baked, history, goal=5)
 
 
@@ -219,23 +219,25 @@ def test_a_merged_model_is_what_was_trained_and_is_not_baked_twice(
     assert twice.chat_template.count(BEGIN) == 1
     assert unbaked(twice.chat_template) == own.chat_template
     history, encoder = HISTORIES[0], Encoder(own, OverallGoal(placement="user"), 4096)
-    assert ids(twice, history) == encoder.prompt(history, OverallGoal().text(10), Notes()).ids != ids(once, history)
+    assert ids(twice, history) == encoder.prompt_ids(history, OverallGoal().text(10)) != ids(once, history)
 
 
 def test_predict_asks_with_the_ids_of_the_exported_template(runs: Path, pairs_folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from rap_lightning.datamodule import Prompts
+    from rap_lightning.batches.prompts import PredictPrompts
     from rap_lightning.models.generation import Generation
 
     export(ckpt(runs, "full"), str(tmp_path / "out"))
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")
     for goal, options in ((None, {}), (3.5, {"goal": 3.5})):
         once = Generation(max_new_tokens=1)
-        module, data = build(runs / "model", pairs_folder, predict=Prompts(goal=goal), generation=once, max_length=400)
+        module, data = build(
+            runs / "model", pairs_folder, predict=PredictPrompts(goal=goal), generation=once, max_length=400
+        )
         make_trainer(tmp_path).predict(module, data)
         assert len(data._prompts) == 9
-        for prompt, row, _ in data._prompts:
+        for prompt, row in ((one.ids, one.record) for one in data._prompts):
             assert ids(exported, row["messages"], **options) == list(prompt)
 
 

@@ -437,13 +437,13 @@ def test_a_checkpoint_exports_on_demand_to_what_fit_exported(
 
 
 def test_predict_writes_a_line_per_prompt_at_the_goal(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    from rap_lightning.batches.prompts import PredictPrompts
     from rap_lightning.callbacks import WritePredictions
-    from rap_lightning.datamodule import Prompts
     from rap_lightning.models.generation import Generation
 
     for goal, printed in ((None, "10"), (3.5, "3.5")):
         module, data = build(
-            tiny, pairs_folder, predict=Prompts(goal=goal, limit=5), generation=Generation(max_new_tokens=4)
+            tiny, pairs_folder, predict=PredictPrompts(goal=goal, limit=5), generation=Generation(max_new_tokens=4)
         )
         trainer = make_trainer(tmp_path / printed, callbacks=[WritePredictions()])
         trainer.predict(module, data)
@@ -452,7 +452,7 @@ def test_predict_writes_a_line_per_prompt_at_the_goal(tiny: Path, pairs_folder: 
         assert len(lines) == 5
         assert {line["goal"] for line in lines} == {printed}
         assert all(line["messages"][-1]["role"] == "user" and isinstance(line["response"], str) for line in lines)
-        assert f"Overall score: {printed}." in data.tokenizer.decode(data._prompts[0][0])
+        assert f"Overall score: {printed}." in data.tokenizer.decode(data._prompts[0].ids)
 
 
 @pytest.mark.parametrize(
@@ -582,7 +582,8 @@ def test_a_checkpoint_never_decides_to_run_a_models_code(tiny: Path, pairs_folde
 
 
 def test_generation_at_temperature_zero_ignores_penalties_that_a_model_ships(tiny: Path) -> None:
-    from rap_lightning.models.generation import Generation, generate, left_pad
+    from rap_lightning.batches.prompts import left_pad
+    from rap_lightning.models.generation import Generation, generate
 
     policy = PolicyConfig(str(tiny)).build(torch.float32)
     tokenizer = PolicyConfig(str(tiny)).load_tokenizer()

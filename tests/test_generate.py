@@ -15,7 +15,7 @@ import transformers
 
 from conftest import called, make_model, make_tokenizer, scored_rows, write_jsonl
 from misbehaving import Server, echo, half, hang_up, raw, slow, status, unless
-from rap_lightning.batches.encode import Encoder, Notes
+from rap_lightning.batches.encode import Encoder
 from rap_lightning.onpolicy import chat_client
 from rap_lightning.onpolicy import requested_goals as goals
 from rap_lightning.onpolicy.engines import Transformers
@@ -109,7 +109,7 @@ def test_prompts_are_those_of_training(prompts: Path, tmp_path: Path, monkeypatc
         assert len(seen) == 11
         for history, ids in seen.items():
             text = OverallGoal().text(7.5)
-            assert ids == tuple(encoder.prompt(json.loads(history), text, Notes()).ids), family
+            assert ids == tuple(encoder.prompt_ids(json.loads(history), text)), family
 
 
 def test_greedy_responses_are_those_of_single_sequences(prompts: Path, knowing: Path, tmp_path: Path) -> None:

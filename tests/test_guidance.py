@@ -9,10 +9,10 @@ import torch
 
 from conftest import build, make_model, make_trainer, scored_rows, write_jsonl
 from rap_lightning import GoalGuidance
+from rap_lightning.batches.prompts import PredictPrompts, left_pad
 from rap_lightning.callbacks import WritePredictions
-from rap_lightning.datamodule import Prompts
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.generation import Generation, generate, left_pad
+from rap_lightning.models.generation import Generation, generate
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.onpolicy.engines import VLLM, Endpoint, Transformers
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
@@ -240,7 +240,7 @@ def test_predict_samples_with_guidance_and_says_so(tiny: Path, pairs_folder: Pat
         ("same", Generation(6, temperature=0, guidance=4.0, against=9.5)),
     ):
         goal = 9.5 if name == "same" else None
-        module, data = build(tiny, pairs_folder, predict=Prompts(limit=5, goal=goal), generation=generation)
+        module, data = build(tiny, pairs_folder, predict=PredictPrompts(limit=5, goal=goal), generation=generation)
         trainer = make_trainer(tmp_path / name, callbacks=[WritePredictions()])
         if name == "same":
             with pytest.raises(ConfigError, match=r"pushes away from, 9.5, is the one that is asked for"):
@@ -255,7 +255,7 @@ def test_predict_samples_with_guidance_and_says_so(tiny: Path, pairs_folder: Pat
     texts = {name: [row["response"] for row in rows] for name, rows in written.items()}
     assert texts["plain"] != texts["guided"] != texts["none"]
     module, data = build(
-        tiny, pairs_folder, predict=Prompts(limit=5), generation=Generation(6, temperature=0, guidance=4.0)
+        tiny, pairs_folder, predict=PredictPrompts(limit=5), generation=Generation(6, temperature=0, guidance=4.0)
     )
     make_trainer(tmp_path / "again").predict(module, data)
     batch = data.prompt_batch(data.histories()[:5], 10.0, module.generation)

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from rap_lightning.batches import forest
+from rap_lightning.batches import layouts
 from rap_lightning.batches.dataset import Example
-from rap_lightning.batches.forest import plant
-from rap_lightning.batches.layouts import LAYOUTS, Collate, lay_out, lay_out_responses
+from rap_lightning.batches.layouts import LAYOUTS, Collate, build_prefix_tree, lay_out, lay_out_responses
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 
 FIRST = Example("one", 0, "9", (9.0, 2.5), [1, 2, 3], [4, 5], [6])
@@ -51,7 +50,7 @@ def test_packed_responses_stand_in_one_row_each_after_its_prompt() -> None:
 
 
 def test_a_tree_holds_what_sequences_begin_with_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forest, "WORTH_SHARING", 1)
+    monkeypatch.setattr(layouts, "WORTH_SHARING", 1)
     batch = batch_of("tree")
     # in lexicographic order: 1 2 3 (4 5 | 6 | 8 9) | 7 after 1 2
     assert_ints(batch.input_ids, [[1, 2, 3, 4, 5, 6, 8, 9, 7]])
@@ -148,10 +147,10 @@ def ids_of(*sequences: list[int]) -> list[Any]:
 def test_each_sequence_is_found_where_it_stands_whatever_the_order() -> None:
     given = ids_of([3, 1], [1, 2], [3, 1, 4], [1, 2])
     for shared in (False, True):
-        planted = plant(given, shared=shared)
-        assert [planted.ids[places].tolist() for places in planted.places] == [s.tolist() for s in given]
-        assert planted.ids.dtype == planted.positions.dtype == np.int64
-    apart = plant(given, shared=False)
+        tree = build_prefix_tree(given, shared=shared)
+        assert [tree.ids[places].tolist() for places in tree.places] == [s.tolist() for s in given]
+        assert tree.ids.dtype == tree.positions.dtype == np.int64
+    apart = build_prefix_tree(given, shared=False)
     assert apart.ids.tolist() == [3, 1, 1, 2, 3, 1, 4, 1, 2], "in the order given"
     assert apart.forest.end.tolist() == [2, 2, 4, 4, 7, 7, 7, 9, 9]
 
@@ -159,28 +158,28 @@ def test_each_sequence_is_found_where_it_stands_whatever_the_order() -> None:
 @pytest.mark.parametrize(("common", "tokens"), [(15, 2 * 16), (16, 16 + 2)])
 def test_sixteen_common_tokens_are_worth_sharing_and_fifteen_are_not(common: int, tokens: int) -> None:
     head = [7] * common
-    assert len(plant(ids_of([*head, 1], [*head, 2]), shared=True).ids) == tokens
+    assert len(build_prefix_tree(ids_of([*head, 1], [*head, 2]), shared=True).ids) == tokens
 
 
 def test_equal_sequences_stand_once_however_short_and_short_beginnings_are_not_shared() -> None:
-    equal = plant(ids_of([5, 6], [5, 6]), shared=True)
+    equal = build_prefix_tree(ids_of([5, 6], [5, 6]), shared=True)
     assert equal.ids.tolist() == [5, 6]
     assert [p.tolist() for p in equal.places] == [[0, 1], [0, 1]]
     assert equal.forest.paths == (((0, 2),),)
-    assert plant(ids_of([5, 6, 7], [5, 6]), shared=True).ids.tolist() == [5, 6, 5, 6, 7]
+    assert build_prefix_tree(ids_of([5, 6, 7], [5, 6]), shared=True).ids.tolist() == [5, 6, 5, 6, 7]
 
 
 def test_branches_are_left_and_come_back_to() -> None:
     """Three depths: what shares with the path, what shares with an earlier branch of it, and what starts anew."""
     a, b, c = [1] * 16, [2] * 16, [3] * 16
     given = ids_of([*a, *b, *c, 9], [*a, *b, *c, 8], [*a, *b, 7], [*a, 6], [5, 5])
-    planted = plant(given, shared=True)
-    assert len(planted.ids) == 48 + 2 + 1 + 1 + 2
-    assert [planted.ids[p].tolist() for p in planted.places] == [s.tolist() for s in given]
-    assert [planted.positions[p].tolist() for p in planted.places] == [list(range(len(s))) for s in given]
-    end, index = planted.forest.end, torch.arange(len(planted.ids))
+    tree = build_prefix_tree(given, shared=True)
+    assert len(tree.ids) == 48 + 2 + 1 + 1 + 2
+    assert [tree.ids[p].tolist() for p in tree.places] == [s.tolist() for s in given]
+    assert [tree.positions[p].tolist() for p in tree.places] == [list(range(len(s))) for s in given]
+    end, index = tree.forest.end, torch.arange(len(tree.ids))
     sees = (index <= index[:, None]) & (index[:, None] < end)
-    for places in planted.places:
+    for places in tree.places:
         for depth, place in enumerate(places):
             assert sees[place].nonzero()[:, 0].tolist() == places[: depth + 1].tolist()
-    assert planted.forest.roots == [(0, 52), (52, 54)]
+    assert tree.forest.roots == [(0, 52), (52, 54)]

@@ -12,10 +12,9 @@ import transformers
 from torch.autograd.graph import saved_tensors_hooks
 
 from conftest import make_model
-from rap_lightning.batches import forest
+from rap_lightning.batches import layouts
 from rap_lightning.batches.dataset import Example
-from rap_lightning.batches.forest import plant
-from rap_lightning.batches.layouts import LAYOUTS, lay_out
+from rap_lightning.batches.layouts import LAYOUTS, build_prefix_tree, lay_out
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
@@ -256,32 +255,32 @@ def sequences(*texts: str) -> list[Any]:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_forest_holds_every_sequence_and_sees_exactly_its_path(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forest, "WORTH_SHARING", 1)
+    monkeypatch.setattr(layouts, "WORTH_SHARING", 1)
     texts = ["abcdef", "abcxy", "abcxyz", "b", "abcdef", "bcd", "abqqq", "abcd"]
-    planted = plant(sequences(*texts), shared=shared)
-    tokens = len(planted.ids)
+    tree = build_prefix_tree(sequences(*texts), shared=shared)
+    tokens = len(tree.ids)
     assert tokens == (len("abcdef" + "xyz" + "qqq" + "bcd") if shared else sum(map(len, texts)))
-    end = planted.forest.end
+    end = tree.forest.end
     index = torch.arange(tokens)
     sees = (index <= index[:, None]) & (index[:, None] < end)
-    for text, places in zip(texts, planted.places, strict=True):
-        assert bytes(planted.ids[places].astype(np.uint8)).decode() == text
-        assert planted.positions[places].tolist() == list(range(len(text)))
+    for text, places in zip(texts, tree.places, strict=True):
+        assert bytes(tree.ids[places].astype(np.uint8)).decode() == text
+        assert tree.positions[places].tolist() == list(range(len(text)))
         for depth, place in enumerate(places):
             assert sees[place].nonzero()[:, 0].tolist() == places[: depth + 1].tolist()
-    covered = [i for start, stop, _ in planted.forest.runs for i in range(start, stop)]
+    covered = [i for start, stop, _ in tree.forest.runs for i in range(start, stop)]
     assert covered == list(range(tokens))
-    on_paths = [[i for a, b in path for i in range(a, b)] for path in planted.forest.paths]
-    assert {tuple(p) for p in on_paths} <= {tuple(p.tolist()) for p in planted.places}
+    on_paths = [[i for a, b in path for i in range(a, b)] for path in tree.forest.paths]
+    assert {tuple(p) for p in on_paths} <= {tuple(p.tolist()) for p in tree.places}
     assert {i for p in on_paths for i in p} == set(range(tokens))
 
 
 def test_a_branch_that_would_share_next_to_nothing_starts_at_the_one_before() -> None:
-    head = "s" * forest.WORTH_SHARING
-    few, more = "t" * (forest.WORTH_SHARING - 1), "t" * forest.WORTH_SHARING
+    head = "s" * layouts.WORTH_SHARING
+    few, more = "t" * (layouts.WORTH_SHARING - 1), "t" * layouts.WORTH_SHARING
     for middle, tokens in [(few, len(head) + 2 * len(few + "x")), (more, len(head + more) + 2)]:
-        planted = plant(sequences(head + "a", head + middle + "x", head + middle + "y"), shared=True)
-        assert len(planted.ids) == tokens + 1
+        tree = build_prefix_tree(sequences(head + "a", head + middle + "x", head + middle + "y"), shared=True)
+        assert len(tree.ids) == tokens + 1
 
 
 def test_layouts_estimate_no_fewer_tokens_than_they_lay_out() -> None:
@@ -295,7 +294,7 @@ def test_layouts_estimate_no_fewer_tokens_than_they_lay_out() -> None:
 
 
 def test_the_goals_of_one_pair_share_what_their_prompts_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forest, "WORTH_SHARING", 1)
+    monkeypatch.setattr(layouts, "WORTH_SHARING", 1)
     batch = batch_of("tree", conversations(goals_of_one=True))
     assert batch.input_ids.numel() == 18 + 2 * (1 + 14 + 3 + 12 + 5)
     with_goal_last = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conftest import scored_rows
 from rap_lightning.batches.dataset import Example
-from rap_lightning.batches.encode import Encoder, Notes
+from rap_lightning.batches.encode import Conversation, Encoder
 from rap_lightning.batches.layouts import Collate
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
@@ -69,10 +69,10 @@ def examples(tiny: Path) -> list[Example]:
     made = []
     for number, row in enumerate(scored_rows(PAIRS)):
         history, chosen, rejected = row["chosen"][:-1], row["chosen"][-1]["content"], row["rejected"][-1]["content"]
-        prompt = encoder.prompt(history, OverallGoal().text(row["score_chosen"]), Notes())
-        ids = [encoder.response(prompt, text, Notes()) for text in (chosen, rejected)]
+        goal = OverallGoal().text(row["score_chosen"])
+        found = encoder.encode_one(Conversation(history, (goal,), (chosen, rejected)))
         rewards = (row["score_chosen"], row["score_rejected"])
-        made.append(Example(str(number), 0, None, rewards, prompt.ids, *ids))
+        made.append(Example(str(number), 0, None, rewards, found.prompt_ids[0], *found.response_ids))
     assert len({len(e.chosen_ids) for e in made}) > 1, (
         "lengths must differ, or means over tokens could not be told apart"
     )

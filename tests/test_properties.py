@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import FAMILIES, encode, make_tokenizer, pairs_of, write_jsonl
-from rap_lightning.batches.assemble import Assembler, Job
-from rap_lightning.batches.encode import Encoder, Notes
-from rap_lightning.batches.pair_encoder import PairEncoder
+from rap_lightning.batches.dataset import PairEncoder
+from rap_lightning.batches.encode import Encoder
 from rap_lightning.batches.stream import StepShape, StreamedPairs
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.cross_row_checks import FirstSeen
@@ -163,7 +162,8 @@ def test_the_prompt_is_an_exact_prefix_and_the_goal_survives(
     encoder = Encoder(tokenizer, GOAL, max_length)
     encoded = PairEncoder(encoder, Relabelling())(pairs)
     control = set(encoder.special.values())
-    for pair, row in zip(pairs, encoded, strict=True):
+    whole_rows = PairEncoder(Encoder(tokenizer, GOAL, 10**6), Relabelling())(pairs)
+    for pair, row, whole_row in zip(pairs, encoded, whole_rows, strict=True):
         if row["dropped"]:
             continue
         for half, prompt in enumerate(row["prompt_ids"]):
@@ -178,31 +178,15 @@ def test_the_prompt_is_an_exact_prefix_and_the_goal_survives(
                 if encoder.imitates(answer):
                     continue
                 goal_text = GOAL.text(pair.rewards[half])
-                turns = encoder.prompt(pair.history, goal_text, Notes()).messages
+                turns = encoder.render_prompt(pair.history, goal_text).messages
                 whole = tokenizer.apply_chat_template(
                     [*turns, {"role": "assistant", "content": answer}], tokenize=True, return_dict=False
                 )
                 if not row["repaired"]:
                     assert prompt + ids == whole
-        for ids in row["response_ids"]:
-            assert sum(token in control for token in ids) == 1, "text must never become a control token"
-
-
-@relaxed
-@given(st.sampled_from(list(FAMILIES)), rows())
-def test_assembled_ids_are_those_of_whole_sequences(family: str, data: list[dict[str, Any]]) -> None:
-    tokenizer = TOKENIZERS[family]
-    pairs, _ = pairs_of(data)
-    encode_pair = PairEncoder(Encoder(tokenizer, GOAL, 2000), Relabelling(keep_original=True))
-    jobs = [Job(pair.history, encode_pair.goal_texts(pair), pair.responses) for pair in pairs]
-    for pair, job, found in zip(pairs, jobs, Assembler(encode_pair.encoder).encode(jobs), strict=True):
-        whole = encode_pair._whole(pair, job)
-        if found is not None:
-            assert found.prompt_ids == whole["prompt_ids"]
-            assert found.response_ids == whole["response_ids"]
-        else:
-            spoken = [turn["content"] for turn in pair.history] + list(pair.responses)
-            assert any(map(encode_pair.encoder.imitates, spoken)) or whole["repaired"], "assembled wherever it can be"
+        for ids, uncut in zip(row["response_ids"], whole_row["response_ids"], strict=True):
+            assert sum(token in control for token in uncut) == 1, "text must never become a control token"
+            assert ids == uncut[: len(ids)]
 
 
 def training_pairs(encoded: Any) -> Counter[Any]:
@@ -217,7 +201,7 @@ def streamed(path: Path, tokenizer: Any, relabelling: Relabelling, **options: An
     encoder = PairEncoder(Encoder(tokenizer, GOAL, 512), relabelling)
     workers, start = options.pop("workers", 0), options.pop("start", 0)
     shape = StepShape(**({"batch_size": 3, "accumulate": 2} | options))
-    stream = StreamedPairs([Source(str(path))], "train", rules, encoder, shape, buffer=16, seed=5, max_length=512)
+    stream = StreamedPairs([Source(str(path))], "train", rules, encoder, shape, buffer=16, seed=5)
     stream.start = start
     return list(DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=lambda item: item))
 
@@ -374,7 +358,7 @@ def test_a_stream_counts_what_it_cuts_even_if_it_is_left_early(
     data[0]["rejected"][-1]["content"] = "plum " * 600
     path = write_jsonl(tmp_path / "rows.jsonl", data)
     rules, encoder = Rules(tool_turns=True), PairEncoder(Encoder(TOKENIZERS["chatml"], GOAL, 512), Relabelling())
-    stream = StreamedPairs([Source(str(path))], "train", rules, encoder, StepShape(2), buffer=1, seed=0, max_length=512)
+    stream = StreamedPairs([Source(str(path))], "train", rules, encoder, StepShape(2), buffer=1, seed=0)
     batches = iter(stream)
     next(batches)
     batches.close()

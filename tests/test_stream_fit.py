@@ -107,7 +107,7 @@ def test_several_sources_with_weights_and_a_fitted_scale(tiny: Path, tmp_path: P
     module, _ = build(tiny, tmp_path)
     goal = OverallGoal(LinearScale())
     sources = [Source(str(a)), Source(str(b), weight=3.0)]
-    data = PreferenceDataModule(sources, goal, keep_original=True, max_length=160, batch_size=4)
+    data = PreferenceDataModule(sources, goal=goal, keep_original=True, max_length=160, batch_size=4)
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(module, data)
     assert goal.scale.judge_low == -20.0

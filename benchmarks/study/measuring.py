@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from benchmarks.study.settings import BINS, GOALS, MAX_LENGTH, Size
 
-from rap_lightning.batches.encode import Encoder, Notes
+from rap_lightning.batches.encode import Conversation, Encoder
 from rap_lightning.batches.layouts import lay_out_responses
+from rap_lightning.batches.prompts import left_pad
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.evaluation import read_off
 from rap_lightning.evaluation.response_figures import bin_numbers
 from rap_lightning.evaluation.statistics import curve_spearman, slope, spearman
-from rap_lightning.models.generation import Generation, generate, left_pad
+from rap_lightning.models.generation import Generation, generate
 from rap_lightning.models.policy import Policy, evaluating
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.world.rule import attributes, score
@@ -47,7 +48,7 @@ class Asker:
         text = None
         if goal is not None:
             text = self.template.write(goal, own or [goal] * len(self.template.attributes))
-        return self.encoder.prompt([{"role": "user", "content": prompt}], text, Notes()).ids
+        return self.encoder.prompt_ids([{"role": "user", "content": prompt}], text)
 
     def response(self, pair: dict[str, Any], side: str) -> list[int]:
         """The response's ids up to its end of turn.
@@ -56,8 +57,8 @@ class Asker:
         seen there: it would cost every response the same 10 nats, and whatever imitates would win them back.
         """
         text = pair[side][-1]["content"]
-        start = self.encoder.prompt([{"role": "user", "content": pair["prompt"]}], None, Notes())
-        ids = self.encoder.response(start, text, Notes())
+        history = [{"role": "user", "content": pair["prompt"]}]
+        (ids,) = self.encoder.encode_one(Conversation(history, responses=(text,))).response_ids
         return ids[: ids.index(self.encoder.tokenizer.eos_token_id) + 1]
 
 

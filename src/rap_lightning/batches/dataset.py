@@ -1,29 +1,38 @@
 """Scored pairs, encoded once, seen as training pairs.
 
-Each scored pair is one row of an Arrow table with its prompts under either goal and both responses; training pairs are
-found by index arithmetic over it (rap_lightning.preferences.relabelling).
+A scored pair becomes one row (:class:`PairEncoder`): its prompt under each goal, and both responses once each. The rows
+are an Arrow table on disk (:func:`encode_pairs`); training pairs are found in it by index arithmetic
+(:class:`EncodedPairs`, rap_lightning.preferences.relabelling).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from torch.utils.data import Dataset
 
-from rap_lightning.batches.encode import Encoder
-from rap_lightning.batches.pair_encoder import FORMAT, PairEncoder, features, note_encoding
+from rap_lightning.batches.encode import Conversation, Encoder
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.pair_cache import as_pair
-from rap_lightning.preferences.relabelling import REJECTED_GOAL, UNCONDITIONED, Relabelling, TrainingIndex
+from rap_lightning.preferences.pairs import BadRow, Pair
+from rap_lightning.preferences.relabelling import ORIGIN_TABLE, Relabelling, TrainingIndex, relabel
+from rap_lightning.preferences.source_mix import copies
 
-ROWS = 250  # encoded at a time
-DIGESTED = 1000  # rows whose bytes are hashed at a time
+FORMAT = 4
+"""Part of the cache key: raise it when the columns of a row or the encoding change."""
+ROWS = 250
+"""Rows that are encoded at a time."""
+DIGESTED = 1000
+"""Rows whose bytes are hashed at a time."""
+
+EncodedRow = dict[str, Any]
+"""A row of the Arrow table, with the columns of :func:`features`."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +48,132 @@ class Example:
     rejected_ids: Sequence[int]
 
 
+# -- a scored pair to a row -------------------------------------------------------------------------------------------
+
+
+class PairEncoder:
+    """Encodes scored pairs, some at a time.
+
+    Args:
+        encoder: renders and tokenises.
+        relabelling: which prompts a pair needs.
+    """
+
+    def __init__(self, encoder: Encoder, relabelling: Relabelling) -> None:
+        self.encoder, self.relabelling = encoder, relabelling
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[EncodedRow]:
+        """A row for each pair; ``dropped`` says why a pair can't be encoded."""
+        rows = []
+        for pair, found in zip(pairs, self.encoder.encode([self._conversation(pair) for pair in pairs]), strict=True):
+            row = EMPTY | {"pair_id": pair.id, "place": pair.place}
+            if isinstance(found, BadRow):
+                rows.append(row | {"dropped": found.reason, "column": found.column})
+                continue
+            rows.append(
+                row
+                | {
+                    "tie": pair.tie,
+                    "rewards": list(pair.rewards),
+                    "goals": [relabel(pair, self.encoder.goal, one).goal for one in self.relabelling.origins],
+                    "prompt_ids": found.prompt_ids,
+                    "response_ids": found.response_ids,
+                    "repaired": found.repaired,
+                    "cut_prompt": max(found.cut_prompts),
+                    "cut_response": found.cut_responses,
+                }
+            )
+        return rows
+
+    def _conversation(self, pair: Pair) -> Conversation:
+        columns = ("rejected", "chosen") if pair.exchanged else ("chosen", "rejected")
+        return Conversation(pair.history, self.goal_texts(pair), pair.responses, columns, pair.tools)
+
+    def goal_texts(self, pair: Pair) -> tuple[str | None, ...]:
+        """What the pair's prompts ask for, in the order of ``prompt_ids``; None is the plain prompt."""
+        return tuple(relabel(pair, self.encoder.goal, one).goal_text for one in self.relabelling.origins)
+
+
+def features() -> Any:
+    """The columns of an encoded row.
+
+    ``datasets`` would infer the type of a column from its first rows, and fail at later ones where those are empty.
+    """
+    from datasets import Features, List, Value
+
+    ids = List(List(Value("int32")))
+    return Features(
+        pair_id=Value("string"), place=Value("string"), tie=Value("bool"), rewards=List(Value("float64")),
+        goals=List(Value("string")), prompt_ids=ids, response_ids=ids, dropped=Value("string"), column=Value("string"),
+        repaired=List(Value("string")), cut_prompt=Value("int64"), cut_response=List(Value("int64")),
+    )  # fmt: skip
+
+
+EMPTY: EncodedRow = {
+    "pair_id": "", "place": "", "tie": False, "rewards": [], "goals": [], "prompt_ids": [], "response_ids": [],
+    "dropped": "", "column": "", "repaired": [], "cut_prompt": 0, "cut_response": [0, 0],
+}  # fmt: skip
+
+
+def note_encoding(rows: Iterable[EncodedRow], report: DataReport) -> list[bool]:
+    """Count in the report what became of encoded rows; returns for each whether it was encoded."""
+    good: set[str] = set()
+    lost: set[str] = set()
+    encoded = []
+    for row in rows:
+        place = row["place"]
+        encoded.append(not row["dropped"])
+        (lost if row["dropped"] else good).add(place)
+        if row["dropped"]:
+            report.note("dropped", row["dropped"], place, row["column"])
+            continue
+        for reason in row["repaired"]:
+            report.note("repaired", reason, place, "chosen, rejected or prompt")
+        if row["cut_prompt"]:
+            report.note("truncated", "prompt text cut, goal kept", place, "prompt")
+        for name, cut in zip(("chosen", "rejected"), row["cut_response"], strict=True):
+            if cut:
+                report.note("truncated", f"end of the {name} response cut", place, name)
+    report.kept -= len(lost - good)
+    return encoded
+
+
+# -- a row to training pairs ------------------------------------------------------------------------------------------
+
+
+def example_of(row: EncodedRow, origin: int, relabelling: Relabelling) -> Example:
+    """One of the training pairs that an encoded row becomes."""
+    place, half = relabelling.origins.index(origin), ORIGIN_TABLE[origin].chosen
+    return Example(
+        pair_id=row["pair_id"],
+        origin=origin,
+        goal=row["goals"][place],
+        rewards=(row["rewards"][half], row["rewards"][1 - half]),
+        prompt_ids=row["prompt_ids"][place],
+        chosen_ids=row["response_ids"][half],
+        rejected_ids=row["response_ids"][1 - half],
+    )
+
+
 class EncodedPairs(Dataset[Any]):
-    """The training pairs over a table of encoded scored pairs, those that tie last.
+    """The training pairs over a table of encoded scored pairs, whose last rows are those that tie.
 
     Args:
         table: a ``datasets.Dataset`` with the columns of :func:`features`.
         relabelling: what each scored pair becomes.
-        max_length: tokens of prompt and response together.
         ties: how many of the last rows tie.
     """
 
-    def __init__(self, table: Any, relabelling: Relabelling, max_length: int, ties: int = 0) -> None:
-        self.table, self.relabelling, self.max_length = table, relabelling, max_length
+    def __init__(self, table: Any, relabelling: Relabelling, ties: int = 0) -> None:
+        self.table, self.relabelling = table, relabelling
         self.index = TrainingIndex(len(table) - ties, ties, relabelling)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def digest(self) -> str:
-        """Of every encoded pair, in order: the same wherever the same data were encoded in the same way."""
-        table, found = (
-            self.table.with_format("arrow"),
-            hashlib.sha256(str((self.relabelling, self.max_length)).encode()),
-        )
+        """Digest of every encoded pair, in order: the same wherever the same data were encoded in the same way."""
+        table, found = self.table.with_format("arrow"), hashlib.sha256(str(self.relabelling).encode())
         for first in range(0, len(table), DIGESTED):
             block = table[first : first + DIGESTED].replace_schema_metadata(None).combine_chunks()
             sink = pa.BufferOutputStream()
@@ -73,7 +185,7 @@ class EncodedPairs(Dataset[Any]):
     def example(self, index: int) -> Example:
         """Training pair ``index``."""
         row, origin = self.index[index]
-        return example_of(self.table[row], origin, self.relabelling, self.max_length)
+        return example_of(self.table[row], origin, self.relabelling)
 
     def sizes(self) -> list[PairSize]:
         """Tokens of every training pair, as :meth:`example` gives it, read from the columns' offsets alone."""
@@ -84,33 +196,14 @@ class EncodedPairs(Dataset[Any]):
         for index in range(len(self)):
             row, origin = self.index[index]
             prompts, responses = lengths[row]
-            half = 1 if origin == REJECTED_GOAL else 0
-            room = self.max_length - max(prompts)
-            chosen, rejected = (min(responses[which], room) for which in (half, 1 - half))
-            found.append(PairSize(prompts[self.relabelling.origins.index(origin)], chosen, rejected))
+            half = ORIGIN_TABLE[origin].chosen
+            prompt = prompts[self.relabelling.origins.index(origin)]
+            found.append(PairSize(prompt, responses[half], responses[1 - half]))
         return found
 
     def __getitem__(self, plan: BatchPlan) -> tuple[BatchPlan, list[Example]]:
         """The examples of a whole batch: the sampler plans batches, not rows."""
         return plan, [self.example(index) for index in plan.indices]
-
-
-def example_of(row: dict[str, Any], origin: int, relabelling: Relabelling, max_length: int) -> Example:
-    """A training pair of an encoded row; responses are cut so that prompt and response fit ``max_length``."""
-    half = 1 if origin == REJECTED_GOAL else 0
-    prompts = row["prompt_ids"]
-    room = max_length - max(map(len, prompts))  # the same under every goal, so that cuts are too
-    chosen, rejected = (row["response_ids"][which][:room] for which in (half, 1 - half))
-    rewards = row["rewards"]
-    return Example(
-        pair_id=row["pair_id"],
-        origin=origin,
-        goal=None if origin == UNCONDITIONED else row["goals"][half],
-        rewards=(rewards[half], rewards[1 - half]),
-        prompt_ids=prompts[relabelling.origins.index(origin)],
-        chosen_ids=chosen,
-        rejected_ids=rejected,
-    )
 
 
 def encode_pairs(
@@ -130,10 +223,10 @@ def encode_pairs(
         relabelling: what each pair becomes.
         report: gets what was repaired, truncated or dropped here, and the final counts.
         num_proc: processes that share the work.
-        strict: stop where a pair can't be encoded, instead of dropping and counting it.
+        strict: raise where a pair can't be encoded, instead of dropping and counting it.
 
     Raises:
-        DataError: no pair can be encoded, or one can't and that is to be an error.
+        DataError: no pair can be encoded, or with ``strict`` one can't.
     """
     table = pairs.map(
         _encode_rows,
@@ -160,9 +253,26 @@ def encode_pairs(
         raise DataError(
             f"{report.source} (split {report.split}): no pair is left to train on.\n" + "\n".join(report.lines())
         )
-    whole = EncodedPairs(table.select(keep + ties), relabelling, encoder.max_length, len(ties))
+    whole = EncodedPairs(table.select(keep + ties), relabelling, len(ties))
     report.pairs, report.relabelled = len(keep) + len(ties), len(whole)
     return whole
+
+
+def join_weighted(parts: Sequence[tuple[EncodedPairs, float]], seed: int) -> EncodedPairs:
+    """The pairs of several sources, each as often as its source's weight says; the parts must not be empty."""
+    from datasets import concatenate_datasets
+
+    untied, tied = [], []
+    for encoded, weight in parts:
+        table = encoded.table
+        rows = [
+            row
+            for row, one in enumerate(table.select_columns(["pair_id"])[:]["pair_id"])
+            for _ in range(copies(one, weight, seed))
+        ]
+        untied.append(table.select([row for row in rows if row < encoded.index.pairs]))
+        tied.append(table.select([row for row in rows if row >= encoded.index.pairs]))
+    return EncodedPairs(concatenate_datasets([*untied, *tied]), parts[0][0].relabelling, sum(map(len, tied)))
 
 
 def _encode_rows(batch: dict[str, list[Any]], encode: PairEncoder) -> dict[str, list[Any]]:

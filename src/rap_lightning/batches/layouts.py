@@ -1,29 +1,40 @@
-"""Examples to a Batch. A layout decides how tokens are laid out for the model; nothing above can tell which it was."""
+"""Training pairs to a :class:`Batch`, in one of three layouts.
+
+:func:`lay_out` makes the batch. A layout turns token sequences into the model's input (:class:`PackedInputs`); the
+index tensors that the loss side reads are then the same for every layout, so that nothing above can tell which it was.
+``packed`` and ``tree`` put all sequences into one row, by :func:`build_prefix_tree`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from rap_lightning.batches.dataset import Example
-from rap_lightning.batches.forest import Ids, plant
 from rap_lightning.batches.sampler import BatchPlan, PairSize
-from rap_lightning.batches.types import Batch, Forest
+from rap_lightning.batches.types import RESPONSES, Batch, Forest
+
+Ids: TypeAlias = npt.NDArray[np.int64]
+
+WORTH_SHARING = 16
+"""Tokens. A sequence that would share fewer than these beyond an earlier branch starts at that branch: another branch
+costs kernel calls in every layer, and saves next to nothing."""
 
 
 @dataclass(frozen=True)
-class Laid:
-    """Where tokens stand: the model's input, and the place of each token of each of the 2B sequences in it.
+class PackedInputs:
+    """The model's input, and the position in it of each token of each sequence.
 
     Attributes:
         input_ids, position_ids, attention_mask: [R, T] int64.
-        forest: what sees what, or ``None`` where rows are sequences.
+        forest: which token attends to which, or ``None`` where each row is one sequence.
         places: for each sequence, [its tokens] int64, indices into the flattened [R * T] input.
     """
 
@@ -36,18 +47,18 @@ class Laid:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to lay sequences out, and how many tokens the model then has to process.
+    """A layout, and how many tokens the model then processes.
 
     Attributes:
-        lay: (sequences as id arrays, pad id) -> Laid.
+        pack: (sequences as id arrays, pad id) -> PackedInputs.
         tokens: an upper bound on the tokens of pairs in one forward pass, padding included.
     """
 
-    lay: Callable[[Sequence[Ids], int], Laid]
+    pack: Callable[[Sequence[Ids], int], PackedInputs]
     tokens: Callable[[Sequence[PairSize]], int]
 
 
-def _padded(sequences: Sequence[Ids], pad_id: int) -> Laid:
+def _padded(sequences: Sequence[Ids], pad_id: int) -> PackedInputs:
     width = max(map(len, sequences))
     input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -56,26 +67,26 @@ def _padded(sequences: Sequence[Ids], pad_id: int) -> Laid:
         attention_mask[row, : len(ids)] = 1
     position_ids = torch.arange(width).expand(len(sequences), width).contiguous()
     places = [torch.arange(row * width, row * width + len(ids)) for row, ids in enumerate(sequences)]
-    return Laid(input_ids, position_ids, attention_mask, None, places)
+    return PackedInputs(input_ids, position_ids, attention_mask, None, places)
 
 
-def _packed(sequences: Sequence[Ids], pad_id: int) -> Laid:
+def _packed(sequences: Sequence[Ids], pad_id: int) -> PackedInputs:
     return _in_one_row(sequences, shared=False)
 
 
-def _tree(sequences: Sequence[Ids], pad_id: int) -> Laid:
+def _tree(sequences: Sequence[Ids], pad_id: int) -> PackedInputs:
     return _in_one_row(sequences, shared=True)
 
 
-def _in_one_row(sequences: Sequence[Ids], *, shared: bool) -> Laid:
-    planted = plant(sequences, shared=shared)
-    input_ids = torch.from_numpy(planted.ids)[None]
-    return Laid(
+def _in_one_row(sequences: Sequence[Ids], *, shared: bool) -> PackedInputs:
+    tree = build_prefix_tree(sequences, shared=shared)
+    input_ids = torch.from_numpy(tree.ids)[None]
+    return PackedInputs(
         input_ids,
-        torch.from_numpy(planted.positions)[None],
+        torch.from_numpy(tree.positions)[None],
         torch.ones_like(input_ids),
-        planted.forest,
-        [torch.from_numpy(places) for places in planted.places],
+        tree.forest,
+        [torch.from_numpy(places) for places in tree.places],
     )
 
 
@@ -85,19 +96,22 @@ LAYOUTS: dict[str, Layout] = {
     "tree": Layout(_tree, lambda pairs: sum(p.prompt + p.chosen + p.rejected for p in pairs)),
 }
 """padded: a row per response. packed: one row of all responses, each after its prompt. tree: one row in which
-responses share what they begin with."""
+responses share their common prefixes."""
+
+
+# -- a batch ----------------------------------------------------------------------------------------------------------
 
 
 def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id: int) -> Batch:
     """The examples of one forward pass as a Batch; ``plan.weights`` are theirs."""
-    prompts = [len(e.prompt_ids) for e in examples for _ in range(2)]
+    prompts = [len(e.prompt_ids) for e in examples for _ in range(RESPONSES)]
     sequences = [
         np.asarray([*e.prompt_ids, *response], dtype=np.int64)
         for e in examples
-        for response in (e.chosen_ids, e.rejected_ids)
+        for response in (e.chosen_ids, e.rejected_ids)  # the order of segments: see Batch
     ]
     return Batch(
-        **_laid_out(layout, sequences, prompts, pad_id),
+        **_indexed(layout, sequences, prompts, pad_id),
         rewards=torch.tensor([e.rewards for e in examples], dtype=torch.float32),
         origin=torch.tensor([e.origin for e in examples]),
         weights=torch.tensor(plan.weights, dtype=torch.float32),
@@ -111,29 +125,32 @@ def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id
 
 
 def lay_out_responses(responses: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> Batch:
-    """Single responses, (prompt ids, response ids) each, for their log-probabilities alone, padded.
+    """Single responses, (prompt ids, response ids) each, padded, to compute their log-probabilities.
 
-    Segment i is response i, and ``lengths`` [n] are theirs; there are no pairs, so what belongs to pairs is empty.
+    Segment i is response i, and ``lengths`` is [n]. There are no pairs, so the fields of pairs are empty.
     """
     sequences = [np.asarray([*prompt, *response], dtype=np.int64) for prompt, response in responses]
     prompts = [len(prompt) for prompt, _ in responses]
     nothing = torch.zeros(0)
     return Batch(
-        **_laid_out(LAYOUTS["padded"], sequences, prompts, pad_id),
+        **_indexed(LAYOUTS["padded"], sequences, prompts, pad_id),
         rewards=nothing, origin=nothing, weights=nothing, step_pairs=0, loss_weights=nothing, step_weight=0.0,
         digests=(), pair_ids=(), goals=(),
     )  # fmt: skip
 
 
-def _laid_out(layout: Layout, sequences: Sequence[Ids], prompts: Sequence[int], pad_id: int) -> dict[str, Any]:
-    """What a Batch says of responses: sequence s is segment s, and its first ``prompts[s]`` tokens are the prompt's."""
-    laid = layout.lay(sequences, pad_id)
-    cut = list(zip(sequences, prompts, laid.places, strict=True))
+def _indexed(layout: Layout, sequences: Sequence[Ids], prompts: Sequence[int], pad_id: int) -> dict[str, Any]:
+    """The fields of a Batch that belong to responses.
+
+    Sequence s becomes segment s, and its first ``prompts[s]`` tokens are the prompt.
+    """
+    packed = layout.pack(sequences, pad_id)
+    cut = list(zip(sequences, prompts, packed.places, strict=True))
     return {
-        "input_ids": laid.input_ids,
-        "position_ids": laid.position_ids,
-        "attention_mask": laid.attention_mask,
-        "forest": laid.forest,
+        "input_ids": packed.input_ids,
+        "position_ids": packed.position_ids,
+        "attention_mask": packed.attention_mask,
+        "forest": packed.forest,
         # the prompt's last token predicts the response's first
         "predict_from": torch.cat([places[prompt - 1 : -1] for _, prompt, places in cut]),
         "target": torch.cat([torch.from_numpy(ids[prompt:]) for ids, prompt, _ in cut]),
@@ -142,19 +159,87 @@ def _laid_out(layout: Layout, sequences: Sequence[Ids], prompts: Sequence[int], 
     }
 
 
-def _digest(ids: Any, prompt: int) -> bytes:
+def _digest(ids: Ids, prompt: int) -> bytes:
     return hashlib.sha256(b"%d:" % prompt + ids.tobytes()).digest()[:16]
 
 
 class Collate:
-    """What the DataLoader calls with what :class:`EncodedPairs` gives: a batch becomes its forward passes."""
+    """The DataLoader's ``collate_fn`` for :class:`EncodedPairs`: a planned batch becomes its forward passes."""
 
     def __init__(self, layout: str, pad_id: int) -> None:
         assert layout in LAYOUTS
-        self.name, self.pad_id = layout, pad_id  # by name, so that it can be sent to workers that are not forked
+        self.name, self.pad_id = layout, pad_id  # by name, so that workers that are not forked can unpickle it
 
     def __call__(self, planned: tuple[BatchPlan, list[Example]]) -> tuple[Batch, ...]:
         """Lay out one planned batch."""
         plan, examples = planned
         layout = LAYOUTS[self.name]
         return tuple(lay_out(layout, [examples[i] for i in part], plan.part(part), self.pad_id) for part in plan.parts)
+
+
+# -- sequences in one row ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """Sequences in one row of T tokens, in which a common prefix may be stored once.
+
+    Attributes:
+        ids, positions: [T] int64.
+        forest: which token attends to which.
+        places: for each sequence, in the order given, the indices of its tokens in the row, int64.
+    """
+
+    ids: Ids
+    positions: Ids
+    forest: Forest
+    places: list[Ids]
+
+
+def build_prefix_tree(sequences: Sequence[Ids], *, shared: bool) -> PrefixTree:
+    """Lay sequences out depth first, sharing common prefixes, or each as a tree of its own.
+
+    ``path`` holds the row's indices of the current sequence, from its root. The next sequence leaves that path at depth
+    ``common``: what lies deeper is complete, so its ``end`` is known, and the new tokens are appended to the row.
+    """
+    # in lexicographic order neighbours share most, and a depth-first traversal visits them one after the other
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist()) if shared else range(len(sequences))
+    end = np.empty(sum(map(len, sequences)), np.int64)
+    ids, positions, places = np.empty_like(end), np.empty_like(end), [end] * len(sequences)
+    paths: list[Ids] = []
+    branches = [0]  # depths on the current path at which an earlier sequence left it
+    path, previous, count = end[:0], end[:0], 0
+    for index in order:
+        sequence = sequences[index]
+        common = _shared_length(previous, sequence) if shared else 0
+        while branches[-1] > common:
+            branches.pop()
+        if common - branches[-1] < WORTH_SHARING and common < len(sequence):
+            common = branches[-1]
+        end[path[common:]] = count
+        if common < len(path):
+            paths.append(path)
+            branches.append(common)
+        new = slice(count, count + len(sequence) - common)
+        ids[new], positions[new] = sequence[common:], np.arange(common, len(sequence))
+        path = places[index] = np.concatenate([path[:common], np.arange(new.start, new.stop)])
+        count, previous = new.stop, sequence
+    end[path] = count
+    paths.append(path)
+    ids, positions, end = ids[:count], positions[:count], end[:count]
+    starts = [0, *(np.flatnonzero(np.diff(end)) + 1).tolist()]
+    runs = tuple((a, b, int(end[a])) for a, b in zip(starts, [*starts[1:], count], strict=True))
+    forest = Forest(torch.from_numpy(end), runs, tuple(_spans(path) for path in paths))
+    return PrefixTree(ids, positions, forest, places)
+
+
+def _shared_length(a: Ids, b: Ids) -> int:
+    width = min(len(a), len(b))
+    differs = np.flatnonzero(a[:width] != b[:width])
+    return int(differs[0]) if len(differs) else width
+
+
+def _spans(path: Ids) -> tuple[tuple[int, int], ...]:
+    jumps = np.flatnonzero(np.diff(path) != 1)
+    starts, stops = [0, *(jumps + 1)], [*jumps, len(path) - 1]
+    return tuple((int(path[a]), int(path[b]) + 1) for a, b in zip(starts, stops, strict=True))

@@ -1,4 +1,4 @@
-"""A DataLoader that can begin in the middle of an epoch."""
+"""A DataLoader that can start in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,56 @@ from torch.utils.data import DataLoader
 from rap_lightning.batches.dataset import EncodedPairs
 from rap_lightning.batches.layouts import Collate
 from rap_lightning.batches.sampler import StepSampler
+from rap_lightning.batches.stream import StreamedPairs
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import UserError
 
 
-def plainly(batches: Iterable[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
-    """Batches; an error of ours in a worker is raised with its own text, without the worker's stack around it."""
+class PairLoader(DataLoader[tuple[Batch, ...]]):
+    """Batches of training pairs; each is a tuple of forward passes.
+
+    Args:
+        pairs: the training pairs.
+        collate: lays them out.
+        position: (epoch, batches of it that a resumed run has already trained on); called when an iteration starts.
+        sampler: plans the batches of :class:`EncodedPairs`; a stream plans its own.
+        options: of the DataLoader.
+    """
+
+    def __init__(
+        self, pairs: EncodedPairs | StreamedPairs, collate: Collate, position: Callable[[], tuple[int, int]],
+        sampler: StepSampler | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        # batch_size None: the sampler yields whole batches, so torch must not group them again
+        super().__init__(pairs, batch_size=None, sampler=sampler, collate_fn=collate, **options)  # type: ignore[arg-type]
+        self.pairs, self.position = pairs, position
+
+    def __iter__(self) -> Iterator[tuple[Batch, ...]]:  # type: ignore[override]
+        epoch, done = self.position()
+        if isinstance(self.pairs, StreamedPairs):
+            self.pairs.epoch, self.pairs.start = epoch, done
+        elif isinstance(self.sampler, StepSampler):  # its epoch is set by Lightning
+            self.sampler.start = done
+        yield from unwrap_worker_error(super().__iter__())
+
+    def whole(self) -> PairLoader:
+        """This loader, from the beginning of the epoch even in a resumed run."""
+        self.position = lambda: (0, 0)
+        return self
+
+    # Lightning takes a loader with these two methods for one that can resume. The position itself belongs to the
+    # trainer, which alone knows which batches have become whole optimizer steps (rap_lightning.training.run_state).
+
+    def state_dict(self) -> dict[str, int]:
+        """Empty: the trainer's progress holds the position."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """See ``state_dict``."""
+
+
+def unwrap_worker_error(batches: Iterable[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
+    """Batches; an error of ours in a worker is raised with its own text, without the worker's traceback around it."""
     try:
         yield from batches
     except UserError as error:
@@ -23,41 +67,3 @@ def plainly(batches: Iterable[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]
         if not found or "in DataLoader worker" not in before:
             raise
         raise type(error)(text.strip()) from None
-
-
-class PairLoader(DataLoader[tuple[Batch, ...]]):
-    """Batches of an :class:`EncodedPairs` as a :class:`StepSampler` plans them.
-
-    Args:
-        pairs: the training pairs.
-        sampler: plans the batches.
-        collate: lays them out.
-        skip: batches of the epoch that a resumed run has behind it; asked when the first batch is.
-        options: of the DataLoader.
-    """
-
-    def __init__(
-        self, pairs: EncodedPairs, sampler: StepSampler, collate: Collate, skip: Callable[[], int], **options: Any
-    ) -> None:
-        # batch_size None: the sampler yields whole batches, so torch must not group them again
-        super().__init__(pairs, batch_size=None, sampler=sampler, collate_fn=collate, **options)  # type: ignore[arg-type]
-        self.plan, self.skip = sampler, skip
-
-    def __iter__(self) -> Iterator[tuple[Batch, ...]]:  # type: ignore[override]
-        self.plan.start = self.skip()
-        yield from plainly(super().__iter__())
-
-    def whole(self) -> PairLoader:
-        """This loader, from the epoch's beginning whatever a resumed run has behind it."""
-        self.skip = lambda: 0
-        return self
-
-    # Lightning takes a loader with these two for resumable. The position itself is the trainer's to keep: it alone
-    # knows which batches have become whole optimizer steps (rap_lightning.training.run_state).
-
-    def state_dict(self) -> dict[str, int]:
-        """Nothing beyond what the trainer's own progress says."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """See ``state_dict``."""

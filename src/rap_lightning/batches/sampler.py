@@ -1,10 +1,13 @@
-"""Which pairs stand in which batch.
+"""Which pairs are in which batch.
 
 Batches are planned per optimizer step, so that an epoch is complete, deterministic, and the mean over a step is a mean
 over its pairs, however they are spread over ranks and accumulated batches, and however many the last step has.
 
-Which pairs a step has is random and depends on nothing but the seed and the epoch; within a step, pairs are free to
-change places. So there they are sorted by length, dealt to the ranks by turns, and packed into forward passes.
+Which pairs are in a step is random and depends only on the seed and the epoch. Within a step their order does not
+matter, so they are sorted by length, dealt to the ranks in turn, and packed into forward passes.
+
+:class:`StepSampler` yields a :class:`BatchPlan` for each batch of its rank; :class:`Packing` splits a batch into
+forward passes within a token budget.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from rap_lightning.errors import ConfigError
 
 
 class PairSize(NamedTuple):
-    """Tokens of a training pair's prompt and responses."""
+    """Tokens of a training pair's prompt and responses, end of turn included."""
 
     prompt: int
     chosen: int
@@ -33,11 +36,11 @@ class BatchPlan:
     """One batch of one rank.
 
     Attributes:
-        indices: its pairs.
-        weights: theirs, 0 for a filler.
+        indices: the numbers of its pairs.
+        weights: of each pair, 0 for a filler.
         step_pairs: pairs in the whole optimizer step.
-        parts: places in ``indices`` that go through the model together: one forward and backward pass each.
-        loss_weights: what each pair's loss counts in the mean over the step; by default ``weights``.
+        parts: positions in ``indices`` of the pairs of each forward and backward pass.
+        loss_weights: weight of each pair's loss in the mean over the step; by default ``weights``.
         step_weight: their sum over the whole optimizer step; by default ``step_pairs``.
     """
 
@@ -63,15 +66,15 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Packing:
-    """How pairs share forward passes.
+    """Splits batches into forward passes of at most ``budget`` tokens.
 
     Args:
         sizes: of every training pair.
-        tokens: how many tokens a forward pass over these pairs has, at most.
+        tokens: an upper bound on the tokens of a forward pass over some pairs.
         budget: tokens in a forward pass.
 
     Raises:
-        ConfigError: a pair alone is over the budget.
+        ConfigError: a single pair exceeds the budget.
     """
 
     sizes: Sequence[PairSize]
@@ -91,7 +94,7 @@ class Packing:
         return self.tokens([self.sizes[index]])
 
     def parts(self, indices: Sequence[int]) -> list[list[int]]:
-        """Pairs, the longest first, into forward passes within the budget: each goes to the first with room (FFD)."""
+        """Split pairs, the longest first, into forward passes within the budget, by first fit."""
         parts: list[list[int]] = []
         for index in indices:
             for part in parts:
@@ -104,21 +107,22 @@ class Packing:
 
 
 class StepSampler(DistributedSampler[BatchPlan]):
-    """Yields :class:`BatchPlan`; a ``DistributedSampler``, so that Lightning leaves it in place and sets its epoch.
+    """Plans the batches of one rank.
+
+    It is a ``DistributedSampler``, so that Lightning leaves it in place and sets its epoch.
 
     Args:
-        size: training pairs in all.
+        size: number of training pairs.
         batch_size: pairs per rank and batch.
         accumulate: batches per optimizer step.
         num_replicas, rank: of this process.
-        shuffle: another order each epoch, from ``seed`` and the epoch alone.
+        shuffle: use a new order in each epoch, determined by ``seed`` and the epoch.
         seed: of the order.
-        packing: how the pairs of a batch share forward passes; by default all go through the model together.
-        weigh: what the loss of a training pair, by its number, counts in the mean over its step; by default all count
-            alike.
+        packing: splits a batch into forward passes; by default a batch is one.
+        weigh: weight of a training pair's loss, by its number, in the mean over its step; by default all are equal.
 
-    A rank that has no pair left in the last step gets one filler of weight 0: every rank runs as many batches, and as
-    many forward passes in each.
+    A rank that has no pair left in the last step gets one filler of weight 0: every rank runs the same number of
+    batches, and of forward passes in each, or collectives of sharding strategies would wait forever.
     """
 
     def __init__(
@@ -141,13 +145,13 @@ class StepSampler(DistributedSampler[BatchPlan]):
         return full * self.accumulate + math.ceil(rest / (self.batch_size * self.num_replicas))
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        start, self.start = self.start, 0  # a resumed start holds for one epoch
+        start, self.start = self.start, 0  # a resumed start is for one epoch only
         order = self._order()
         number = 0
         for begin in range(0, self.size, self.pairs_per_step):
             step = order[begin : begin + self.pairs_per_step]
             if self.packing is not None:
-                step.sort(key=self.packing.alone, reverse=True)  # stable: pairs of one length stay in random order
+                step.sort(key=self.packing.alone, reverse=True)  # stable: pairs of equal length stay in random order
             width = self.batch_size * self.num_replicas
             for first in range(0, len(step), width):
                 if number >= start:
@@ -155,12 +159,12 @@ class StepSampler(DistributedSampler[BatchPlan]):
                 number += 1
 
     def _plan(self, pairs: list[int], step: list[int]) -> BatchPlan:
-        """This rank's share of the pairs that all ranks take at once, out of those of the step."""
+        """This rank's share of the pairs that all ranks process at once; ``step`` holds all pairs of the step."""
         shares = self._shares(pairs)
         packed = [[share] if self.packing is None else self.packing.parts(share) for share in shares]
         most = max(map(len, packed))
         mine = packed[self.rank]
-        while len(mine) < most:  # as many passes on every rank: sharding strategies meet in each
+        while len(mine) < most:  # the same number of passes on every rank: each has collectives
             fullest = max(mine, key=len, default=[])
             if len(fullest) > 1:
                 mine.append([fullest.pop()])
@@ -180,7 +184,7 @@ class StepSampler(DistributedSampler[BatchPlan]):
     def _shares(self, pairs: list[int]) -> list[list[int]]:
         if self.packing is None:
             return [pairs[r * self.batch_size :][: self.batch_size] for r in range(self.num_replicas)]
-        # by turns, there and back: neighbours in length go to different ranks, and no rank is always first
+        # in turn, forwards and backwards: pairs of similar length go to different ranks, and no rank is always first
         turns = [*range(self.num_replicas), *reversed(range(self.num_replicas))]
         shares: list[list[int]] = [[] for _ in range(self.num_replicas)]
         for place, index in enumerate(pairs):

@@ -1,8 +1,8 @@
 """Training pairs from data larger than disk, one at a time.
 
-Every process reads the same stream, in the same order, and encodes only the batches that are its own. Reading is cheap
-beside encoding, and so the batches are the same for any number of workers, their sizes are known to all ranks at the
-end of the stream too, and a resumed run goes on where it stopped.
+Every process reads the same stream in the same order, and encodes only its own batches. Reading is cheap compared to
+encoding. So the batches are the same for any number of workers, all ranks know the size of each step, the last one
+included, and a resumed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -10,18 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from rap_lightning.batches.dataset import Example, example_of
-from rap_lightning.batches.layouts import Collate
-from rap_lightning.batches.loader import plainly
-from rap_lightning.batches.pair_encoder import PairEncoder, note_encoding
+from rap_lightning.batches.dataset import Example, PairEncoder, example_of, note_encoding
 from rap_lightning.batches.sampler import BatchPlan
-from rap_lightning.batches.types import Batch
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.rules import Rules
@@ -30,13 +26,13 @@ from rap_lightning.preferences.sources import Source
 
 log = logging.getLogger("rap_lightning")
 
-Share = tuple[list[tuple[Pair, int]], list[float], tuple[int, float]]
-"""Pairs of a batch with their origins, their weights (0 for a filler), and pairs and weight of the whole step."""
+Item = tuple[Pair, int]
+"""A scored pair, and the origin of the training pair that it becomes."""
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """How an optimizer step is cut into batches: as for :class:`rap_lightning.batches.sampler.StepSampler`."""
+    """How an optimizer step is split into batches: as for :class:`rap_lightning.batches.sampler.StepSampler`."""
 
     batch_size: int
     accumulate: int = 1
@@ -45,7 +41,7 @@ class StepShape:
 
     @property
     def width(self) -> int:
-        """Pairs that all ranks see at once."""
+        """Pairs that all ranks process at once."""
         return self.batch_size * self.num_replicas
 
     @property
@@ -54,27 +50,42 @@ class StepShape:
         return self.width * self.accumulate
 
 
+@dataclass(frozen=True)
+class _Share:
+    """A rank's part of what all ranks process at once.
+
+    Attributes:
+        items: at least one.
+        weight: 1, or 0 where the rank has only a filler.
+        step_pairs, step_weight: pairs and their weight in the whole step.
+    """
+
+    items: list[Item]
+    weight: float
+    step_pairs: int
+    step_weight: float
+
+
 class StreamedPairs(IterableDataset[Any]):
-    """Planned batches of examples, as :class:`EncodedPairs` gives them, from a stream.
+    """Planned batches of examples, as :class:`rap_lightning.batches.dataset.EncodedPairs` gives them, from a stream.
 
     Args:
-        sources: where from.
-        split: which.
+        sources: where the rows are read from.
+        split: which split of them.
         rules: what is done with rows.
         encode: makes token ids.
         shape: of the steps.
         buffer: training pairs to shuffle among; 1 keeps the order.
         seed: of the order.
-        max_length: tokens of prompt and response together.
-        origin_weights: what the loss of a training pair of each origin counts in the mean over its step.
+        origin_weights: weight of the loss of a training pair of each origin in the mean over its step.
     """
 
     def __init__(
         self, sources: list[Source], split: str, rules: Rules, encode: PairEncoder, shape: StepShape,
-        *, buffer: int, seed: int, max_length: int, origin_weights: Sequence[float] = (1.0, 1.0, 1.0),
+        *, buffer: int, seed: int, origin_weights: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:  # fmt: skip
         self.sources, self.split, self.rules, self.encode, self.shape = sources, split, rules, encode, shape
-        self.buffer, self.seed, self.max_length = buffer, seed, max_length
+        self.buffer, self.seed = buffer, seed
         self.origin_weights = tuple(origin_weights)
         self.epoch = self.start = 0
 
@@ -85,33 +96,32 @@ class StreamedPairs(IterableDataset[Any]):
         read = DataReport(names, self.split)  # of every row: each process reads them all
         encoded = DataReport(names, f"{self.split} (training pairs encoded by worker {own} of rank {self.shape.rank})")
         try:
-            for number, (items, weights, step) in enumerate(self._batches(read)):
+            for number, share in enumerate(self._shares(read)):
                 if number >= self.start and (number - self.start) % workers == own:
-                    yield self._encoded(items, weights, step, encoded)
-        finally:  # most streams are left before their end
+                    yield self._encoded(share, encoded)
+        finally:  # most streams are not read to their end
             reports = [read, encoded] if own == 0 and self.shape.rank == 0 else [encoded]
             if lines := [line for report in reports for line in report.lines() if line.startswith(" ")]:
                 log.warning("stream %s:\n%s", names, "\n".join(lines))
 
-    def _batches(self, report: DataReport) -> Iterator[Share]:
-        shape, step = self.shape, []
+    def _shares(self, report: DataReport) -> Iterator[_Share]:
+        step: list[Item] = []
         for item in self._shuffled(report):
             step.append(item)
-            if len(step) == shape.pairs:
-                yield from self._cut(step)
+            if len(step) == self.shape.pairs:
+                yield from self._split(step)
                 step = []
-        yield from self._cut(step)
+        yield from self._split(step)
 
-    def _cut(self, step: list[tuple[Pair, int]]) -> Iterator[Share]:
-        shape = self.shape
-        size = (len(step), math.fsum(self.origin_weights[origin] for _, origin in step))
+    def _split(self, step: list[Item]) -> Iterator[_Share]:
+        shape, weight = self.shape, math.fsum(self.origin_weights[origin] for _, origin in step)
         for first in range(0, len(step), shape.width):
             mine = step[first + shape.rank * shape.batch_size :][: shape.batch_size]
-            yield (mine, [1.0] * len(mine), size) if mine else ([step[0]], [0.0], size)
+            yield _Share(mine or [step[0]], 1.0 if mine else 0.0, len(step), weight)
 
-    def _shuffled(self, report: DataReport) -> Iterator[tuple[Pair, int]]:
+    def _shuffled(self, report: DataReport) -> Iterator[Item]:
         rng = random.Random(f"{self.seed} {self.epoch}")
-        held: list[tuple[Pair, int]] = []
+        held: list[Item] = []
         for pair in stream_mixed(self.sources, self.split, self.rules, report, self.seed):
             for origin in self.rules.relabelling.origins_of(pair):
                 held.append((pair, origin))
@@ -122,52 +132,25 @@ class StreamedPairs(IterableDataset[Any]):
         rng.shuffle(held)
         yield from held
 
-    def _encoded(
-        self, items: list[tuple[Pair, int]], weights: list[float], step: tuple[int, float], report: DataReport
-    ) -> tuple[BatchPlan, list[Example]]:
-        examples, kept = [], []
-        rows = self.encode([pair for pair, _ in items])
-        for (_, origin), row, weight, good in zip(items, rows, weights, note_encoding(rows, report), strict=True):
-            if good:
-                examples.append(example_of(row, origin, self.rules.relabelling, self.max_length))
-                kept.append(weight)
-        if not examples:  # every rank must run every batch: a pair of weight 0 stands in
-            examples, kept = [next(self._stand_in())], [0.0]
-        # the others can't know that a pair was dropped here, so the step's mean is over the pairs that were planned
+    def _encoded(self, share: _Share, report: DataReport) -> tuple[BatchPlan, list[Example]]:
+        rows = self.encode([pair for pair, _ in share.items])
+        examples = [
+            example_of(row, origin, self.rules.relabelling)
+            for (_, origin), row, good in zip(share.items, rows, note_encoding(rows, report), strict=True)
+            if good
+        ]
+        weight = share.weight
+        if not examples:  # every rank must run every batch, so a pair of weight 0 fills this one
+            examples, weight = [next(self._fillers())], 0.0
         places = tuple(range(len(examples)))
-        loss_weights = tuple(w * self.origin_weights[e.origin] for w, e in zip(kept, examples, strict=True))
-        return BatchPlan(places, tuple(kept), step[0], (places,), loss_weights, step[1]), examples
+        # Other ranks can't know that a pair was dropped here, so the step's mean is over the pairs that were planned.
+        return BatchPlan(
+            places, (weight,) * len(examples), share.step_pairs, (places,),
+            tuple(weight * self.origin_weights[e.origin] for e in examples), share.step_weight,
+        ), examples  # fmt: skip
 
-    def _stand_in(self) -> Iterator[Example]:
-        for item in self._shuffled(DataReport("", "")):
-            row = self.encode([item[0]])[0]
+    def _fillers(self) -> Iterator[Example]:
+        for pair, origin in self._shuffled(DataReport("", "")):
+            row = self.encode([pair])[0]
             if not row["dropped"]:
-                yield example_of(row, item[1], self.rules.relabelling, self.max_length)
-
-
-class StreamLoader(DataLoader[tuple[Batch, ...]]):
-    """Batches of a :class:`StreamedPairs`.
-
-    Args:
-        pairs: the stream.
-        collate: lays batches out.
-        position: (epoch, batches of it that a resumed run has behind it); asked when the first batch is.
-        options: of the DataLoader.
-    """
-
-    def __init__(
-        self, pairs: StreamedPairs, collate: Collate, position: Callable[[], tuple[int, int]], **options: Any
-    ) -> None:
-        super().__init__(pairs, batch_size=None, collate_fn=collate, **options)  # type: ignore[arg-type]
-        self.stream, self.position, self.plan = pairs, position, pairs.shape
-
-    def __iter__(self) -> Iterator[tuple[Batch, ...]]:  # type: ignore[override]
-        self.stream.epoch, self.stream.start = self.position()
-        yield from plainly(super().__iter__())
-
-    def state_dict(self) -> dict[str, int]:
-        """Nothing beyond what the trainer's own progress says."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """See ``state_dict``."""
+                yield example_of(row, origin, self.rules.relabelling)

@@ -1,23 +1,34 @@
-"""What travels between floors.
+"""The records that data, models and losses exchange.
 
 Shape legend:
     B  pairs in a batch                 R  rows of the model's input
     M  response tokens of the batch     T  tokens in a row
-Response s of the 2B responses belongs to pair s // 2; even s is chosen, odd s is rejected.
+Response s of the 2B responses belongs to pair s // 2; even s is chosen, odd s is rejected: see ``split_segments``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+RESPONSES = 2
+"""Responses in a pair; segment ``RESPONSES * i + j`` is response j of pair i."""
+
+T = TypeVar("T", Tensor, Sequence[float])
+
+
+def split_segments(values: T) -> tuple[T, T]:
+    """(chosen, rejected), [B] each, of [2B] values in segment order."""
+    return values[0::RESPONSES], values[1::RESPONSES]
+
 
 class _Movable:
-    """Moves every tensor of a dataclass; Lightning calls ``to`` on batches that have it."""
+    """Applies a function to every tensor of a dataclass; Lightning calls ``to`` on batches that have it."""
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """A copy with every tensor moved."""
@@ -27,12 +38,12 @@ class _Movable:
         """A copy with every tensor in pinned memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Any) -> Self:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return type(self)(**{name: _moved(value, function) for name, value in values.items()})
 
 
-def _moved(value: Any, function: Any) -> Any:
+def _moved(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, _Movable):
         return value._map(function)
     return function(value) if isinstance(value, Tensor) else value
@@ -42,13 +53,13 @@ def _moved(value: Any, function: Any) -> Any:
 class Forest(_Movable):
     """Sequences that share prefixes, laid out depth first in one row of T tokens.
 
-    Query q may see key k exactly when ``k <= q < end[k]``: that one rule is causality, packing (separate roots) and
-    prefix sharing (siblings), for trees of any depth. Positions count along the path from the root.
+    Query q attends to key k exactly when ``k <= q < end[k]``: this rule alone gives causality, packing (separate roots)
+    and prefix sharing (siblings), for trees of any depth. Positions count along the path from the root.
 
     Attributes:
         end: [T] int64, the index just past the subtree of the node that the token belongs to.
-        runs: (start, stop, end) of each run of tokens with the same ``end``, in order, as plain numbers: kernels on a
-            CPU are called run by run.
+        runs: (start, stop, end) of each run of tokens with the same ``end``, in order, as plain numbers: on a CPU,
+            kernels are called once for each.
         paths: for each root-to-leaf path, the (start, stop) spans of the tokens on it, in order.
     """
 
@@ -75,11 +86,14 @@ class Forest(_Movable):
 class Batch(_Movable):
     """Pairs of responses, whatever the layout.
 
+    Fields of responses are in segment order, [2B]: see ``split_segments``. Another number of each response that the
+    model or the loss needs is one more such field, filled by rap_lightning.batches.layouts.lay_out.
+
     Attributes:
         input_ids: [R, T] int64.
         position_ids: [R, T] int64, counted along each sequence.
-        attention_mask: [R, T] int64, 1 for tokens and 0 for padding, which stands on the right.
-        forest: what sees what in a single row of many sequences; ``None`` where each row is a sequence of its own.
+        attention_mask: [R, T] int64, 1 for tokens and 0 for padding, which is on the right.
+        forest: which token attends to which in a single row of many sequences; ``None`` where each row is one sequence.
         predict_from: [M] int64, index into the flattened [R * T] hidden states: the one that predicts the token.
         target: [M] int64, the token's id.
         segment: [M] int64, which of the 2B responses the token belongs to.
@@ -88,11 +102,10 @@ class Batch(_Movable):
         origin: [B] int64, index into :data:`rap_lightning.preferences.relabelling.ORIGINS`.
         weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch.
         step_pairs: pairs of weight 1 in the whole optimizer step, over all ranks and accumulated batches.
-        loss_weights: [B] float32, what a pair's loss counts in the mean over the step: ``weights``, but where the data
-            module weighs a half of the pairs differently. Logged means don't know them.
+        loss_weights: [B] float32, weight of a pair's loss in the mean over the step: ``weights``, unless the data
+            module weighs pairs by origin. Logged means do not use them.
         step_weight: the sum of ``loss_weights`` over the whole optimizer step.
-        digests: of each of the 2B responses with its prompt, over their token ids; what stored log-probabilities are
-            found by.
+        digests: of the token ids of each of the 2B responses with its prompt; the keys of stored log-probabilities.
         pair_ids: the pairs' ids, for messages.
         goals: the printed goals, for messages.
     """
@@ -126,13 +139,13 @@ class Batch(_Movable):
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """What is known of each response token, flat over the batch.
+    """Log-probabilities of single response tokens, flat over the batch.
 
     Attributes:
         logps: [M] float32, its log-probability, in nats.
         segment: [M] int64, which of the 2B responses it belongs to.
         position: [M] int64, counted from 0 in its response.
-        log_collisions: [M] float32 or None, log Σ_v p(v)² of the distribution it was drawn from, without gradient.
+        log_collisions: [M] float32 or None, log Σ_v p(v)² of the model's distribution at the token, without gradient.
     """
 
     logps: Tensor
@@ -142,7 +155,7 @@ class TokenLogps:
 
     @classmethod
     def of(cls, logps: Tensor, segment: Tensor, log_collisions: Tensor | None = None) -> TokenLogps:
-        """From a batch's flat order, in which the tokens of a response follow each other."""
+        """From a batch's flat order, in which the tokens of a response are consecutive."""
         index = torch.arange(len(segment), device=segment.device)
         responses = int(segment.max()) + 1 if len(segment) else 0
         first = index.new_full((responses,), len(index)).scatter_reduce(0, segment, index, "amin")
@@ -158,9 +171,8 @@ class PairLogps:
         chosen_lengths, rejected_lengths: [B] int64, response tokens including the end of turn.
         weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch; None: all 1.
         tokens: for losses that require "tokens".
-        unrelated: [2B] float32, for losses that require "unrelated": summed log-probability of the response of the
-            nearest pair before this one (the last comes before the first) that was made of another scored pair, to this
-            pair's prompt, chosen at 2i and rejected at 2i+1.
+        unrelated: [2B] float32, for losses that require "unrelated": summed log-probability, in segment order, of
+            another pair's responses to this pair's prompt (rap_lightning.batches.unrelated says which).
     """
 
     chosen: Tensor
@@ -174,7 +186,7 @@ class PairLogps:
     @classmethod
     def from_segments(cls, logps: Tensor, lengths: Tensor, **more: Any) -> PairLogps:
         """From [2B] values in segment order."""
-        return cls(logps[0::2], logps[1::2], lengths[0::2], lengths[1::2], **more)
+        return cls(*split_segments(logps), *split_segments(lengths), **more)
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,7 @@ class PairRewards:
 
     Attributes:
         chosen, rejected: [B] float32, the judge's, in the scale's units.
-        conditioned: [B] bool, whether the prompt states a goal, which is then the reward of chosen; None: nowhere.
+        conditioned: [B] bool, whether the prompt states a goal, which is then the reward of chosen; None: none does.
     """
 
     chosen: Tensor
@@ -191,9 +203,9 @@ class PairRewards:
     conditioned: Tensor | None = None
 
     def under_goal(self, power: int = 1) -> PairRewards:
-        """Rewards by which chosen was chosen: -|g - r|^power where the prompt states a goal g, else the judge's own.
+        """Rewards under the prompt's goal g: -|g - r|^power, or the judge's own where the prompt states no goal.
 
-        The paper's is power 2 (https://arxiv.org/abs/2410.08067, section 4). Chosen has the goal's reward, so 0.
+        The paper uses power 2 (https://arxiv.org/abs/2410.08067, section 4). Chosen has the goal's reward, so 0.
         """
         if self.conditioned is None:
             return self
@@ -208,8 +220,8 @@ class PromptBatch(_Movable):
 
     Attributes:
         input_ids, attention_mask: [R, T] int64.
-        records: what is written beside each sample: the conversation and the goal.
-        against: the same conversations at the low goal that guidance pushes away from; None without guidance.
+        records: what ``predict`` writes beside each sample: the conversation and the goal.
+        against: the same conversations at the low goal of guidance; None without guidance.
     """
 
     input_ids: Tensor

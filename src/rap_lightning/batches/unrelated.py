@@ -1,4 +1,4 @@
-"""Each prompt of a batch with the responses of another pair, for losses that look at unrelated responses."""
+"""Each prompt of a batch with the responses of another pair, for losses that require "unrelated"."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from rap_lightning.batches.types import Batch
+from rap_lightning.batches.types import RESPONSES, Batch
 
 
 def unrelated(batch: Batch) -> Batch:
-    """A padded batch in which each pair's prompt is answered by another pair's responses.
+    """A padded batch in which each pair's prompt is followed by another pair's responses.
 
-    The other one is the nearest before it (the last comes before the first) that was made of another scored pair; where
-    the batch has none, the pair before.
+    The other pair is the nearest before it (the last comes before the first) that was made from another scored pair;
+    where the batch has none, the pair before.
 
-    Responses are cut so that no sequence is longer than the batch's longest: the model may know no more positions.
+    Responses are cut so that no sequence is longer than the batch's longest: the model may have no more positions.
 
-    It reads any layout: before a token, the ancestor at position p is the last token with that position, because
-    positions count along the path and siblings follow each other.
+    It reads any layout: a token's ancestor at position p is the last token before it with that position, because
+    positions count along the path and siblings are consecutive.
     """
     count = len(batch.lengths)
     begins = [int((batch.segment == s).nonzero()[0]) for s in range(count)]
     prompts = [_path(batch, int(batch.predict_from[begin])) for begin in begins]
     responses = [batch.target[batch.segment == s] for s in range(count)]
     longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    donors = [_donor(batch.pair_ids, pair) for pair in range(count // 2)]
-    responses = [responses[2 * donor + side] for donor in donors for side in (0, 1)]
+    donors = [_donor(batch.pair_ids, pair) for pair in range(count // RESPONSES)]
+    responses = [responses[RESPONSES * donor + side] for donor in donors for side in range(RESPONSES)]
     responses = [r[: max(1, longest - len(p))] for p, r in zip(prompts, responses, strict=True)]
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     input_ids = batch.input_ids.new_zeros(count, width)

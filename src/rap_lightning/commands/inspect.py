@@ -1,36 +1,38 @@
-"""``rap-lightning inspect``: what would be trained on."""
+"""``rap-lightning inspect``: show what would be trained on."""
 
 from __future__ import annotations
 
 import json as jsonlib
 import sys
 import unicodedata
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
+from rap_lightning.commands.options import load_tokenizer
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError, DataError, say
 from rap_lightning.preferences.data_report import DataReport, write_rows
 from rap_lightning.preferences.data_stats import PairStatistics
-from rap_lightning.preferences.filters import Filters
-from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.pairs import BadRow, Pair
 from rap_lightning.preferences.read_pairs import read_pairs, unreached_goal_note
-from rap_lightning.preferences.relabelling import Mode, RelabelledPair, relabel
+from rap_lightning.preferences.reading_options import ReadingOptions
+from rap_lightning.preferences.relabelling import RelabelledPair, relabel
 from rap_lightning.preferences.rendering import with_goal
-from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.selection import Selection
-from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having, splits_among
+from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, having, splits_among
 
-MEASURED = 20_000  # pairs that are tokenised
-LOT = 250  # pairs that are tokenised at a time
-SHOWN = 300  # characters of a response
+Encode = Any
+"""A PairEncoder. jsonargparse runs imports under TYPE_CHECKING to resolve annotations, and this one imports torch."""
+MEASURED = 20_000
+"""Pairs of a split that are tokenised."""
+CHUNK = 250
+"""Pairs that are tokenised at a time."""
+SHOWN = 300
+"""Characters of a response that are shown."""
 
 
 def run(args: list[str]) -> int:
-    """Parse and look; 1 where fit would stop at the data."""
+    """Parse a command line and inspect; returns 1 where fit would stop at the data."""
     try:
         return int(run_function(inspect, args, "inspect", flags=("json",)))
     except DataError as error:
@@ -43,21 +45,10 @@ def inspect(
     split: str | None = None,
     tokenizer: str | None = None,
     max_length: int | None = None,
-    goal: GoalTemplate | None = OverallGoal(),  # noqa: B008
-    relabel: Mode | None = None,
-    keep_original: bool = False,
-    ties: Literal["drop", "chosen", "error"] = "drop",
-    selection: Selection | None = None,
-    filters: Filters = Filters(),  # noqa: B008
-    outside_scale: Literal["error", "drop", "clip"] = "error",
-    bad_rows: Literal["drop", "error"] = "drop",
-    format: str = "auto",
-    columns: dict[str, str] | None = None,
     examples: int | None = None,
-    num_proc: int | None = None,
-    seed: int = 42,
     dropped: str | None = None,
     json: bool = False,
+    **reading: Any,
 ) -> int:
     """Show what would be trained on: rows kept and dropped with reasons, rewards, gaps, lengths, two pairs as
     relabelled.
@@ -75,22 +66,11 @@ def inspect(
             by its chat template.
         max_length: tokens of prompt and response together; with a tokenizer the share of longer pairs is shown. By
             default 1024.
-        goal: how the goal reads in the prompt; null for plain pairs, which need no scores.
-        relabel: as in the data module: both, chosen, rejected, none or half.
-        keep_original: also each pair without a goal.
-        ties: a pair whose goals print the same: drop, keep its chosen half, or error.
-        selection: which pairs are made of several responses to a prompt.
-        filters: what is left out on purpose.
-        outside_scale: scores outside the goal's scale: error, drop or clip.
-        bad_rows: rows that can't be used: drop or error.
-        format: of the rows: auto, a known format, or the import path of a function.
-        columns: new names for columns, {theirs: ours}.
         examples: scored pairs that are shown as relabelled; by default 2.
-        num_proc: processes that share the reading.
-        seed: of the half that relabel half takes.
         dropped: a file to write (json lines) that lists every row left out, repaired, cut or noted: file, line or row,
             column and reason.
         json: print one JSON document for machines instead of tables.
+        reading: how rows become pairs.
     """
     if max_length is not None and tokenizer is None:
         raise ConfigError("--max_length has no effect without --tokenizer, which says what a token is.")
@@ -103,56 +83,52 @@ def inspect(
     if examples < 0:
         raise ConfigError(f"--examples must be at least 0, found {examples}")
     target = _new_file(dropped)
-    sources = as_sources(source)
-    rules = make_rules(
-        goal, relabel, keep_original, ties, selection, filters, outside_scale, bad_rows, format, columns, seed,
-        tool_turns=tokenizer is not None,
-    )  # fmt: skip
-    encode = _encoder(tokenizer, rules, max_length) if tokenizer is not None else None
-    splits = [split] if split is not None else splits_among(sources)
-    fitted = fit_on_training_split(rules, sources, splits, num_proc)
-    documents, faulty, empty = [], False, list[str]()
-    notes: dict[str, str] = {}
-    noted: list[DataReport] = []
+    # without a tokenizer, nothing says whether a chat template renders tool calls
+    read = ReadingOptions(source, rewards=None, tool_turns=tokenizer is not None, **reading)
+    encode = None if tokenizer is None else _pair_encoder(tokenizer, read, max_length)
+    splits = [split] if split is not None else splits_among(read.sources)
+    fitted = read.fit_on_training_split(splits)
+    inspected: list[_Inspected] = []
     for name in splits:
-        reports = []
-        for one in having(sources, name):
+        for one in having(read.sources, name):
             report = DataReport(one.path, name, rows=None if target is None else [])
-            statistics, shown = _read(one, name, rules, encode, max_length, examples, num_proc, report)
-            reports.append(report)
-            faulty = faulty or bool(report.faults)
-            empty += [] if report.pairs else [f"{report.source} (split {name})"]
-            documents.append({**report.as_dict(), "figures": statistics.as_dict()})
+            inspected.append(_inspect(one, read, encode, max_length, examples, report))
             if not json:
-                _print(report, statistics, max_length)
-                _print_examples(shown, rules, encode)
-        noted += reports
-        if name not in VALIDATION_NAMES and (note := unreached_goal_note(rules, reports)):
-            notes[name] = note
-    listed = write_rows(target, noted) if target is not None else 0
-    failed = faulty or bool(empty)
+                _print(inspected[-1], max_length)
+                _print_examples(inspected[-1].shown, read, encode)
+    reports = [one.report for one in inspected]
+    notes = {
+        name: note
+        for name in splits
+        if name not in VALIDATION_NAMES
+        and (note := unreached_goal_note(read.rules, [one for one in reports if one.split == name]))
+    }
+    faulty = any(report.faults for report in reports)
+    empty = [f"{report.source} (split {report.split})" for report in reports if not report.pairs]
+    listed = write_rows(target, reports) if target is not None else 0
     if json:
-        scale = rules.goal.record()["scale"] if rules.goal is not None else None
-        found = {"splits": documents, "scale": scale, "notes": notes, "faults": failed}
+        documents = [{**one.report.as_dict(), "figures": one.statistics.as_dict()} for one in inspected]
+        scale = read.goal.record()["scale"] if read.goal is not None else None
+        found = {"splits": documents, "scale": scale, "notes": notes, "faults": faulty or bool(empty)}
         print(jsonlib.dumps(found, ensure_ascii=False))
-    elif fitted and rules.goal is not None:
-        print(f"scale fitted: {rules.goal.scale}")
-    if not json and any(one.weight != 1.0 for one in sources):
+        return int(faulty or bool(empty))
+    if fitted and read.goal is not None:
+        print(f"scale fitted: {read.goal.scale}")
+    if any(one.weight != 1.0 for one in read.sources):
         print("every pair is shown once; the sources' weights apply in training")
-    if not json:
-        for name, note in notes.items():
-            print(f"{name}: {note}")
-        if target is not None:
-            print(f"{dropped}: {listed:,} rows listed")
-        if faulty:
-            print("Faults were found: fit would stop.", file=sys.stderr)
-        elif empty:
-            print(f"No pair is left of {', '.join(empty)}: fit would stop.", file=sys.stderr)
-    return int(failed)
+    for name, note in notes.items():
+        print(f"{name}: {note}")
+    if target is not None:
+        print(f"{dropped}: {listed:,} rows listed")
+    if faulty:
+        print("Faults were found: fit would stop.", file=sys.stderr)
+    elif empty:
+        print(f"No pair is left of {', '.join(empty)}: fit would stop.", file=sys.stderr)
+    return int(faulty or bool(empty))
 
 
 def _new_file(path: str | None) -> Path | None:
-    """A file to write, or none."""
+    """The file to write, or none."""
     if path is None:
         return None
     target = Path(path).expanduser()
@@ -163,63 +139,67 @@ def _new_file(path: str | None) -> Path | None:
     return target
 
 
-def _encoder(path: str, rules: Rules, max_length: int) -> Any:
+def _pair_encoder(path: str, read: ReadingOptions, max_length: int) -> Encode:
+    from rap_lightning.batches.dataset import PairEncoder
     from rap_lightning.batches.encode import Encoder
-    from rap_lightning.batches.pair_encoder import PairEncoder
 
-    return PairEncoder(Encoder(load_tokenizer(path), rules.goal, max_length), rules.relabelling)
+    return PairEncoder(Encoder(load_tokenizer(path), read.goal, max_length), read.relabelling)
 
 
-def _read(
-    source: Source,
-    split: str,
-    rules: Rules,
-    encode: Any,
-    max_length: int,
-    examples: int,
-    num_proc: int | None,
-    report: DataReport,
-) -> tuple[PairStatistics, list[Pair]]:
-    """Read a split and count it into ``report``; return its statistics, and pairs to show."""
-    statistics = PairStatistics()
-    shown: list[Pair] = []
-    lot: list[Pair] = []
+@dataclass(frozen=True)
+class _Inspected:
+    """What was found in a split of a source, and pairs to show."""
+
+    report: DataReport
+    statistics: PairStatistics
+    shown: list[Pair]
+
+
+def _inspect(
+    source: Source, read: ReadingOptions, encode: Encode | None, max_length: int, examples: int, report: DataReport
+) -> _Inspected:
+    """Read the report's split of a source; its first pairs are tokenised."""
+    found = _Inspected(report, PairStatistics(), [])
     pairs = read_pairs(
-        source, split, rules, report, num_proc=num_proc, collect_faults=True, progress=sys.stderr.isatty()
-    )
+        source, report.split, read.rules, report,
+        num_proc=read.num_proc, collect_faults=True, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    chunk: list[Pair] = []
     for number, pair in enumerate(pairs):
-        statistics.add(pair)
+        found.statistics.add(pair)
         if number < examples:
-            shown.append(pair)
+            found.shown.append(pair)
         if encode is not None and number < MEASURED:
-            lot.append(pair)
-        if len(lot) == LOT:
-            _measure(lot, encode, statistics, report, max_length)
-            lot = []
-    if lot:
-        _measure(lot, encode, statistics, report, max_length)
-    return statistics, shown
+            chunk.append(pair)
+        if len(chunk) == CHUNK:
+            _measure(chunk, encode, found, max_length)
+            chunk = []
+    if chunk:
+        _measure(chunk, encode, found, max_length)
+    return found
 
 
-def _measure(pairs: list[Pair], encode: Any, statistics: PairStatistics, report: DataReport, max_length: int) -> None:
-    from rap_lightning.batches.pair_encoder import note_encoding
+def _measure(pairs: list[Pair], encode: Encode, found: _Inspected, max_length: int) -> None:
+    """Tokenise pairs, and count their lengths before truncation."""
+    from rap_lightning.batches.dataset import note_encoding
 
     rows = encode(pairs)
-    for row, encoded in zip(rows, note_encoding(rows, report), strict=True):
+    for row, encoded in zip(rows, note_encoding(rows, found.report), strict=True):
         if not encoded:
-            report.pairs -= 1
-            report.relabelled -= len(encode.relabelling.origins)
+            found.report.pairs -= 1
+            found.report.relabelled -= len(encode.relabelling.origins)
             continue
         prompt = max(map(len, row["prompt_ids"])) + row["cut_prompt"]
-        chosen, rejected = map(len, row["response_ids"])
-        statistics.add_tokens(prompt, chosen, rejected, max_length)
+        chosen, rejected = (len(ids) + cut for ids, cut in zip(row["response_ids"], row["cut_response"], strict=True))
+        found.statistics.add_tokens(prompt, chosen, rejected, max_length)
 
 
-def _print(report: DataReport, statistics: PairStatistics, max_length: int) -> None:
+def _print(inspected: _Inspected, max_length: int) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    report, statistics = inspected.report, inspected.statistics
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for line in report.lines():
         console.print(escape(visible(line)), soft_wrap=True)
@@ -255,33 +235,27 @@ def _print(report: DataReport, statistics: PairStatistics, max_length: int) -> N
         console.print(f"{share:.1%} of the pairs{part} are longer than max_length {max_length} and would be truncated")
 
 
-def _print_examples(pairs: Iterable[Pair], rules: Rules, encode: Any) -> None:
+def _print_examples(pairs: list[Pair], read: ReadingOptions, encode: Encode | None) -> None:
     for number, pair in enumerate(pairs, 1):
         print(f"\n== pair {number}: {visible(pair.place)}, id {pair.id}")
-        for origin in rules.relabelling.origins_of(pair):
-            half = relabel(pair, rules.goal, origin)
+        for origin in read.relabelling.origins_of(pair):
+            half = relabel(pair, read.goal, origin)
             print(f"-- {half.origin}" + (f", goal {half.goal}" if half.goal is not None else ""))
-            print(_indented(_rendered(half, rules, encode)))
+            print(_indented(_rendered(half, read, encode)))
             for name, text, reward in (("chosen", half.chosen, 0), ("rejected", half.rejected, 1)):
                 print(f"   {name} (reward {half.rewards[reward]:g}):")
                 print(_indented(_short(text), "   | "))
 
 
-def _rendered(half: RelabelledPair, rules: Rules, encode: Any) -> str:
+def _rendered(half: RelabelledPair, read: ReadingOptions, encode: Encode | None) -> str:
+    """The prompt as the chat template writes it, or without a tokenizer its turns."""
     if encode is not None:
-        from rap_lightning.batches.encode import MARK, Notes
-        from rap_lightning.preferences.pairs import BadRow
-
         try:
-            return _short(
-                encode.encoder.prompt(half.history, half.goal_text, Notes()).text.replace(MARK, ""), 3 * SHOWN
-            )
+            return _short(encode.encoder.render_prompt(half.history, half.goal_text).plain_text, 3 * SHOWN)
         except BadRow as problem:
             return f"({problem.reason})"
-    placement: Literal["system", "user"] = "system"
-    if rules.goal is not None and rules.goal.placement == "user":
-        placement = "user"
-    turns = with_goal(half.history, half.goal_text, placement)
+    before_user = read.goal is not None and read.goal.placement == "user"
+    turns = with_goal(half.history, half.goal_text, "user" if before_user else "system")
     return "\n".join(f"[{turn['role']}] {_short(turn['content'])}" for turn in turns)
 
 
@@ -294,7 +268,7 @@ def _indented(text: str, lead: str = "   ") -> str:
 
 
 def visible(text: str) -> str:
-    """Text for a terminal: what it would obey, or not show, is written as an escape."""
+    """Text for a terminal, with control and invisible characters as escapes."""
     hidden = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
     return "".join(
         character if character == "\n" or unicodedata.category(character) not in hidden else ascii(character)[1:-1]

@@ -1,65 +1,27 @@
-"""What the text commands share: options of reading, and how a function becomes a command line."""
+"""How a typed function becomes a command line, and loading the tokenizer that a command names."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from inspect import cleandoc
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rap_lightning.cli.error_messages import Explains
 from rap_lightning.cli.help_format import Filled, arrange
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.chat_template import restore_own_template
-from rap_lightning.preferences.filters import Filters
-from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.read_pairs import fit_scale
-from rap_lightning.preferences.relabelling import Mode, Relabelling
-from rap_lightning.preferences.rewards import RewardTable
-from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.selection import Selection
-from rap_lightning.preferences.sources import Source, having, refuse_no_model
+from rap_lightning.preferences.sources import refuse_no_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 command_line: list[str] = []
-"""The command that runs, with its arguments, so that it can start others like itself."""
+"""The running command with its arguments, so that it can start other processes of the same command."""
 
 
-def make_rules(
-    goal: GoalTemplate | None,
-    relabel: Mode | None,
-    keep_original: bool,
-    ties: Literal["drop", "chosen", "error"],
-    selection: Selection | None,
-    filters: Filters,
-    outside_scale: Literal["error", "drop", "clip"],
-    bad_rows: Literal["drop", "error"],
-    format: str,
-    columns: dict[str, str] | None,
-    seed: int,
-    tool_turns: bool,
-) -> Rules:
-    """Rules as the data module makes them of the same options."""
-    relabelling = Relabelling.of(relabel, goal, keep_original, seed)
-    return Rules(
-        goal, relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns=tool_turns
-    )
-
-
-def fit_on_training_split(
-    rules: Rules, sources: list[Source], splits: list[str], num_proc: int | None,
-    rewards: Mapping[str, RewardTable] | None = None,
-) -> bool:  # fmt: skip
-    """Take a scale's open numbers from the training split (or the only one); whether there were any."""
-    if rules.goal is None or not rules.goal.scale.needs_fit:
-        return False  # a source without a training split is then no fault
-    split = "train" if "train" in splits or len(splits) > 1 else splits[0]
-    own = replace(rules, rewards=(rewards or {}).get(split))
-    return fit_scale(own, having(sources, split), split, num_proc=num_proc)
-
-
-def load_tokenizer(path: str) -> Any:
-    """A tokenizer by folder or Hub id.
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer by folder or Hub id.
 
     Raises:
         ConfigError: there is none.
@@ -87,10 +49,10 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
     from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
     class Parser(Explains, ArgumentParser):
-        """Tells a mistake in a few lines."""
+        """Reports errors of the command line in a few lines."""
 
     class Formatter(Filled, DefaultHelpFormatter):
-        """In words that one would type."""
+        """Shows types and defaults as they are typed."""
 
     command_line[:] = [name, *args]
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()

@@ -1,4 +1,4 @@
-"""``rap-lightning relabel``: the relabelled data as files."""
+"""``rap-lightning relabel``: write the relabelled data as files."""
 
 from __future__ import annotations
 
@@ -9,32 +9,29 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rap_lightning import __version__
-from rap_lightning.commands.options import fit_on_training_split, load_tokenizer, make_rules
+from rap_lightning.commands.options import load_tokenizer
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
-from rap_lightning.onpolicy.judges import Judge
+from rap_lightning.onpolicy.judges import Judge  # the classes that --rewards names are known once this is imported
 from rap_lightning.preferences.data_report import DataReport
-from rap_lightning.preferences.filters import Filters
-from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
-from rap_lightning.preferences.judge import rated_goal
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.read_pairs import read_pairs
+from rap_lightning.preferences.reading_options import ReadingOptions
 from rap_lightning.preferences.relabel_export import BATCH, SHARD, ShardedFolder, relabelled_batch
-from rap_lightning.preferences.relabelling import ORIGIN_TABLE, Mode
+from rap_lightning.preferences.relabelling import ORIGIN_TABLE
 from rap_lightning.preferences.rendering import resolve_placement, shows_system
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules, key_of
-from rap_lightning.preferences.selection import Selection
 from rap_lightning.preferences.source_mix import copies
-from rap_lightning.preferences.sources import Source, as_sources, fingerprint, having, splits_among
+from rap_lightning.preferences.sources import Source, fingerprint, having, splits_among
 
 
 def run(args: list[str]) -> int:
-    """Parse and relabel."""
+    """Parse a command line and relabel."""
     run_function(relabel, args, "relabel")
     return 0
 
@@ -44,25 +41,13 @@ def relabel(
     output: str,
     split: str | None = None,
     tokenizer: str | None = None,
-    goal: GoalTemplate | None = OverallGoal(),  # noqa: B008
-    relabel: Mode | None = None,
-    keep_original: bool = False,
-    ties: Literal["drop", "chosen", "error"] = "drop",
-    rewards: Judge | None = None,
-    selection: Selection | None = None,
-    filters: Filters = Filters(),  # noqa: B008
-    outside_scale: Literal["error", "drop", "clip"] = "error",
-    bad_rows: Literal["drop", "error"] = "drop",
-    format: str = "auto",
-    columns: dict[str, str] | None = None,
-    num_proc: int | None = None,
-    seed: int = 42,
+    **reading: Any,
 ) -> None:
     """Write relabelled pairs as parquet, in the conversational layout (prompt, chosen, rejected) that trainers read.
 
     Example: rap-lightning relabel --source my-pairs/ --output relabelled/
 
-    The folder appears when it is whole. A run that was stopped goes on where it was when started again in the same way.
+    The folder appears when it is complete. To resume an interrupted run, start it again with the same options.
     fit needs none of this: it relabels as it reads.
 
     Args:
@@ -71,47 +56,25 @@ def relabel(
         output: folder to write; it must not exist, or be empty.
         split: by default each one.
         tokenizer: folder or Hub id of the model to train, whose chat template decides whether the goal is a system
-            message or stands before the first user turn; without it, it is a system message.
-        goal: how the goal reads in the prompt; null for plain pairs.
-        relabel: as in the data module: both, chosen, rejected, none or half.
-        keep_original: also each pair without a goal.
-        ties: a pair whose goals print the same: drop, keep its chosen half, or error.
-        rewards: a judge that gives every response its reward, in the place of the scores that the data have or lack, as
-            in the data module: ImplicitReward, RewardModel, ...
-        selection: which pairs are made of several responses to a prompt.
-        filters: what is left out on purpose.
-        outside_scale: scores outside the goal's scale: error, drop or clip.
-        bad_rows: rows that can't be used: drop or error.
-        format: of the rows: auto, a known format, or the import path of a function.
-        columns: new names for columns, {theirs: ours}.
-        num_proc: processes that share the reading.
-        seed: of the half that relabel half takes, and of what weights draw.
+            message or precedes the first user turn; without it, it is a system message.
+        reading: how rows become pairs.
     """
     target = Path(output).expanduser().resolve()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{output} exists and is not empty. Name another folder, or remove it.")
-    sources = as_sources(source)
-    goal = rated_goal(rewards, goal)
-    rules = make_rules(
-        goal, relabel, keep_original, ties, selection, filters, outside_scale, bad_rows, format, columns, seed,
-        tool_turns=False,
-    )  # fmt: skip
+    read = ReadingOptions(source, tool_turns=False, **reading)
+    sources, rules, num_proc, seed = read.sources, read.rules, read.num_proc, read.seed
     placement, system_shown = _placement(rules, tokenizer)
     splits = [split] if split is not None else splits_among(sources)
-    tables = {} if rewards is None else _rated(rewards, sources, splits, rules, num_proc)
-    fit_on_training_split(rules, sources, splits, num_proc, tables)
+    tables = {} if read.rewards is None else _rated(read.rewards, sources, splits, rules, num_proc)
+    read.fit_on_training_split(splits, tables)
     parts = [(name, one) for name in splits for one in having(sources, name)]
     prints = [fingerprint(one, name) for name, one in parts]
     described = [table.describe() for table in tables.values()]
-    folder = ShardedFolder(
-        target,
-        key_of(
-            rules,
-            [*prints, *described, repr(sources), repr(splits), placement, str(system_shown), str(seed), __version__],
-        ),
-    )
-    if there := folder.open():
-        print(f"going on: {there} shards of an earlier run are there")
+    settings = [repr(sources), repr(splits), placement, str(system_shown), str(seed), __version__]
+    folder = ShardedFolder(target, key_of(rules, [*prints, *described, *settings]))
+    if finished := folder.open():
+        print(f"resuming: {finished} shards of an earlier run are complete")
     reports = []
     shards = Counter[str]()
     for name, one in parts:
@@ -120,11 +83,11 @@ def relabel(
         pairs = read_pairs(one, name, own, report, num_proc=num_proc)
         if one.weight != 1.0 and name in ("train", split):
             pairs = _weighted(pairs, one.weight, seed)
-        for shard in _lots(pairs, SHARD):
+        for shard in _chunks(pairs, SHARD):
             label = f"{name}-{shards[name]:05d}.parquet"
             if not folder.has(label):
-                lots = _lots(iter(shard), BATCH)
-                folder.write(label, (relabelled_batch(lot, rules, placement, system_shown) for lot in lots))
+                chunks = _chunks(iter(shard), BATCH)
+                folder.write(label, (relabelled_batch(chunk, rules, placement, system_shown) for chunk in chunks))
             shards[name] += 1
         reports.append(report)
         print("\n".join(report.lines()))
@@ -135,7 +98,7 @@ def relabel(
 def _rated(
     judge: Judge, sources: list[Source], splits: list[str], rules: Rules, num_proc: int | None
 ) -> dict[str, RewardTable]:
-    from rap_lightning.models.judge_rewards import judge_rewards  # torch is not to be waited for without need
+    from rap_lightning.models.judge_rewards import judge_rewards  # imported here: it imports torch, which takes seconds
 
     tables = {}
     for split in splits:
@@ -158,13 +121,13 @@ def _weighted(pairs: Iterable[Pair], weight: float, seed: int) -> Iterator[Pair]
             yield pair
 
 
-def _lots(pairs: Iterator[Pair], size: int) -> Iterator[list[Pair]]:
-    while lot := list(islice(pairs, size)):
-        yield lot
+def _chunks(pairs: Iterator[Pair], size: int) -> Iterator[list[Pair]]:
+    while chunk := list(islice(pairs, size)):
+        yield chunk
 
 
 def _public(path: str) -> str:
-    """A source's name for a card: no folders of this machine, no user names or keys in addresses."""
+    """A source's name for the card, without folders of this machine, user names or keys of addresses."""
     if "://" in path:
         parts = urlsplit(path)
         return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
@@ -175,7 +138,7 @@ def _card(rules: Rules, reports: list[DataReport], placement: str) -> str:
     lines = ["---", "tags:", "- preference", "- reward-augmented", "---", "", "# Reward-augmented preference pairs", ""]
     lines += [
         f"Written by rap-lightning {__version__}, after *Reward-Augmented Data Enhances Direct Preference Alignment of "
-        "LLMs* (Zhang et al., ICML 2025, arXiv 2410.08067). Each scored pair stands here as:",
+        "LLMs* (Zhang et al., ICML 2025, arXiv 2410.08067). Each scored pair became:",
         "",
         *(f"- {ORIGIN_TABLE[i].name}: {ORIGIN_TABLE[i].description}" for i in rules.relabelling.origins),
         "",

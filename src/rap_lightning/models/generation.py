@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,14 +67,6 @@ class Generation:
     def processes_logits(self) -> bool:
         """Whether sampling does more than temperature and top-p."""
         return self.guidance > 0 or self.plausibility is not None
-
-
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[dict[str, Any]]) -> PromptBatch:
-    """Pad prompts on the left, so that they end together."""
-    width = max(map(len, prompts))
-    rows = [[pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
-    masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    return PromptBatch(torch.tensor(rows), torch.tensor(masks), tuple(records))
 
 
 @torch.no_grad()

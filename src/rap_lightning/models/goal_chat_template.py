@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from rap_lightning.batches.encode import Encoder, Notes
+from rap_lightning.batches.encode import Encoder
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.chat_template import bake, restore_own_template
 from rap_lightning.preferences.goal_spec import Wording
@@ -83,7 +83,7 @@ def _compare(encoder: Encoder, baked: PreTrainedTokenizerBase, best: str, wordin
             asked.append((wording.text({wording.alone: low}), {"goal": low}))
     for history in CONVERSATIONS:
         for text, options in asked:
-            expected = encoder.prompt(history, text, Notes()).ids
+            expected = encoder.prompt_ids(history, text)
             found = baked.apply_chat_template(history, add_generation_prompt=True, return_dict=True, **options)
             if list(found["input_ids"]) != expected:
                 raise ConfigError(

@@ -231,21 +231,19 @@ class ResponseGenerator:
         self, history: History, goal: RequestedGoal, placement: Any, encoder: Encoder | None, counts: Counter[str]
     ) -> dict[str, Any]:
         """Return ``messages``, ``ids``, ``cut`` and ``against`` of a request."""
-        from rap_lightning.batches.encode import Notes
+        from rap_lightning.batches.encode import Conversation
 
         if encoder is None:
             return {"messages": tuple(with_goal(history, goal.text, placement, system_shown=True)), "ids": ()}
-        encoder.placement, notes = placement, Notes()
-        room = encoder.max_length - encoder.max_prompt_length
-        prompt = encoder.fit(encoder.prompt(history, goal.text, notes), history, room)
-        against: tuple[int, ...] = ()
-        if goal.against is not None:
-            low = encoder.prompt(history, goal.against.text, Notes())
-            against = tuple(encoder.fit(low, history, room).ids)
-        counts.update(notes.repaired)
-        if prompt.cut:
+        encoder.placement = placement
+        texts = (goal.text,) if goal.against is None else (goal.text, goal.against.text)
+        found = encoder.encode_one(Conversation(history, texts))
+        ids, *low = map(tuple, found.prompt_ids)
+        counts.update(found.repaired)
+        if cut := found.cut_prompts[0]:
             counts["prompt cut to fit, goal kept"] += 1
-        return {"messages": tuple(prompt.messages), "ids": tuple(prompt.ids), "cut": prompt.cut, "against": against}
+        messages = with_goal(history, goal.text, placement, system_shown=encoder.system_shown)
+        return {"messages": tuple(messages), "ids": ids, "cut": cut, "against": low[0] if low else ()}
 
     def _placement(self, goal: RequestedGoal, encoder: Encoder | None) -> Any:
         """Return where the goal is written: the tokenizer decides, or ``system`` if only the server has it."""

@@ -1,8 +1,9 @@
-"""Goals inside a chat template: a few lines of Jinja before the model's own, which rewrite ``messages``.
+"""Chat templates that write goals: a few lines of Jinja before the model's own template rewrite ``messages``.
 
-A plain chat then asks for the best goal, as training wrote it; ``chat_template_kwargs`` may ask for another
+A plain chat then asks for the best goal, as training wrote it; ``chat_template_kwargs`` can ask for another
 (``goal=7.5``) or for none (``goal=false``). The model's own template follows unchanged, so its tools and switches work
-as before.
+as before. :func:`bake` writes such a template, :func:`unbaked` gives the model's own back. The Jinja itself is at the
+end of the file.
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ from rap_lightning.preferences.rendering import SEPARATOR
 
 BEGIN = "{#- rap-lightning: a goal in the prompt."
 END = "{#- rap-lightning: the model's own chat template follows. -#}"
-# an empty expression at the end: a block's or comment's end would swallow a newline that the own template begins with
+# an empty expression at the end: the end of a block or comment would remove a newline at the start of the own template
 _SEAM = '{{- "" }}'
 
 
 def bake(template: str, goal: Mapping[str, Any], placement: Literal["system", "user"], *, system_shown: bool) -> str:
-    """A chat template that writes a goal by itself; one that already does gets the new goal instead.
+    """Return a chat template that writes goals; a goal that the template already writes is replaced.
 
     Args:
-        template: the model's own.
+        template: the model's chat template.
         goal: the record of the goal template that the model was trained with.
-        placement: where training wrote the goal, and
-        system_shown: whether the own template shows a system message.
+        placement: where training wrote the goal.
+        system_shown: whether the model's template writes system messages.
 
     Raises:
-        ConfigError: the own template uses a variable of the name ``goal``.
+        ConfigError: the model's template uses a variable named ``goal``.
     """
     own = unbaked(template)
     if "goal" in _variables(own):
         raise ConfigError(
-            "the model's chat template has a variable named 'goal' of its own, so no goal can be asked for by that "
-            "name. Leave the template as it is: --goal_in_template false"
+            "the model's chat template already has a variable named 'goal', so that name can't be used to ask for a "
+            "goal. Leave the template as it is: --goal_in_template false"
         )
     wording = Wording.of(goal["wording"]) if goal.get("wording") else None
     rewrite = SYSTEM if placement == "system" else BESIDE_SYSTEM if system_shown else BEFORE_USER
@@ -59,12 +60,14 @@ def bake(template: str, goal: Mapping[str, Any], placement: Literal["system", "u
     ]
     prefix = "\n".join(parts)
     if unbaked(prefix):
-        raise ConfigError("the goal's text looks like the end of what export writes into a chat template; reword it.")
+        raise ConfigError(
+            "the goal's text contains the marker that ends what export writes into a chat template; reword it."
+        )
     return prefix + own
 
 
 def unbaked(template: str) -> str:
-    """The model's own chat template, which is what training and prediction write goals with."""
+    """Return the model's own chat template, with which training and prediction render."""
     if not template.startswith(BEGIN):
         return template
     _, _, own = template.partition(END + _SEAM)
@@ -72,7 +75,7 @@ def unbaked(template: str) -> str:
 
 
 def restore_own_template(tokenizer: Any) -> Any:
-    """A tokenizer of an exported model with the chat template it was trained with: goals are then written by us."""
+    """Reset an exported model's tokenizer to the chat template of training, which writes no goals by itself."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, str):
         tokenizer.chat_template = unbaked(template)
@@ -82,7 +85,7 @@ def restore_own_template(tokenizer: Any) -> Any:
 
 
 def how_to_ask(wording: Wording | None) -> str:
-    """In words, what ``goal`` may be."""
+    """Return a sentence that says what values ``goal`` takes."""
     none = "goal=false asks for none"
     if wording is None:
         return f"{none}; other goals aren't available, since the goal template writes texts of its own."
@@ -101,7 +104,7 @@ def _is_one_number(wording: Wording) -> bool:
 
 
 def _explicit(wording: Wording) -> list[str]:
-    """Jinja that writes the goal's text at the numbers that the caller asks for into ``rap_goal``."""
+    """Return Jinja that writes the goal's text, with the numbers that the caller asks for, into ``rap_goal``."""
     names = [number.name for number in wording.numbers]
     rows = [
         [n.name, n.low, n.high, n.decimals, f"%.{n.decimals}f", wording.best(n), after]
@@ -125,12 +128,12 @@ def _set(name: str, value: Any) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A Jinja literal: JSON is one, as long as it writes no surrogate pairs."""
+    """Return a Jinja literal: JSON is one, as long as it contains no surrogate pairs."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def _variables(template: str) -> set[str]:
-    """The names a template takes from outside; none where it uses tags that plain Jinja doesn't know."""
+    """Return the names that a template reads from its context; none if it uses tags that plain Jinja doesn't have."""
     import jinja2
     from jinja2 import meta
 
@@ -143,10 +146,10 @@ def _variables(template: str) -> set[str]:
 
 
 FIXED = """\
-{{- raise_exception("goal: this template knows the best goal, asked for by leaving goal out, and goal=false") -}}"""
+{{- raise_exception("goal: this template has only the best goal, which is the default, and goal=false") -}}"""
 
 # A row is name, low, high, decimals, format, the best as printed, and the words that follow. An engine whose "format"
-# isn't Python's leaves the percent sign: there, a number must already be as short as it is printed.
+# filter isn't Python's leaves the percent sign; there, a number must be given with no more decimals than are printed.
 NUMBERS = """\
 {%- for rap_name in rap_asked -%}
 {%- if rap_name not in rap_names -%}
@@ -181,7 +184,7 @@ NUMBERS = """\
 {%- endfor -%}
 {%- set rap_goal = rap_text.value -%}"""
 
-# The leading system messages, and the turns after them. Later system messages stay where they are.
+# Split the leading system messages from the turns after them. Later system messages stay where they are.
 SPLIT = """\
 {%- set rap = namespace(system=[], rest=[]) -%}
 {%- for rap_turn in messages -%}
@@ -200,7 +203,7 @@ ONLY_TEXTS = """\
 {%- endif -%}
 {%- endfor -%}"""
 
-# The texts of rap_lead before the content rap_last, which is a text or a list of parts, as some servers make it.
+# Put the texts of rap_lead before the content rap_last, which is a text, or a list of parts as some servers send it.
 JOIN = """\
 {%- if rap_last is string -%}
 {%- set rap_top = (rap_lead + [rap_last]) | join(rap_gap) -%}
@@ -213,7 +216,7 @@ JOIN = """\
 {%- set rap_top = [{"type": "text", "text": (rap_lead | join(rap_gap)) ~ rap_gap}] + rap_last -%}
 {%- endif -%}"""
 
-# As training does it where the goal is a system message: the goal, then the conversation's own.
+# Where training wrote the goal as a system message: the goal, then the conversation's own system message.
 SYSTEM = (
     """\
 {%- set rap_top = rap_lead | join(rap_gap) -%}
@@ -234,7 +237,7 @@ _TO_USER = (
     """\
 {%- if rap_lead -%}
 {%- if not rap.rest or rap.rest[0]["role"] != "user" -%}
-{{- raise_exception("the goal stands before the first user turn, and this conversation doesn't begin with one") -}}
+{{- raise_exception("the goal is written before the first user turn, and this conversation doesn't begin with one") -}}
 {%- endif -%}
 {%- set rap_last = rap.rest[0]["content"] -%}""",
     JOIN,
@@ -243,7 +246,7 @@ _TO_USER = (
 {%- endif -%}""",
 )
 
-# Where there is no system role: the goal, then a system message's text, then the first user turn's own.
+# Where the template has no system role: the goal, then a system message's text, then the first user turn's text.
 BEFORE_USER = (
     ONLY_TEXTS,
     "{%- set rap_lead = rap_lead + rap.system -%}",
@@ -251,7 +254,7 @@ BEFORE_USER = (
     "{%- set messages = rap.rest -%}",
 )
 
-# Where the user turn was asked for although there is a system role: system messages stay there.
+# Where training wrote the goal into the user turn although there is a system role: system messages stay.
 BESIDE_SYSTEM = (
     *_TO_USER,
     "{%- set messages = messages[:rap.system | length] + rap.rest -%}",

@@ -29,6 +29,9 @@ class Filters:
         exclude: a file of prompts to leave out, for decontamination: one per line, or JSON Lines with a prompt,
             instruction or question. Case, punctuation and whitespace are ignored.
         repeats: what to do with a pair that was read before: keep it, for oversampled data, or drop it.
+
+    >>> Filters(min_gap=0.5).repeats  # repeated pairs are kept, unless they are to be dropped
+    'keep'
     """
 
     min_gap: float | None = None

@@ -1,4 +1,4 @@
-"""A goal's text as words around numbers, so that others than Python can write it: a chat template, say."""
+"""A goal's text as words around numbers, so that a chat template can write it without Python."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class Number:
     """One number that a goal states.
 
     Attributes:
-        name: what a mapping of numbers calls it.
-        low, high: its range; best: what is asked for where nothing is said.
-        decimals: it is printed with at most this many.
+        name: its key in a mapping of numbers.
+        low, high: its range.
+        decimals: printed at most.
+        best: the default at inference.
     """
 
     name: str
@@ -29,12 +30,12 @@ class Number:
 
 @dataclass(frozen=True)
 class Wording:
-    """``parts[0]``, the first number, ``parts[1]``, the second number, ...
+    """The text ``parts[0]``, first number, ``parts[1]``, second number, ...
 
     Attributes:
         parts: the words, one more than there are numbers.
         numbers: in the order in which they are stated.
-        alone: the name of the number that a goal given as a single number sets; None where there is none.
+        alone: the number that is set by a goal given as a single number; None: a mapping is required.
     """
 
     parts: tuple[str, ...]
@@ -44,10 +45,12 @@ class Wording:
     def __post_init__(self) -> None:
         names = [number.name for number in self.numbers]
         if len(self.parts) != len(names) + 1 or len(set(names)) != len(names):
-            raise ConfigError(f"a goal's wording needs words around numbers of different names, found {names}")
+            raise ConfigError(
+                f"a goal's wording needs one more part than numbers, and numbers with different names; found {names}"
+            )
 
     def text(self, values: Mapping[str, float]) -> str:
-        """The goal's text; a number that ``values`` leaves out is the best."""
+        """Return the goal's text; a number that is not in ``values`` has its best value."""
         text = self.parts[0]
         for number, after in zip(self.numbers, self.parts[1:], strict=True):
             text += printed(values.get(number.name, number.best), number.decimals) + after
@@ -55,24 +58,24 @@ class Wording:
 
     @staticmethod
     def best(number: Number) -> str:
-        """A number's best, as it is printed."""
+        """Return a number's best value as printed."""
         return printed(number.best, number.decimals)
 
     def record(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {"parts": list(self.parts), "numbers": [asdict(n) for n in self.numbers], "alone": self.alone}
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Wording:
-        """The inverse of :meth:`record`."""
+        """Return the wording of a :meth:`record`."""
         numbers = tuple(Number(**number) for number in record["numbers"])
         return cls(tuple(record["parts"]), numbers, record["alone"])
 
     def grid(self, points: int = 201) -> Sequence[dict[str, float]]:
-        """Values over the whole range of every number, to compare two ways of writing with."""
+        """Return values over the whole range of every number, to compare two implementations of the text."""
         rows = []
         for i in range(points):
-            # each number runs through its range at another pace, so that none can stand in another's place
+            # each number has its own period, so that swapped numbers are noticed
             shares = [(i * (place + 1) % points) / (points - 1) for place in range(len(self.numbers))]
             numbers = zip(self.numbers, shares, strict=True)
             rows.append({n.name: n.low + share * (n.high - n.low) for n, share in numbers})

@@ -12,6 +12,7 @@ from typing import Any
 
 from rap_lightning import __version__
 from rap_lightning.preferences.data_report import DataReport
+from rap_lightning.preferences.hashing import hash_text
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.read_pairs import read_pairs
 from rap_lightning.preferences.rules import Rules, key_of
@@ -103,3 +104,15 @@ def as_pair(row: dict[str, Any]) -> Pair:
             "attributes": (tuple(high), tuple(low)),
         }
     )
+
+
+def draw_pairs(tables: Iterable[Any], limit: int, seed: int) -> list[Pair]:
+    """At most ``limit`` pairs of tables, drawn by the seed and their content alone, in the order of the tables."""
+    found: dict[str, Pair] = {}
+    for table in tables:
+        ids = table.select_columns(["id"])[:]["id"]
+        first = {one: row for row, one in reversed(list(enumerate(ids)))}
+        drawn = sorted(first, key=lambda one: hash_text(f"{seed} {one}"))[:limit]
+        found |= {one: as_pair(table[first[one]]) for one in sorted(drawn, key=first.__getitem__)}
+    kept = set(sorted(found, key=lambda one: hash_text(f"{seed} {one}"))[:limit])
+    return [pair for one, pair in found.items() if one in kept]

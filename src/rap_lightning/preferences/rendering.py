@@ -1,19 +1,35 @@
-"""Conversations as the chat template writes them, with the goal in its place."""
+"""Write the goal into a conversation, and render conversations with a chat template."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.goals import Placement
 from rap_lightning.preferences.pairs import Message
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SEPARATOR = "\n\n"  # between the goal and what follows it in the same turn
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = False, tools: Any = None) -> str:
-    """The conversation as text, by the tokenizer's own chat template; ``tools`` is a list of tools it may call."""
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    generation_prompt: bool = False,
+    tools: list[Any] | None = None,
+) -> str:
+    """Return the conversation as the tokenizer's chat template writes it.
+
+    Args:
+        tokenizer: has a chat template.
+        messages: the turns. Their content is text; content of several parts (images) would be rendered here too.
+        generation_prompt: end with the start of an assistant turn.
+        tools: that the conversation may call.
+    """
     options = {} if tools is None else {"tools": tools}
     text = tokenizer.apply_chat_template(
         list(messages), tokenize=False, add_generation_prompt=generation_prompt, **options
@@ -21,25 +37,25 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
     return str(text)
 
 
-def shows_system(tokenizer: Any) -> bool:
-    """Whether the chat template writes a system message into the text: found by rendering one."""
+def shows_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template writes system messages; a short conversation is rendered to find out."""
     probe = "a-system-message-to-look-for"
     messages = [{"role": "system", "content": probe}, {"role": "user", "content": "hello"}]
     try:
         return probe in render(tokenizer, messages, generation_prompt=True)
-    except Exception:  # templates refuse a role with whatever jinja error their author raised
+    except Exception:  # templates refuse a role with any exception that their author raised
         return False
 
 
-def resolve_placement(tokenizer: Any, placement: Placement) -> Literal["system", "user"]:
-    """Where the goal goes with this tokenizer.
+def resolve_placement(tokenizer: PreTrainedTokenizerBase, placement: Placement) -> Literal["system", "user"]:
+    """Return where the goal is written with this tokenizer.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or ``system`` was asked of one that shows no system message.
+        ConfigError: the tokenizer has no chat template, or one without system messages for the placement ``system``.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            "the tokenizer has no chat template, and prompts can't be written without one. Use an instruct model's "
+            "the tokenizer has no chat template, which prompts are rendered with. Use an instruct model's "
             "tokenizer, or put a chat_template.jinja into the model's folder."
         )
     system = shows_system(tokenizer)
@@ -60,14 +76,14 @@ def with_goal(
     *,
     system_shown: bool = True,
 ) -> list[Message]:
-    """The turns with the goal written in; a system message of the data's own stays, after the goal.
+    """Return the turns with the goal written in; a system message of the data's own follows the goal.
 
     Args:
-        history: an optional system turn, then user and assistant turns. It is not changed.
+        history: an optional system turn, then user and assistant turns; not modified.
         goal_text: ``None`` leaves the turns as they are.
         placement: from :func:`resolve_placement`.
-        system_shown: where the template has no system role, the data's own system text also moves before the first
-            user turn, so that it isn't lost.
+        system_shown: whether the template has a system role; without one, the data's own system text is also written
+            before the first user turn, so that it isn't lost.
     """
     system = [turn["content"] for turn in history if turn["role"] == "system"]
     rest = [dict(turn) for turn in history if turn["role"] != "system"]

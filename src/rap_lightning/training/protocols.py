@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rap_lightning.batches.loader import PairLoader
-    from rap_lightning.batches.stream import StreamLoader
     from rap_lightning.models.generation import Generation
     from rap_lightning.preferences.goals import GoalTemplate
     from rap_lightning.preferences.relabelling import Relabelling
@@ -39,7 +38,7 @@ class PreferenceData(Protocol):
         """Whether every training pair has rewards."""
         ...
 
-    def train_dataloader(self) -> PairLoader | StreamLoader:
+    def train_dataloader(self) -> PairLoader:
         """Batches to train on."""
         ...
 

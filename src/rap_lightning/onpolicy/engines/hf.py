@@ -103,7 +103,8 @@ class Transformers(Engine):
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
-        from rap_lightning.models.generation import guidance_of, left_pad
+        from rap_lightning.batches.prompts import left_pad
+        from rap_lightning.models.generation import guidance_of
         from rap_lightning.onpolicy.engines.seeded_sampling import SeededSampling
 
         device = self._model.device

@@ -114,19 +114,11 @@ class ModelJudge(Judge):
 
     def _encode(self, encoder: Encoder, item: Item) -> EncodedResponse:
         """Return an item's token ids, truncated to fit; what was truncated or repaired is counted."""
-        from rap_lightning.batches.encode import Notes
+        from rap_lightning.batches.encode import Conversation
 
-        notes = Notes()
-        prompt = encoder.prompt(item.history, None, notes)
-        response = encoder.response(prompt, item.response, notes, "response")
-        fitted = encoder.fit(prompt, item.history, len(response))
-        self.counts.update(f"repaired: {what}" for what in notes.repaired)
-        if fitted.cut:
-            self.counts["cut: prompts that didn't fit"] += 1
-        room = encoder.max_length - len(fitted.ids)
-        if len(response) > room:
-            self.counts["cut: ends of responses that didn't fit"] += 1
-        return EncodedResponse(item, fitted.ids, response[:room])
+        found = encoder.encode_one(Conversation(item.history, responses=(item.response,)))
+        self.counts.update(found.notes())
+        return EncodedResponse(item, found.prompt_ids[0], found.response_ids[0])
 
 
 def response_logps(policy: Policy, responses: Sequence[EncodedResponse]) -> list[float]:

@@ -1,0 +1,183 @@
+"""Prompts to generate from: which conversations, at which goal, as token ids.
+
+:func:`distinct_histories` reads the conversations; :class:`PromptEncoder` writes the goal and encodes them;
+:func:`left_pad` makes the batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from rap_lightning.batches.encode import Conversation, EncodedConversation, Encoder
+from rap_lightning.batches.types import PromptBatch
+from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.filters import Filters
+from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.pair_cache import stored_pairs
+from rap_lightning.preferences.pairs import BadRow, Message
+from rap_lightning.preferences.relabelling import Relabelling
+from rap_lightning.preferences.rules import Rules
+from rap_lightning.preferences.sources import Source
+
+LowGoal = float | Literal["none"] | None
+"""The goal that guidance pushes away from, as :meth:`rap_lightning.preferences.goals.GoalTemplate.low` takes it."""
+
+
+@dataclass
+class PredictPrompts:
+    """What ``predict`` generates for.
+
+    Args:
+        source: a file, folder or Hub id in any format that is read for training; by default the validation split. Each
+            distinct conversation is one prompt.
+        goal: the number to ask for, on the scale that goals state; by default the best of the goal
+            template, and none where training pairs state none (relabel none).
+        limit: at most this many prompts.
+    """
+
+    source: str | None = None
+    goal: float | None = None
+    limit: int | None = None
+
+    def check(self, template: GoalTemplate | None) -> None:
+        """Raise ConfigError where the goal is not one of the template."""
+        if self.goal is None:
+            return
+        if template is None:
+            raise ConfigError("--data.predict.goal has no effect with --data.goal null; remove one of the two.")
+        low, high = template.scale.low, template.scale.high
+        if not low <= self.goal <= high:
+            raise ConfigError(f"--data.predict.goal must be on the scale from {low:g} to {high:g}, found {self.goal:g}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of ``predict``.
+
+    Attributes:
+        ids: at the goal.
+        record: what is written beside the response.
+        low_ids: at the low goal of guidance; None without guidance.
+    """
+
+    ids: list[int]
+    record: dict[str, Any]
+    low_ids: list[int] | None = None
+
+
+class PromptEncoder:
+    """Encodes conversations at goals, cut to the encoder's ``max_prompt_length`` as in training.
+
+    Args:
+        encoder: renders and tokenises; its goal template writes the goals.
+        tell: gets a line where prompts were cut.
+    """
+
+    def __init__(self, encoder: Encoder, tell: Callable[[str], None]) -> None:
+        self.encoder, self.tell = encoder, tell
+
+    def prompts(
+        self, histories: Sequence[Sequence[Message]], goal: float | None, guidance: float = 0.0, against: LowGoal = None
+    ) -> list[Prompt]:
+        """Conversations at a goal, and with guidance at the low goal as well.
+
+        Raises:
+            BadRow: the chat template refuses a conversation.
+            ConfigError: guidance without goals, or away from a goal outside the scale.
+        """
+        template = self.encoder.goal
+        record: dict[str, Any] = {"goal": None if template is None or goal is None else template.printed(goal)}
+        prompts = self.encode(histories, self.goal_text(goal))
+        low: list[list[int] | None] = [None] * len(prompts)
+        if guidance:
+            low_text, low_printed = self.low_goal(against)
+            low = [*self.encode(histories, low_text)]
+            record |= {"guidance": guidance, "against": low_printed}
+        return [
+            Prompt(ids, {"messages": list(history)} | record, low_ids)
+            for history, ids, low_ids in zip(histories, prompts, low, strict=True)
+        ]
+
+    def encode(self, histories: Sequence[Sequence[Message]], text: str | None) -> list[list[int]]:
+        """Token ids of conversations with a goal's text, ``None`` for none.
+
+        Raises:
+            BadRow: the chat template refuses a conversation.
+        """
+        found: list[EncodedConversation] = []
+        for one in self.encoder.encode([Conversation(history, (text,)) for history in histories]):
+            if isinstance(one, BadRow):
+                raise one
+            found.append(one)
+        if cut := sum(one.cut_prompts[0] > 0 for one in found):
+            longest = self.encoder.max_prompt_length
+            self.tell(f"{cut:,} of {len(found):,} prompts cut to {longest} tokens, goal kept")
+        return [one.prompt_ids[0] for one in found]
+
+    def goal_text(self, goal: float | None) -> str | None:
+        """What the template says of a goal, with the best attributes."""
+        template = self.encoder.goal
+        return None if template is None or goal is None else template.write(goal, template.best_attributes)
+
+    def low_goal(self, against: LowGoal) -> tuple[str | None, str]:
+        """Text and print of the goal that guidance pushes away from.
+
+        Raises:
+            ConfigError: there is no goal template, or the goal is outside its scale.
+        """
+        if self.encoder.goal is None:
+            raise ConfigError(
+                "--model.generation.guidance needs goals to push away from, and there are none with --data.goal null."
+            )
+        return self.encoder.goal.low(against)
+
+    def check_guidance(self, goal: float | None, against: LowGoal) -> None:
+        """Raise ConfigError where guidance would push away from the goal that is asked for."""
+        text, printed = self.low_goal(against)
+        if goal is not None and text == self.goal_text(goal):
+            raise ConfigError(
+                f"--model.generation.guidance has no effect: the goal that it pushes away from, {printed}, is the "
+                "one that is asked for. Ask for a higher one (--data.predict.goal), or remove it."
+            )
+
+
+def collate_prompts(prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
+    """A batch of prompts, padded on the left."""
+    batch = left_pad([prompt.ids for prompt in prompts], pad_id, [prompt.record for prompt in prompts])
+    low = [prompt.low_ids for prompt in prompts if prompt.low_ids is not None]
+    return replace(batch, against=left_pad(low, pad_id, [{}] * len(low))) if low else batch
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[dict[str, Any]]) -> PromptBatch:
+    """Token ids padded on the left, so that every prompt ends at the last column."""
+    width = max(map(len, prompts))
+    rows = [[pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
+    masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    return PromptBatch(torch.tensor(rows), torch.tensor(masks), tuple(records))
+
+
+def distinct_histories(
+    sources: Sequence[Source], split: str, rules: Rules, num_proc: int | None, tell: Callable[[str], None]
+) -> list[list[Message]]:
+    """The distinct conversations of a split, in order, without responses.
+
+    Goals, relabelling, filters and selection of the rules are not applied. Rows that can't be used are left out, and
+    ``tell`` gets their counts.
+    """
+    plain = replace(
+        rules, goal=None, relabelling=Relabelling("none"), ties="drop", outside_scale="error",
+        filters=Filters(), selection=None, tool_turns=False,
+    )  # fmt: skip
+    seen: dict[str, None] = {}
+    for source in sources:
+        table, report = stored_pairs(source, split, plain, num_proc=num_proc)
+        if report.dropped:
+            tell("\n".join(report.lines()))
+        for row in table.select_columns(["history"]):
+            seen.setdefault(row["history"], None)
+    return [json.loads(history) for history in seen]

@@ -1,0 +1,97 @@
+"""How scored preferences are read: the options that fit, inspect and relabel share.
+
+They are declared here once. The data module and the commands take them as ``**reading`` and pass them on; jsonargparse
+follows that, and lists them in each command's help and config as if they were declared there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from rap_lightning.preferences.filters import Filters
+from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
+from rap_lightning.preferences.judge import Judge, rated_goal
+from rap_lightning.preferences.read_pairs import fit_scale
+from rap_lightning.preferences.relabelling import Mode, Relabelling
+from rap_lightning.preferences.rewards import RewardTable
+from rap_lightning.preferences.rules import Rules
+from rap_lightning.preferences.selection import Selection
+from rap_lightning.preferences.sources import Source, as_sources, having
+
+
+class ReadingOptions:
+    """Where scored pairs are read from, and what is done with them.
+
+    Args:
+        source: a parquet, arrow, json or json-lines file (text also compressed), a folder of them, or a Hub id; or a
+            list of sources with weights.
+        goal: how the goal reads in the prompt; null trains on the plain pairs, without goals (the usual DPO), and needs
+            no scores.
+        relabel: both halves of each pair (the paper), the chosen or the rejected one only, none (plain pairs, chosen by
+            the same rules: the baseline), or half (both halves of a seeded half of the prompts: the paper's Half-RA).
+            By default both, and none where there is no goal.
+        keep_original: also train on each pair without a goal.
+        ties: a pair whose goals print the same: drop it, keep its chosen half only, or stop with an error.
+        rewards: a judge that gives every response its reward before training, in the place of the scores that the data
+            have or lack: ImplicitReward (the log-ratio of a trained DPO model and its base, for data without scores),
+            RewardModel, or any other that score takes. Rewards are kept in ~/.cache/rap-lightning, and computed once.
+            Goals then state how a reward ranks in the training split (QuantileScale), unless the goal's scale maps them
+            otherwise. Where rewards contradict the data's labels the higher reward wins, and they are counted.
+        selection: which pairs are made of several responses to a prompt; by default the best against a random other,
+            as in the paper (BestVsRandom; also BestVsWorst, AllPairs, AdjacentPairs).
+        filters: what is left out on purpose, and counted.
+        outside_scale: scores outside the goal's scale: stop with an error, drop such pairs or responses, or clip them.
+        bad_rows: rows that can't be used: drop and count them, or stop with an error.
+        format: of the rows: auto, pairs, completions, ultrafeedback, helpsteer, ranked, sharegpt, or the import path of
+            a function that makes one of these of a row.
+        columns: new names for columns, {theirs: ours}, as in {chosen_score: score_chosen}.
+        num_proc: processes that read and tokenise; by default one.
+        seed: of the half that relabel half takes, of what weights draw, and of the order in which pairs are trained on.
+        tool_turns: keep conversations with tool calls; without a chat template that shows them they can't be used.
+
+    Attributes:
+        sources: as a list.
+        goal: with a scale for the judge's rewards, where a judge gives them.
+        rules: what is done with rows.
+    """
+
+    def __init__(
+        self,
+        source: str | list[Source],
+        *,
+        goal: GoalTemplate | None = OverallGoal(),  # noqa: B008 (immutable; jsonargparse wants an instance)
+        relabel: Mode | None = None,
+        keep_original: bool = False,
+        ties: Literal["drop", "chosen", "error"] = "drop",
+        rewards: Judge | None = None,
+        selection: Selection | None = None,
+        filters: Filters = Filters(),  # noqa: B008
+        outside_scale: Literal["error", "drop", "clip"] = "error",
+        bad_rows: Literal["drop", "error"] = "drop",
+        format: str = "auto",
+        columns: dict[str, str] | None = None,
+        num_proc: int | None = None,
+        seed: int = 42,
+        tool_turns: bool = True,
+    ) -> None:
+        self.rewards, self.goal = rewards, rated_goal(rewards, goal)
+        self.sources, self.num_proc, self.seed = as_sources(source), num_proc, seed
+        self.relabelling = Relabelling.of(relabel, self.goal, keep_original, seed)
+        self.rules = Rules(
+            self.goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns
+        )
+
+    def fit_on_training_split(self, splits: Sequence[str], rewards: Mapping[str, RewardTable] | None = None) -> bool:
+        """Fit the goal's scale on the training split, or on the only split; returns whether the scale needed that.
+
+        Args:
+            splits: those that are read.
+            rewards: the judge's for each of them, where a judge gives them.
+        """
+        if self.goal is None or not self.goal.scale.needs_fit:
+            return False  # a source without a training split is then no error
+        split = "train" if "train" in splits or len(splits) > 1 else splits[0]
+        rules = replace(self.rules, rewards=(rewards or {}).get(split))
+        return fit_scale(rules, having(self.sources, split), split, num_proc=self.num_proc)
