@@ -14,11 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT
-from rap_lightning.models.hf_export import _tensors
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import processes
+from rap_lightning.models.hf_export import _tensors
 
 FIT = ["-m", "rap_lightning.cli.main", "fit"]
 TIMEOUT = 15
