@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import kills
 
 
 def _command(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is born ignoring Ctrl-C
     os.environ.update(environment)
     os.chdir(environment.get("PWD", "."))
     kills.command(arguments, log)
@@ -46,7 +48,7 @@ class CliProcess:
     def wait_for(self, pattern: str, seconds: float = 300) -> None:
         """Wait until the output has the pattern."""
         end = time.monotonic() + seconds
-        while not re.search(pattern, self.said):
+        while not re.search(pattern, self.said, re.MULTILINE):
             assert self.process.is_alive(), self.said[-2000:]
             assert time.monotonic() < end, self.said[-2000:]
             time.sleep(0.02)
