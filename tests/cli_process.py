@@ -1,4 +1,4 @@
-"""The command line as a real process, for signals, exit codes and ranks.
+"""The command line, and ranks, as real processes: for signals, exit codes and collectives.
 
 A process is forked from a server that has imported everything: importing torch and Lightning takes five seconds, which
 each process would pay anew.
@@ -6,11 +6,14 @@ each process would pay anew.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,53 @@ class CliProcess:
         return int(self.process.exitcode)
 
 
+def free_port() -> int:
+    """Return a port that nothing on this machine listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def fit_on_ranks(context: Any, cases: list[dict[str, Any]], ranks: int, folder: Path, seconds: float = 300) -> None:
+    """Fit the cases of ``rank_worker`` one after another in so many processes, and wait for their end."""
+    if not cases:
+        return
+    plan = folder / f"plan-{ranks}-{time.monotonic_ns()}.json"
+    plan.write_text(json.dumps(cases))
+    cluster = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    logs = [plan.with_suffix(f".{rank}.log") for rank in range(ranks)]
+    started = [
+        context.Process(target=_rank, args=([str(plan), str(folder)], str(log), cluster | {"LOCAL_RANK": str(rank)}))
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        for process in started:
+            process.start()
+        for process, log in zip(started, logs, strict=True):
+            process.join(seconds)
+            assert process.exitcode == 0, log.read_text()[-6000:]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def _rank(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import rank_worker
+
+    sys.argv = ["rank_worker", *arguments]
+    try:
+        rank_worker.main()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)
+
+
 class RankPair:
     """Two ranks of one run, started with the variables that a cluster sets.
 
@@ -77,10 +127,7 @@ class RankPair:
         self, start: Callable[..., CliProcess], arguments: list[str], strategy: list[str], nodes: int = 1,
         second: Sequence[str] = (), alone: int | None = None, apart: Sequence[Path] = (),
     ) -> None:  # fmt: skip
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        cluster = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        cluster = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
         both = [*arguments, "--trainer.devices", str(2 // nodes), "--trainer.num_nodes", str(nodes), *strategy]
         self.ranks = []
         for rank in range(2) if alone is None else [alone]:
