@@ -266,6 +266,24 @@ def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def commands_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a command that starts ``rap-lightning`` as a subprocess, as rounds does for fit, call it in this process."""
+    start, run, popen = [sys.executable, "-m", "rap_lightning.cli.main"], subprocess.run, subprocess.Popen
+
+    class Ended:
+        """As a Popen: the command has run when it is waited for."""
+
+        def __init__(self, command: list[str]) -> None:
+            self.returncode = called(*command[3:])
+
+        def wait(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(subprocess, "run", lambda c, **o: run_command(*c[3:]) if c[:3] == start else run(c, **o))
+    monkeypatch.setattr(subprocess, "Popen", lambda c, **o: Ended(c) if c[:3] == start else popen(c, **o))
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded world with few pairs and a base model that has hardly been trained."""
