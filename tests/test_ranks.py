@@ -35,7 +35,14 @@ def test_a_step_that_one_rank_finds_broken_is_skipped_by_both_as_by_one(
     world: Path,
     tmp_path: Path,
 ) -> None:
-    sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--model.loss", "poison.ByLength"]
+    sgd = [
+        "--model.optimizer",
+        "torch.optim.SGD",
+        "--model.optimizer.lr",
+        "0.1",
+        "--model.loss",
+        "failing_losses.ByLength",
+    ]
     # one response of the world has that length
     skip = [*sgd, "--model.loss.length", "3", "--guard.non_finite", "skip"]
     one = start_process([*arguments(world, tmp_path / "one", *skip), "--data.batch_size", "8"])

@@ -39,7 +39,7 @@ SLOW = pytest.mark.slow
 def test_an_error_of_one_rank_is_told_once_by_rank_zero(
     strategy: list[str], start_process: Any, world: Path, tmp_path: Path
 ) -> None:
-    run = RankPair(start_process, arguments(world, tmp_path / "run", "--model.loss", "poison.OnRank"), strategy)
+    run = RankPair(start_process, arguments(world, tmp_path / "run", "--model.loss", "failing_losses.OnRank"), strategy)
     began = time.monotonic()
     codes = run.end()
     assert time.monotonic() - began < 200
@@ -57,7 +57,7 @@ def test_a_stack_is_shown_by_the_rank_that_it_is_of_and_by_no_other(
 ) -> None:
     run = RankPair(
         start_process,
-        arguments(world, tmp_path / "run", "--model.loss", "poison.OnRank", "--model.loss.plain", "true"),
+        arguments(world, tmp_path / "run", "--model.loss", "failing_losses.OnRank", "--model.loss.plain", "true"),
         DDP,
     )
     codes = run.end()
