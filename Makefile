@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# One worker for each core, at most 8 (each needs up to 1.5 GB). A worker that has no tests left takes over another's.
+PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test check setup oldest newest wheel clean help
+.PHONY: demo test slow check setup oldest newest wheel clean help
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,8 +39,11 @@ check: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## ruff, mypy and the tests
-	$(BIN)/python -m pytest -m "not slow"
+test: check ## ruff, mypy and the fast tests
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+slow: setup ## the tests that take minutes
+	$(BIN)/python $(PYTEST) -m slow
 
 # uv, for it can ask for the lowest version of each dependency. What tests need comes afterwards, and as new as it fits.
 oldest: ## the tests on the lowest versions that pyproject.toml allows, in .venv-oldest
@@ -46,12 +51,12 @@ oldest: ## the tests on the lowest versions that pyproject.toml allows, in .venv
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct -e .
 	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python -e ".[test]"
-	.venv-oldest/bin/python -m pytest -m "not slow"
+	.venv-oldest/bin/python $(PYTEST) -m "not slow"
 
 newest: ## the tests on the newest versions that pyproject.toml allows, in .venv-newest
 	$(MAKE) setup VENV=.venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]" "torch>=2.6,<2.14"
-	.venv-newest/bin/python -m pytest -m "not slow"
+	.venv-newest/bin/python $(PYTEST) -m "not slow"
 
 wheel: setup ## wheel and sdist in dist/, each installed into an empty environment and used there
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build

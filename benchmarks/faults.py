@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import kills
 import lightning.pytorch as pl
+
+import kills
 
 STEPS, COMBINATION = 8, ("tree", "table", 0, "full")
 

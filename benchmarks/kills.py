@@ -37,9 +37,10 @@ COMBINATIONS = list(
 def server() -> Any:
     """What forks processes that have imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["rap_lightning.cli.trainer_cli", "transformers.models.llama.modeling_llama", "peft"]
-    )
+    context.set_forkserver_preload([
+        "rap_lightning.cli.trainer_cli", "transformers.models.llama.modeling_llama", "peft", "datasets",
+        "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
+    ])  # fmt: skip
     first = context.Process(target=os.getpid)  # returns when everything has been imported
     first.start()
     first.join()

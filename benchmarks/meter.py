@@ -8,8 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from measure import forget_peak
 from torch.distributed.tensor import DTensor
+
+from measure import forget_peak
 
 
 class Meter(pl.Callback):

@@ -1,23 +1,35 @@
-"""Small real components: three families of chat template, a byte-level tokenizer, tiny models, scored pairs."""
+"""Small real components: three families of chat template, a byte-level tokenizer, tiny models, scored pairs.
+
+Also how tests run command lines: ``called`` and ``run_command`` in this process, ``start_process`` in one of its own.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
+import os
 import random
+import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; for subprocesses too: the models are tiny
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import pytest
 import torch
 
+import kills
+from cli_process import CliProcess
 from rap_lightning.preferences.goals import OverallGoal
 
 logging.raiseExceptions = False  # Lightning's handler outlives the streams that pytest captures
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 
@@ -209,6 +221,31 @@ def called(*args: object) -> int:
     return 0
 
 
+def run_command(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command line in this process, and return its exit code with what it wrote."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd or "."), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = called(*args)
+    return subprocess.CompletedProcess(list(map(str, args)), code, out.getvalue(), err.getvalue())
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that ``make`` fills once for all workers of pytest-xdist. Tests must not write to it."""
+    from filelock import FileLock
+
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of this session, and of all its workers
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not folder.exists():
+            partial = root / f"{name}.partial"
+            partial.mkdir()
+            make(partial)
+            partial.rename(folder)
+    return folder
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -229,22 +266,74 @@ def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def commands_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a command that starts ``rap-lightning`` as a subprocess, as rounds does for fit, call it in this process."""
+    start, run, popen = [sys.executable, "-m", "rap_lightning.cli.main"], subprocess.run, subprocess.Popen
+
+    class Ended:
+        """As a Popen: the command has run when it is waited for."""
+
+        def __init__(self, command: list[str]) -> None:
+            self.returncode = called(*command[3:])
+
+        def wait(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(subprocess, "run", lambda c, **o: run_command(*c[3:]) if c[:3] == start else run(c, **o))
+    monkeypatch.setattr(subprocess, "Popen", lambda c, **o: Ended(c) if c[:3] == start else popen(c, **o))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded world with few pairs and a base model that has hardly been trained."""
+    return made_once(tmp_path_factory, "small-world", kills.make) / "world"
+
+
 @pytest.fixture(autouse=True)
-def _quiet_and_isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+def _isolated() -> Iterator[None]:
+    """Restore what a command line changes in its process: environment, working folder, import path, users' modules."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    environment, path, cwd = dict(os.environ), list(sys.path), Path.cwd()
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:] = path
+    os.chdir(cwd)
+    for name in [name for name in sys.modules if name.startswith("my_")]:  # my_losses.py, my_rows.py: each test's own
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The datasets cache of the tests is their own, so that no run sees another's rows."""
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give each worker a datasets cache of its own, and its subprocesses too, so that no run sees another's rows."""
     import datasets
 
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets-cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
+    cache = tmp_path_factory.mktemp("datasets-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setenv("HF_DATASETS_CACHE", str(cache))
+        yield
+
+
+@pytest.fixture(scope="session")
+def process_server(_own_cache: None) -> Any:
+    """The server that processes are forked from: it has imported everything, which takes seconds."""
+    return kills.server()
+
+
+@pytest.fixture
+def start_process(process_server: Any, tmp_path: Path) -> Iterator[Callable[..., CliProcess]]:
+    """Start a command line as a process of its own: ``start_process(arguments, NAME="environment")``."""
+    started: list[CliProcess] = []
+
+    def start(arguments: list[str], **environment: str) -> CliProcess:
+        started.append(CliProcess(process_server, arguments, tmp_path / f"{len(started)}.log", **environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
 
 
 def build(model: Path, data: Path, *, lora: bool = False, **options: Any) -> tuple[Any, Any]:
@@ -292,11 +381,3 @@ def real_pairs() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real sample data are not at {folder}")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _users_modules_are_forgotten() -> Iterator[None]:
-    """A file of a user's own (my_losses.py, my_rows.py) that a test imports is not the next test's."""
-    yield
-    for name in [name for name in sys.modules if name.startswith("my_")]:
-        del sys.modules[name]

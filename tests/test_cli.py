@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from cli_process import RankPair
 from conftest import ROOT, scored_rows, write_jsonl
 from rap_lightning.cli import main as cli
 from rap_lightning.losses import DPO, SimPO
@@ -354,45 +355,30 @@ def test_predict_test_and_export_from_a_checkpoint(
     assert call(monkeypatch, "export", "--checkpoint", str(last), "--output", str(out)) == 2
 
 
-def start(*args: str, **options: Any) -> subprocess.Popen[str]:
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-
-    def obey_ctrl_c() -> None:  # a job that a shell starts in the background is born ignoring it
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    return subprocess.Popen([*COMMAND, *args], text=True, env=env, preexec_fn=obey_ctrl_c, **streams, **options)
-
-
-def test_ctrl_c_stops_within_seconds_and_leaves_a_checkpoint_to_go_on_from(config: Path, tmp_path: Path) -> None:
-    process = start("fit", "--config", str(config), "--trainer.max_epochs", "100000")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 20/"):
-            break
-    pressed = time.perf_counter()
-    process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
-    assert time.perf_counter() - pressed < 20
-    assert process.returncode == 130
-    assert "Traceback" not in rest
-    hint = re.search(r"--ckpt_path (\S+)", rest)
-    assert hint, rest[-2000:]
+def test_ctrl_c_stops_within_seconds_and_leaves_a_checkpoint_to_go_on_from(
+    config: Path, start_process: Any, tmp_path: Path
+) -> None:
+    process = start_process(["fit", "--config", str(config), "--trainer.max_epochs", "100000"])
+    process.wait_for("^step 20/")
+    os.kill(process.process.pid, signal.SIGINT)
+    assert process.end(20) == 130
+    assert "Traceback" not in process.said
+    hint = re.search(r"--ckpt_path (\S+)", process.said)
+    assert hint, process.said[-2000:]
     step = torch.load(hint[1], weights_only=True)["global_step"]
     assert step >= 20
     steps = str(step + 2)
     longer = ["--trainer.max_epochs", "100000", "--trainer.max_steps", steps]
-    again = start("fit", "--config", str(config), *longer, "--ckpt_path", hint[1])
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output[-2000:]
-    assert f"step {steps}/{steps}" in output
-    assert "step 20/" not in output
+    again = start_process(["fit", "--config", str(config), *longer, "--ckpt_path", hint[1]])
+    assert again.end() == 0, again.said[-2000:]
+    assert f"step {steps}/{steps}" in again.said
+    assert "step 20/" not in again.said
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_equal_one_with_rows_that_do_not_divide(
-    strategy: str, config: Path, tiny: Path, tmp_path: Path
+    strategy: str, config: Path, tiny: Path, start_process: Any, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
@@ -410,21 +396,23 @@ def test_two_processes_equal_one_with_rows_that_do_not_divide(
         "one": ["--data.batch_size", "16"],
         # in forward passes of their own number, and with the reference's log-probabilities computed by both
         "two": [
-            "--data.batch_size", "8", "--trainer.devices", "2", *options[strategy], "--data.token_budget", "500",
+            "--data.batch_size", "8", "--data.token_budget", "500",
             "--model.reference", "Stored", "--model.reference.folder", str(tmp_path / "store"),
         ],
     }  # fmt: skip
-    for name, extra in runs.items():
-        process = start(*common, *extra, "--trainer.default_root_dir", str(tmp_path / name))
-        try:
-            output, _ = process.communicate(timeout=200)
-        finally:
-            process.kill()
-        assert process.returncode == 0, output[-3000:]
+    whole, two = ([*common, *runs[name], "--trainer.default_root_dir", str(tmp_path / name)] for name in runs)
+    alone = start_process(whole)
+    if strategy == "ddp":  # Lightning itself starts the second process
+        command = [*COMMAND, *two, *options[strategy], "--trainer.devices", "2"]
+        subprocess.run(command, check=True, timeout=200)
+    else:
+        pair = RankPair(start_process, two, options[strategy])
+        assert pair.end() == [0, 0], pair.said[-3000:]
+    assert alone.end() == 0, alone.said[-3000:]
     assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 2, "a file of each process"
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert len(one) == len(two) > 3
-    for a, b in zip(one, two, strict=True):
+    one, both = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(both) > 3
+    for a, b in zip(one, both, strict=True):
         for key in a:
             if a[key] and "per_second" not in key:
                 assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4, abs=1e-5), key

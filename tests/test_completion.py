@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import called
+from conftest import called, run_command
 from rap_lightning.commands import COMMANDS
 
 PRESS = """
@@ -22,9 +22,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("shtab")
     path: Path = tmp_path_factory.mktemp("completion") / "rap-lightning"
-    with path.open("w") as file:
-        command = [sys.executable, "-m", "rap_lightning.cli.main", "completion", "bash"]
-        subprocess.run(command, stdout=file, check=True, timeout=300)
+    path.write_text(run_command("completion", "bash").stdout)
     return path
 
 

@@ -22,7 +22,7 @@ from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.preferences.rendering import with_goal
 
-JUDGE = ["--judge", "Function", "--judge.function", "rigged.by_letters", "--judge.scale", "[1, 10]"]
+JUDGE = ["--judge", "Function", "--judge.function", "stub_judges.by_letters", "--judge.scale", "[1, 10]"]
 FEW = ["--samples", 2, "--max_new_tokens", 6, "--engine", "Transformers", "--engine.batch_size", 8]
 
 
@@ -126,8 +126,8 @@ def test_log_probabilities_are_the_modules(run: Path, data: Path, tmp_path: Path
 
 
 def test_an_obedient_model_has_a_spearman_of_1(run: Path, data: Path, tmp_path: Path) -> None:
-    args = ["--model", run / "hf", "--source", data, "--output", tmp_path, "--engine", "rigged.Obedient"]
-    args += ["--judge", "Function", "--judge.function", "rigged.face_value", "--judge.scale", "[1, 10]"]
+    args = ["--model", run / "hf", "--source", data, "--output", tmp_path, "--engine", "stub_judges.Obedient"]
+    args += ["--judge", "Function", "--judge.function", "stub_judges.face_value", "--judge.scale", "[1, 10]"]
     assert called(*args, "--goals", "[none, 10, 1, 4.5]") == 0
     found = document(tmp_path)
     assert found["goals"] == [1, 4.5, 10]
@@ -278,7 +278,7 @@ def test_a_model_without_goals_is_sampled_without_one(run: Path, data: Path, tmp
 
 def test_responses_that_cannot_be_judged_are_counted_and_asked_for_again(run: Path, data: Path, tmp_path: Path) -> None:
     args = ["--model", run / "hf", "--source", data, *FEW, "--parts", "[controllability]", "--output", tmp_path]
-    args += ["--judge", "Function", "--judge.function", "rigged.never"]
+    args += ["--judge", "Function", "--judge.function", "stub_judges.never"]
     assert called(*args) == 1
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     without = sum(row["score"] is None for row in lines)
@@ -304,7 +304,7 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
         tmp_path / "out",
         *JUDGE,
         "--engine",
-        "rigged.Obedient",
+        "stub_judges.Obedient",
     ]
     assert called(*args, "--parts", "[extrapolation]", "--limit", 4) == 0
     found = document(tmp_path / "out")
@@ -316,7 +316,7 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
     ("extra", "said"),
     [
         (
-            ["--judge", "Function", "--judge.function", "rigged.never", "--parts", "[unlearning]"],
+            ["--judge", "Function", "--judge.function", "stub_judges.never", "--parts", "[unlearning]"],
             "--judge has no effect",
         ),
         (["--samples", 3], "--samples has no effect without the parts controllability"),

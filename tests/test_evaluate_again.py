@@ -14,8 +14,8 @@ from rap_lightning.preferences.goals import OverallGoal
 
 called = partial(called, "evaluate")
 OBEDIENT = [
-    *("--engine", "rigged.Obedient", "--samples", 1, "--goals", "[1, 10]"),
-    *("--judge", "Function", "--judge.function", "rigged.face_value", "--judge.scale", "[1, 10]"),
+    *("--engine", "stub_judges.Obedient", "--samples", 1, "--goals", "[1, 10]"),
+    *("--judge", "Function", "--judge.function", "stub_judges.face_value", "--judge.scale", "[1, 10]"),
 ]  # fmt: skip
 ADAPTER = """
 def adapt(row):

@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cli_process import RankPair
 from conftest import build, make_model, make_tokenizer, make_trainer
 from rap_lightning.atomic_write import atomic_folder
 from rap_lightning.batches.encode import Encoder
@@ -38,8 +39,7 @@ from rap_lightning.preferences.chat_template import BEGIN, unbaked
 from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
 from rap_lightning.preferences.scales import RewardScale
 from test_cli import call
-from test_ranks import FSDP2, Pair, arguments
-from test_stops import Run, context, world  # noqa: F401
+from test_ranks import FSDP2, arguments
 
 HISTORIES: list[list[dict[str, str]]] = [
     [{"role": "user", "content": " red or green?\n"}],
@@ -458,22 +458,12 @@ def test_shards_and_dtypes_are_as_asked(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["full", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_shards_of_two_processes_leave_as_what_fit_gathered(
-    kind: str, context: Any, world: Path, tmp_path: Path  # noqa: F811
-) -> None:  # fmt: skip
-    started: list[Run] = []
-
-    def start(options: list[str], **environment: str) -> Run:
-        started.append(Run(context, options, tmp_path / f"{len(started)}.log", **environment))
-        return started[-1]
-
+    kind: str, start_process: Any, world: Path, tmp_path: Path
+) -> None:
     options = arguments(world, tmp_path / "run", steps=2, kind=kind)
     kept = [o if options[i - 1] != "--export.enabled" else "true" for i, o in enumerate(options)]
-    pair = Pair(start, kept, FSDP2)
-    try:
-        assert pair.end() == [0, 0], pair.said[-2000:]
-    finally:
-        for one in started:
-            one.process.kill()
+    pair = RankPair(start_process, kept, FSDP2)
+    assert pair.end() == [0, 0], pair.said[-2000:]
     folder = next(p for p in (tmp_path / "run").rglob("*.ckpt") if "step=2" in p.name and not p.is_symlink())
     assert len(list(folder.glob("*.distcp"))) == 2
     export(str(folder), str(tmp_path / "out"))

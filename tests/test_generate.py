@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from conftest import called, make_model, make_tokenizer, scored_rows, write_jsonl
-from misbehaving import Server, echo, half, hang_up, raw, slow, status, unless
+from faulty_endpoint import Server, echo, half, hang_up, raw, slow, status, unless
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.onpolicy import chat_client
 from rap_lightning.onpolicy import requested_goals as goals

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from cli_process import free_port
 from conftest import build, encode, make_trainer, scored_rows, sgd, write_jsonl
 from loss_cases import LOSSES, make, random_logps, taken
 from rap_lightning.batches.layouts import LAYOUTS, lay_out
@@ -281,13 +282,14 @@ def on_a_rank(rank: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_state_and_batch_statistics_are_of_all_ranks(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(on_a_rank, (port, str(tmp_path)), nprocs=2)
+def test_state_and_batch_statistics_are_of_all_ranks(process_server: Any, tmp_path: Path) -> None:
+    port = free_port()
+    ranks = [process_server.Process(target=on_a_rank, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(100)
+        assert rank.exitcode == 0
     (one, first), (two, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     policy, reference = (random_logps(6, seed, lengths=(torch.tensor([3] * 6),) * 2) for seed in (1, 2))
     bco = BCO(0.5).train()

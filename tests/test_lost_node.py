@@ -14,11 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT
-from rap_lightning.models.hf_export import read_tensors
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import processes
+from rap_lightning.models.hf_export import read_tensors
 
 FIT = ["-m", "rap_lightning.cli.main", "fit"]
 TIMEOUT = 15
@@ -41,7 +38,14 @@ def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three
     if not processes.can_two_hosts():
         pytest.skip("two network hosts need root, iproute2 and shared/tools/two-nodes.sh")
     base = processes.make(tmp_path / "base")
-    slow = ["--model.loss", "poison.Slow", "--checkpoint.every_n_train_steps", "3", "--checkpoint.save_top_k", "-1"]
+    slow = [
+        "--model.loss",
+        "failing_losses.Slow",
+        "--checkpoint.every_n_train_steps",
+        "3",
+        "--checkpoint.save_top_k",
+        "-1",
+    ]
     command = [
         *FIT,
         *options(base, tmp_path / "lost", 1, "--trainer.num_nodes", "2", *slow, "--trainer.max_steps", "900"),

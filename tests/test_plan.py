@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import ROOT, make_model
+from conftest import make_model
 from rap_lightning.commands import plan
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy import evaluating
@@ -21,8 +20,6 @@ from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.planning.estimate import Spread, duration, memory
 from rap_lightning.planning.gpus import GPUS, find_gpu
 from rap_lightning.planning.trace import Step, batch_of, trace
-
-sys.path.append(str(ROOT / "benchmarks"))
 
 REAL = "RAP_LIGHTNING_PLAN_MODEL"
 ADAMW = partial(torch.optim.AdamW, lr=1e-4, fused=True)

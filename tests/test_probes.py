@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
+from cli_process import fit_on_ranks
 from conftest import build, make_trainer, sgd
 from rank_worker import run
 from rap_lightning.callbacks import Checkpoints, GoalSamples, LikelihoodProbe, SteeringTable
@@ -21,7 +22,7 @@ from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.training.schedules import ConstantWithWarmup
 from test_evaluate import logps_by_hand
-from test_strategies import base, start  # noqa: F401
+from test_strategies import base  # noqa: F401
 
 SHORT = {"optimizer": sgd, "schedule": ConstantWithWarmup(), "generation": Generation(max_new_tokens=8)}
 
@@ -195,12 +196,13 @@ def test_data_without_goals_are_sampled_without_one_and_have_no_rewards(
         fit(tmp_path / "d", tiny, pairs_folder, GoalSamples(goals=[0, 5]), trainer={"max_steps": 1})
 
 
-def test_two_processes_measure_what_one_does(base: dict[str, Any]) -> None:  # noqa: F811
+def test_two_processes_measure_what_one_does(base: dict[str, Any], process_server: Any) -> None:  # noqa: F811
     folder = Path(base["model"]).parent
     case = base | {"reference": "frozen", "measured": True}
     run(case | {"name": "measured-one", "ranks": 1, "strategy": "auto"}, folder)
     kinds = ("ddp", "fsdp2")
-    start([case | {"name": f"measured-{kind}", "ranks": 2, "strategy": kind} for kind in kinds], 2, folder)
+    two = [case | {"name": f"measured-{kind}", "ranks": 2, "strategy": kind} for kind in kinds]
+    fit_on_ranks(process_server, two, 2, folder)
     one, *others = (next((folder / f"measured-{name}").rglob("likelihood.jsonl")) for name in ("one", *kinds))
     for two in others:
         assert len(lines(one)) == len(lines(two)) > 20

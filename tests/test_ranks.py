@@ -1,20 +1,18 @@
-# ruff: noqa: F811 (fixtures of test_stops)
 """Two processes: they decide alike, stop together, save together, and go on exactly."""
 
 import os
 import re
 import signal
-import socket
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import kills
+from cli_process import RankPair
 from rap_lightning.models.checkpoint.integrity import verify
 from rap_lightning.models.checkpoint.sharded_folder import read_index
-from test_stops import Run, context, kills, world  # noqa: F401
 
 pytestmark = pytest.mark.timeout(1200)
 DDP = ["--trainer.strategy", "DDPStrategy", "--trainer.strategy.process_group_backend", "gloo"]
@@ -22,53 +20,6 @@ FSDP2 = [
     "--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "2",
     "--trainer.strategy.tensor_parallel_size", "1", "--trainer.strategy.process_group_backend", "gloo",
 ]  # fmt: skip
-
-
-class Pair:
-    """Two ranks of one run, started as a cluster starts them.
-
-    Args:
-        nodes: 2: each rank is a node's first.
-        second: more options of rank 1.
-        alone: start this rank only.
-        apart: working folder of each rank: relative paths are then as on hosts without a shared disk.
-    """
-
-    def __init__(
-        self, start: Any, arguments: list[str], strategy: list[str], nodes: int = 1, second: Sequence[str] = (),
-        alone: int | None = None, apart: Sequence[Path] = (),
-    ) -> None:  # fmt: skip
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        cluster = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        both = [*arguments, "--trainer.devices", str(2 // nodes), "--trainer.num_nodes", str(nodes), *strategy]
-        self.ranks = []
-        for rank in range(2) if alone is None else [alone]:
-            place = (rank, 0) if nodes == 2 else (0, rank)
-            cluster |= dict(zip(("NODE_RANK", "LOCAL_RANK"), map(str, place), strict=True))
-            cluster |= {"PWD": str(apart[rank])} if apart else {}
-            self.ranks.append(start([*both, *(second if rank else ())], **cluster))
-
-    def end(self) -> list[int]:
-        return [rank.end() for rank in self.ranks]
-
-    @property
-    def said(self) -> str:
-        return "\n".join(rank.said for rank in self.ranks)
-
-
-@pytest.fixture
-def start(context: Any, tmp_path: Path) -> Iterator[Any]:
-    started: list[Run] = []
-
-    def begin(arguments: list[str], **environment: str) -> Run:
-        started.append(Run(context, arguments, tmp_path / f"{len(started)}.log", **environment))
-        return started[-1]
-
-    yield begin
-    for one in started:
-        one.process.kill()
 
 
 def arguments(world: Path, root: Path, *more: str, steps: int = 6, kind: str = "full") -> list[str]:
@@ -81,15 +32,22 @@ def last(root: Path) -> Any:
 
 
 def test_a_step_that_one_rank_finds_broken_is_skipped_by_both_as_by_one(
-    start: Any,
+    start_process: Any,
     world: Path,
     tmp_path: Path,
 ) -> None:
-    sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--model.loss", "poison.ByLength"]
+    sgd = [
+        "--model.optimizer",
+        "torch.optim.SGD",
+        "--model.optimizer.lr",
+        "0.1",
+        "--model.loss",
+        "failing_losses.ByLength",
+    ]
     # one response of the world has that length
     skip = [*sgd, "--model.loss.length", "3", "--guard.non_finite", "skip"]
-    one = start([*arguments(world, tmp_path / "one", *skip), "--data.batch_size", "8"])
-    two = Pair(start, arguments(world, tmp_path / "two", *skip), DDP)
+    one = start_process([*arguments(world, tmp_path / "one", *skip), "--data.batch_size", "8"])
+    two = RankPair(start_process, arguments(world, tmp_path / "two", *skip), DDP)
     assert one.end() == 0, one.said[-2000:]
     assert two.end() == [0, 0], two.said[-2000:]
     steps = [
@@ -100,7 +58,7 @@ def test_a_step_that_one_rank_finds_broken_is_skipped_by_both_as_by_one(
     assert 0 < len(steps[0]) < 6
     for name, weight in last(tmp_path / "one")["state_dict"].items():
         torch.testing.assert_close(weight, last(tmp_path / "two")["state_dict"][name], rtol=1e-5, atol=1e-6)
-    stop = Pair(start, arguments(world, tmp_path / "stop", *sgd, "--model.loss.length", "3"), DDP)
+    stop = RankPair(start_process, arguments(world, tmp_path / "stop", *sgd, "--model.loss.length", "3"), DDP)
     assert stop.end() == [2, 2]
     assert len(re.findall(r"error: step \d+: the loss is not finite.*", stop.ranks[0].said)) == 1
     assert "error:" not in stop.ranks[1].said, "said once"
@@ -111,31 +69,35 @@ def test_a_step_that_one_rank_finds_broken_is_skipped_by_both_as_by_one(
 @pytest.mark.parametrize("kind", ["adapter", "full"])
 def test_sigterm_to_one_rank_stops_both_at_one_step_and_they_go_on_exactly(
     kind: str,
-    start: Any,
+    start_process: Any,
     world: Path,
     tmp_path: Path,
 ) -> None:
     """With dropout, whose random numbers each rank has of its own."""
     rare = ["--checkpoint.every_n_train_steps", "100000"]
     long = {"kind": kind, "steps": 40}
-    run = Pair(start, arguments(world, tmp_path / "run", *rare, "--trainer.max_epochs", "99", **long), DDP)
+    run = RankPair(start_process, arguments(world, tmp_path / "run", *rare, "--trainer.max_epochs", "99", **long), DDP)
     run.ranks[0].wait_for("step 3/")
     os.kill(run.ranks[0].process.pid, signal.SIGTERM)
     assert run.end() == [143, 143], run.said[-3000:]
     assert 3 <= last(tmp_path / "run")["global_step"] < 40
-    again = Pair(start, arguments(world, tmp_path / "run", *rare, "--trainer.max_epochs", "99", **long), DDP)
+    again = RankPair(
+        start_process, arguments(world, tmp_path / "run", *rare, "--trainer.max_epochs", "99", **long), DDP
+    )
     assert again.end() == [0, 0], again.said[-2000:]
-    whole = Pair(start, arguments(world, tmp_path / "whole", *rare, "--trainer.max_epochs", "99", **long), DDP)
+    whole = RankPair(
+        start_process, arguments(world, tmp_path / "whole", *rare, "--trainer.max_epochs", "99", **long), DDP
+    )
     assert whole.end() == [0, 0]
     assert kills.outcome(tmp_path / "run", 40) == kills.outcome(tmp_path / "whole", 40) != ""
 
 
 @pytest.mark.slow
-def test_a_sharded_checkpoint_is_verified_and_resumed(start: Any, world: Path, tmp_path: Path) -> None:
-    whole = Pair(start, arguments(world, tmp_path / "whole", "--export.enabled", "true"), FSDP2)
+def test_a_sharded_checkpoint_is_verified_and_resumed(start_process: Any, world: Path, tmp_path: Path) -> None:
+    whole = RankPair(start_process, arguments(world, tmp_path / "whole", "--export.enabled", "true"), FSDP2)
     assert whole.end() == [0, 0], whole.said[-2000:]
     keep = ["--checkpoint.save_top_k", "-1", "--checkpoint.save_last", "false"]
-    run = Pair(start, arguments(world, tmp_path / "run", *keep), FSDP2)
+    run = RankPair(start_process, arguments(world, tmp_path / "run", *keep), FSDP2)
     assert run.end() == [0, 0], run.said[-2000:]
     folders = sorted((tmp_path / "run").rglob("*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]))
     assert len(folders) == 6
@@ -151,7 +113,7 @@ def test_a_sharded_checkpoint_is_verified_and_resumed(start: Any, world: Path, t
         )
         content[largest.offset + largest.length // 2] ^= 1
         shard.write_bytes(content)
-    again = Pair(start, arguments(world, tmp_path / "run", "--export.enabled", "true"), FSDP2)
+    again = RankPair(start_process, arguments(world, tmp_path / "run", "--export.enabled", "true"), FSDP2)
     assert again.end() == [0, 0], again.said[-2000:]
     assert again.said.count("distcp is refused: its content is not what was written") == 3
     assert f"--ckpt_path last: {folders[2]}" in again.said

@@ -1,5 +1,6 @@
 """Resuming is exact wherever a run stops: at any hook, with dropout, from a stream; and the log loses nothing."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def stopped(run: Path, model: Path, data: Path, hook: str, calls: int, **options
     return checkpoints(run / "saved")[-1]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Path, pairs_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder and weights of the run without an interruption, by what is added to the trainer's options."""
+
+    @cache
+    def run(**trainer: Any) -> tuple[Path, dict[str, torch.Tensor]]:
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, weights(fit(folder, tiny, pairs_folder, trainer=trainer))
+
+    return run
+
+
 # 46 relabelled pairs, 2 a batch, 3 batches a step: 23 batches and 8 steps an epoch; validation after batches 9 and 18
 @pytest.mark.parametrize(
     ("hook", "calls"),
@@ -71,14 +84,14 @@ def stopped(run: Path, model: Path, data: Path, hook: str, calls: int, **options
     ],
 )
 def test_a_run_goes_on_exactly_from_any_hook_it_stopped_in(
-    hook: str, calls: int, tiny: Path, pairs_folder: Path, tmp_path: Path
+    hook: str, calls: int, uninterrupted: Any, tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
     validating = {"val_check_interval": 9, "log_every_n_steps": 5}
-    whole = fit(tmp_path / "whole", tiny, pairs_folder, trainer=validating)
+    whole, final = uninterrupted(**validating)
     ckpt = stopped(tmp_path / "part", tiny, pairs_folder, hook, calls, trainer=validating)
     rest = fit(tmp_path / "rest", tiny, pairs_folder, ckpt=ckpt, trainer=validating)
-    assert_same(weights(whole), weights(rest))
-    expected = {(row["step"], "val/loss" in row): row for row in logged(tmp_path / "whole")}
+    assert_same(final, weights(rest))
+    expected = {(row["step"], "val/loss" in row): row for row in logged(whole)}
     found = [{(row["step"], "val/loss" in row): row for row in logged(tmp_path / run)} for run in ("part", "rest")]
     assert found[0].keys() | found[1].keys() == expected.keys(), "no window and no validation is lost"
     for rows in found:
@@ -91,14 +104,14 @@ def test_a_run_goes_on_exactly_from_any_hook_it_stopped_in(
 @pytest.mark.parametrize("interval", [1.0, pytest.param(23, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("hook", "calls"), [("on_train_batch_end", 23), ("on_validation_batch_end", 2)])
 def test_a_validation_at_the_end_of_an_epoch_is_run_when_the_run_goes_on(
-    interval: float, hook: str, calls: int, tiny: Path, pairs_folder: Path, tmp_path: Path
+    interval: float, hook: str, calls: int, uninterrupted: Any, tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
     validating = {"val_check_interval": interval}
-    whole = fit(tmp_path / "whole", tiny, pairs_folder, trainer=validating)
+    whole, final = uninterrupted(**validating)
     ckpt = stopped(tmp_path / "part", tiny, pairs_folder, hook, calls, trainer=validating)
     rest = fit(tmp_path / "rest", tiny, pairs_folder, ckpt=ckpt, trainer=validating)
-    assert_same(weights(whole), weights(rest))
-    means = [[row["val/loss"] for row in logged(tmp_path / run) if "val/loss" in row] for run in ("whole", "rest")]
+    assert_same(final, weights(rest))
+    means = [[row["val/loss"] for row in logged(run) if "val/loss" in row] for run in (whole, tmp_path / "rest")]
     assert means[0] == means[1]
     assert len(means[0]) == 2
 

@@ -68,6 +68,7 @@ def times(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_mtime_ns for name in names}
 
 
+@pytest.mark.usefixtures("commands_in_process")
 def test_a_round_is_files_that_are_made_once_and_used_as_they_are_edited(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_round_is_files_that_are_made_once_and_used_as_they_are_edited(
     assert "only shows what pairs.jsonl and goal.yaml make" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("commands_in_process")
 def test_a_round_whose_scores_are_all_tied_says_so_and_keeps_what_is_finished(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +171,7 @@ def by_prompt(prompt: str, response: str) -> float:
         ({"judge": {"class_path": "Functoin"}}, "Functoin"),
     ],
 )
+@pytest.mark.usefixtures("commands_in_process")
 def test_what_makes_no_sense_is_refused_before_anything_is_sampled(
     changes: dict[str, Any], said: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +230,7 @@ def test_a_stage_that_was_interrupted_goes_on_and_one_of_other_inputs_begins_ane
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "rounds").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.usefixtures("commands_in_process")
 def test_every_recipe_is_read_and_its_fit_section_is_taken_by_fit(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,6 @@
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, run_command
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "rounds")
 
@@ -20,8 +18,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name 
 @pytest.fixture(scope="module")
 def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("schema") / "s.json"
-    command = [sys.executable, "-m", "rap_lightning.cli.main", "schema", "--output", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command("schema", "--output", path)
     assert done.returncode == 0, done.stderr
     assert f"$schema={path}" in done.stdout
     found: dict[str, Any] = json.loads(path.read_text())
@@ -41,16 +38,7 @@ def test_every_config_that_is_shipped_keeps_to_it(schema: dict[str, Any], path: 
 
 
 def test_a_whole_printed_config_keeps_to_it(schema: dict[str, Any]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "rap_lightning.cli.main",
-        "fit",
-        "--config",
-        "configs/quickstart.yaml",
-        "--print_config",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = run_command("fit", "--config", "configs/quickstart.yaml", "--print_config", cwd=ROOT)
     config = yaml.safe_load(done.stdout)
     assert len(config["trainer"]) > 30
     assert faults(schema, config) == []
@@ -106,8 +94,7 @@ def test_keys_carry_their_help_and_defaults(schema: dict[str, Any]) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rap_lightning.cli.main", "schema", "--output", str(tmp_path / "no" / "s.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command("schema", "--output", tmp_path / "no" / "s.json")
     assert done.returncode == 2
     assert "can't be written" in done.stderr
     assert "Traceback" not in done.stderr

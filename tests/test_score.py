@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import called, make_tokenizer, write_jsonl
-from misbehaving import Server, completion, hang_up, raw, says, status, unless
+from faulty_endpoint import Server, completion, hang_up, raw, says, status, unless
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy import chat_client
 from rap_lightning.onpolicy.jsonl_ledger import read_meta

@@ -6,39 +6,19 @@ import shutil
 import signal
 import stat
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import ROOT, scored_rows, write_jsonl
+import fuzz
+import kills
+from conftest import scored_rows, write_jsonl
 from rap_lightning.cli import main as cli
 from rap_lightning.models.checkpoint.integrity import verify
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import fuzz
-import kills
-
 FAST = [("tree", "table", 0, "full"), ("packed", "stream", 2, "adapter")]
-
-
-@pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    before = dict(os.environ)
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    server = kills.server()
-    yield server
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return kills.make(tmp_path_factory.mktemp("world"))
 
 
 def combinations() -> list[Any]:
@@ -48,64 +28,20 @@ def combinations() -> list[Any]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("combination", combinations(), ids=lambda c: "-".join(map(str, c)))
 def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
-    combination: Any, context: Any, world: Path, tmp_path: Path
+    combination: Any, process_server: Any, world: Path, tmp_path: Path
 ) -> None:
     import random
 
-    seconds = kills.run(context, world, tmp_path / "whole", combination)
+    seconds = kills.run(process_server, world, tmp_path / "whole", combination)
     expected = kills.outcome(tmp_path / "whole")
     rng, aimed = random.Random(str(combination)), kills.COMBINATIONS.index(combination) % 2 == 0
     state: dict[str, Any] = {}
     while not state:  # it may be over before it is killed
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-        state = kills.killed(context, world, tmp_path / "killed", combination, rng, seconds, aimed=aimed)
-    kills.run(context, world, tmp_path / "killed", combination)
+        state = kills.killed(process_server, world, tmp_path / "killed", combination, rng, seconds, aimed=aimed)
+    kills.run(process_server, world, tmp_path / "killed", combination)
     assert expected
     assert kills.outcome(tmp_path / "killed") == expected, state
-
-
-def command(arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    os.chdir(environment.get("PWD", "."))
-    kills.command(arguments, log)
-
-
-class Run:
-    """A process of the command line, and what it says."""
-
-    def __init__(self, context: Any, arguments: list[str], log: Path, **environment: str) -> None:
-        self.log = log
-        self.process = context.Process(target=command, args=(arguments, str(log), environment))
-        self.process.start()
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def wait_for(self, pattern: str) -> None:
-        end = time.monotonic() + 300
-        while not re.search(pattern, self.said):
-            assert self.process.is_alive(), self.said[-2000:]
-            assert time.monotonic() < end, self.said[-2000:]
-            time.sleep(0.02)
-
-    def end(self) -> int:
-        self.process.join(300)
-        assert self.process.exitcode is not None, "it hangs"
-        return int(self.process.exitcode)
-
-
-@pytest.fixture
-def runs(context: Any, tmp_path: Path) -> Iterator[Any]:
-    started: list[Run] = []
-
-    def start(arguments: list[str], **environment: str) -> Run:
-        started.append(Run(context, arguments, tmp_path / f"{len(started)}.log", **environment))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.process.kill()
 
 
 def steps_of(root: Path) -> list[int]:
@@ -115,10 +51,10 @@ def steps_of(root: Path) -> list[int]:
 LONG = ["--trainer.max_epochs", "1000", "--trainer.log_every_n_steps", "1"]
 
 
-def test_sigterm_saves_says_how_to_go_on_and_ends_with_143(runs: Any, world: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_says_how_to_go_on_and_ends_with_143(start_process: Any, world: Path, tmp_path: Path) -> None:
     arguments = kills.arguments(world, tmp_path / "runs", FAST[0], steps=100_000)
     rare = [*LONG, "--checkpoint.every_n_train_steps", "1000000"]
-    run = runs([*arguments, *rare])
+    run = start_process([*arguments, *rare])
     run.wait_for("step 5/")
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.end() == 143
@@ -129,14 +65,16 @@ def test_sigterm_saves_says_how_to_go_on_and_ends_with_143(runs: Any, world: Pat
     assert verify(Path(hint[1]))
     (step,) = steps_of(tmp_path / "runs")
     assert step >= 5
-    again = runs([*arguments, *rare, "--trainer.max_steps", str(step + 2)])
+    again = start_process([*arguments, *rare, "--trainer.max_steps", str(step + 2)])
     assert again.end() == 0
     assert f"--ckpt_path last: {hint[1]}" in again.said
     assert f"step {step + 1}/{step + 2}" in again.said
     assert "step 5/" not in again.said
 
 
-def test_slurm_saves_requeues_and_the_restarted_job_goes_on_by_itself(runs: Any, world: Path, tmp_path: Path) -> None:
+def test_slurm_saves_requeues_and_the_restarted_job_goes_on_by_itself(
+    start_process: Any, world: Path, tmp_path: Path
+) -> None:
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     (bin_ / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {tmp_path / 'scontrol.log'}\n")
@@ -148,7 +86,7 @@ def test_slurm_saves_requeues_and_the_restarted_job_goes_on_by_itself(runs: Any,
     arguments = kills.arguments(world, tmp_path / "runs", FAST[0], steps=100_000)
     arguments = arguments[: arguments.index("--ckpt_path")]  # a job script names no checkpoint
     arguments += [*LONG, "--checkpoint.every_n_train_steps", "1000000"]
-    run = runs(arguments, **slurm)
+    run = start_process(arguments, **slurm)
     run.wait_for("step 4/")
     os.kill(run.process.pid, signal.SIGUSR1)
     run.wait_for("Handling auto-requeue signal")
@@ -159,19 +97,19 @@ def test_slurm_saves_requeues_and_the_restarted_job_goes_on_by_itself(runs: Any,
     requeued = tmp_path / "runs" / "hpc_ckpt_1.ckpt"
     assert verify(requeued)
     step = max(steps_of(tmp_path / "runs"))
-    fresh = runs(arguments, **slurm | {"SLURM_JOB_ID": "78"})
+    fresh = start_process(arguments, **slurm | {"SLURM_JOB_ID": "78"})
     assert fresh.end() == 2, "another job must not go on from this one's checkpoint without a word"
     assert "was left by another SLURM job" in fresh.said
-    again = runs([*arguments, "--trainer.max_steps", str(step + 2)], **slurm | {"SLURM_RESTART_COUNT": "1"})
+    again = start_process([*arguments, "--trainer.max_steps", str(step + 2)], **slurm | {"SLURM_RESTART_COUNT": "1"})
     assert again.end() == 0, again.said[-2000:]
     assert "--ckpt_path last: " in again.said
     assert f"step {step + 1}/{step + 2}" in again.said
 
 
-def test_last_passes_over_damaged_checkpoints_with_a_word(runs: Any, world: Path, tmp_path: Path) -> None:
+def test_last_passes_over_damaged_checkpoints_with_a_word(start_process: Any, world: Path, tmp_path: Path) -> None:
     arguments = kills.arguments(world, tmp_path / "runs", FAST[0], steps=4)
     arguments += ["--checkpoint.save_top_k", "3", "--checkpoint.monitor", "step", "--checkpoint.mode", "max"]
-    first = runs(arguments)
+    first = start_process(arguments)
     assert first.end() == 0
     assert "no checkpoint below" in first.said
     assert "begins at step 0" in first.said
@@ -181,11 +119,11 @@ def test_last_passes_over_damaged_checkpoints_with_a_word(runs: Any, world: Path
     damaged[len(damaged) // 3] ^= 1
     saved[-1].write_bytes(damaged)
     # what saves memory may change on the way, as after a run that had too little
-    again = runs([*arguments, "--trainer.max_steps", "5", "--model.policy.gradient_checkpointing", "true"])
+    again = start_process([*arguments, "--trainer.max_steps", "5", "--model.policy.gradient_checkpointing", "true"])
     assert again.end() == 0
     assert f"skipping: {saved[-1]} is refused: its content is not what was written" in again.said
     assert f"--ckpt_path last: {saved[-2]}" in again.said
-    other = runs([*arguments, "--model.loss.beta", "0.7"])
+    other = start_process([*arguments, "--model.loss.beta", "0.7"])
     assert other.end() == 0
     assert re.search(r"skipping, of runs with other model, data or seed_everything options .*: \S+\.ckpt", other.said)
     assert re.search(r"none of the \d checkpoints below \S+ will do, so this run begins at step 0", other.said)
@@ -193,7 +131,7 @@ def test_last_passes_over_damaged_checkpoints_with_a_word(runs: Any, world: Path
 
 @pytest.mark.parametrize("workers", ["2", pytest.param("0", marks=pytest.mark.slow)])
 def test_a_shard_that_goes_away_during_a_run_is_named_and_costs_nothing(
-    workers: str, runs: Any, world: Path, tmp_path: Path
+    workers: str, start_process: Any, world: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / f"data{workers}"
     folder.mkdir()
@@ -207,16 +145,16 @@ def test_a_shard_that_goes_away_during_a_run_is_named_and_costs_nothing(
         "--data.shuffle_buffer", "1", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "0",
         "--checkpoint.every_n_train_steps", "1000",
     ]  # fmt: skip
-    run = runs(arguments)
+    run = start_process(arguments)
     run.wait_for("step 2/")
     moved = gone.rename(tmp_path / "elsewhere.jsonl")
     assert run.end() == 2, run.said[-3000:]
     assert re.search(r"error: \S*train-1\.jsonl can't be read: FileNotFoundError", run.said), run.said[-2000:]
     assert "Traceback" not in run.said
     moved.rename(gone)
-    again = runs(arguments)
+    again = start_process(arguments)
     assert again.end() == 0
-    whole = runs([*arguments, "--trainer.default_root_dir", str(tmp_path / f"whole{workers}")])
+    whole = start_process([*arguments, "--trainer.default_root_dir", str(tmp_path / f"whole{workers}")])
     assert whole.end() == 0
     ends = [kills.outcome(tmp_path / f"{name}{workers}", steps=30) for name in ("runs", "whole")]
     assert ends[0] == ends[1] != ""
@@ -254,10 +192,10 @@ def fuzzed(work: str, kind: str, numbers: list[int], log: str) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_mutated_configs_and_files_end_in_a_message_or_a_run(context: Any, tmp_path: Path) -> None:
+def test_mutated_configs_and_files_end_in_a_message_or_a_run(process_server: Any, tmp_path: Path) -> None:
     """A sample; benchmarks/fuzz.py has 2,000 of each."""
     for kind in ("config", "file"):
-        process = context.Process(
+        process = process_server.Process(
             target=fuzzed, args=(str(tmp_path), kind, list(range(CASES // 2)), str(tmp_path / "log"))
         )
         process.start()

@@ -6,8 +6,6 @@ import errno
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from conftest import ROOT, build, make_model, make_trainer, scored_rows, sgd, write_jsonl
+from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO, Hinge
 from rap_lightning.models.policy import Policy
@@ -153,36 +151,30 @@ def _changed(model: Path, folder: Path, *, template: bool = False, weight: bool 
     return folder
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import rap_lightning.models.references.precomputed as stored
-from rap_lightning.models.references.logp_store import LogpStore
-from test_stored import fit
+def fit_until_killed(run: Path, model: Path, data: Path, store: Path) -> None:
+    """Fit in a process of its own, which is killed when it adds its 50th response to the store."""
+    stored_module.FLUSH_SECONDS = 0.0
+    add, count = LogpStore.add, 0
 
-stored.FLUSH_SECONDS = 0.0
-add, count = LogpStore.add, [0]
+    def dying(self: Any, *values: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 50:
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, *values)
 
-def dying(self, digest, values):
-    count[0] += 1
-    if count[0] == 50:
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(self, digest, values)
-
-LogpStore.add = dying
-fit(Path({run!r}), Path({model!r}), Path({data!r}), Path({store!r}))
-"""
+    LogpStore.add = dying  # type: ignore[method-assign]
+    fit(run, model, data, store)
 
 
 def test_a_killed_run_goes_on_with_what_it_had(
-    tiny: Path, pairs_folder: Path, tmp_path: Path, added: list[bytes]
+    process_server: Any, tiny: Path, pairs_folder: Path, tmp_path: Path, added: list[bytes]
 ) -> None:
     store = tmp_path / "store"
-    names = {"run": tmp_path / "killed", "model": tiny, "data": pairs_folder, "store": store, "tests": ROOT / "tests"}
-    code = KILLED.format(**{name: str(path) for name, path in names.items()})
-    done = subprocess.run([sys.executable, "-c", code], timeout=300, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    killed = process_server.Process(target=fit_until_killed, args=(tmp_path / "killed", tiny, pairs_folder, store))
+    killed.start()
+    killed.join(300)
+    assert killed.exitcode == -signal.SIGKILL
     live = fit(tmp_path / "live", tiny, pairs_folder, None)
     module = fit(tmp_path / "on", tiny, pairs_folder, store)
     assert RESPONSES - 50 <= len(added) < RESPONSES - 30, "at most one batch is lost"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import processes
+import rank_worker
+from cli_process import fit_on_ranks
 from processes import alone, differences, on_two_hosts, start, variants
 
 pytestmark = pytest.mark.timeout(1200)
@@ -31,10 +29,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return processes.make(tmp_path_factory.mktemp("ranks"))
 
 
-def test_two_sharded_processes_equal_one(base: dict[str, Any], tmp_path: Path) -> None:
+def test_two_sharded_processes_equal_one(base: dict[str, Any], process_server: Any, tmp_path: Path) -> None:
     chosen = {n: c for n, c in variants(base).items() if n in ("tree-frozen", "padded-off")}
-    start([alone(c, f"1-{n}") for n, c in chosen.items()], 1, tmp_path)
-    start([c | {"name": f"2-{n}", "ranks": 2, "strategy": "fsdp2"} for n, c in chosen.items()], 2, tmp_path)
+    for name, case in chosen.items():
+        rank_worker.run(alone(case, f"1-{name}"), tmp_path)
+    two = [case | {"name": f"2-{name}", "ranks": 2, "strategy": "fsdp2"} for name, case in chosen.items()]
+    fit_on_ranks(process_server, two, 2, tmp_path)
     for name in chosen:
         assert_same_run(tmp_path, f"1-{name}", f"2-{name}")
         assert len(set(torch.load(tmp_path / f"2-{name}.pt")["draws"])) == 2, "random numbers of each rank's own"

@@ -41,6 +41,8 @@ def study(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_short_study_runs_goes_on_and_writes_its_tables(tmp_path: Path) -> None:
     done = study(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (fixtures of test_stops and test_ranks)
 """Ranks that can't run together: a clear message, once on each node, within the time-out."""
 
 import json
@@ -14,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from cli_process import RankPair
 from conftest import ROOT, write_jsonl
 from rap_lightning.distributed.rank_monitor import Meeting, Together, Watch
 from rap_lightning.errors import DataError
-from test_ranks import Pair, arguments, start  # noqa: F401
-from test_stops import context, world  # noqa: F401
+from test_ranks import arguments
 
 pytestmark = pytest.mark.timeout(900)
 OVERLAYS = ROOT / "configs" / "strategy"
@@ -38,9 +37,9 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("strategy", [DDP, pytest.param(FSDP2, marks=SLOW)], ids=["ddp", "fsdp2"])
 def test_an_error_of_one_rank_is_told_once_by_rank_zero(
-    strategy: list[str], start: Any, world: Path, tmp_path: Path
+    strategy: list[str], start_process: Any, world: Path, tmp_path: Path
 ) -> None:
-    run = Pair(start, arguments(world, tmp_path / "run", "--model.loss", "poison.OnRank"), strategy)
+    run = RankPair(start_process, arguments(world, tmp_path / "run", "--model.loss", "failing_losses.OnRank"), strategy)
     began = time.monotonic()
     codes = run.end()
     assert time.monotonic() - began < 200
@@ -53,9 +52,13 @@ def test_an_error_of_one_rank_is_told_once_by_rank_zero(
 
 
 @SLOW
-def test_a_stack_is_shown_by_the_rank_that_it_is_of_and_by_no_other(start: Any, world: Path, tmp_path: Path) -> None:
-    run = Pair(
-        start, arguments(world, tmp_path / "run", "--model.loss", "poison.OnRank", "--model.loss.plain", "true"), DDP
+def test_a_stack_is_shown_by_the_rank_that_it_is_of_and_by_no_other(
+    start_process: Any, world: Path, tmp_path: Path
+) -> None:
+    run = RankPair(
+        start_process,
+        arguments(world, tmp_path / "run", "--model.loss", "failing_losses.OnRank", "--model.loss.plain", "true"),
+        DDP,
     )
     codes = run.end()
     assert 0 not in codes, run.said[-3000:]
@@ -70,7 +73,7 @@ def test_a_stack_is_shown_by_the_rank_that_it_is_of_and_by_no_other(start: Any, 
 
 @pytest.mark.parametrize("late", [True, pytest.param(False, marks=SLOW)], ids=["config", "data"])
 def test_a_node_with_another_config_or_other_data_is_named_before_a_model_is_loaded(
-    late: bool, start: Any, world: Path, tmp_path: Path
+    late: bool, start_process: Any, world: Path, tmp_path: Path
 ) -> None:
     rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
     rows[3]["score_chosen"], rows[3]["chosen"] = rows[3]["score_chosen"], rows[4]["chosen"]
@@ -79,7 +82,7 @@ def test_a_node_with_another_config_or_other_data_is_named_before_a_model_is_loa
     write_jsonl(other / "train.jsonl", rows)
     (other / "test.jsonl").write_bytes((world / "test.jsonl").read_bytes())
     own = ["--model.loss.beta", "0.3"] if late else ["--data.source", str(other)]
-    run = Pair(start, arguments(world, tmp_path / "run", "--model.loss", "DPO"), DDP, nodes=2, second=own)
+    run = RankPair(start_process, arguments(world, tmp_path / "run", "--model.loss", "DPO"), DDP, nodes=2, second=own)
     assert run.end() == [2, 2], run.said[-3000:]
     for rank in run.ranks:  # each node has its own log
         (error,) = errors(rank.said)
@@ -91,12 +94,12 @@ def test_a_node_with_another_config_or_other_data_is_named_before_a_model_is_loa
 
 
 def test_hosts_that_would_write_shards_to_disks_of_their_own_are_refused_before_a_model_is_loaded(
-    start: Any, world: Path, tmp_path: Path
+    start_process: Any, world: Path, tmp_path: Path
 ) -> None:
     hosts = [tmp_path / "host0", tmp_path / "host1"]
     for host in hosts:
         host.mkdir()
-    run = Pair(start, arguments(world, Path("runs")), FSDP2, nodes=2, apart=hosts)
+    run = RankPair(start_process, arguments(world, Path("runs")), FSDP2, nodes=2, apart=hosts)
     assert run.end() == [2, 2], run.said[-3000:]
     for rank in run.ranks:
         (error,) = errors(rank.said)
@@ -109,22 +112,22 @@ def test_hosts_that_would_write_shards_to_disks_of_their_own_are_refused_before_
 
 
 @SLOW
-def test_a_node_that_never_comes_is_named_by_those_that_did(start: Any, world: Path, tmp_path: Path) -> None:
-    run = Pair(start, arguments(world, tmp_path / "run"), DDP, nodes=2, alone=0)
+def test_a_node_that_never_comes_is_named_by_those_that_did(start_process: Any, world: Path, tmp_path: Path) -> None:
+    run = RankPair(start_process, arguments(world, tmp_path / "run"), DDP, nodes=2, alone=0)
     began = time.monotonic()
     assert run.ranks[0].end() == 2, run.said[-3000:]
     assert time.monotonic() - began < 150, "the time-out is 12 s"
     (error,) = errors(run.said)
     assert "1 of 2 processes came within 12 s; missing: rank 1." in error
-    other = Pair(start, arguments(world, tmp_path / "run"), DDP, nodes=2, alone=1)
+    other = RankPair(start_process, arguments(world, tmp_path / "run"), DDP, nodes=2, alone=1)
     assert other.ranks[0].end() == 2, other.said[-3000:]
     assert re.search(r"rank 1 \(\S+\) found nobody at localhost:\d+ within 12 s", other.said)
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=SLOW), 1])
-def test_a_node_that_is_lost_is_named_by_the_other(lost: int, start: Any, world: Path, tmp_path: Path) -> None:
+def test_a_node_that_is_lost_is_named_by_the_other(lost: int, start_process: Any, world: Path, tmp_path: Path) -> None:
     many = arguments(world, tmp_path / "run", "--trainer.max_epochs", "999", steps=100_000)
-    run = Pair(start, many, FSDP2, nodes=2)
+    run = RankPair(start_process, many, FSDP2, nodes=2)
     run.ranks[0].wait_for("step 2/")
     os.kill(run.ranks[lost].process.pid, signal.SIGKILL)
     began = time.monotonic()
@@ -136,9 +139,9 @@ def test_a_node_that_is_lost_is_named_by_the_other(lost: int, start: Any, world:
 
 
 @SLOW
-def test_a_rank_that_hangs_is_named(start: Any, world: Path, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named(start_process: Any, world: Path, tmp_path: Path) -> None:
     many = arguments(world, tmp_path / "run", "--trainer.max_epochs", "999", steps=100_000)
-    run = Pair(start, many, DDP)
+    run = RankPair(start_process, many, DDP)
     run.ranks[0].wait_for("step 2/")
     os.kill(run.ranks[1].process.pid, signal.SIGSTOP)
     assert run.ranks[0].end() == 3, run.said[-3000:]
@@ -146,12 +149,12 @@ def test_a_rank_that_hangs_is_named(start: Any, world: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("streaming", ["false", pytest.param("true", marks=SLOW)])
-def test_more_ranks_than_pairs_are_refused(streaming: str, start: Any, world: Path, tmp_path: Path) -> None:
+def test_more_ranks_than_pairs_are_refused(streaming: str, start_process: Any, world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "one"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", [json.loads((world / "train.jsonl").read_text().splitlines()[0])])
     few = ["--data.source", str(folder), "--data.relabel", "chosen", "--data.streaming", streaming]
-    run = Pair(start, arguments(world, tmp_path / "run", *few), DDP)
+    run = RankPair(start_process, arguments(world, tmp_path / "run", *few), DDP)
     assert run.end() == [2, 2], run.said[-3000:]
     (error,) = errors(run.said)
     assert "has 1 training pairs for 2 processes" in error
@@ -200,10 +203,10 @@ def test_ranks_that_fail_at_once_say_it_once_on_each_node_whichever_was_first(
 
 
 def test_strategies_that_dont_fit_are_refused_before_a_process_is_started(
-    start: Any, world: Path, tmp_path: Path
+    start_process: Any, world: Path, tmp_path: Path
 ) -> None:
     def refusal(*more: str) -> str:
-        run = start([*arguments(world, tmp_path / "run"), *more])
+        run = start_process([*arguments(world, tmp_path / "run"), *more])
         assert run.end() == 2, run.said[-2000:]
         (error,) = errors(run.said)
         assert "Traceback" not in run.said

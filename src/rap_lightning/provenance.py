@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ _SECRET = re.compile(r"(token$|secret|passw|api_?key|credential)", re.IGNORECASE
 """Option names whose values are secret; ``token_budget`` and ``max_new_tokens`` must not match."""
 
 
+@cache  # each checkpoint asks, and reading all metadata takes up to 0.2 s
 def packages() -> dict[str, str]:
     """Return name and version of every installed package."""
-    found = {str(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    read = [distribution.metadata for distribution in metadata.distributions()]  # parsed anew at each access
+    found = {str(each["Name"]): str(each["Version"]) for each in read if each["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 

@@ -1,4 +1,4 @@
-"""A chat endpoint on loopback that misbehaves on a schedule."""
+"""A chat endpoint on the loopback interface that fails on a schedule."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -14,7 +15,7 @@ Reply = Callable[["Handler", dict[str, Any]], None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each request by the next reply of the schedule, then by the last one for ever."""
+    """Answers each request with the next reply of the schedule; its last reply is repeated."""
 
     protocol_version = "HTTP/1.1"
 
@@ -40,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server:
-    """Used as a context manager; ``url`` is what --engine.url takes."""
+    """A context manager; ``url`` is the value for --engine.url."""
 
     def __init__(self, *schedule: Reply) -> None:
         self.schedule = list(schedule)
@@ -52,7 +53,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def __enter__(self) -> Server:
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        serve = partial(self.http.serve_forever, poll_interval=0.01)  # for which its shutdown waits
+        threading.Thread(target=serve, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,7 +94,7 @@ def hang_up(handler: Handler, body: dict[str, Any]) -> None:
 
 
 def half(handler: Handler, body: dict[str, Any]) -> None:
-    """Promises more bytes than it sends."""
+    """Send fewer bytes than the header says."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -109,7 +111,7 @@ def slow(seconds: float) -> Reply:
 
 
 def unless(text: str, reply: Reply, otherwise: Reply) -> Reply:
-    """``reply`` but where the last turn holds ``text``."""
+    """Return ``otherwise`` for requests whose last turn contains ``text``, ``reply`` for all others."""
 
     def choose(handler: Handler, body: dict[str, Any]) -> None:
         (otherwise if text in body["messages"][-1]["content"] else reply)(handler, body)

@@ -1,4 +1,4 @@
-"""Losses that break: on certain pairs, however a step is cut and spread over ranks; on one rank."""
+"""Losses that fail: on certain pairs, however a step is split over batches and ranks; on one rank. And a slow one."""
 
 import math
 import time
@@ -11,10 +11,10 @@ from rap_lightning.losses import DPO
 
 
 class ByLength(DPO):
-    """NaN wherever the chosen response has that many tokens.
+    """NaN where the chosen response has ``length`` tokens.
 
     Args:
-        length: which.
+        length: in tokens.
     """
 
     def __init__(self, length: int = 13, beta: float = 0.5) -> None:
@@ -27,10 +27,10 @@ class ByLength(DPO):
 
 
 class OnRank(DPO):
-    """Fails on rank 1, at its third forward pass.
+    """Raises on rank 1, in its third forward pass.
 
     Args:
-        plain: as a bug does, not as an error of the user's.
+        plain: a KeyError, as a bug would, instead of a DataError.
     """
 
     def __init__(self, plain: bool = False, beta: float = 0.5) -> None:
@@ -45,10 +45,10 @@ class OnRank(DPO):
 
 
 class Slow(DPO):
-    """Takes its time, so that a run can be caught in its middle.
+    """Sleeps, so that a run can be stopped in the middle.
 
     Args:
-        seconds: for each forward pass.
+        seconds: in each forward pass.
     """
 
     def __init__(self, seconds: float = 0.3, beta: float = 0.5) -> None:
