@@ -11,16 +11,16 @@ import pytest
 from conftest import called
 from rap_lightning.cli.main import HELP
 from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
-from rap_lightning.commands.completion import _parsers, _trainer
+from rap_lightning.commands.completion import parsers_of
 
 OWN = [name for name in COMMANDS if name not in TRAINER_COMMANDS]
 
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, list[Any]]:
-    made = {name: list(_parsers(name)) for name in OWN}
+    made = {name: list(parsers_of(name)) for name in COMMANDS}
     made["plan"] = made["plan"][:1]  # the rest is fit's
-    return made | {name: list(_trainer(name)) for name in TRAINER_COMMANDS}
+    return made
 
 
 def actions(parser: Any) -> Iterator[Any]:

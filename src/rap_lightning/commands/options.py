@@ -8,8 +8,9 @@ from dataclasses import replace
 from inspect import cleandoc
 from typing import Any, Literal
 
-from rap_lightning.cli.error_messages import Explains
-from rap_lightning.cli.help_format import Filled, arrange
+from jsonargparse import ActionConfigFile, set_parsing_settings
+
+from rap_lightning.cli.help_format import FunctionParser, ReadableDefaultsHelp, arrange
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.chat_template import restore_own_template
 from rap_lightning.preferences.filters import Filters
@@ -84,18 +85,11 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
         name: of the command.
         flags: options without a value.
     """
-    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
-
-    class Parser(Explains, ArgumentParser):
-        """Tells a mistake in a few lines."""
-
-    class Formatter(Filled, DefaultHelpFormatter):
-        """In words that one would type."""
-
+    set_parsing_settings(unset_sentinel=True)  # null is checked against an option's type, as every other value is
     command_line[:] = [name, *args]
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
     prog = f"rap-lightning {name}"
-    parser = Parser(prog=prog, description=summary, allow_abbrev=False, formatter_class=Formatter)
+    parser = FunctionParser(prog=prog, description=summary, allow_abbrev=False, formatter_class=ReadableDefaultsHelp)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with these options")
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=_flag_help(function, flag))

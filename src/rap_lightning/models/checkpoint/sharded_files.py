@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from rap_lightning.errors import ConfigError, few
+from rap_lightning.errors import ConfigError, join_some
 
 LISTING = ".metadata"
 """What torch.distributed.checkpoint writes last, on rank zero: which tensor lies in which file."""
@@ -35,7 +35,7 @@ def refuse_incomplete(folder: Path) -> None:
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise ConfigError(
-            f"{folder} lacks {len(missing)} of its {len(names)} files of shards: {few(missing)}. Rank R writes "
+            f"{folder} lacks {len(missing)} of its {len(names)} files of shards: {join_some(missing)}. Rank R writes "
             "__R_*.distcp: were they left on other hosts? All hosts of a run must write to one shared file system. "
             "Copy them here from the same folder there, or go on from another checkpoint."
         )
