@@ -90,7 +90,7 @@ def test_fits_help_begins_with_what_to_type_and_ends_with_the_losses(capsys: pyt
     assert titles[0] == "model"
     assert titles[-1] == "trainer", "what is ours comes before Lightning's"
     assert "<class '" not in shown
-    assert "newest whole one" in " ".join(shown.split()), "not Lightning's words, which are of another last"
+    assert "newest undamaged one" in " ".join(shown.split()), "not Lightning's words, which are of another last"
 
 
 def test_an_option_means_the_same_in_every_command(parsers: dict[str, list[Any]]) -> None:

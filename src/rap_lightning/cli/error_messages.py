@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rap_lightning.cli.config_files import configs_named, read_yaml, where
 from rap_lightning.cli.parser_internals import (
     Fault,
+    actions_of,
     class_names,
     flags_of,
     has_subcommands,
@@ -229,9 +230,10 @@ def _no_value(parser: Any, fault: Fault, args: Sequence[str]) -> str:
 def _wrong_value(parser: Any, fault: Fault, args: Sequence[str]) -> str:
     """A value of another type."""
     if found := fault.says("argparse value"):
-        action, at, value = flags_of(parser).get(found[1]), found[1], found[2]
-        kind: Any = action.type if action is not None else None
-        choices = list(action.choices or []) if action is not None else []
+        at, value = found[1], found[2]
+        action = next(one for one in actions_of(parser) if at in (*one.option_strings, one.dest))
+        kind: Any = None if action.choices else action.type
+        choices = list(action.choices or [])
     elif (found := fault.says("wrong value")) and fault.keys:
         at, value = where(".".join(fault.keys), args), found[2]
         kind, choices = option_type(parser, fault), []

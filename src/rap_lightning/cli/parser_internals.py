@@ -29,7 +29,7 @@ TEXTS = {
     "missing": r"the following arguments are required: (.+)",
     "no file": r"(?:.*: )?File does not exist: '(.+)'",
     "unrecognized": r"unrecognized arguments: (.*)",
-    "unknown option": r"(?:Group '(.+?)' does not accept option|Subcommand '\w+' does not accept option|Option) '(.+?)'",
+    "unknown option": r"(?:(?:Group '(.+?)'|Subcommand '\w+') does not accept option|Option) '(.+?)'",
     "short class name": r"(?:--\S+: )?Expected a dot import path string: (\S+)$",
     "no value": r"argument (?:\S+/)?(\S+): expected (?:one|at least one) argument",
     "no class": r"Dict must include a class_path.*?(?:NestedArg\(key='(.+?)'|$)",
