@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jsonargparse import set_parsing_settings
+
 from rap_lightning.cli.config_files import configs_named, read_yaml, where
 from rap_lightning.cli.parser_internals import (
     Fault,
@@ -63,6 +65,22 @@ class ExplainsErrors(_Parser):
         if not getattr(self, "exit_on_error", True):
             super().error(message, ex)  # type: ignore[call-arg]  # jsonargparse's takes both
         raise ConfigError(explain(self, message, ex)) from ex
+
+
+def check_nulls(parser: Any, config: Any) -> None:
+    """Raise ConfigError for an option in a parsed config that is null and can't be.
+
+    jsonargparse's parser accepts null in configs for every type: it stands for a value that was not given. With a
+    sentinel for those, its validation checks null as every other value. (Parsing with the sentinel is not possible: in
+    4.53 some nulls would then be written to config.yaml as the text None.)
+    """
+    set_parsing_settings(unset_sentinel=True)
+    try:
+        parser.validate(config, skip_unset=False)
+    except (TypeError, ValueError, KeyError, argparse.ArgumentError) as error:
+        parser.error(str(error), error)
+    finally:
+        set_parsing_settings(unset_sentinel=False)
 
 
 def explain(parser: Any, message: str, error: BaseException | None = None) -> str:
@@ -244,13 +262,16 @@ def _wrong_value(parser: Any, fault: Fault, args: Sequence[str]) -> str:
         if typing.get_origin(part) is typing.Literal:
             choices += map(str, typing.get_args(part))
         elif part is not None:
-            words.append(TYPES.get(part) or getattr(part, "__name__", str(part)))
+            words.append(TYPES.get(typing.get_origin(part) or part) or getattr(part, "__name__", str(part)))
     if choices:
         words.insert(0, f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0])
     near = get_close_matches(value, choices, 1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    shown = "null" if value == "None" else _short(value)
-    return f"{at}: expected {' or '.join(dict.fromkeys(words))}; found {shown}.{hint}"
+    if value == "None":
+        value, hint = "null", " Leave it out for its default."
+    else:
+        value = _short(value)
+    return f"{at}: expected {' or '.join(dict.fromkeys(words))}; found {value}.{hint}"
 
 
 def parts_of(kind: Any) -> Iterator[Any]:

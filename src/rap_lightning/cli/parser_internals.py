@@ -120,8 +120,11 @@ def option_type(parser: Any, fault: Fault) -> Any:
         return None
     if len(keys) == 1 or len(keys) - 1 > len(owners):
         return type_of(find_action(parser, keys[0]))
-    own = get_signature_parameters(import_object(owners[len(keys) - 2]), None)
-    return next((one.annotation for one in own if one.name == keys[-1]), None)
+    kind = import_object(owners[len(keys) - 2])
+    for name in keys[-1].split("."):  # the fields of a dataclass are options of the class that takes it
+        own = get_signature_parameters(kind, None) if callable(kind) else []
+        kind = next((one.annotation for one in own if one.name == name), None)
+    return kind
 
 
 def options_of(path: str) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -39,7 +39,7 @@ from rap_lightning.callbacks import (
 )
 from rap_lightning.callbacks.checkpoint_io import SealedCheckpoints
 from rap_lightning.cli.config_files import configs_named, content_of
-from rap_lightning.cli.error_messages import LIBRARIES, ExplainsErrors, causes, raised_in
+from rap_lightning.cli.error_messages import LIBRARIES, ExplainsErrors, causes, check_nulls, raised_in
 from rap_lightning.cli.help_format import ReadableDefaultsHelp, arrange_trainer
 from rap_lightning.cli.parser_internals import start_new_classes_from_their_defaults
 from rap_lightning.datamodule import PreferenceDataModule
@@ -117,7 +117,9 @@ class PreferenceCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except Exception as error:
             raise unwrap_user_error(error) from error
-        options = self.config[self.config["subcommand"]]
+        command = self.config["subcommand"]
+        options = self.config[command]
+        check_nulls(self._parser(command), options)
         check_deepspeed_config(options)
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning's default would unpickle, and so run, a local file's objects
@@ -142,7 +144,7 @@ class PreferenceCLI(LightningCLI):
             found = newest_whole(root, self._is_of_this_run, _notice)
             if found is None and not fits:
                 raise ConfigError(f"--ckpt_path last: no checkpoint below {root} is of a run with these options.")
-            none = f"none of the {there} checkpoints below {root} fits" if (there := count(root)) else ""
+            none = f"none of the {there} checkpoints below {root} matches" if (there := count(root)) else ""
             begins = f"{none or f'no checkpoint below {root} yet'}, so this run begins at step 0"
             _notice(f"--ckpt_path last: {found or begins}")
             return None if found is None else str(found)
@@ -265,6 +267,7 @@ class _ParseOnlyCLI(PreferenceCLI):
             LightningCLI.parse_arguments(self, parser, args)
         except Exception as error:
             raise unwrap_user_error(error) from error
+        check_nulls(parser, self.config)
         check_deepspeed_config(self.config)
 
     def instantiate_classes(self) -> None:
@@ -345,7 +348,6 @@ def losses_by_family() -> str:
 
 def _set_up_libraries() -> None:
     """Configure jsonargparse; hide advertisements, and warnings that only the libraries' authors can act on."""
-    set_parsing_settings(unset_sentinel=True)  # null is checked against an option's type, as every other value is
     start_new_classes_from_their_defaults(OWN_BASES)
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())

@@ -8,8 +8,9 @@ from dataclasses import replace
 from inspect import cleandoc
 from typing import Any, Literal
 
-from jsonargparse import ActionConfigFile, set_parsing_settings
+from jsonargparse import ActionConfigFile
 
+from rap_lightning.cli.error_messages import check_nulls
 from rap_lightning.cli.help_format import FunctionParser, ReadableDefaultsHelp, arrange
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.chat_template import restore_own_template
@@ -85,7 +86,6 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
         name: of the command.
         flags: options without a value.
     """
-    set_parsing_settings(unset_sentinel=True)  # null is checked against an option's type, as every other value is
     command_line[:] = [name, *args]
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
     prog = f"rap-lightning {name}"
@@ -95,7 +95,9 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
         parser.add_argument(f"--{flag}", action="store_true", help=_flag_help(function, flag))
     parser.add_function_arguments(function, as_group=False, skip=set(flags), sub_configs=True, fail_untyped=True)
     arrange(parser)
-    options = parser.instantiate(parser.parse_args(args)).as_dict()
+    config = parser.parse_args(args)
+    check_nulls(parser, config)
+    options = parser.instantiate(config).as_dict()
     options.pop("config", None)
     return function(**options)
 

@@ -40,7 +40,6 @@ GRACE = 10.0
 """Seconds that a process has to end by itself once another rank is lost."""
 LOST_RANK_STATUS = 3
 """Exit code of a process that ends because another rank failed or was lost."""
-DONE = b"done"
 ADVICE = "This run ends; to resume it, pass its newest checkpoint as --ckpt_path."
 
 
@@ -221,7 +220,7 @@ class RankMonitor(pl.Callback):
             else:
                 reached = time.monotonic()
                 for rank, beat in zip(watched, beats, strict=True):
-                    if beat == DONE or beat != last[rank][0]:
+                    if beat != last[rank][0]:
                         last[rank] = beat, reached
                 silent = [rank for rank, (_, since) in last.items() if reached - since > self.patience]
                 if silent and not verdict:
@@ -260,14 +259,16 @@ class RankMonitor(pl.Callback):
         """
         try:
             yield
+            if self.store is not None and torch.distributed.is_initialized():
+                torch.distributed.barrier()  # the store ends with rank 0
         except BaseException as error:
             if self.store is None or (isinstance(error, SystemExit) and not error.code):
                 raise
             if self._report(self.store, error):
                 raise SystemExit(2) from None
             raise
-        if self.store is not None:
-            self._finish(self.store)
+        finally:
+            self._stopped.set()
 
     def _report(self, store: RankStore, error: BaseException) -> bool:
         """Report what ended the run; whether this process has nothing more to print."""
@@ -281,17 +282,19 @@ class RankMonitor(pl.Callback):
         alone = not getattr(error, "on_all_ranks", False)
         alone = self._alone if isinstance(error, SystemExit) and self._alone is not None else alone
         first = self._publish(store, error) if alone else ""
-        users, silent = isinstance(error, UserError), False
-        if store.local_rank == 0 and isinstance(error, Exception) and (first or users):
+        if not isinstance(error, Exception):
+            silent = False  # Ctrl-C has its own message and exit code
+        elif store.local_rank == 0 and (first or isinstance(error, UserError)):
             # ranks that fail at the same time mostly fail alike, and then it is this node's error too
             self._print(store, str(error) if not first or str(error) in first else f"{first}. {ADVICE}")
             silent = True
-        elif isinstance(error, Exception):
-            silent = self._is_printed(store) if users else bool(first)
-        if alone or isinstance(error, RanksError):
-            self._keep_store(store)
         else:
-            self._finish(store)
+            silent = self._is_printed(store) if isinstance(error, UserError) else bool(first)
+        if alone or not torch.distributed.is_initialized():
+            self._keep_store(store)
+        else:  # an error of all ranks
+            with suppress(RuntimeError):
+                torch.distributed.barrier()
         return silent
 
     def _publish(self, store: RankStore, error: BaseException) -> str:
@@ -330,20 +333,6 @@ class RankMonitor(pl.Callback):
         """Let the other ranks read the verdict: the store ends with rank 0."""
         if store.rank == 0:
             time.sleep(2 * HEARTBEAT)
-
-    def _finish(self, store: RankStore) -> None:
-        """Stop the heartbeats; rank 0, which hosts the store, waits until the others have stopped too."""
-        if self._stopped.is_set():
-            return
-        self._stopped.set()
-        with suppress(torch.distributed.DistError):
-            store.keys.set(f"heartbeat/{store.rank}", DONE.decode())
-            beats = [f"heartbeat/{rank}" for rank in range(store.size)]
-            deadline = time.monotonic() + self.patience
-            while store.rank == 0 and time.monotonic() < deadline:
-                if set(store.keys.multi_get(beats)) == {DONE}:
-                    return
-                time.sleep(0.05)
 
 
 def is_from_other_ranks(error: BaseException) -> bool:
