@@ -305,7 +305,7 @@ def test_wrong_input_ends_in_one_clear_message_and_leaves_nothing_behind(
     ("section", "change", "message"),
     [
         ("data", {"layout": None}, r"line \d+: data\.layout: expected one of auto, .*; found null\. Leave it"),
-        ("model", {"policy": {"path": "x", "freeze": None}}, r"line \d+: model\.policy\.freeze: expected a list.*; found null"),
+        ("model", {"policy": {"path": "x", "freeze": None}}, r"model\.policy\.freeze: expected a list.*; found null"),
         ("model", {"schedule": {"class_path": "CosineWithWarmup", "init_args": {"warmup_ratio": None}}}, "warmup"),
     ],
 )  # fmt: skip

@@ -262,7 +262,7 @@ def _wrong_value(parser: Any, fault: Fault, args: Sequence[str]) -> str:
         if typing.get_origin(part) is typing.Literal:
             choices += map(str, typing.get_args(part))
         elif part is not None:
-            words.append(TYPES.get(typing.get_origin(part) or part) or getattr(part, "__name__", str(part)))
+            words.append(TYPES.get(typing.get_origin(part) or part) or str(getattr(part, "__name__", part)))
     if choices:
         words.insert(0, f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0])
     near = get_close_matches(value, choices, 1)

@@ -13,7 +13,6 @@ import jsonargparse
 from rap_lightning.cli.error_messages import ExplainsErrors
 from rap_lightning.cli.parser_internals import actions_of, flags_of, groups_of
 
-NEEDED = "needed"
 CONFIGS = """\
 A config gives options by section (model, data, trainer, checkpoint, export, guard, watchdog). Every key is also a
 flag: --data.batch_size 8. Later values override earlier ones: -c base.yaml -c overlay.yaml --trainer.max_steps 100
