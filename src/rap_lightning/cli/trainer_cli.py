@@ -96,6 +96,8 @@ class TrainerParser(ExplainsErrors, LightningArgumentParser):
 class PreferenceCLI(LightningCLI):
     """LightningCLI whose checkpoints, export and console output work without being configured."""
 
+    # Lightning 2.6.6 has no public hooks for a subcommand's help, its parser and its run: these names are private
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         arrange_trainer(parser, subcommand)
