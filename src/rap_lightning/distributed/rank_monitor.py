@@ -69,7 +69,7 @@ class RankStore:
         self.node, self.size, self.timeout = environment.node_rank(), size, timeout
         self.main = (environment.main_address, environment.main_port)
         self.address = "{}:{}".format(*self.main)
-        self._hosts = [""] * size
+        self._hosts, self._comparisons = [""] * size, 0
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun; else rank 0 hosts it
         try:
             server = TCPStore(
@@ -102,11 +102,13 @@ class RankStore:
             what: name of the facts: config or data.
             facts: this rank's, as short texts by name.
         """
+        self._comparisons += 1  # every rank makes the same ones, in the same order
+        key = f"facts/{self._comparisons}"
         if self.rank == 0:
-            self.keys.set(f"facts/{what}", json.dumps(facts))
-        self._wait([f"facts/{what}"])
-        first = json.loads(self.keys.get(f"facts/{what}"))
-        for rank, text in enumerate(self._gather(f"difference/{what}", difference(facts, first))):
+            self.keys.set(key, json.dumps(facts))
+        self._wait([key])
+        mine = difference(facts, json.loads(self.keys.get(key)))
+        for rank, text in enumerate(self._gather(f"difference/{self._comparisons}", mine)):
             if text:
                 error = ConfigError(
                     f"{self.names([rank])}: {what} differs from {self.names([0])} in {text}. Start all ranks with the "
