@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rap_lightning.distributed.gather import gathered
 from rap_lightning.errors import ConfigError, join_some
 
 PACKAGES = ("rap-lightning", "torch", "transformers", "peft", "lightning")
@@ -64,15 +65,6 @@ def difference(mine: dict[str, str], first: dict[str, str]) -> str:
     return join_some([f"{name} ({mine.get(name)} vs {first.get(name)})" for name in names], 1)
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """The value of each rank, in the order of the ranks. A collective; in a single process its own value."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
-
-
 def require_shared_folder(folder: Path) -> None:
     """Raise ConfigError on every rank where one does not see what rank 0 writes into a folder. A collective.
 
@@ -88,10 +80,10 @@ def require_shared_folder(folder: Path) -> None:
         except OSError:
             probe = None
     host = socket.gethostname()
-    name, first_host = all_gather_object((probe.name if probe is not None else "", host))[0]
+    name, first_host = gathered((probe.name if probe is not None else "", host))[0]
     if not name:
         return
-    blind = all_gather_object("" if _becomes_visible(folder / name) else host)
+    blind = gathered("" if _becomes_visible(folder / name) else host)
     if probe is not None:
         with suppress(OSError):
             probe.unlink()
