@@ -59,7 +59,7 @@ def spreads(ranks: int) -> dict[str, Spread]:
 def planned(step: Step, spread: Spread, reference: ReferenceKind) -> tuple[Memory, Time]:
     """What a rank holds, and how long a step takes."""
     return (
-        memory(step, spread, reference, VOCABULARY, "cuda"),
+        memory(step, spread, reference, "cuda"),
         duration(step, spread, reference, 1, GPU, MFU, NETWORK),
     )
 

@@ -267,7 +267,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--data.goal.scale.high", "5"], r"score outside the declared scale.* so far\)\n.*from 1 to 5"),
     (["--model.generation.temperature", "0", "--model.generation.top_p", "0.5"], r"top_p has no effect"),
     (["--export.merge", "true"], r"merge has no effect without an adapter"),
-    (["--model.loss.beta", "null"], r"--model\.loss\.beta can't be null"),
+    (["--model.loss.beta", "null"], r"--model\.loss\.beta: expected a number; found null\. Leave it out for its"),
     (["--model.policy.freeze", "['lm_haed']"], r"'lm_haed' matches no parameter"),
     (["--model.policy.adapter", "/nowhere/adapter"], r"adapter /nowhere/adapter: no such folder"),
     (["--model.policy.adapter", "x", "--model.policy.lora.r", "4"], r"lora has no effect with"),
@@ -305,8 +305,8 @@ def test_wrong_input_ends_in_one_clear_message_and_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("data", {"layout": None}, r"--data\.layout can't be null\. Leave it out for its default.*'auto'"),
-        ("model", {"policy": {"path": "x", "freeze": None}}, r"--model\.policy\.freeze can't be null"),
+        ("data", {"layout": None}, r"line \d+: data\.layout: expected one of auto, .*; found null\. Leave it"),
+        ("model", {"policy": {"path": "x", "freeze": None}}, r"model\.policy\.freeze: expected a list.*; found null"),
         ("model", {"schedule": {"class_path": "CosineWithWarmup", "init_args": {"warmup_ratio": None}}}, "warmup"),
     ],
 )  # fmt: skip

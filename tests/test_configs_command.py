@@ -29,7 +29,7 @@ def test_written_twice_they_stay_and_what_was_changed_is_never_overwritten(
     mine.write_text("mine\n")
     (folder / "plain-dpo.yaml").unlink()
     assert called("configs", "--output", folder) == 2
-    assert "quickstart.yaml is not the file that comes with" in capsys.readouterr().err
+    assert "quickstart.yaml exists with other content than the shipped" in capsys.readouterr().err
     assert mine.read_text() == "mine\n"
     assert not (folder / "plain-dpo.yaml").exists(), "refused before anything is written"
 
@@ -46,6 +46,6 @@ def test_a_shipped_config_that_is_not_here_says_how_to_get_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert called("rounds", *named) == 2
-    assert "'rap-lightning configs --output configs' writes it" in capsys.readouterr().err
+    assert "'rap-lightning configs --output configs' copies all of them" in capsys.readouterr().err
     (tmp_path / "quickstart.yaml").write_text("")
     refuse_absent(["fit", "-c", "quickstart.yaml", "--config", "mine.yaml", "-c"])  # one's own are the parser's to read

@@ -57,6 +57,6 @@ def test_srun_is_advised_within_slurm_only(in_slurm: bool, monkeypatch: pytest.M
     monkeypatch.setattr(slurm, "_is_srun_used", lambda: False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer_cli._quieten()
+        trainer_cli._set_up_libraries()
         slurm.SLURMEnvironment._validate_srun_used()
     assert any("srun" in str(one.message) for one in caught) is in_slurm

@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT
 from rap_lightning.callbacks import Guard
 from rap_lightning.cli.trainer_cli import parse_only
-from rap_lightning.distributed.deepspeed_checks import refuse_in_config, refuse_in_trainer
+from rap_lightning.distributed.deepspeed_checks import check_deepspeed_config, check_deepspeed_trainer
 from rap_lightning.errors import ConfigError
 
 OVERLAYS = sorted((ROOT / "configs" / "strategy").glob("deepspeed-*.yaml"))
@@ -30,7 +30,7 @@ def test_there_is_an_overlay_and_it_asks_for_what_works() -> None:
     assert config["trainer"]["accelerator"] == "gpu"
     assert config["trainer"]["accumulate_grad_batches"] == 1
     assert config["model"]["reference"] == "Stored"  # a Frozen one would stand whole on every rank
-    refuse_in_config(config)
+    check_deepspeed_config(config)
 
 
 def test_the_overlay_stacks_on_a_config(tiny: Path) -> None:
@@ -59,7 +59,7 @@ def strategy(**options: Any) -> list[str]:
         ([*strategy(stage=2), "--data.token_budget", "4096"], "token_budget doesn't go with DeepSpeed"),
         ([*strategy(stage=2), "--trainer.accumulate_grad_batches", "4"], "would divide the loss by 4"),
         ([*strategy(stage=2), "--guard.non_finite", "skip"], "non_finite skip has no effect"),
-        (strategy(config="ds.json"), "can't be checked"),
+        (strategy(config="ds.json"), "cannot be checked"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -83,9 +83,9 @@ def test_a_trainer_made_in_python_is_looked_at_too() -> None:
             self.strategy, self.accumulate_grad_batches, self.callbacks = strategy, 1, callbacks or []
             self.datamodule = type("Data", (), {"token_budget": budget})()
 
-    refuse_in_trainer(Trainer(DeepSpeedStrategy(stage=2)))
-    refuse_in_trainer(Trainer(DeepSpeedStrategy(stage=2), callbacks=[Guard()]))
-    refuse_in_trainer(Trainer(object(), budget=100, callbacks=[Guard(non_finite="skip")]))
+    check_deepspeed_trainer(Trainer(DeepSpeedStrategy(stage=2)))
+    check_deepspeed_trainer(Trainer(DeepSpeedStrategy(stage=2), callbacks=[Guard()]))
+    check_deepspeed_trainer(Trainer(object(), budget=100, callbacks=[Guard(non_finite="skip")]))
     for trainer in (
         Trainer(DeepSpeedStrategy(stage=3)),
         Trainer(DeepSpeedStrategy(stage=2, offload_optimizer={"device": "cpu"})),
@@ -93,7 +93,7 @@ def test_a_trainer_made_in_python_is_looked_at_too() -> None:
         Trainer(DeepSpeedStrategy(stage=2), callbacks=[Guard(non_finite="skip")]),
     ):
         with pytest.raises(ConfigError):
-            refuse_in_trainer(trainer)
+            check_deepspeed_trainer(trainer)
 
 
 def test_lightning_resolves_the_overlay_to_zero_stage_2() -> None:

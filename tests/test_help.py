@@ -11,16 +11,16 @@ import pytest
 from conftest import called
 from rap_lightning.cli.main import HELP
 from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
-from rap_lightning.commands.completion import _parsers, _trainer
+from rap_lightning.commands.completion import parsers_of
 
 OWN = [name for name in COMMANDS if name not in TRAINER_COMMANDS]
 
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, list[Any]]:
-    made = {name: list(_parsers(name)) for name in OWN}
+    made = {name: list(parsers_of(name)) for name in COMMANDS}
     made["plan"] = made["plan"][:1]  # the rest is fit's
-    return made | {name: list(_trainer(name)) for name in TRAINER_COMMANDS}
+    return made
 
 
 def actions(parser: Any) -> Iterator[Any]:
@@ -90,7 +90,7 @@ def test_fits_help_begins_with_what_to_type_and_ends_with_the_losses(capsys: pyt
     assert titles[0] == "model"
     assert titles[-1] == "trainer", "what is ours comes before Lightning's"
     assert "<class '" not in shown
-    assert "newest whole one" in " ".join(shown.split()), "not Lightning's words, which are of another last"
+    assert "newest undamaged one" in " ".join(shown.split()), "not Lightning's words, which are of another last"
 
 
 def test_an_option_means_the_same_in_every_command(parsers: dict[str, list[Any]]) -> None:

@@ -74,7 +74,7 @@ def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three
     said = [line for line in first.read_text().splitlines() if line.startswith("error: ")]
     print(said)
     (line,) = said
-    assert re.match(rf"error: no sign of rank 1 on \S+ \(10\.77\.0\.2\) for {TIMEOUT} s\. This run ends", line)
+    assert re.match(rf"error: no sign of life from rank 1 \(\S+, 10\.77\.0\.2\) for {TIMEOUT} s\. This run ends", line)
 
     checkpoints = sorted((tmp_path / "lost").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     saved = next(path for path in reversed(checkpoints) if not path.is_symlink() and (path / "digests.json").is_file())

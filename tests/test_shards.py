@@ -130,7 +130,7 @@ def test_last_says_why_it_takes_none_of_what_lies_there(
     assert f"skipping, of runs with other model, data or seed_everything options than this one: {other}\n" in said
     assert f"skipping: {torn} lacks 1 of its 2 files of shards" in said
     assert f"skipping: {silent} doesn't say which options it was trained with" in said
-    assert f"--ckpt_path last: none of the 3 checkpoints below {runs} will do, so this run begins at step 0" in said
+    assert f"--ckpt_path last: none of the 3 checkpoints below {runs} matches, so this run begins at step 0" in said
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_last_passes_over_damaged_checkpoints_with_a_word(start_process: Any, wo
     other = start_process([*arguments, "--model.loss.beta", "0.7"])
     assert other.end() == 0
     assert re.search(r"skipping, of runs with other model, data or seed_everything options .*: \S+\.ckpt", other.said)
-    assert re.search(r"none of the \d checkpoints below \S+ will do, so this run begins at step 0", other.said)
+    assert re.search(r"none of the \d checkpoints below \S+ matches, so this run begins at step 0", other.said)
 
 
 @pytest.mark.parametrize("workers", ["2", pytest.param("0", marks=pytest.mark.slow)])

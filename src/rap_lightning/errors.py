@@ -1,30 +1,31 @@
-"""The errors a user can cause. The command line prints their text alone, without a traceback."""
+"""Errors that a user can cause and resolve. The command line prints their text alone, without a traceback."""
 
 import sys
 from collections.abc import Sequence
 
 
-def few(names: Sequence[object], most: int = 4) -> str:
-    """The first of many, and how many more there are.
+def join_some(names: Sequence[object], most: int = 4) -> str:
+    """The first of many names, and how many more there are.
 
-    >>> few(["a", "b"]), few("abcdef")
+    >>> join_some(["a", "b"]), join_some("abcdef")
     ('a, b', 'a, b, c, d and 2 more')
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
 
 
-def say(message: object) -> None:
-    """Print an error as the command line does: its text alone, after what was printed before it."""
+def print_error(message: object) -> None:
+    """Print an error to standard error as the command line does, after everything printed before it."""
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr)
 
 
 class UserError(ValueError):
-    """Something the user can mend. The text says what was expected, what was found, and what to do.
+    """An error that the user can resolve. Its text says what happened, where, and what to do.
 
-    ``saves`` says whether a run that it ends is worth a checkpoint (not where the weights themselves are broken), and
-    ``on_all_ranks`` whether all processes raise it, so that they can save one together.
+    Attributes:
+        saves: whether a run that it ends is worth a checkpoint; not where the weights themselves are broken.
+        on_all_ranks: whether every process raises it, so that the ranks can save a checkpoint together.
     """
 
     saves: bool = True
@@ -32,19 +33,19 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """An option is wrong, or has no effect next to another one."""
+    """An option is wrong, or has no effect together with another one."""
 
 
 class DataError(UserError):
-    """The data can't be used as they are."""
+    """The data cannot be used as they are."""
 
 
 class NotFinite(UserError):
-    """A loss, a gradient or a weight is infinite or no number."""
+    """A loss, a gradient or a weight is infinite or NaN."""
 
 
 class OutOfMemory(UserError):
-    """The device, or the machine, has no memory left."""
+    """The device or the host has no memory left."""
 
 
 class NotSaved(UserError):

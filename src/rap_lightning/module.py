@@ -36,7 +36,7 @@ from torch import Tensor
 from rap_lightning.batches.loader import PairLoader
 from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBatch, TokenLogps
 from rap_lightning.batches.unrelated import unrelated
-from rap_lightning.distributed.deepspeed_checks import refuse_in_trainer
+from rap_lightning.distributed.deepspeed_checks import check_deepspeed_trainer
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO, SFT, PreferenceLoss
 from rap_lightning.losses.contract import check_loss
@@ -358,7 +358,7 @@ class PreferenceModule(pl.LightningModule):
         self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         if self.policy is not None:
             return
-        refuse_in_trainer(self.trainer)
+        check_deepspeed_trainer(self.trainer)
         if (data := data_of(self.trainer)) is not None:
             checks.check_data(self.loss, data)
         sharding = build.sharding_of(self.trainer, self.device_mesh)

@@ -1,7 +1,8 @@
-"""Progress for people: a bar where a terminal shows it, a line now and then elsewhere, and no colours where asked."""
+"""The progress bar of every command: tqdm on a terminal, a line every 15 seconds in a log."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -10,14 +11,14 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_EVERY = 15.0
-"""Seconds from line to line, where no terminal shows a bar."""
+"""Seconds between two lines in a log."""
 
 
 def adapt_to_terminal() -> None:
-    """Set what other libraries go by; called before they are imported.
+    """Set the environment variables that other libraries read; called before they are imported.
 
-    ``NO_COLOR`` takes the colours out of rich, but not bold type or the moving of the cursor; a terminal that is
-    dumb gets neither. Bars that others draw (datasets, transformers) would fill a log with carriage returns.
+    With ``NO_COLOR`` rich still writes bold type and cursor movements, which a dumb terminal gets neither of. The bars
+    of datasets and transformers would fill a log with carriage returns.
     """
     if os.environ.get("NO_COLOR"):
         os.environ["TERM"] = "dumb"
@@ -26,31 +27,28 @@ def adapt_to_terminal() -> None:
             os.environ.setdefault(name, "1")
 
 
-class Lines(tqdm):
-    """tqdm's figures, in lines."""
-
-    disable: bool
+class LogLines(tqdm):
+    """tqdm that prints each state on its own line."""
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
-        """What prints one state; tqdm's own returns to the beginning of the line."""
+        """A function that prints one state; tqdm's own returns to the beginning of the line."""
 
-        def say(text: str) -> None:
+        def print_line(text: str) -> None:
             if text:
                 print(text, file=file, flush=True)
 
-        return say
+        return print_line
 
     def close(self) -> None:
-        """Without the carriage return with which tqdm takes a bar away."""
-        if not self.disable:
-            self.disable = True
-            type(self)._decr_instances(self)
+        """Close without the carriage return with which tqdm clears a bar."""
+        self.fp = io.StringIO()
+        super().close()
 
 
 def progress(iterable: Any = None, **options: Any) -> Any:
-    """tqdm with its options; where standard error is no terminal, a line each 15 seconds, and none before."""
+    """tqdm with its options; where standard error is not a terminal, a line every 15 seconds, the first after 15."""
     if sys.stderr.isatty():
         return tqdm(iterable, **options)
     options |= {"mininterval": LINE_EVERY, "delay": LINE_EVERY, "leave": False}
-    return Lines(iterable, **{"disable": False} | options)
+    return LogLines(iterable, **{"disable": False} | options)

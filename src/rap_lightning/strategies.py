@@ -1,4 +1,8 @@
-"""FSDP2 with the options that one machine, many nodes and large models need."""
+"""FSDP2 with the options that one machine, many nodes and large models need, and the checks of strategies.
+
+The checks run on parsed options (`check_requested`) or on the trainer's strategy (`check_size`, `check_resumes`),
+before any process is started. Those of DeepSpeed are in distributed/deepspeed_checks.py.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +19,23 @@ from rap_lightning.distributed.fsdp2 import Sharding
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.checkpoint.sharded_folder import needs_sharding_strategy
 
-METADATA = "meta.pt"  # where Lightning keeps what is neither weight nor optimizer state
+METADATA = "meta.pt"  # where Lightning keeps everything but weights and optimizer state
 
 
 class FSDP2(ModelParallelStrategy):
-    """Weights, gradients, optimizer state and the reference's weights, each rank a part of them.
+    """Shard weights, gradients, optimizer state and the reference's weights over the ranks (FSDP2).
 
-    Lightning's ModelParallelStrategy without its sizes to fill in. A checkpoint is a folder, to which every rank writes
-    its part; of a LoRA run it holds the adapter and not the base model. It resumes on any number of ranks.
+    Lightning's ModelParallelStrategy, with its sizes computed. A checkpoint is a folder to which every rank writes its
+    part; of a LoRA run it holds the adapter without the base model. It resumes on any number of ranks.
 
     Args:
         shard_size: ranks that hold one copy of everything together; by default all. With the devices of a node, weights
-            travel within nodes, and only gradients between them (HSDP).
-        cpu_offload: keep the parts in the host's memory, and step there too. For a GPU that is too small; slow.
-        gather: dtype in which weights travel and layers compute; by default bfloat16 with ``--trainer.precision
-            bf16-mixed``, and the weights' own without. Gradients are summed in float32, and the optimizer's weights
-            stay as they are.
+            are gathered within nodes, and only gradients are reduced between them (HSDP).
+        cpu_offload: keep the shards in the host's memory, and step the optimizer there. For a model that doesn't fit on
+            the GPUs; slow.
+        gather: dtype in which weights are gathered and layers compute; by default bfloat16 with ``--trainer.precision
+            bf16-mixed``, and the weights' own without. Gradients are reduced in float32, and the optimizer's weights
+            keep their dtype.
         save_distributed_checkpoint: False writes a single file, which rank zero must have room for.
         process_group_backend: by default NCCL on GPUs and gloo on CPUs.
         timeout: how long ranks wait for each other.
@@ -55,7 +60,7 @@ class FSDP2(ModelParallelStrategy):
         self.sharding: Sharding | None = None
 
     def check_size(self) -> None:
-        """Raise ConfigError where the ranks can't be divided as asked. Called before any process is started."""
+        """Raise ConfigError where the shard size doesn't divide the number of ranks."""
         ranks = self.num_nodes * self.num_processes
         if self.shard_size is not None and ranks % self.shard_size:
             raise ConfigError(
@@ -64,11 +69,11 @@ class FSDP2(ModelParallelStrategy):
             )
 
     def setup_environment(self) -> None:
-        """Start the process group and lay the mesh over it."""
+        """Start the process group and build the device mesh."""
         self.check_size()
         self._data_parallel_size = self.num_nodes * self.num_processes
         if self.cpu_offload and self._process_group_backend is None and self.root_device.type == "cuda":
-            self._process_group_backend = "cpu:gloo,cuda:nccl"  # gradient norms are of tensors on the host
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # gradient norms are reduced over tensors on the host
         super().setup_environment()
         mesh = self.device_mesh["data_parallel"]
         if self.shard_size is not None and self.shard_size < self.world_size:
@@ -77,7 +82,7 @@ class FSDP2(ModelParallelStrategy):
         self.sharding = Sharding(mesh, self._gather_dtype(), self.cpu_offload)
 
     def setup(self, trainer: Any) -> None:
-        """Refuse what a checkpoint of would not resume."""
+        """Refuse a kind of checkpoint that could not be resumed, then set up the model."""
         if self._has_adapter and not self._save_distributed_checkpoint:
             raise ConfigError(
                 "--trainer.strategy.save_distributed_checkpoint false doesn't go with LoRA: Lightning numbers the "
@@ -91,14 +96,14 @@ class FSDP2(ModelParallelStrategy):
         return torch.bfloat16 if str(self.precision_plugin.precision) == "bf16-mixed" else None
 
     def model_to_device(self) -> None:
-        """Move what isn't sharded."""
+        """Move to the device what isn't sharded; with CPU offload, only the buffers."""
         assert self.model is not None
         if not self.cpu_offload:
             super().model_to_device()
             return
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self.root_device)
+                setattr(module, name, buffer.to(self.root_device))
 
     # -- checkpoints: of an adapter, the adapter alone ------------------------------------------------------------
 
@@ -113,7 +118,7 @@ class FSDP2(ModelParallelStrategy):
         return policy is not None and policy.has_adapter
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """As the base class's, without the weights of an adapter's base model."""
+        """Gather or collect the weights to save, without those of an adapter's base model."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
         assert self.model is not None
@@ -121,7 +126,11 @@ class FSDP2(ModelParallelStrategy):
         return get_model_state_dict(self.model, options=options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """As the base class's; a checkpoint without an adapter's base model is complete."""
+        """Load weights and optimizer state in place; a checkpoint without an adapter's base model is complete.
+
+        Raises:
+            ConfigError: the checkpoint is the single file of a LoRA run under another strategy.
+        """
         path = Path(self.broadcast(checkpoint_path))
         if not self._has_adapter:
             return super().load_checkpoint(path, weights_only)
@@ -134,59 +143,64 @@ class FSDP2(ModelParallelStrategy):
         )  # fmt: skip
 
         assert self.model is not None
+        if not path.is_dir():
+            raise ConfigError(
+                f"{path} is a single file, of a LoRA run without FSDP2's distributed checkpoints. Resume it with the "
+                "strategy that wrote it."
+            )
         options = self._state_options(strict=False)
-        if path.is_dir():
-            weights = get_model_state_dict(self.model, options=options)
-            load({"state_dict": weights}, checkpoint_id=path)
-            set_model_state_dict(self.model, weights, options=options)
-            for number, optimizer in enumerate(self.optimizers):
-                state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
-                load(state, checkpoint_id=path)
-                set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
-            content: dict[str, Any] = torch.load(path / METADATA, weights_only=weights_only)
-            return content
-        raise ConfigError(
-            f"{path} is a single file, of a LoRA run without FSDP2's distributed checkpoints. Go on with the strategy "
-            "that it was written by."
-        )
+        weights = get_model_state_dict(self.model, options=options)
+        load({"state_dict": weights}, checkpoint_id=path)
+        set_model_state_dict(self.model, weights, options=options)
+        for number, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
+            load(state, checkpoint_id=path)
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
+        content: dict[str, Any] = torch.load(path / METADATA, weights_only=weights_only)
+        return content
 
 
-def check_asked(strategy: Any, accelerator: Any) -> None:
+def writes_shards(strategy: Any) -> bool:
+    """Whether every rank writes a part of each checkpoint."""
+    if isinstance(strategy, ModelParallelStrategy):
+        return bool(strategy._save_distributed_checkpoint)  # Lightning 2.6.6 has no public name for it
+    return isinstance(strategy, DeepSpeedStrategy)
+
+
+def check_requested(strategy: Any, accelerator: Any) -> None:
     """Raise ConfigError for a strategy that doesn't exist or can't work, and for GPUs that aren't there.
 
     Args:
         strategy, accelerator: the trainer's options, as parsed.
     """
-    named = strategy if isinstance(strategy, str) else (strategy or {}).get("class_path", "")
-    short = str(named).rpartition(".")[2].lower()
-    if short in ("fsdp", "fsdp_cpu_offload", "fsdpstrategy"):
+    name = strategy if isinstance(strategy, str) else str((strategy or {}).get("class_path", ""))
+    if name.rpartition(".")[2].lower() in ("fsdp", "fsdp_cpu_offload", "fsdpstrategy"):
         raise ConfigError(
-            f"--trainer.strategy {named}: torch's first FSDP packs weights so that the head's can't be read outside of "
+            f"--trainer.strategy {name}: torch's first FSDP packs weights so that the head's can't be read outside of "
             "its own forward pass. Use --trainer.strategy fsdp2."
         )
     if isinstance(strategy, str) and strategy.lower() not in ("auto", *StrategyRegistry):
         classes = [kind.__name__ for kind in (FSDP2, ModelParallelStrategy, DDPStrategy, DeepSpeedStrategy)]
-        near = get_close_matches(
-            strategy.lower(), ("auto", "ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3"), 1
-        )
+        usual = ("auto", "ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3")
+        near = get_close_matches(strategy.lower(), usual, 1)
         raise ConfigError(
             f"--trainer.strategy {strategy}: no such strategy.{f' Did you mean {near[0]}?' if near else ''} Usual ones "
             f"are auto, ddp and fsdp2; or name a class ({', '.join(classes)}), or use an overlay of configs/strategy."
         )
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available() and not torch.backends.mps.is_available():
         raise ConfigError(
-            f"--trainer.accelerator {accelerator}: torch {torch.__version__} finds no GPU here (nvidia-smi shows what "
-            "there is; a +cpu build of torch can't use any). To try on CPUs: --trainer.accelerator cpu, or "
-            "-c configs/strategy/cpu-fsdp2.yaml for two sharded processes."
+            f"--trainer.accelerator {accelerator}: torch {torch.__version__} finds no GPU here (nvidia-smi lists them; "
+            "a +cpu build of torch can't use any). To try on CPUs: --trainer.accelerator cpu, or -c "
+            "configs/strategy/cpu-fsdp2.yaml for two sharded processes."
         )
 
 
 def check_size(strategy: Any) -> None:
-    """Raise ConfigError where a strategy's sizes don't make up the number of processes, before any is started."""
+    """Raise ConfigError where a strategy's sizes don't make up the number of processes."""
     if isinstance(strategy, FSDP2):
         strategy.check_size()
     elif isinstance(strategy, ModelParallelStrategy):
-        sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
+        sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)  # Lightning 2.6.6: no public names
         ranks = strategy.num_nodes * strategy.num_processes
         if "auto" not in sizes and int(sizes[0]) * int(sizes[1]) != ranks:
             raise ConfigError(
@@ -197,11 +211,11 @@ def check_size(strategy: Any) -> None:
 
 
 def check_resumes(strategy: Any, path: str | None) -> None:
-    """Raise ConfigError where a strategy can't go on from a folder of shards, before any process is started."""
+    """Raise ConfigError where a strategy can't resume from a sharded checkpoint."""
     if path is not None and Path(path).is_dir() and not isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy):
         raise ConfigError(needs_sharding_strategy(Path(path)))
 
 
-# so that a bare name does: --trainer.strategy fsdp2
+# so that a bare name works: --trainer.strategy fsdp2
 if "fsdp2" not in StrategyRegistry:
     StrategyRegistry.register("fsdp2", FSDP2, description=(FSDP2.__doc__ or "").splitlines()[0])

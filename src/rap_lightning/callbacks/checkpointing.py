@@ -24,11 +24,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
-from rap_lightning.callbacks.shared_fs_check import refuse_apart, writes_shards
+from rap_lightning.distributed.consistency import require_shared_folder
 from rap_lightning.errors import NotFinite, NotSaved
 from rap_lightning.models.checkpoint.integrity import mark_incomplete, write_index_checksum
 from rap_lightning.models.digests import not_finite
 from rap_lightning.module import PreferenceModule
+from rap_lightning.strategies import writes_shards
 
 ROOM = 64_000_000
 """Bytes that should be left on a disk beyond a checkpoint."""
@@ -54,7 +55,7 @@ class Checkpoints(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         saves = stage == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if saves and trainer.num_nodes > 1 and writes_shards(trainer.strategy):
-            refuse_apart(trainer.strategy, Path(str(self.dirpath)))
+            require_shared_folder(Path(str(self.dirpath)))
 
     # -- when a run ends ------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""How a command's help reads: what it needs first, options in groups, types and classes by their short names."""
+"""How a command's help reads: required options first, options in groups, types and classes by their short names."""
 
 from __future__ import annotations
 
@@ -8,60 +8,62 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rap_lightning.cli.error_messages import Explains
+import jsonargparse
 
-NEEDED = "needed"
+from rap_lightning.cli.error_messages import ExplainsErrors
+from rap_lightning.cli.parser_internals import actions_of, flags_of, groups_of
+
 CONFIGS = """\
-A config gives options by section (model, data, trainer, checkpoint, export, guard, watchdog). Every key is a flag
-too, as in --data.batch_size 8. What comes later wins: -c base.yaml -c overlay.yaml --trainer.max_steps 100
+A config gives options by section (model, data, trainer, checkpoint, export, guard, watchdog). Every key is also a
+flag: --data.batch_size 8. Later values override earlier ones: -c base.yaml -c overlay.yaml --trainer.max_steps 100
 
-  --print_config           all options with their values, as a config to begin with
-  --model.loss NAME        a class by its short name, or by import path where it is yours
-  --model.loss.help NAME   the options of a class; so too --data.goal.help, --model.optimizer.help, ...
+  --print_config           print all options with their values, as a config to start from
+  --model.loss NAME        a class by its short name, or your own by its import path
+  --model.loss.help NAME   the options of a class; also --data.goal.help, --model.optimizer.help, ...
 """
-OURS = {
-    "--seed_everything": "of whatever is random: order, dropout, new adapters, sampling; true draws one",
-    "--ckpt_path": "a checkpoint to go on from (fit), or to measure: a .ckpt file or folder. last is the newest whole "
-    "one below --trainer.default_root_dir that a run with these options wrote",
-    "--weights_only": "read only tensors and plain values of checkpoints, which is the default; with false, a file can "
-    "run what it has pickled",
+OPTION_HELP = {
+    "--seed_everything": "seed for all random number generators (order, dropout, adapters, sampling); true draws one",
+    "--ckpt_path": "checkpoint to resume from (fit) or to evaluate: a .ckpt file or folder; last: the newest undamaged "
+    "one below --trainer.default_root_dir from a run with these options",
+    "--weights_only": "load only tensors and plain values from checkpoints (the default); with false, loading a file "
+    "can run code pickled in it",
 }
-"""Where Lightning's own help says what isn't so here."""
+"""Replaces Lightning's own help where it does not apply here."""
 TRAINER_HELP = {
     "fit": """\
-Train a policy on scored pairs: each is relabelled with its goals, and a direct-alignment loss is applied.
+Train a policy on scored pairs, relabelled with goals, with a direct-alignment loss.
 
 Example: rap-lightning fit --config configs/quickstart.yaml
          rap-lightning fit --model.policy.path HuggingFaceTB/SmolLM2-135M-Instruct --data.source my-pairs/
 
-It reads a model (--model.policy.path) and scored data (--data.source), and writes runs/version_N: metrics.csv,
-config.yaml (runs again as it is), run.json, data_report.json, goal.json, checkpoints/, and hf/, a Hugging Face folder.
-Ctrl-C stops it and saves; --ckpt_path last goes on.
+Input: a model (--model.policy.path) and scored data (--data.source). Output in runs/version_N: metrics.csv, config.yaml
+(the run's config, to run again), run.json, data_report.json, goal.json, checkpoints/, and hf/, a Hugging Face folder.
+Ctrl-C stops the run and saves a checkpoint; --ckpt_path last resumes it.
 """,
     "validate": """\
-Measure a model on the validation split, without training: loss, rewards/accuracies, rewards/margins, ...
+Evaluate a model on the validation split: loss, rewards/accuracies, rewards/margins, ...
 
 Example: rap-lightning validate --config runs/version_0/config.yaml --ckpt_path runs/version_0/checkpoints/last.ckpt
 
-It reads a config of fit and a checkpoint of it (without --ckpt_path, the model as it was before training), and writes
-metrics.csv in a folder runs/version_N of its own.
+Input: a config of fit and a checkpoint of it (without --ckpt_path, the model before training). Output: metrics.csv in a
+new folder runs/version_N.
 """,
     "test": """\
-Measure a model as validate does, logged as test/...
+Evaluate a model as validate does, with metrics logged as test/...
 
 Example: rap-lightning test --config runs/version_0/config.yaml --ckpt_path runs/version_0/checkpoints/last.ckpt
 
-It reads a config of fit and a checkpoint of it (without --ckpt_path, the model as it was before training), and writes
-metrics.csv in a folder runs/version_N of its own.
+Input: a config of fit and a checkpoint of it (without --ckpt_path, the model before training). Output: metrics.csv in a
+new folder runs/version_N.
 """,
     "predict": """\
-Write a model's responses at a goal, the best by default, to the prompts of the validation split.
+Generate responses at a goal, by default the best, to the prompts of the validation split.
 
 Example: rap-lightning predict --config runs/version_0/config.yaml --ckpt_path runs/version_0/checkpoints/last.ckpt
              --data.predict.goal 10 --data.predict.limit 20
 
-It reads a config of fit and a checkpoint of it, and writes predictions.jsonl in a folder runs/version_N of its own.
-rap-lightning generate does more: many goals, vLLM and endpoints, several processes, going on where it was stopped.
+Input: a config of fit and a checkpoint of it. Output: predictions.jsonl in a new folder runs/version_N.
+rap-lightning generate does more: many goals, vLLM and endpoints, several processes, resuming.
 """,
 }
 GROUPS: Mapping[str, Sequence[str]] = {
@@ -81,18 +83,15 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "the model's files": ("revision", "dtype", "trust_remote_code", "max_shard_size", "base_model"),
     "upload": ("push_to_hub", "private", "license"),
 }  # fmt: skip
-"""An option's name means the same in every command, so that it has one place in all of them."""
-FULL = 110
-"""Characters that a line of a docstring has, with the word that didn't fit."""
-FROM = 12
-"""Options from which on a command's are grouped."""
+"""An option's name means the same in every command, so it belongs to one group in all of them."""
+FULL_LINE = 110
+"""Characters of a docstring's line together with the first word of the next, above which the line was wrapped."""
+GROUPED_ABOVE = 12
+"""Number of options above which a command's are grouped."""
 
 
-class Filled(RawDescriptionHelpFormatter):
-    """Keeps the paragraphs of a description at any width, and leaves the inside of Python out of types.
-
-    jsonargparse's own formatter comes after it; it isn't imported here, for some commands do without jsonargparse.
-    """
+class ReadableHelp(RawDescriptionHelpFormatter):
+    """Keep the paragraphs of a description at any width, and show types as one would type them."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []
@@ -105,22 +104,30 @@ class Filled(RawDescriptionHelpFormatter):
         return "\n".join(lines)
 
     def _expand_help(self, action: Any) -> str:
-        return plain(super()._expand_help(action))
+        return short_types(super()._expand_help(action))
 
 
-class PlainParser(Explains, ArgumentParser):
-    """argparse's, for the commands whose options aren't those of a function."""
+class ReadableDefaultsHelp(ReadableHelp, jsonargparse.DefaultHelpFormatter):
+    """The same for jsonargparse's parsers, with types and defaults."""
+
+
+class FunctionParser(ExplainsErrors, jsonargparse.ArgumentParser):
+    """jsonargparse's parser, for commands whose options are a function's parameters."""
+
+
+class PlainParser(ExplainsErrors, ArgumentParser):
+    """argparse's parser, for the other commands."""
 
     def __init__(self, command: str, description: str) -> None:
         prog = f"rap-lightning {command}"
-        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=Filled)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=ReadableHelp)
 
 
 def _joined(lines: list[str]) -> list[str]:
-    """Lines of one sentence as one, so that it can be broken anew; a line that is not full ends where it does."""
+    """Join the lines of a paragraph, so that it can be wrapped again; a line that was not wrapped stays as it is."""
     found: list[str] = []
     for line in lines:
-        full = found and len(found[-1]) + len(line.partition(" ")[0]) >= FULL
+        full = found and len(found[-1]) + len(line.partition(" ")[0]) >= FULL_LINE
         if full and line and line[0] != " " and "rap-lightning " not in found[-1] + line:
             found[-1] += f" {line}"
         else:
@@ -128,16 +135,16 @@ def _joined(lines: list[str]) -> list[str]:
     return found
 
 
-def plain(text: str) -> str:
-    """Types, defaults and classes as one would type them.
+def short_types(text: str) -> str:
+    """Show types, defaults and classes in a help text as one would type them.
 
-    >>> plain("x (type: <class 'a.Judge'>, default: {'class_path': 'a.b.RM'}, known subclasses: a.b.RM, a.c.LLM)")
+    >>> short_types("x (type: <class 'a.Judge'>, default: {'class_path': 'a.b.RM'}, known subclasses: a.b.RM, a.c.LLM)")
     'x (type: Judge, default: RM, classes: RM, LLM)'
-    >>> plain("x (type: Optional[Literal['a', 'b']], default: null)")
+    >>> short_types("x (type: Optional[Literal['a', 'b']], default: null)")
     'x (a | b | null)'
-    >>> plain("x (type: Optional[list[Union[float, Literal['none']]]], default: null)")
+    >>> short_types("x (type: Optional[list[Union[float, Literal['none']]]], default: null)")
     'x (list[float | none] | null)'
-    >>> plain("x (required, type: str)")
+    >>> short_types("x (required, type: str)")
     'x (str)'
     """
     text = text.replace("Path to a configuration file.", "a YAML file with these options, or {name: value, ...}")
@@ -162,52 +169,46 @@ def plain(text: str) -> str:
 
 
 def arrange_trainer(parser: Any, command: str) -> None:
-    """Of fit, validate, test or predict: what the command does first, Lightning's own options last."""
+    """Arrange the help of fit, validate, test or predict: what the command does first, Lightning's options last."""
     parser.usage = f"rap-lightning {command} --config CONFIG [--SECTION.OPTION VALUE ...]"
     parser.description = f"{TRAINER_HELP[command]}\n{CONFIGS}"
-    groups, trainer, run = parser._action_groups, parser.groups["trainer"], parser._action_groups[-1]
+    groups, trainer, run = groups_of(parser), parser.groups["trainer"], groups_of(parser)[-1]
     for section, group in parser.groups.items():
         group.title = f"{section}: {group.title}"
     trainer.title = "trainer: Lightning's, for devices, precision, how long, how often, what is logged"
-    run.title = "the checkpoint to go on from, or to measure"
+    run.title = "the checkpoint to resume from, or to evaluate"
     groups[:] = [*groups[:2], run, *(group for group in groups[2:] if group not in (run, trainer)), trainer]
-    for flag, text in OURS.items():
-        parser._option_string_actions[flag].help = text
+    for flag, text in OPTION_HELP.items():
+        flags_of(parser)[flag].help = text
 
 
 def arrange(parser: Any) -> None:
-    """Say what a command needs in its usage, and put that first; group the rest where there is much of it.
+    """Arrange the help of another command: required options in the usage and first, many options in groups.
 
     Args:
-        parser: of jsonargparse, with its options; groups that it has already stay as they are.
+        parser: of jsonargparse, with its options; groups that it has already are kept.
     """
-    rest = parser._action_groups[1]  # argparse's "options"
-    needed = [action for action in rest._group_actions if action.required]
-    names = [action.dest for action in needed]
-    given = " ".join(f"--{action.dest} {action.dest.upper()}" for action in needed if "." not in action.dest)
+    rest = groups_of(parser)[1]  # argparse's "options"
+    required = [action for action in actions_of(rest) if action.required]
+    names = [action.dest for action in required]
+    given = " ".join(f"--{name} {name.upper()}" for name in names if "." not in name)
     parser.usage = " ".join(filter(None, [parser.prog, given, "[options]"]))
-    groups = [_group(parser, NEEDED, [a for a in rest._group_actions if a.dest.removesuffix(".help") in names])]
-    if len(rest._group_actions) > FROM:
-        groups += [
-            _group(parser, title, [action for action in rest._group_actions if _key(action) in keys])
-            for title, keys in GROUPS.items()
-        ]
-    rest._group_actions.sort(key=lambda action: action.dest in ("help", "config", "print_config"))
-    others = [group for group in parser._action_groups[1:] if group is not rest and group not in groups]
-    first, *more = groups
-    parser._action_groups[:] = [group for group in (first, rest, *more, *others) if group is not None]
+    first = _group(parser, "required", [a for a in actions_of(rest) if a.dest.removesuffix(".help") in names])
+    more = []
+    if len(actions_of(rest)) > GROUPED_ABOVE:
+        for title, keys in GROUPS.items():
+            more += _group(parser, title, [a for a in actions_of(rest) if a.dest.partition(".")[0] in keys])
+    actions_of(rest).sort(key=lambda action: action.dest in ("help", "config", "print_config"))
+    others = [group for group in groups_of(parser)[1:] if group is not rest and group not in [*first, *more]]
+    groups_of(parser)[:] = [*first, rest, *more, *others]
 
 
-def _key(action: Any) -> str:
-    return str(action.dest).partition(".")[0]
-
-
-def _group(parser: Any, title: str, actions: list[Any]) -> Any:
+def _group(parser: Any, title: str, actions: list[Any]) -> list[Any]:
+    """Move options into a new group; no group for no options."""
     if not actions:
-        return None
-    group = parser.add_argument_group(title)
-    rest = parser._action_groups[1]
+        return []
+    group, rest = parser.add_argument_group(title), groups_of(parser)[1]
     for action in actions:
-        rest._group_actions.remove(action)
-        group._group_actions.append(action)
-    return group
+        actions_of(rest).remove(action)
+        actions_of(group).append(action)
+    return [group]

@@ -1,4 +1,7 @@
-"""The entry point. Answers --help and --version itself: importing Lightning takes seconds."""
+"""The entry point: dispatch to a command and turn errors into exit codes.
+
+It answers --help and --version itself, for importing torch and Lightning takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,30 @@ from pickle import UnpicklingError
 
 from rap_lightning import __version__
 from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
-from rap_lightning.errors import UserError, say
+from rap_lightning.errors import UserError, print_error
 
 HELP = f"""rap-lightning {__version__}: reward-augmented preference alignment on Lightning
 
 usage: rap-lightning COMMAND [options]
        rap-lightning COMMAND --help
 
-train and measure (configs stack; any option of a config can be given as a flag):
+train and evaluate (configs stack; every option of a config is also a flag):
   fit        train a policy:      rap-lightning fit --config configs/quickstart.yaml
   validate   metrics of a model on the validation split
   test       the same, logged as test/...
   predict    generate at a goal:  rap-lightning predict --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt
 
-before you pay (no GPU needed):
-  plan       memory per rank, time of a step, whether it fits, and what to change:
+before you rent GPUs (no GPU needed):
+  plan       memory per rank, time per step, whether it fits, and what to change:
                               rap-lightning plan --config CONFIG --devices 8 --nodes 4 --gpu h100-80gb
 
 look at data (fast, no training):
-  inspect    what would be trained on, with counts, rewards, lengths and examples:
+  inspect    the training pairs: counts, rewards, lengths and examples:
                               rap-lightning inspect --source my-pairs/
   relabel    write the relabelled data as parquet:
                               rap-lightning relabel --source my-pairs/ --output relabelled/
 
-measure:
+evaluate:
   evaluate   does the goal steer? scores at each goal, unlearning, extrapolation, discrimination, length:
                               rap-lightning evaluate --model RUN/hf --source my-pairs/
                               --judge RewardModel --judge.model RM
@@ -44,43 +47,47 @@ on-policy data:
   generate   sample responses:  rap-lightning generate --prompts my-pairs/ --model MODEL --output samples.jsonl
   score      judge them:        rap-lightning score --source samples.jsonl --output scored.jsonl
                               --judge RewardModel --judge.model RM
-  rounds     generate, score, select, relabel, fit, again:
+  rounds     generate, score, select, relabel, fit, repeat:
                               rap-lightning rounds --config configs/rounds/world.yaml
 
-take away:
+share results:
   report     one page that compares runs:  rap-lightning report ra=runs/version_0 dpo=runs/version_1
   export     a checkpoint as a Hugging Face folder:  rap-lightning export --checkpoint LAST.ckpt --output DIR
 
 configs, editor, shell:
-  configs    those that come with rap-lightning, to use and to change:  rap-lightning configs --output configs
-  schema     completes and checks configs:  rap-lightning schema --output rap-lightning.schema.json
-  completion completes commands and options at Tab:  rap-lightning completion bash
+  configs    list or copy the shipped configs:  rap-lightning configs --output configs
+  schema     JSON schema of configs, for editors:  rap-lightning schema --output rap-lightning.schema.json
+  completion shell completion of commands and options:  rap-lightning completion bash
 
 Useful everywhere: --print_config shows every option with its value; -c base.yaml -c overlay.yaml stacks configs.
 """
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command. Exits with 0 when it went well, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run a command.
+
+    Exit codes: 0 on success; 1 where the command's answer is no (plan: it does not fit) or an unexpected error was
+    raised; 2 for an error that the user can resolve; 3 where another rank failed or was lost; 130 after Ctrl-C.
+    """
     try:
         try:
             _main(sys.argv[1:] if args is None else args)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _stdout_is_closed():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        sys.exit(128 + 13)  # as a process ends that SIGPIPE ends: rap-lightning ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        sys.exit(128 + 13)  # the status of a process ended by SIGPIPE: rap-lightning ... | head
 
 
-def _nobody_reads() -> bool:
-    """Whether standard output is a pipe whose other end is closed."""
+def _stdout_is_closed() -> bool:
+    """Whether standard output is a pipe whose reader has closed it."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return any(event & select.POLLERR for _, event in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # no poll on Windows; no file behind what stands for stdout
+    except (AttributeError, OSError, ValueError):  # no poll on Windows; a stdout without a file descriptor
         return False
 
 
@@ -97,10 +104,10 @@ def _main(args: list[str]) -> None:
         near = get_close_matches(args[0], COMMANDS, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         sys.exit(_fail(f"unknown command {args[0]!r}.{hint} The commands are {', '.join(COMMANDS)}."))
-    sys.path.append(os.getcwd())  # so that a class in a file beside you can be named; last, so that it hides nothing
+    sys.path.append(os.getcwd())  # classes in the working folder; last, so that it shadows nothing
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when data workers fork
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning stall each other on busy cores
-    from rap_lightning.progress_bar import adapt_to_terminal  # tqdm is not for --help
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other on busy cores
+    from rap_lightning.progress_bar import adapt_to_terminal  # not above: --help does not need tqdm
 
     adapt_to_terminal()
     try:
@@ -111,7 +118,7 @@ def _main(args: list[str]) -> None:
             from rap_lightning.cli.trainer_cli import run
 
             run(args)
-        else:  # each command is a module, so that none pays for the imports of another
+        else:  # one module per command, so that each imports only what it needs
             command = import_module(f"rap_lightning.commands.{args[0]}")
             if code := command.run(args[1:]):
                 sys.exit(code)
@@ -122,23 +129,23 @@ def _main(args: list[str]) -> None:
         sys.exit(130)
     except UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        sys.exit(_fail(f"the checkpoint holds more than plain values and tensors, and is refused: {reason}"))
+        sys.exit(_fail(f"refused to load the checkpoint, which holds more than plain values and tensors: {reason}"))
     except Exception as error:
-        if not _is_lightnings_refusal(error):
+        if not _is_from_lightning(error):
             raise
         sys.exit(_fail(str(error)))
 
 
-def _is_lightnings_refusal(error: Exception) -> bool:
-    """Whether Lightning itself refused the trainer's options: its text says what to do, and its stack says nothing."""
+def _is_from_lightning(error: Exception) -> bool:
+    """Whether Lightning itself refused the trainer's options: its text says what to do, its traceback nothing."""
     from rap_lightning.cli.error_messages import raised_in
 
-    ours = isinstance(error, ValueError | TypeError) and raised_in(error) == "lightning"
-    return ours or type(error).__name__ == "MisconfigurationException"
+    refused = isinstance(error, ValueError | TypeError) and raised_in(error) == "lightning"
+    return refused or type(error).__name__ == "MisconfigurationException"
 
 
 def _fail(message: str) -> int:
-    say(message)
+    print_error(message)
     return 2
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
-from rap_lightning.cli.error_messages import configs_named, content_of
+from rap_lightning.cli.config_files import configs_named, content_of
 from rap_lightning.commands import suites
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError

@@ -11,7 +11,7 @@ from typing import Any
 
 from rap_lightning.commands.options import load_tokenizer
 from rap_lightning.commands.options import run as run_function
-from rap_lightning.errors import ConfigError, DataError, say
+from rap_lightning.errors import ConfigError, DataError, print_error
 from rap_lightning.preferences.data_report import DataReport, write_rows
 from rap_lightning.preferences.data_stats import PairStatistics
 from rap_lightning.preferences.pairs import BadRow, Pair
@@ -36,7 +36,7 @@ def run(args: list[str]) -> int:
     try:
         return int(run_function(inspect, args, "inspect", flags=("json",)))
     except DataError as error:
-        say(error)
+        print_error(error)
         return 1
 
 

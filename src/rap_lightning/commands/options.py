@@ -7,8 +7,10 @@ from collections.abc import Callable
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
 
-from rap_lightning.cli.error_messages import Explains
-from rap_lightning.cli.help_format import Filled, arrange
+from jsonargparse import ActionConfigFile
+
+from rap_lightning.cli.error_messages import check_nulls
+from rap_lightning.cli.help_format import FunctionParser, ReadableDefaultsHelp, arrange
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.chat_template import restore_own_template
 from rap_lightning.preferences.sources import refuse_no_model
@@ -46,24 +48,18 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
         name: of the command.
         flags: options without a value.
     """
-    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
-
-    class Parser(Explains, ArgumentParser):
-        """Reports errors of the command line in a few lines."""
-
-    class Formatter(Filled, DefaultHelpFormatter):
-        """Shows types and defaults as they are typed."""
-
     command_line[:] = [name, *args]
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
     prog = f"rap-lightning {name}"
-    parser = Parser(prog=prog, description=summary, allow_abbrev=False, formatter_class=Formatter)
+    parser = FunctionParser(prog=prog, description=summary, allow_abbrev=False, formatter_class=ReadableDefaultsHelp)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with these options")
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=_flag_help(function, flag))
     parser.add_function_arguments(function, as_group=False, skip=set(flags), sub_configs=True, fail_untyped=True)
     arrange(parser)
-    options = parser.instantiate(parser.parse_args(args)).as_dict()
+    config = parser.parse_args(args)
+    check_nulls(parser, config)
+    options = parser.instantiate(config).as_dict()
     options.pop("config", None)
     return function(**options)
 

@@ -1,4 +1,4 @@
-"""``rap-lightning schema``: what a config of fit may hold, for editors that complete and check YAML."""
+"""``rap-lightning schema``: the JSON schema of fit's configs, for editors that complete and check YAML."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jsonargparse._completions_jsonschema import ParserJsonschema, new_object
-from jsonargparse._util import get_import_path
-
-from rap_lightning.cli.error_messages import subclasses_of
+from rap_lightning.cli.parser_internals import ParserJsonschema, get_import_path, new_object, subclasses_of
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 
 DESCRIBED = ("rap_lightning.", "lightning.pytorch.", "torch.optim.")
-"""Packages whose classes are described with their options. Of others, and of yours, any option is accepted."""
+"""Packages whose classes are described with their options. For other classes any option is accepted."""
 
 
 def run(args: list[str]) -> int:
@@ -23,13 +20,13 @@ def run(args: list[str]) -> int:
 
 
 def schema(output: str | None = None) -> int:
-    """Write the JSON schema of fit's configs, so that an editor completes keys, shows their help and marks mistakes.
+    """Write the JSON schema of fit's configs, with which an editor completes keys, shows help and marks mistakes.
 
     Example: rap-lightning schema --output rap-lightning.schema.json
 
     Then begin a config with the line  # yaml-language-server: $schema=rap-lightning.schema.json  (VS Code's YAML
-    extension, and every editor with yaml-language-server). Classes are known by their short names and import paths;
-    those of your own are accepted with any options, for the schema can't know them.
+    extension, and every editor with yaml-language-server). The schema has classes by short name and import path; your
+    own classes are accepted with any options.
 
     Args:
         output: file to write; by default the schema is printed.
@@ -48,24 +45,25 @@ def schema(output: str | None = None) -> int:
 
 
 def config_schema() -> dict[str, Any]:
-    """The JSON schema (2020-12) of fit's configs: the parser's own options, nothing kept by hand."""
+    """The JSON schema (2020-12) of fit's configs, generated from the parser."""
     from rap_lightning.cli.trainer_cli import fit_parser
 
-    made = _Schema().generate(fit_parser())
+    made = ConfigSchema().generate(fit_parser())
     made["title"] = "rap-lightning fit"
     named = {"anyOf": [{"required": ["class_path"]}, {"required": ["init_args"]}]}  # an overlay may give either alone
-    for section in ("model", "data"):  # either the options, or a class of one's own with its options
-        own = _Schema.named(made["properties"][section])
+    for section in ("model", "data"):  # either the options, or the user's own class with its options
+        own = ConfigSchema.named(made["properties"][section])
         options = made["properties"][section]
         made["properties"][section] = {"if": named, "then": own, "else": options}
-    # a config of which only a part is given is a config: overlays are stacked, and flags fill what is missing
+    # a partial config is valid: overlays are stacked, and flags give the rest
     return dict(_optional(made))
 
 
-class _Schema(ParserJsonschema):
-    """jsonargparse's, in which a class may also be named by its short name, or be the user's own."""
+class ConfigSchema(ParserJsonschema):
+    """jsonargparse's schema, in which a class may also be given by its short name, or be the user's own."""
 
     def subclass_def(self, class_type: Any, action: Any) -> dict[str, Any]:
+        """The schema of an option that takes a class."""
         paths = [path for path in _subclasses(class_type) if path.startswith(DESCRIBED)]
         spec = self.unknown_class_path_schema()
         named: list[str] = []
@@ -85,17 +83,18 @@ class _Schema(ParserJsonschema):
             spec["properties"]["class_path"] = {"anyOf": [{"enum": named}, {"type": "string"}]}
             spec["allOf"] = cases
         text = {"anyOf": [{"enum": named}, {"type": "string"}]} if named else {"type": "string"}
-        # of the class that is there by default, the options may stand alone
+        # the options of the default class may be given without its name
         return {"anyOf": [text, spec, {"type": "object", "not": {"required": ["class_path"]}}]}
 
     @staticmethod
     def named(options: dict[str, Any]) -> dict[str, Any]:
-        """A class by import path; it has the options of the section's own class, and maybe others."""
+        """A class by import path, with the options of the section's own class, and maybe others."""
         known = {**options, "additionalProperties": True}
         properties = {"class_path": {"type": "string"}, "init_args": known, "dict_kwargs": {"type": "object"}}
         return {**new_object(), "properties": properties}
 
     def class_parser_schema(self, class_type: Any, action: Any, description: str | None = None) -> dict[str, Any]:
+        """The schema of a class's options, where its package is described."""
         path = class_type if isinstance(class_type, str) else str(get_import_path(class_type))
         if not path.startswith(DESCRIBED):
             return {"type": "object"}
@@ -111,7 +110,7 @@ def _subclasses(kind: Any) -> list[str]:
 
 
 def _optional(node: Any) -> Any:
-    """Without what must be there, apart from the name of a class and from conditions."""
+    """Drop what is required, except the name of a class, and except in conditions."""
     if isinstance(node, dict):
         rest = {
             key: value if key == "if" else _optional(value)

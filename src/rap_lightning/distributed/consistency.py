@@ -1,34 +1,37 @@
-"""What must be the same on every rank of a run, as names and short values."""
+"""What must be equal on all ranks of a run: the config, the packages, the model's files, the checkpoint folder."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import socket
+import time
+import uuid
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from rap_lightning.distributed.gather import gathered
+from rap_lightning.errors import ConfigError, join_some
+
 PACKAGES = ("rap-lightning", "torch", "transformers", "peft", "lightning")
-OF_A_NODE = (
-    "config",
-    "trainer.default_root_dir",
-    "model.policy.path",
-    "data.source",
-    "model.reference.folder",
-)
-"""Options that may differ from node to node: where things lie. What lies there is compared itself.
-
-By their names without ``init_args``, which come in where a class is named.
-"""
+PATHS = ("config", "trainer.default_root_dir", "model.policy.path", "data.source", "model.reference.folder")
+"""Options that may differ between nodes, because they say where files are; what the files hold is compared itself."""
+VISIBLE_WITHIN = 10.0
+"""Seconds until another host's file must be visible: network file systems cache the absence of a file."""
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that decide what is computed."""
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what is computed."""
     return {f"version of {name}": metadata.version(name) for name in PACKAGES}
 
 
-def model_facts(path: str) -> dict[str, str]:
-    """What can be known of a model's folder without reading its weights; nothing of a Hub id."""
+def model_files(path: str) -> dict[str, str]:
+    """Digests of a local model's config and of its weight files' sizes; empty for a Hub id."""
     folder = Path(path)
     if not folder.is_dir():
         return {}
@@ -40,20 +43,67 @@ def model_facts(path: str) -> dict[str, str]:
     }
 
 
-def flat(options: Any, prefix: str = "") -> dict[str, str]:
-    """Nested options as dotted names, without those that may differ from node to node."""
-    if prefix.replace(".init_args", "") in OF_A_NODE:
+def flatten(options: Any, prefix: str = "") -> dict[str, str]:
+    """Nested options as short texts by dotted name (``model.loss.beta``), without those that may differ."""
+    if prefix in PATHS:
         return {}
     if not isinstance(options, dict):
-        return {prefix: re.sub(r" at 0x[0-9a-f]+", "", str(options))}  # where a process happens to hold a default
+        return {prefix: re.sub(r" at 0x[0-9a-f]+", "", str(options))}  # the address of a default object
     found: dict[str, str] = {}
     for name, value in options.items():
-        found |= flat(value, f"{prefix}.{name}".strip("."))
+        found |= flatten(value, prefix if name == "init_args" else f"{prefix}.{name}".strip("."))
     return found
 
 
 def difference(mine: dict[str, str], first: dict[str, str]) -> str:
-    """In words; empty where there is none."""
+    """The first difference from rank 0's facts, and how many more there are; empty where there is none.
+
+    >>> difference({"data.max_length": "512"}, {"data.max_length": "1024"})
+    'data.max_length (512 vs 1024)'
+    """
     names = [name for name in sorted({*first, *mine}) if first.get(name) != mine.get(name)]
-    shown = "; ".join(f"{name}: {mine.get(name)} there, {first.get(name)} on rank 0" for name in names[:4])
-    return shown + (f"; and {len(names) - 4} more" if len(names) > 4 else "")
+    return join_some([f"{name} ({mine.get(name)} vs {first.get(name)})" for name in names], 1)
+
+
+def require_shared_folder(folder: Path) -> None:
+    """Raise ConfigError on every rank where one does not see what rank 0 writes into a folder. A collective.
+
+    Each rank writes its part of a sharded checkpoint there: on separate disks no checkpoint would be complete, and
+    nobody would notice before it is needed. Where rank 0 cannot write, nothing is compared: saving reports that.
+    """
+    first = torch.distributed.get_rank() == 0
+    probe = folder / f".seen-by-all-{uuid.uuid4().hex}" if first else None
+    if probe is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError:
+            probe = None
+    host = socket.gethostname()
+    name, first_host = gathered((probe.name if probe is not None else "", host))[0]
+    if not name:
+        return
+    blind = gathered("" if _becomes_visible(folder / name) else host)
+    if probe is not None:
+        with suppress(OSError):
+            probe.unlink()
+    if missing := [f"rank {rank} ({host})" for rank, host in enumerate(blind) if host]:
+        error = ConfigError(
+            f"{join_some(missing)} cannot see what rank 0 ({first_host}) writes to {folder.absolute()}. Each rank "
+            "writes its part of a sharded checkpoint there, so all hosts must share it on one file system. Set "
+            "--trainer.default_root_dir (or --checkpoint.dirpath) to such a folder, by the same path."
+        )
+        error.on_all_ranks, error.saves = True, False
+        raise error
+
+
+def _becomes_visible(path: Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_WITHIN
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            return False
+        for parent in reversed(path.absolute().parents):
+            with suppress(OSError):
+                os.scandir(parent).close()  # opening a folder makes a network file system read it again
+        time.sleep(0.2)
+    return True

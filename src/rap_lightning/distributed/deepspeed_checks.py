@@ -1,6 +1,7 @@
-"""What doesn't work under DeepSpeed, refused before anything is loaded.
+"""What does not work under DeepSpeed, refused before anything is loaded.
 
-Read off Lightning 2.6.6 and DeepSpeed 0.19.8; DeepSpeed itself has never run here (docs/scaling.md).
+Read in the source of Lightning 2.6.6 and DeepSpeed 0.19.8; DeepSpeed itself has not been run with this package
+(docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -12,31 +13,24 @@ from rap_lightning.errors import ConfigError
 INSTEAD = "Use --trainer.strategy fsdp2, which shards the same and is tested with real processes"
 
 
-SKIPPING = (
-    "--guard.non_finite skip has no effect under DeepSpeed, which holds gradients where no step can be left out. "
-    f"Remove it. {INSTEAD}."
-)
-
-
-def refuse_in_config(options: Any) -> None:
-    """Raise ConfigError where a command's parsed options ask of DeepSpeed what it can't do here.
+def check_deepspeed_config(options: Any) -> None:
+    """Raise ConfigError where parsed options ask of DeepSpeed what does not work here.
 
     Args:
         options: of fit, with their trainer, model and data sections.
     """
     trainer = options["trainer"]
-    strategy = trainer.get("strategy")
+    strategy = trainer.get("strategy") or ""
     if isinstance(strategy, str):
         if "deepspeed" not in strategy:
             return
         stage, offload = (3 if "stage_3" in strategy else 1 if "stage_1" in strategy else 2), "offload" in strategy
-    elif strategy is not None and "DeepSpeed" in str(strategy.get("class_path")):
+    elif "DeepSpeed" in str(strategy.get("class_path")):
         given = strategy.get("init_args") or {}
-        config = given.get("config")
-        if config is not None:
+        if given.get("config") is not None:
             raise ConfigError(
-                "--trainer.strategy.config: what a DeepSpeed config of your own asks for can't be checked, and some of "
-                "it trains wrongly without a word. Set stage and the other options of DeepSpeedStrategy instead."
+                "--trainer.strategy.config: a DeepSpeed config of your own cannot be checked, and some of its options "
+                "train incorrectly without a warning. Set stage and the other options of DeepSpeedStrategy instead."
             )
         stage = int(given.get("stage") or 2)
         offload = bool(given.get("offload_optimizer") or given.get("offload_parameters"))
@@ -44,25 +38,37 @@ def refuse_in_config(options: Any) -> None:
         return
     data = options.get("data") or {}
     budget = (data.get("init_args") or data).get("token_budget")
-    refuse(stage, offload, budget is not None, int(trainer.get("accumulate_grad_batches") or 1))
-    if (options.get("guard") or {}).get("non_finite") == "skip":
-        raise ConfigError(SKIPPING)
+    skips = (options.get("guard") or {}).get("non_finite") == "skip"
+    _check(stage, offload, budget is not None, int(trainer.get("accumulate_grad_batches") or 1), skips)
 
 
-def refuse(stage: int, offload: bool, in_passes: bool, accumulate: int) -> None:
-    """Raise ConfigError for what fails, or trains something else than is asked for.
+def check_deepspeed_trainer(trainer: Any) -> None:
+    """Raise ConfigError for the same in a trainer made in Python, whose options nobody parsed."""
+    strategy = trainer.strategy
+    if type(strategy).__name__ != "DeepSpeedStrategy":
+        return
+    zero = (getattr(strategy, "config", None) or {}).get("zero_optimization", {})
+    offload = any(name in zero for name in ("offload_optimizer", "offload_param"))
+    budget = getattr(getattr(trainer, "datamodule", None), "token_budget", None)
+    skips = any(getattr(callback, "non_finite", None) == "skip" for callback in getattr(trainer, "callbacks", []))
+    _check(int(zero.get("stage", 0)), offload, budget is not None, trainer.accumulate_grad_batches, skips)
+
+
+def _check(stage: int, offload: bool, in_passes: bool, accumulate: int, skips: bool) -> None:
+    """Raise ConfigError for what fails, or trains something other than what was asked for.
 
     Args:
         stage: of ZeRO.
         offload: of the optimizer or of parameters.
-        in_passes: a batch is taken in several forward and backward passes (a token budget).
+        in_passes: a batch takes several forward and backward passes (a token budget).
         accumulate: batches in an optimizer step.
+        skips: a step with non-finite gradients should be skipped.
     """
     if stage == 3:
         raise ConfigError(
-            "DeepSpeed's ZeRO stage 3 doesn't work here: it takes weights apart while the model is being made, before "
-            "they are read from its files, and it doesn't know that the head's weight is read outside of the head's "
-            f"own forward pass. {INSTEAD} (configs/strategy/fsdp2.yaml)."
+            "DeepSpeed's ZeRO stage 3 doesn't work here: it partitions weights while the model is built, before they "
+            "are read from its files, and the head's weight is read outside of the head's own forward pass. "
+            f"{INSTEAD} (configs/strategy/fsdp2.yaml)."
         )
     if offload:
         raise ConfigError(
@@ -71,8 +77,8 @@ def refuse(stage: int, offload: bool, in_passes: bool, accumulate: int) -> None:
         )
     if in_passes:
         raise ConfigError(
-            "--data.token_budget doesn't go with DeepSpeed: each pass of a batch has a backward pass of its own, which "
-            "DeepSpeed takes for a batch. Set --data.batch_size to what fits at once, and use more devices. "
+            "--data.token_budget doesn't go with DeepSpeed: each pass of a batch has its own backward pass, which "
+            "DeepSpeed counts as a batch. Set --data.batch_size to what fits at once, and use more devices. "
             f"{INSTEAD}."
         )
     if accumulate > 1:
@@ -81,17 +87,8 @@ def refuse(stage: int, offload: bool, in_passes: bool, accumulate: int) -> None:
             f"would divide the loss by {accumulate}. Set it to 1, and use more devices or a larger --data.batch_size. "
             f"{INSTEAD}."
         )
-
-
-def refuse_in_trainer(trainer: Any) -> None:
-    """The same for a trainer made in Python, whose options nobody parsed."""
-    strategy = trainer.strategy
-    if type(strategy).__name__ != "DeepSpeedStrategy":
-        return
-    zero = (getattr(strategy, "config", None) or {}).get("zero_optimization", {})
-    offload = any(name in zero for name in ("offload_optimizer", "offload_param"))
-    data = getattr(trainer, "datamodule", None)
-    in_passes = getattr(data, "token_budget", None) is not None
-    refuse(int(zero.get("stage", 0)), offload, in_passes, trainer.accumulate_grad_batches)
-    if any(getattr(callback, "non_finite", None) == "skip" for callback in getattr(trainer, "callbacks", [])):
-        raise ConfigError(SKIPPING)
+    if skips:
+        raise ConfigError(
+            "--guard.non_finite skip has no effect under DeepSpeed, which holds gradients where no step can be "
+            f"skipped. Remove it. {INSTEAD}."
+        )

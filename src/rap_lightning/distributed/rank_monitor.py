@@ -1,14 +1,17 @@
-"""Many processes, one run: who is there, whether all are about to do the same, and who was lost.
+"""Which rank of a distributed run is missing, differs, failed or was lost.
 
-Collectives fail in words of their own ("connection closed by peer"), late, and on every rank but the one that matters.
-So the ranks also meet in the key-value store that torch.distributed starts with. There each says that it is there and
-what it is about to do, says again every few seconds that it still is there, and leaves its error when it fails. Rank
-zero watches all of them, and all watch rank zero. What is printed then names a rank and its host, once on each node.
+torch's own messages do not name that rank. ``init_process_group`` times out with a count of clients. A collective whose
+peer has died fails with "connection closed by peer" (gloo), or after the process group's timeout (NCCL: 30 minutes by
+default). torchrun names failed processes of its own node; SLURM and Lightning's launcher name none. So the ranks also
+meet in a key-value store, ``torch.distributed.TCPStore`` at the main address, before the process group starts.
+
+In order: `RankStore` connects the ranks and compares what they are about to run, `RankMonitor` exchanges heartbeats in
+a thread and reports each failure once per node.
 """
 
 from __future__ import annotations
 
-import datetime
+import itertools
 import json
 import os
 import re
@@ -16,388 +19,330 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from rap_lightning.datamodule import PreferenceDataModule
-from rap_lightning.distributed.consistency import difference, versions
+from rap_lightning.distributed.consistency import difference, package_versions
 from rap_lightning.errors import ConfigError, UserError
 
-BEAT = 2.0
-"""Seconds between two signs of life."""
+HEARTBEAT = 2.0
+"""Seconds between two heartbeats."""
 PATIENCE = 60.0
-"""Seconds without one after which a rank counts as lost; less where the strategy's time-out is shorter."""
+"""Seconds without a heartbeat after which a rank counts as lost; less where the strategy's timeout is shorter."""
 GRACE = 10.0
-"""Seconds that a process has to end by itself once another is lost."""
-STATUS = 3
-"""What a process that lost others exits with."""
-DONE = "done"
-ADVICE = "This run ends; go on from its newest checkpoint with --ckpt_path."
+"""Seconds that a process has to end by itself once another rank is lost."""
+LOST_RANK_STATUS = 3
+"""Exit code of a process that ends because another rank failed or was lost."""
+ADVICE = "This run ends; to resume it, pass its newest checkpoint as --ckpt_path."
 
 
 class RanksError(UserError):
-    """A rank never came, or was lost."""
+    """A rank did not connect, or exited before the run began."""
+
+    on_all_ranks = True
 
 
-class Meeting:
-    """The ranks' connection to the store at the main address.
+class RankStore:
+    """The ranks of a run in a key-value store at the main address.
 
     Args:
-        environment: Lightning's cluster environment, its ranks set.
-        size: ranks in all.
+        environment: Lightning's cluster environment, with its ranks set.
+        size: number of ranks.
         timeout: seconds that ranks wait for each other.
+
+    Attributes:
+        keys: the store itself. Its operations are safe in any thread, and raise DistError where it cannot be reached.
 
     Raises:
         RanksError: nothing answers at the address.
     """
 
     def __init__(self, environment: Any, size: int, timeout: float) -> None:
-        self.rank, self.size, self.timeout = environment.global_rank(), size, timeout
-        self.speaks = environment.local_rank() == 0  # one process of each node says what is to be said
-        self.node = environment.node_rank()
-        self.address = f"{environment.main_address}:{environment.main_port}"
-        # torchrun's store outlives the attempts of an elastic run
-        self.prefix = f"rap-lightning/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        self.hosts = [""] * size
-        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun opens it, else rank zero does
-
-        def connect(opens: bool) -> TCPStore:
-            return TCPStore(
-                environment.main_address, environment.main_port, None, opens,
-                timeout=datetime.timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True,
-            )  # fmt: skip
-
+        self.rank, self.local_rank = environment.global_rank(), environment.local_rank()
+        self.node, self.size, self.timeout = environment.node_rank(), size, timeout
+        self.main = (environment.main_address, environment.main_port)
+        self.address = "{}:{}".format(*self.main)
+        self._hosts, self._comparisons = [""] * size, 0
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun; else rank 0 hosts it
         try:
-            self.store = connect(self.rank == 0 and not agents)  # held: rank zero's is where the others connect to
-            self.beats = connect(False)  # of the thread
+            server = TCPStore(
+                *self.main, None, self.rank == 0 and not hosted,
+                timeout=timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True,
+            )  # fmt: skip
         except torch.distributed.DistError as error:
             raise RanksError(
-                f"rank {self.rank} ({socket.gethostname()}) found nobody at {self.address} within {timeout:.0f} s. Is "
-                "rank 0's node up, is the address right, and is the port open?"
+                f"rank {self.rank} ({socket.gethostname()}): timed out after {timeout:.0f} s connecting to "
+                f"{self.address}. Check that rank 0's node is up, the address is right, and the port is open."
             ) from error
-        self.beats.set_timeout(datetime.timedelta(seconds=min(10.0, timeout)))
+        # torchrun keeps its store over the restarts of an elastic run
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.keys = PrefixStore(f"rap-lightning/{restart}", server)
 
-    def key(self, kind: str, number: int) -> str:
-        """Of a rank, or a node."""
-        return f"{self.prefix}/{kind}/{number}"
+    def call_roll(self) -> None:
+        """Wait until every rank has connected. Raises RanksError, which names the missing ones."""
+        host = socket.gethostname()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            probe.connect(self.main)  # sends nothing
+            host += f", {probe.getsockname()[0]}"
+        self.keys.set(f"heartbeat/{self.rank}", "0")
+        self._hosts = self._gather("host", host)
+        self.keys.set_timeout(timedelta(seconds=min(10.0, self.timeout)))  # of later operations, by the thread too
 
-    def keys(self, kind: str) -> list[str]:
-        """Of every rank."""
-        return [self.key(kind, rank) for rank in range(self.size)]
+    def require_same(self, what: str, facts: dict[str, str]) -> None:
+        """Raise ConfigError on every rank where one has other facts than rank 0.
 
-    def call_roll(self, facts: dict[str, str]) -> None:
-        """Wait until every rank is there, and about to do what rank zero is.
-
-        Raises:
-            RanksError: some never came; says which.
-            ConfigError: a rank has other facts.
+        Args:
+            what: name of the facts: config or data.
+            facts: this rank's, as short texts by name.
         """
-        mine = self._own_name()
-        self.store.set(self.key("beat", self.rank), "0")
+        self._comparisons += 1  # every rank makes the same ones, in the same order
+        key = f"facts/{self._comparisons}"
         if self.rank == 0:
-            self.store.set(f"{self.prefix}/facts", json.dumps(facts))
-        self.store.set(self.key("host", self.rank), mine)
-        self._wait(self.keys("host"), "started on every node, with the same main address and number of nodes")
-        self.hosts = [host.decode() for host in self.store.multi_get(self.keys("host"))]
-        self._compare("start", facts, json.loads(self.store.get(f"{self.prefix}/facts")))
-
-    def compare(self, name: str, facts: dict[str, str]) -> None:
-        """Raise ConfigError on every rank where one has other facts than rank zero."""
-        key = f"{self.prefix}/facts/{name}"
-        if self.rank == 0:
-            self.store.set(key, json.dumps(facts))
-        self._wait([key], "")
-        self._compare(name, facts, json.loads(self.store.get(key)))
-
-    def _compare(self, name: str, mine: dict[str, str], first: dict[str, str]) -> None:
-        kind = f"differs-{name}"
-        self.store.set(self.key(kind, self.rank), difference(mine, first))
-        self._wait(self.keys(kind), "")
-        for rank, text in enumerate(self.store.multi_get(self.keys(kind))):
+            self.keys.set(key, json.dumps(facts))
+        self._wait([key])
+        mine = difference(facts, json.loads(self.keys.get(key)))
+        for rank, text in enumerate(self._gather(f"difference/{self._comparisons}", mine)):
             if text:
                 error = ConfigError(
-                    f"rank {rank} on {self.hosts[rank]} is about to do something else than rank 0 on {self.hosts[0]}. "
-                    f"{text.decode()}. Start every node with the same command, config, data and packages."
+                    f"{self.names([rank])}: {what} differs from {self.names([0])} in {text}. Start all ranks with the "
+                    "same command, config, data and package versions."
                 )
                 error.on_all_ranks, error.saves = True, False
                 raise error
 
-    def _wait(self, keys: list[str], asked: str) -> None:
-        """Until all keys are there; says on the way, and at the end, whose are not."""
-        deadline = time.monotonic() + self.timeout
-        tell = time.monotonic() + 15
-        missing = keys
-        while missing := [key for key in missing if not self.store.check([key])]:
-            ranks = named([int(key.rpartition("/")[2]) for key in missing] if len(keys) > 1 else [0])
-            if time.monotonic() > deadline:
-                raise RanksError(
-                    f"{self.size - len(missing)} of {self.size} processes came within {self.timeout:.0f} s; missing: "
-                    f"{ranks}. {f'Was the command {asked}?' if asked else ''}".strip()
-                )
-            if time.monotonic() > tell and self.rank == 0:
-                print(f"waiting for {ranks}", file=sys.stderr, flush=True)
-                tell += 15
-            time.sleep(0.1)
+    def names(self, ranks: Sequence[int]) -> str:
+        """``rank 3 (node-b, 10.0.0.4)`` or ``ranks 1, 2``; of many, the first."""
+        shown = ", ".join(f"{rank} ({host})" if (host := self._hosts[rank]) else str(rank) for rank in ranks[:8])
+        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        return f"rank{'s' * (len(ranks) > 1)} {shown}{more}"
 
-    def _own_name(self) -> str:
-        """This host's name, and the address by which it reaches the others."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-            probe.connect((self.store.host, self.store.port))  # sends nothing
-            return f"{socket.gethostname()} ({probe.getsockname()[0]})"
-        return socket.gethostname()
+    def _gather(self, name: str, value: str) -> list[str]:
+        """A short text of each rank, in the order of the ranks."""
+        keys = [f"{name}/{rank}" for rank in range(self.size)]
+        self.keys.set(keys[self.rank], value)
+        self._wait(keys)
+        return [text.decode() for text in self.keys.multi_get(keys)]
+
+    def _wait(self, keys: list[str]) -> None:
+        """Wait for one key of each rank, from rank 0 on. Polls: a blocking wait would hold up the heartbeats."""
+        started, notices = time.monotonic(), 1
+        try:
+            while not self.keys.check(keys):
+                waited = time.monotonic() - started
+                if waited > min(self.timeout, 15 * notices):
+                    missing = [rank for rank, key in enumerate(keys) if not self.keys.check([key])]
+                    if waited > self.timeout:
+                        raise RanksError(
+                            f"{len(keys) - len(missing)} of {len(keys)} ranks answered within {self.timeout:.0f} s; "
+                            f"missing: {self.names(missing)}. Start the same command on every node, with the same main "
+                            "address and number of nodes."
+                        )
+                    if self.rank == 0:
+                        print(f"waiting for {self.names(missing)}", file=sys.stderr, flush=True)
+                    notices += 1
+                time.sleep(0.1)
+        except torch.distributed.DistError as error:
+            raise RanksError(f"{self.names([0])}, which hosts {self.address}, has exited.") from error
 
 
-class Watch:
-    """Signs of life, in a thread: rank zero waits for everybody's, the others for rank zero's.
+class RankMonitor(pl.Callback):
+    """Compare the ranks before a run begins, watch them while it lasts, and report failures once per node.
+
+    Rank 0 expects every rank's heartbeat, the other ranks expect rank 0's. The first failure, or the first rank whose
+    heartbeats stop, is the verdict: every process reads it, the first of each node prints it, and all of them end.
 
     Args:
-        meeting: where they are left.
-        patience: seconds without a sign after which a rank counts as lost.
-        end: what ends this process when it doesn't end by itself.
+        facts: what must be equal on all ranks apart from the data, as short texts by name: the parsed config.
+        end: ends a process that cannot end by itself.
     """
 
-    def __init__(self, meeting: Meeting, patience: float, end: Callable[[int], Any] = os._exit) -> None:
-        self.meeting, self.patience, self.end = meeting, patience, end
-        self.verdict = ""
-        self._verdict_key = f"{meeting.prefix}/verdict"
-        self._stopped, self._found, self._lock = threading.Event(), threading.Event(), threading.Lock()
-        self._saying, self._said = threading.Lock(), False  # the thread and the run may come to it at once
-        threading.Thread(target=self._run, name="ranks", daemon=True).start()
+    def __init__(self, facts: dict[str, str] | None = None, end: Callable[[int], Any] = os._exit) -> None:
+        self.facts, self._end = facts or {}, end
+        self.store: RankStore | None = None
+        self.patience = PATIENCE
+        self._stopped, self._lost = threading.Event(), threading.Event()
+        self._printing, self._printed = threading.Lock(), False  # by the thread or by the run, whichever is first
+        self._alone: bool | None = None  # whether what ended the run was raised on this rank only
 
-    def stop(self) -> None:
-        """All went well here: from now on silence is no sign. Rank zero waits for the others, whose store it holds."""
+    def attach(self, strategy: Any) -> None:
+        """Connect the ranks just before the strategy starts its process group: no hook of a callback is that early."""
+        start = strategy.setup_environment
+
+        def connect_first() -> None:
+            self._connect(strategy)
+            start()
+
+        strategy.setup_environment = connect_first
+
+    def _connect(self, strategy: Any) -> None:
+        environment = getattr(strategy, "cluster_environment", None)
+        size = int(getattr(strategy, "num_nodes", 1) or 1) * int(getattr(strategy, "num_processes", 1) or 1)
+        if environment is None or size == 1 or torch.distributed.is_initialized() or self.store is not None:
+            return
+        if hasattr(strategy, "set_world_ranks"):
+            strategy.set_world_ranks()
+        timeout = getattr(strategy, "_timeout", None) or timedelta(minutes=30)
+        self.begin(RankStore(environment, size, timeout.total_seconds()))
+
+    def begin(self, store: RankStore) -> None:
+        """Call the roll, start to watch the ranks, and compare what they are about to run."""
+        self.store, self.patience = store, min(PATIENCE, store.timeout)
+        store.call_roll()
+        threading.Thread(target=self._watch, args=(store,), name="rank-monitor", daemon=True).start()
+        store.require_same("config", self.facts | package_versions())
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Compare the data: they have been read, and no model is loaded yet."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if self.store is not None and isinstance(data, PreferenceDataModule):
+            self.store.require_same("data", data.digests())
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _watch(self, store: RankStore) -> None:
+        watched = range(1, store.size) if store.rank == 0 else [0]
+        reached = time.monotonic()
+        last = dict.fromkeys(watched, (b"", reached))  # each rank's last heartbeat, and when it changed
+        for number in itertools.count(1):
+            try:
+                store.keys.set(f"heartbeat/{store.rank}", str(number))
+                verdict = store.keys.get("verdict") if store.keys.check(["verdict"]) else b""
+                beats = store.keys.multi_get([f"heartbeat/{rank}" for rank in watched])
+            except torch.distributed.DistError:
+                if time.monotonic() - reached >= min(self.patience, 3 * HEARTBEAT):
+                    self._end_run(store, f"{store.names([0])}, which hosts {store.address}, cannot be reached any more")
+                    return
+            else:
+                reached = time.monotonic()
+                for rank, beat in zip(watched, beats, strict=True):
+                    if beat != last[rank][0]:
+                        last[rank] = beat, reached
+                silent = [rank for rank, (_, since) in last.items() if reached - since > self.patience]
+                if silent and not verdict:
+                    text = f"no sign of life from {store.names(silent)} for {self.patience:.0f} s"
+                    with suppress(torch.distributed.DistError):
+                        verdict = store.keys.compare_set("verdict", "", text)
+                if verdict:
+                    self._end_run(store, verdict.decode())
+                    return
+            if self._stopped.wait(HEARTBEAT):
+                return
+
+    def _end_run(self, store: RankStore, verdict: str) -> None:
         if self._stopped.is_set():
             return
-        self._stopped.set()
-        with suppress(RuntimeError), self._lock:
-            self._set_beat(DONE)
-            deadline = time.monotonic() + self.patience
-            while self.meeting.rank == 0 and time.monotonic() < deadline:
-                if all(beat == DONE.encode() for beat in self.meeting.beats.multi_get(self.meeting.keys("beat"))):
-                    return
-                time.sleep(0.05)
+        if store.local_rank == 0:  # at once: the launcher may end this process too
+            self._print(store, f"{verdict}. {ADVICE}")
+        self._lost.set()
+        # a collective that waits for the lost rank may do so for half an hour: the process ends without it
+        if not self._stopped.wait(GRACE):
+            self._end(LOST_RANK_STATUS)
 
-    def failed(self, message: str) -> str:
-        """Leave this rank's error for the others; what another had left before it, empty where this was the first."""
-        mine = f"{self._name(self.meeting.rank)} failed: {message[:2000]}"
+    # -- the end of a run ---------------------------------------------------------------------------------------------
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Publish an error of this rank at once, so that the others do not wait for it."""
+        self._alone = not (is_from_other_ranks(exception) or getattr(exception, "on_all_ranks", False))
+        if self.store is not None and self._alone:
+            self._publish(self.store, exception)
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """A block in which the whole run takes place: what ends it is printed once on each node.
+
+        The first process of a node prints any rank's UserError; a traceback is printed by the rank it is of.
+        """
+        try:
+            yield
+            if self.store is not None and torch.distributed.is_initialized():
+                torch.distributed.barrier()  # the store ends with rank 0
+        except BaseException as error:
+            if self.store is None or (isinstance(error, SystemExit) and not error.code):
+                raise
+            if self._report(self.store, error):
+                raise SystemExit(2) from None
+            raise
+        finally:
+            self._stopped.set()
+
+    def _report(self, store: RankStore, error: BaseException) -> bool:
+        """Report what ended the run; whether this process has nothing more to print."""
+        if is_from_other_ranks(error):
+            if self._lost.wait(self.patience + 2 * HEARTBEAT):
+                sys.stdout.flush(), sys.stderr.flush()
+                self._keep_store(store)
+                self._end(LOST_RANK_STATUS)  # at once: the process group's cleanup would wait for the lost rank too
+            return False
+        # Lightning turns Ctrl-C into SystemExit, which does not say who else received it: on_exception has seen it
+        alone = not getattr(error, "on_all_ranks", False)
+        alone = self._alone if isinstance(error, SystemExit) and self._alone is not None else alone
+        first = self._publish(store, error) if alone else ""
+        if not isinstance(error, Exception):
+            silent = False  # Ctrl-C has its own message and exit code
+        elif store.local_rank == 0 and (first or isinstance(error, UserError)):
+            # ranks that fail at the same time mostly fail alike, and then it is this node's error too
+            self._print(store, str(error) if not first or str(error) in first else f"{first}. {ADVICE}")
+            silent = True
+        else:
+            silent = self._is_printed(store) if isinstance(error, UserError) else bool(first)
+        if alone or not torch.distributed.is_initialized():
+            self._keep_store(store)
+        else:  # an error of all ranks
+            with suppress(RuntimeError):
+                torch.distributed.barrier()
+        return silent
+
+    def _publish(self, store: RankStore, error: BaseException) -> str:
+        """Set this rank's error as the verdict; return that of another rank which failed earlier, or nothing."""
+        text = "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            text = f"{type(error).__name__}: {text}"
+        mine = f"{store.names([store.rank])} failed: {text[:2000]}"
         self._stopped.set()
-        with suppress(RuntimeError), self._lock:
-            found: str = self.meeting.beats.compare_set(self._verdict_key, "", mine).decode()
-            return "" if found == mine else found
+        with suppress(torch.distributed.DistError):
+            first: str = store.keys.compare_set("verdict", "", mine).decode()
+            return "" if first == mine else first
         return ""
 
-    def explain(self) -> str:
-        """Who was lost, if that turns out within the patience; empty where everybody is still there."""
-        self._found.wait(self.patience + 2 * BEAT)
-        return self.verdict
-
-    def say(self, text: str) -> None:
-        """Print why the run ends, and leave word that this node has said it; what comes second is not printed."""
-        with self._saying:
-            if self._said:
+    def _print(self, store: RankStore, text: str) -> None:
+        """Print why the run ends, for this node; later reasons are not printed."""
+        with self._printing:
+            if self._printed:
                 return
-            self._said = True
+            self._printed = True
             print(f"error: {text}", file=sys.stderr, flush=True)
-        with suppress(RuntimeError), self._lock:
-            self.meeting.beats.set(self.meeting.key("told", self.meeting.node), "1")
+        with suppress(torch.distributed.DistError):
+            store.keys.set(f"printed/{store.node}", "1")
 
-    def is_told(self) -> bool:
-        """Whether this node says it, within the patience: its first process may be slow to come to it."""
+    def _is_printed(self, store: RankStore) -> bool:
+        """Whether this node's first process prints the error; wait for it, since a launcher ends all with the first."""
         deadline = time.monotonic() + self.patience
-        with suppress(RuntimeError):
+        with suppress(torch.distributed.DistError):
             while time.monotonic() < deadline:
-                with self._lock:  # not for all of the time: signs of life go on meanwhile
-                    if self.meeting.beats.check([self.meeting.key("told", self.meeting.node)]):
-                        return True
+                if store.keys.check([f"printed/{store.node}"]):
+                    return True
                 time.sleep(0.1)
         return False
 
-    def linger(self) -> None:
-        """The store goes with rank zero: let the others read first."""
-        if self.meeting.rank == 0:
-            time.sleep(2 * BEAT)
-
-    def _set_beat(self, beat: str) -> None:
-        self.meeting.beats.set(self.meeting.key("beat", self.meeting.rank), beat)
-
-    def _name(self, rank: int) -> str:
-        return named([rank], self.meeting.hosts)
-
-    def _run(self) -> None:
-        meeting, number = self.meeting, 0
-        watched = list(range(1, meeting.size)) if meeting.rank == 0 else [0]
-        seen = dict.fromkeys(watched, (b"", time.monotonic()))
-        reached = time.monotonic()
-        while not self._stopped.wait(BEAT):
-            number += 1
-            try:
-                with self._lock:
-                    self._set_beat(str(number))
-                    verdict = meeting.beats.get(self._verdict_key) if meeting.beats.check([self._verdict_key]) else b""
-                    beats = meeting.beats.multi_get([meeting.key("beat", rank) for rank in watched])
-            except RuntimeError:
-                if time.monotonic() - reached >= min(self.patience, 3 * BEAT):
-                    where = f"{self._name(0)}, where the ranks meet ({meeting.address})"
-                    self._conclude(f"{where}, can't be reached any more")
-                    return
-                continue
-            reached = time.monotonic()
-            for rank, beat in zip(watched, beats, strict=True):
-                if beat == DONE.encode() or beat != seen[rank][0]:
-                    seen[rank] = beat, reached
-            silent = [rank for rank, (_, since) in seen.items() if reached - since > self.patience]
-            if silent and not verdict:
-                text = f"no sign of {named(silent, meeting.hosts)} for {self.patience:.0f} s"
-                with suppress(RuntimeError), self._lock:
-                    verdict = meeting.beats.compare_set(self._verdict_key, "", text)
-            if verdict:
-                self._conclude(verdict.decode())
-                return
-
-    def _conclude(self, verdict: str) -> None:
-        self.verdict = verdict
-        if self._stopped.is_set():
-            return
-        if self.meeting.speaks:  # at once: a launcher may end this process as well
-            self.say(f"{verdict}. {ADVICE}")
-        self._found.set()
-        # a collective that waits for the lost may do so for half an hour: the process ends without it
-        if not self._stopped.wait(GRACE):
-            self.end(STATUS)
+    def _keep_store(self, store: RankStore) -> None:
+        """Let the other ranks read the verdict: the store ends with rank 0."""
+        if store.rank == 0:
+            time.sleep(2 * HEARTBEAT)
 
 
-def by_others(error: BaseException) -> bool:
-    """Whether an error only says that other ranks don't answer."""
+def is_from_other_ranks(error: BaseException) -> bool:
+    """Whether an error only says that other ranks do not answer.
+
+    NCCL raises DistBackendError; gloo's errors are plain RuntimeErrors, known by their text alone.
+    """
     if isinstance(error, torch.distributed.DistError):
         return True
     words = r"gloo|nccl|connection (closed|reset)"
     return isinstance(error, RuntimeError) and re.search(words, str(error), re.I) is not None
-
-
-def named(ranks: list[int], hosts: list[str] | None = None) -> str:
-    """``rank 3 on node-1`` or ``ranks 1, 2``; of many, the first."""
-    shown = ", ".join(f"{r} on {hosts[r]}" if hosts is not None else str(r) for r in ranks[:8])
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'s' * (len(ranks) > 1)} {shown}{more}"
-
-
-class Together(pl.Callback):
-    """Calls the roll before the process group starts, compares what the ranks are about to do, and watches them.
-
-    Args:
-        facts: what must be the same on every rank beside the data: the parsed config, say.
-    """
-
-    def __init__(self, facts: dict[str, str] | None = None) -> None:
-        self.facts = facts or {}
-        self.meeting: Meeting | None = None
-        self.watch: Watch | None = None
-        self.alone: bool | None = None  # whether what ended the run did so on this rank only
-
-    def attach(self, strategy: Any) -> None:
-        """Meet before the strategy starts its process group."""
-        start = strategy.setup_environment
-
-        def meet_first() -> None:
-            self._meet(strategy)
-            start()
-
-        strategy.setup_environment = meet_first
-
-    def _meet(self, strategy: Any) -> None:
-        environment = getattr(strategy, "cluster_environment", None)
-        size = int(getattr(strategy, "num_nodes", 1) or 1) * int(getattr(strategy, "num_processes", 1) or 1)
-        if environment is None or size == 1 or torch.distributed.is_initialized() or self.watch is not None:
-            return
-        if hasattr(strategy, "set_world_ranks"):
-            strategy.set_world_ranks()
-        given = getattr(strategy, "_timeout", None)
-        timeout = given.total_seconds() if given is not None else 1800.0
-        self.meeting = Meeting(environment, size, timeout)
-        self.meeting.call_roll(self.facts | versions())
-        self.watch = Watch(self.meeting, min(PATIENCE, timeout))
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Compare the data, when they are known and no model is loaded yet."""
-        data: Any = getattr(trainer, "datamodule", None)
-        if self.meeting is not None and isinstance(data, PreferenceDataModule):
-            self.meeting.compare(f"data-{stage}", data.digests())
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Whoever fails alone tells the others at once."""
-        self.alone = _alone(exception)
-        if self.watch is not None and self.alone:
-            self._failed(exception)
-
-    def _failed(self, error: BaseException) -> str:
-        """Tell the others; what another rank had told before, empty where this was the first."""
-        assert self.watch is not None, "known to those who call this"
-        text = "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            text = f"{type(error).__name__}: {text}"
-        return self.watch.failed(text)
-
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """A block in which the whole run takes place: what ends it is said once on each node.
-
-        An error of the user's is printed by the first process of each node, whichever rank it is of; a stack by the
-        rank that was the first to fail.
-        """
-        try:
-            yield
-        except BaseException as error:
-            if self.meeting is None or (isinstance(error, SystemExit) and not error.code):
-                raise
-            if self.watch is None:
-                self._leave_early(self.meeting, error)
-            else:
-                self._leave(self.meeting, self.watch, error)
-            raise
-        if self.watch is not None:
-            self.watch.stop()
-
-    @staticmethod
-    def _leave_early(meeting: Meeting, error: BaseException) -> None:
-        """Before the roll has been called there is nobody to watch."""
-        if by_others(error):
-            error = RanksError(f"rank 0 at {meeting.address} has left")
-        if isinstance(error, UserError):
-            if meeting.speaks:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            time.sleep(BEAT)  # the others read from rank zero's store, and a launcher ends all with the first that ends
-            raise SystemExit(2) from None
-
-    def _leave(self, meeting: Meeting, watch: Watch, error: BaseException) -> None:
-        if by_others(error):
-            if watch.explain():
-                sys.stdout.flush(), sys.stderr.flush()
-                watch.linger()
-                watch.end(STATUS)  # at once: what a process group cleans up at exit waits for the lost as well
-            return
-        # Lightning makes Ctrl-C an exit, which doesn't say who else has it
-        alone = self.alone if isinstance(error, SystemExit) and self.alone is not None else _alone(error)
-        before = self._failed(error) if alone else ""
-        shown = False
-        if meeting.speaks and isinstance(error, Exception) and (before or isinstance(error, UserError)):
-            # ranks that fail at once mostly say the same, and then it is this node's error too
-            watch.say(str(error) if str(error) in before or not before else f"{before}. {ADVICE}")
-            shown = True
-        elif isinstance(error, UserError):
-            shown = watch.is_told()
-        if alone:
-            watch.linger()
-        else:
-            watch.stop()
-        if shown or (before and isinstance(error, Exception) and not isinstance(error, UserError)):
-            raise SystemExit(2) from None
-
-
-def _alone(error: BaseException) -> bool:
-    """Whether other ranks can't know of it."""
-    return not (by_others(error) or getattr(error, "on_all_ranks", False))

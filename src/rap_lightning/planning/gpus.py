@@ -1,4 +1,4 @@
-"""What GPUs are said to do, by their makers. Matrix products in bfloat16, without sparsity."""
+"""Published figures of GPUs: memory, dense bfloat16 matrix products, links."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class GPU:
 
     Attributes:
         memory: GB (10^9 bytes) as sold.
-        teraflops: dense bfloat16 with float32 accumulation, at its peak.
-        link: GB/s to the others of a node, one direction.
-        source: whose figures these are.
+        teraflops: peak dense bfloat16 with float32 accumulation.
+        link: GB/s to the other GPUs of a node, in one direction.
+        source: where the figures were published.
     """
 
     memory: float
@@ -41,7 +41,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """By name.
+    """A GPU of the table by name.
 
     Raises:
         ConfigError: it isn't in the table.

@@ -1,7 +1,7 @@
-"""One training step of the real model without its weights: what memory lives when, and how many operations it takes.
+"""Trace one training step of the real model without its weights: memory over time, and number of operations.
 
 The policy is built from its config with fake tensors, which have shapes and no memory, and the real code runs on them:
-adapters, gradient checkpointing, layouts, chunked head, optimizer. So nothing is known here of any architecture.
+adapters, gradient checkpointing, layouts, chunked head, optimizer. So nothing here depends on an architecture.
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 @dataclass(frozen=True)
 class Step:
-    """Of one forward and backward pass over a batch on one device that holds everything whole; bytes.
+    """One forward and backward pass over a batch, and the optimizer's step, on one unsharded device; sizes in bytes.
 
     Attributes:
-        parameters, trainable: how many.
+        parameters, trainable: numbers of parameters.
         weights, gradients, optimizer: of the policy.
         largest_unit: weights of the largest decoder layer.
         root: weights outside of the layers: embeddings, head, last norm.
-        timeline: (activations, gradients) alive together, those moments that no other exceeds in both.
-        update: what the optimizer makes beside its state, at most, and throws away.
-        tokens: that go through the model.
-        response_tokens: that meet the vocabulary.
-        flops: of the policy's forward and backward pass, what is computed again included.
+        timeline: (activations, gradients) alive together, at the moments that no other exceeds in both.
+        update: temporary tensors of the optimizer's step, at most.
+        tokens: input tokens of the model.
+        response_tokens: tokens whose logits are computed.
+        flops: of the policy's forward and backward pass, recomputation included.
         reference_flops: of a forward pass alone; 0 where the reference needs none.
+        vocabulary: rows of the head.
+        context: the longest sequence that the model takes; None where its config does not say.
     """
 
     parameters: int
@@ -64,13 +66,15 @@ class Step:
     response_tokens: int
     flops: int
     reference_flops: int
+    vocabulary: int
+    context: int | None = None
 
     def peak(self, gradients: float = 1.0) -> int:
-        """Activations and gradients at the worst moment, where a gradient weighs ``gradients`` of its size."""
+        """Activations and gradients at the worst moment, with gradients counted at this share of their size."""
         return max(int(activations + gradients * grads) for activations, grads in self.timeline)
 
     def weighing(self, factor: float) -> Step:
-        """The same step with weights of ``factor`` times the bytes, and everything that has their dtype."""
+        """The same step with weights, and everything of their dtype, of ``factor`` times the bytes."""
         scaled = {
             name: int(getattr(self, name) * factor)
             for name in ("weights", "gradients", "optimizer", "largest_unit", "root", "update")
@@ -78,11 +82,11 @@ class Step:
         return replace(self, timeline=tuple((a, int(g * factor)) for a, g in self.timeline), **scaled)
 
 
-class _Alive(TorchDispatchMode):
-    """Bytes of every storage that an operation made and that still lives; and the operations, counted.
+class _AliveBytes(TorchDispatchMode):
+    """Counts the bytes of all living storages that operations made, and the operations.
 
-    torch's FlopCounterMode can't be used beside it: its hooks on modules keep what checkpointed layers compute again
-    until the backward pass ends.
+    torch's FlopCounterMode can't be used together with it: its module hooks keep recomputed activations alive until the
+    backward pass ends.
     """
 
     def __init__(self) -> None:
@@ -94,7 +98,7 @@ class _Alive(TorchDispatchMode):
         self._known: dict[int, Any] = {}
 
     def ignore(self, tensors: Iterator[Tensor]) -> None:
-        """These were there before."""
+        """Do not count tensors that existed before."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._known[storage._cdata] = weakref.ref(storage)
@@ -126,14 +130,14 @@ class _Alive(TorchDispatchMode):
         self.note()
 
     def note(self) -> None:
-        """Remember this moment unless an earlier one had more of both."""
+        """Record this moment unless the last one had more of both."""
         moment = (self.now - self.gradients, self.gradients)
         if self.moments and moment[0] <= self.moments[-1][0] and moment[1] <= self.moments[-1][1]:
             return
         self.moments.append(moment)
 
     def became_gradient(self, parameter: Tensor) -> None:
-        """A parameter's gradient is complete: it is no activation any more."""
+        """Count a parameter's complete gradient as a gradient instead of an activation."""
         if parameter.grad is not None and not getattr(parameter, "_counted", False):
             parameter._counted = True  # type: ignore[attr-defined]
             self.gradients += parameter.grad.untyped_storage().nbytes()
@@ -141,13 +145,13 @@ class _Alive(TorchDispatchMode):
 
 @contextmanager
 def fake_policy(config: PolicyConfig, dtype: torch.dtype) -> Iterator[tuple[Policy, FakeTensorMode]]:
-    """The policy of fake tensors, and the mode in which it can be run."""
+    """The policy on fake tensors, and the mode in which it can be run."""
     blank, why = blank_model(config, dtype)
     if blank is None:
         raise ConfigError(f"plan can't build {config.path} without its weights: {why}.")
-    policy = config.build(dtype, model=blank)  # an adapter on weights without memory has none either
+    policy = config.build(dtype, model=blank)  # an adapter on meta tensors is on meta too
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    originals = list(policy.parameters())  # held, so that no id is used twice
+    originals = list(policy.parameters())  # kept alive, so that no id is used twice
     made: dict[int, Any] = {}  # a tied head stays tied
     with mode:
         for module in policy.modules():
@@ -163,10 +167,10 @@ def fake_policy(config: PolicyConfig, dtype: torch.dtype) -> Iterator[tuple[Poli
 
 
 def batch_of(layout: str, pairs: int, prompt: int, response: int) -> Batch:
-    """Pairs of one size, whose texts have nothing in common beyond a pair's prompt."""
+    """A batch of pairs of one size, which share no prefix except each pair's prompt."""
     examples = []
     for number in range(pairs):
-        # distinct first tokens: no two sequences begin alike by chance
+        # distinct first tokens, so that no two sequences share a prefix by chance
         ids = [[10 + 3 * number + which] * max(size, 1) for which, size in enumerate((prompt, response, response))]
         examples.append(Example("", 0, None, (0.0, 0.0), *ids))
     places = tuple(range(pairs))
@@ -177,31 +181,32 @@ def trace(
     config: PolicyConfig, dtype: torch.dtype, batch: Batch, optimizer: Callable[[Any], Any],
     *, autocast: torch.dtype | None = None, reference: bool = True, foreach: bool = False,
 ) -> Step:  # fmt: skip
-    """Run a step on fake tensors.
+    """Run one step on fake tensors.
 
     Args:
         config: the policy's.
         dtype: of its weights.
         batch: of one forward pass.
-        optimizer: makes one of the trainable parameters.
+        optimizer: builds the optimizer from the trainable parameters.
         autocast: dtype of mixed precision.
-        reference: whether a reference's forward pass comes between the policy's passes.
-        foreach: whether optimizers that leave it open update all weights at once, as they do on a GPU.
+        reference: whether a reference's forward pass runs between the policy's passes.
+        foreach: whether optimizers with ``foreach=None`` update all weights at once, as they do on a GPU.
     """
     with fake_policy(config, dtype) as (policy, mode):
         moved = batch._map(mode.from_tensor)
         parameters = list(policy.parameters())
         trainable = [p for p in parameters if p.requires_grad]
         names = set(policy.causal_lm._no_split_modules or [])
+        text = policy.causal_lm.config.get_text_config()
         units = [_bytes(m.parameters()) for m in policy.modules() if type(m).__name__ in names]
-        alive = _Alive()
+        alive = _AliveBytes()
         alive.ignore(
             iter([*parameters, *policy.buffers(), *(v for v in vars(moved).values() if isinstance(v, Tensor))])
         )
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(alive.became_gradient)
         reference_flops = 0
-        with alive, _rows_at_once(), _unpacked():
+        with alive, _head_in_one_block(), _no_packed_mask():
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
                 loss = policy(moved).sum()
                 if reference:
@@ -225,12 +230,13 @@ def trace(
             update=max(0, alive.most - gradients - state),
             tokens=int(batch.input_ids.numel()), response_tokens=len(batch.target),
             flops=alive.flops - reference_flops, reference_flops=reference_flops,
+            vocabulary=int(text.vocab_size), context=getattr(text, "max_position_embeddings", None),
         )  # fmt: skip
 
 
 @contextmanager
-def _rows_at_once() -> Iterator[None]:
-    """The head looks at logits a few rows at a time, for a CPU's cache: thousands of views, which weigh nothing."""
+def _head_in_one_block() -> Iterator[None]:
+    """Compute the head's logits in one block: blocks sized for a CPU's cache would be thousands of views to trace."""
     before = logps.ROWS_IN_CACHE
     logps.ROWS_IN_CACHE = 1 << 30
     try:
@@ -240,8 +246,8 @@ def _rows_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def _unpacked() -> Iterator[None]:
-    """No mask for rows that hold one sequence each, as with real tensors: of fake ones transformers can't tell."""
+def _no_packed_mask() -> Iterator[None]:
+    """Pass no mask for rows of one sequence each, as with real tensors: transformers can't inspect fake ones."""
     from transformers import masking_utils
 
     name = "find_packed_sequence_indices"
@@ -258,7 +264,7 @@ def _bytes(tensors: Iterator[Tensor]) -> int:
 
 
 def _worst(moments: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Those that no other exceeds in both."""
+    """The moments that no other exceeds in both."""
     kept: list[tuple[int, int]] = []
     most = -1
     for activations, gradients in sorted(set(moments), key=lambda m: (-m[1], -m[0])):
@@ -269,7 +275,7 @@ def _worst(moments: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def _attention(q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, **_: Any) -> int:
-    """q k^T and p v, of which causality leaves half."""
+    """FLOPs of q k^T and p v, of which causality leaves half."""
     *heads, t, d = q.shape
     return int(2 * math.prod(heads) * t * k.shape[-2] * (d + v.shape[-1]) * (0.5 if is_causal else 1))
 
@@ -277,9 +283,9 @@ def _attention(q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool =
 def _attention_backward(
     grad: Any, q: Any, k: Any, v: Any, out: Any, log_z: Any, dropout_p: float, is_causal: bool, **_: Any
 ) -> int:
-    """Five products where the forward pass has two."""
+    """FLOPs of five products, where the forward pass has two."""
     return int(2.5 * _attention(q, k, v, dropout_p, is_causal))
 
 
-# torch's counter knows no CPU kernel of attention
+# torch's registry lacks the CPU attention kernels
 _FLOPS: dict[Any, Any] = flop_registry | {_cpu_flash: _attention, _cpu_flash_backward: _attention_backward}

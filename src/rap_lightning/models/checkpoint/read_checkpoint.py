@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rap_lightning.errors import ConfigError, few
+from rap_lightning.errors import ConfigError, join_some
 from rap_lightning.models.checkpoint.integrity import verify
 from rap_lightning.models.checkpoint.sharded_folder import refuse_incomplete
 
@@ -96,7 +96,7 @@ def newest_whole(root: Path, fits: Callable[[Path], bool], say: Callable[[str], 
         except ConfigError as error:
             say(f"skipping: {error}")
     if others:
-        say(f"skipping, of runs with other model, data or seed_everything options than this one: {few(others)}")
+        say(f"skipping, of runs with other model, data or seed_everything options than this one: {join_some(others)}")
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from rap_lightning.errors import ConfigError, few
+from rap_lightning.errors import ConfigError, join_some
 
 INDEX = ".metadata"
 """What torch.distributed.checkpoint writes last, on rank zero: which tensor is in which file."""
@@ -39,7 +39,7 @@ def refuse_incomplete(folder: Path) -> None:
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise ConfigError(
-            f"{folder} lacks {len(missing)} of its {len(names)} files of shards: {few(missing)}. Rank R writes "
+            f"{folder} lacks {len(missing)} of its {len(names)} files of shards: {join_some(missing)}. Rank R writes "
             "__R_*.distcp: are they on other hosts? All hosts of a run must write to one shared file system. "
             "Copy them here from the same folder there, or resume from another checkpoint."
         )

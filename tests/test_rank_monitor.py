@@ -15,7 +15,7 @@ import pytest
 
 from cli_process import RankPair
 from conftest import ROOT, write_jsonl
-from rap_lightning.distributed.rank_monitor import Meeting, Together, Watch
+from rap_lightning.distributed.rank_monitor import RankMonitor, RankStore
 from rap_lightning.errors import DataError
 from test_ranks import arguments
 
@@ -45,7 +45,7 @@ def test_an_error_of_one_rank_is_told_once_by_rank_zero(
     assert time.monotonic() - began < 200
     assert 0 not in codes, run.said[-3000:]
     (error,) = errors(run.said)
-    assert "error: rank 1 on" in error
+    assert "error: rank 1 (" in error
     assert "failed: this is rank 1's own" in error
     assert error in run.ranks[0].said
     assert "Traceback" not in run.said
@@ -66,7 +66,7 @@ def test_a_stack_is_shown_by_the_rank_that_it_is_of_and_by_no_other(
     assert 'KeyError: "this is rank 1\'s own"' in run.ranks[1].said
     assert "Traceback" not in run.ranks[0].said
     (error,) = errors(run.said)
-    assert "rank 1 on" in error
+    assert "rank 1 (" in error
     assert "failed: KeyError" in error
     assert error in run.ranks[0].said
 
@@ -86,10 +86,11 @@ def test_a_node_with_another_config_or_other_data_is_named_before_a_model_is_loa
     assert run.end() == [2, 2], run.said[-3000:]
     for rank in run.ranks:  # each node has its own log
         (error,) = errors(rank.said)
-        assert "rank 1 on" in error
-        assert "is about to do something else than rank 0 on" in error
-        expected = "model.loss.init_args.beta: 0.3 there, 0.1 on rank 0" if late else "data of split train: "
-        assert expected in error
+        assert re.search(
+            rf"rank 1 \(\S+, \S+\): {'config' if late else 'data'} differs from rank 0 \(\S+, \S+\) in ", error
+        )
+        assert ("model.loss.beta (0.3 vs 0.1)" if late else "data of split train (") in error
+        assert "Start all ranks with the same command, config, data" in error
         assert "policy:" not in rank.said, "no model is loaded"
 
 
@@ -104,9 +105,9 @@ def test_hosts_that_would_write_shards_to_disks_of_their_own_are_refused_before_
     for rank in run.ranks:
         (error,) = errors(rank.said)
         assert re.search(
-            r"rank 1 on \S+ can't see what rank 0 on \S+ writes to \S+/runs/version_0/checkpoints\.", error
+            r"rank 1 \(\S+\) cannot see what rank 0 \(\S+\) writes to \S+/runs/version_0/checkpoints\.", error
         )
-        assert "one file system that all hosts share" in error
+        assert "all hosts must share it on one file system" in error
         assert "policy:" not in rank.said, "no model is loaded"
     assert not list(hosts[0].rglob(".seen-by-all-*")), "the probe is taken away"
 
@@ -118,10 +119,10 @@ def test_a_node_that_never_comes_is_named_by_those_that_did(start_process: Any, 
     assert run.ranks[0].end() == 2, run.said[-3000:]
     assert time.monotonic() - began < 150, "the time-out is 12 s"
     (error,) = errors(run.said)
-    assert "1 of 2 processes came within 12 s; missing: rank 1." in error
+    assert "1 of 2 ranks answered within 12 s; missing: rank 1." in error
     other = RankPair(start_process, arguments(world, tmp_path / "run"), DDP, nodes=2, alone=1)
     assert other.ranks[0].end() == 2, other.said[-3000:]
-    assert re.search(r"rank 1 \(\S+\) found nobody at localhost:\d+ within 12 s", other.said)
+    assert re.search(r"rank 1 \(\S+\): timed out after 12 s connecting to localhost:\d+", other.said)
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=SLOW), 1])
@@ -134,8 +135,8 @@ def test_a_node_that_is_lost_is_named_by_the_other(lost: int, start_process: Any
     assert run.ranks[1 - lost].end() == 3, run.said[-3000:]
     assert time.monotonic() - began < 150, "the time-out is 12 s"
     (error,) = errors(run.said)
-    assert f"rank {lost} on" in error
-    assert "go on from its newest checkpoint with --ckpt_path" in error
+    assert f"rank {lost} (" in error
+    assert "to resume it, pass its newest checkpoint as --ckpt_path" in error
 
 
 @SLOW
@@ -145,7 +146,7 @@ def test_a_rank_that_hangs_is_named(start_process: Any, world: Path, tmp_path: P
     run.ranks[0].wait_for("step 2/")
     os.kill(run.ranks[1].process.pid, signal.SIGSTOP)
     assert run.ranks[0].end() == 3, run.said[-3000:]
-    assert "error: no sign of rank 1 on" in run.said
+    assert "error: no sign of life from rank 1 (" in run.said
 
 
 @pytest.mark.parametrize("streaming", ["false", pytest.param("true", marks=SLOW)])
@@ -170,27 +171,25 @@ def test_ranks_that_fail_at_once_say_it_once_on_each_node_whichever_was_first(
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    ranks: list[Together] = []
+    stores: list[RankStore] = []
     for rank in range(2):
         place = {"global_rank": rank, "local_rank": 0 if nodes == 2 else rank, "node_rank": rank if nodes == 2 else 0}
         environment = SimpleNamespace(**{name: lambda value=value: value for name, value in place.items()})
         environment.main_address, environment.main_port = "localhost", port
-        ranks.append(Together())
-        ranks[-1].meeting = Meeting(environment, 2, 60)
+        stores.append(RankStore(environment, 2, 20))
+    monitors = [RankMonitor(end=lambda code: None) for _ in stores]
     ended = {}
 
     def leave(rank: int, error: Exception) -> None:
         try:
-            with ranks[rank].explained():
+            with monitors[rank].reporting():
                 raise error
         except BaseException as left:
             ended[rank] = left
 
     errors_of = [DataError("nothing in it"), DataError("nothing in it") if same else DataError("something else")]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda one: one.meeting.call_roll({}), ranks))
-        for one in ranks:
-            one.watch = Watch(one.meeting, 20, end=lambda code: None)
+        list(pool.map(RankMonitor.begin, monitors, stores))
         second = pool.submit(leave, 1, errors_of[1])
         time.sleep(0.3)
         leave(0, errors_of[0])

@@ -1,9 +1,9 @@
-"""What ranks compare before they begin: everything but where things lie on their node."""
+"""What ranks compare before they begin: everything except the paths of files on their node."""
 
 from pathlib import Path
 from typing import Any
 
-from rap_lightning.distributed.consistency import difference, flat, model_facts
+from rap_lightning.distributed.consistency import difference, flatten, model_files
 
 
 def test_nodes_may_keep_model_data_and_store_in_other_places_however_the_classes_are_named() -> None:
@@ -21,18 +21,20 @@ def test_nodes_may_keep_model_data_and_store_in_other_places_however_the_classes
         ]
 
     for here, there in zip(options("/a"), options("/b"), strict=True):
-        assert difference(flat(here), flat(there)) == ""
+        assert difference(flatten(here), flatten(there)) == ""
 
 
 def test_anything_else_that_differs_is_named_with_both_values() -> None:
     mine, first = ({"data": {"init_args": {"batch_size": size}}, "model": {"loss": {"beta": 0.1}}} for size in (8, 4))
-    assert difference(flat(mine), flat(first)) == "data.init_args.batch_size: 8 there, 4 on rank 0"
+    assert difference(flatten(mine), flatten(first)) == "data.batch_size (8 vs 4)"
     many = {f"option-{n}": {"value": n} for n in range(6)}
-    assert difference(flat(many), {}).endswith("; and 2 more")
+    assert difference(flatten(many), {}) == "option-0.value (0 vs None) and 5 more"
 
 
 def test_where_a_process_holds_an_object_is_no_difference() -> None:
-    assert flat({"data": {"goal": "<Goal object at 0x7f01>"}}) == flat({"data": {"goal": "<Goal object at 0x7fff>"}})
+    assert flatten({"data": {"goal": "<Goal object at 0x7f01>"}}) == flatten(
+        {"data": {"goal": "<Goal object at 0x7fff>"}}
+    )
 
 
 def test_a_model_of_other_content_is_noticed(tmp_path: Path) -> None:
@@ -40,7 +42,7 @@ def test_a_model_of_other_content_is_noticed(tmp_path: Path) -> None:
     for name, content in (("one", b"{}"), ("same", b"{}"), ("other", b"{ }")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_bytes(content)
-        facts.append(model_facts(str(tmp_path / name)))
+        facts.append(model_files(str(tmp_path / name)))
     assert facts[0] == facts[1]
     assert facts[0]["model config"] != facts[2]["model config"]
-    assert model_facts("org/a-hub-id") == {}
+    assert model_files("org/a-hub-id") == {}

@@ -1,0 +1,81 @@
+"""The config files that a command line names: what they hold, and the line on which each option is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def configs_named(args: Sequence[str]) -> list[str]:
+    """The files of ``-c`` and ``--config``, in their order.
+
+    >>> configs_named(["fit", "-c", "a.yaml", "--config=b.yaml", "--x", "1"])
+    ['a.yaml', 'b.yaml']
+    """
+    found = []
+    for place, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name in ("-c", "--config"):
+            found += [value] if equals else list(args[place + 1 : place + 2])
+    return found
+
+
+def content_of(path: str) -> dict[str, Any]:
+    """The sections of a config; empty where it can't be read, which the parser reports."""
+    content, _ = read_yaml(path)
+    return content if isinstance(content, dict) else {}
+
+
+def read_yaml(path: str) -> tuple[Any, str]:
+    """The content of a YAML file, and why it can't be read."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8")), ""
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        return None, (f"line {mark.line + 1}, column {mark.column + 1}: " if mark else "") + str(error.problem)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        return None, str(error).splitlines()[0]
+
+
+def where(key: str, args: Sequence[str]) -> str:
+    """Where an option was given: the flag as typed, or a config's line. The last place counts, as in parsing."""
+    bare = _bare(key)
+    flags = [arg.partition("=")[0].rstrip("+") for arg in args if arg.startswith("--")]
+    for flag in reversed(flags):
+        if _bare(flag[2:]) == bare:
+            return flag
+    for path in reversed(configs_named(args)):
+        if line := _line_of(path, bare):
+            return f"{path} line {line}: {key}"
+    for flag in reversed(flags):
+        if bare.startswith(f"{_bare(flag[2:])}."):  # a whole section as one value
+            return f"{flag}: {key}"
+    return f"--{key}"
+
+
+def _bare(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in ("init_args", "class_path", "dict_kwargs"))
+
+
+def _line_of(path: str, bare: str) -> int:
+    """The line that gives a key, from 1; 0 where the file doesn't."""
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return 0
+    return next((line for name, line in _keys(root, "") if name == bare), 0)
+
+
+def _keys(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            key = _bare(f"{prefix}.{name.value}".strip("."))
+            if key != prefix:
+                yield key, name.start_mark.line + 1
+            yield from _keys(value, key)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _keys(value, prefix)
