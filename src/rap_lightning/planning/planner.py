@@ -14,7 +14,8 @@ from rap_lightning.batches.sampler import PairSize
 from rap_lightning.distributed.sharded_load import blank_model
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy_config import CHECKPOINTING_FROM, DTYPES, Lora, PolicyConfig
-from rap_lightning.models.references.frozen import Frozen, Reference
+from rap_lightning.models.references.base import Reference
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.planning.estimate import LIVE, Device, Memory, ReferenceKind, Spread, duration, memory
 from rap_lightning.planning.gpus import GPU
 from rap_lightning.planning.trace import Step, batch_of, trace
