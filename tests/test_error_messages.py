@@ -43,7 +43,7 @@ FLAGS = {
     "--model.loss.init_args.bta 0.1": ["--model.loss.init_args.bta: DPO has no option bta. Did you mean beta?"],
     "--model.loss SimPO --model.loss.gama 1": ["--model.loss.gama: SimPO has no option gama. Did you mean gamma?"],
     "--model.optimizer SGD --model.optimizer.momentun 1": ["momentun: SGD has no", "Did you mean momentum?"],
-    "--model.optimizer.lr 1": ["--model.optimizer.lr: of which class? Name it before its options", "AdamW"],
+    "--model.optimizer.lr 1": ["its class is not named. Name it before its options: --model.optimizer CLASS", "AdamW"],
     "--data.goal.scale.hig 5": ["--data.goal.scale.hig: RewardScale has no option hig. Did you mean high?",
                                 "rap-lightning fit --data.goal.help OverallGoal"],
     "--data.goal.scal.high 5": ["--data.goal.scal.high: OverallGoal has no option scal. Did you mean scale?"],

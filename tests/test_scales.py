@@ -93,7 +93,7 @@ def test_only_open_ends_are_taken_from_the_rewards(ends: dict[str, float], fitte
     [
         (lambda: LinearScale(judge_low=1, judge_high=1), "judge_low must be below judge_high, found 1 and 1"),
         (lambda: LinearScale(judge_low=2, judge_high=1), "judge_low must be below judge_high"),
-        (lambda: LinearScale().fit([4.0, 4.0]), "give no range, from 4.0 to 4.0"),
+        (lambda: LinearScale().fit([4.0, 4.0]), "give no range: from 4.0 to 4.0"),
         (lambda: LinearScale(judge_low=5).fit([4.0, 5.0]), "give no range"),
         (lambda: QuantileScale().fit([4.0, 4.0]), "all rewards of the training split are 4"),
         (lambda: QuantileScale(knots=[1.0]), "at least two numbers"),

@@ -1,21 +1,26 @@
 """PreferenceModule: a policy, a frozen reference and a preference loss, joined in one optimizer step.
 
-One optimizer step, in call order; the methods follow in this order:
+One optimizer step, as Lightning calls it (A batches are accumulated; ``training_step`` takes relabelled pairs)::
 
-1.  ``training_step`` zeroes gradients at the step's first batch, and takes a batch of relabelled pairs part by part
-    (one part, unless ``token_budget`` splits the batch).
-2.  ``_share_of_step``: a part's share of the mean over all pairs of the step, over accumulated batches and ranks.
-3.  ``pair_step``: the part's losses [B]. It calls
-4.  ``_policy_logps`` and ``_reference_logps``: log-probabilities of the response tokens, summed per response, and
-5.  ``pair_losses``: from these sums to the loss and the implicit rewards of each pair.
-6.  ``backward``, of each part at once; in the last one the strategy averages gradients over ranks.
-7.  ``on_before_optimizer_step``, after the callbacks' turn: StepLogger keeps the learning rate and ``gradient_norm``,
-    Guard looks for values that are not finite (it may call ``skip_step``). Then Lightning clips.
-8.  ``optimizer_step``: the optimizer, then ``loss.after_step`` and ``reference.follow``.
-9.  ``StepLogger.on_train_batch_end`` logs the means over pairs (rap_lightning.training.step_logger).
+    for batch in the step's first A - 1 batches:
+        training_step(batch)               gradients are zeroed at the first one; see "parts" there
+            _share_of_step(part)           its share of the mean over all pairs of the step
+                pair_step(part)            losses [B]
+                    _policy_logps          log-probabilities of response tokens, summed per response
+                    _reference_logps       the same of the frozen reference
+                    pair_losses            sums -> loss and implicit rewards of each pair
+        backward(share)
+    optimizer_step(closure)                 the step's last batch
+        closure()                          training_step and backward, as above
+        on_before_optimizer_step           of callbacks first: StepLogger (learning rate, gradient norm),
+                                           Guard (values that are not finite; may call skip_step); then ours
+        the optimizer                      after Lightning has clipped gradients
+        loss.after_step, reference.follow
+    on_train_batch_end                      of callbacks: StepLogger logs means over pairs, then checkpoints are saved
 
-Below that: evaluation, what is built before the first step, and checkpoints. Rules between components, such as which
-loss goes with which reference, are in rap_lightning.training.checks, exact resume in rap_lightning.training.run_state.
+The methods follow in the order of this outline. Below them: evaluation, what is built before the first step, and
+checkpoints. Rules between components, such as which loss goes with which reference, are in
+rap_lightning.training.checks, exact resume in rap_lightning.training.run_state.
 """
 
 from __future__ import annotations
@@ -127,11 +132,12 @@ class PreferenceModule(pl.LightningModule):
         self.step_logger = StepLogger(loss.term_names(), None if warm_up is None else warm_up.steps)
         self.run_key: str | None = None  # the command line sets it, and finds the run's checkpoints by it
         self.updating = False
-        """Whether the optimizer is changing weights: a checkpoint written now would hold half a step."""
+        """Whether the optimizer is changing weights. Checkpoints are not written then, and signals wait: half a step
+        cannot be resumed (callbacks/checkpointing.py, callbacks/signals.py)."""
         self.passes: list[Pass] = []
         self._batch: Sequence[Batch] = ()
         self._norm: Tensor | None = None
-        self._compared = False  # policy and reference, at the first batch
+        self._compared = False  # whether policy and reference have been compared at the first batch
         self._digests: dict[str, str] = {}  # of the base model, and of an adapter that is continued
 
     @cached_property
@@ -188,11 +194,14 @@ class PreferenceModule(pl.LightningModule):
             return self._share_of_step(last) * trainer.accumulate_grad_batches
 
     def _share_of_step(self, part: Batch) -> Tensor:
-        """Return Σ weight · loss / step_weight over the part's pairs, times the number of ranks, [].
+        """Return the part's share of the step's mean loss, [].
 
-        ``step_weight`` is the sum of weights over the whole optimizer step, all accumulated batches and ranks, known
-        to the sampler beforehand. So the shares add up to the exact mean over the step's pairs, however they are split.
-        Strategies average gradients over ranks instead of adding them: hence the factor.
+            share    = world_size · Σ_part w·loss / step_weight
+            gradient = mean over ranks of ∇ Σ_parts share = ∇ (Σ_step w·loss / Σ_step w)
+
+        ``step_weight`` [] is Σ_step w over all accumulated batches and ranks, which the sampler knows beforehand; ranks
+        are data ranks, whose gradients a strategy averages. So the mean is exact however a step is split, for every
+        loss of single pairs (checks.check_data keeps losses that compare pairs in one part).
         """
         losses = self.pair_step(part, "fit")
         return (losses * part.loss_weights).sum() * (self.trainer.world_size / part.step_weight)
@@ -272,7 +281,8 @@ class PreferenceModule(pl.LightningModule):
     def gradient_norm(self) -> Tensor:
         """Return the norm of the whole gradient before clipping, [] float32; every rank must call it.
 
-        It is computed once a step, in ``on_before_optimizer_step``, when a gradient scaler has unscaled the gradients.
+        For callbacks, in ``on_before_optimizer_step``, when a gradient scaler has unscaled the gradients. It is
+        computed at a step's first call.
         """
         if self._norm is None:
             norm: Any = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
@@ -281,8 +291,9 @@ class PreferenceModule(pl.LightningModule):
         return self._norm
 
     def skip_step(self) -> None:
-        """Leave weights, optimizer, loss and log as if this step's batches had not been seen.
+        """Leave weights, optimizer state, loss and log as if this step's batches had not been seen.
 
+        The step still counts: steps done, the schedule and the warm-up advance, and the reference follows.
         For callbacks, in ``on_before_optimizer_step``; every rank must call it.
         """
         for p in self.parameters():
@@ -443,14 +454,17 @@ class PreferenceModule(pl.LightningModule):
         return {"reference": self.reference, "run": self.run_state}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rewind the counters to the last whole step; add each owner's state, and what export needs to know."""
+        """Rewind the counters to the last whole step; add each owner's state, and what export needs to know.
+
+        Batches of an unfinished step are repeated by the resumed run, with the same random numbers.
+        """
         self.run_state.rewind(checkpoint, self.trainer)
         states = {name: owner.state_dict() for name, owner in self._owners().items()}
         checkpoint["rap_lightning"] = states | {
-            "policy": build.recorded(self.policy_config),
-            "goal": self.goal_record(),
-            "digests": dict(self._digests),
-            "run_key": self.run_key,
+            "policy": build.recorded(self.policy_config),  # with which export loads the base model
+            "goal": self.goal_record(),  # the template's text and scale
+            "digests": dict(self._digests),  # a resumed run must have the same base model and adapter
+            "run_key": self.run_key,  # by which --ckpt_path last finds this run's checkpoints
         }
         if "state_dict" in checkpoint and self.device_mesh is None:
             # An adapter's base model never changes, so a checkpoint holds the adapter alone. (Strategies that write

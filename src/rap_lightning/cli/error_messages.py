@@ -241,7 +241,8 @@ def _no_value(parser: Any, fault: Fault, args: Sequence[str]) -> str:
     if found := fault.says("no class"):
         at = where(".".join(filter(None, [*fault.keys, found[1]])), args)
         known = ", ".join(class_names(option_type(parser, fault)))
-        return f"{at}: of which class? Name it before its options: --{fault.keys[-1]} CLASS. There are {known}."
+        option = ".".join(fault.keys)
+        return f"{at}: its class is not named. Name it before its options: --{option} CLASS. There are {known}."
     return ""
 
 

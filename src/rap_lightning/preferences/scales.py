@@ -135,7 +135,10 @@ class LinearScale(RewardScale):
         low = min(rewards) if self.judge_low is None else self.judge_low
         high = max(rewards) if self.judge_high is None else self.judge_high
         if not low < high:
-            raise ConfigError(f"LinearScale: the training split's rewards give no range, from {low} to {high}")
+            raise ConfigError(
+                f"LinearScale: the training split's rewards, or judge_low and judge_high, give no range: from {low} to "
+                f"{high}. Set judge_low and judge_high to the ends of the judge's scale."
+            )
         self.judge_low, self.judge_high = float(low), float(high)
 
     def goal(self, reward: float) -> float:
