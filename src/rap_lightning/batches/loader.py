@@ -42,6 +42,13 @@ class PairLoader(DataLoader[tuple[Batch, ...]]):
             self.sampler.start = done
         yield from unwrap_worker_error(super().__iter__())
 
+    @property
+    def accumulate(self) -> int | None:
+        """Batches per optimizer step that the weights of pairs were planned for; None in evaluation."""
+        if isinstance(self.pairs, StreamedPairs):
+            return self.pairs.shape.accumulate
+        return self.sampler.accumulate if isinstance(self.sampler, StepSampler) else None
+
     def whole(self) -> PairLoader:
         """This loader, from the beginning of the epoch even in a resumed run."""
         self.position = lambda: (0, 0)

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from rap_lightning.batches.loader import PairLoader
 from rap_lightning.batches.types import Batch, PairLogps
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import PreferenceLoss
@@ -196,8 +197,8 @@ def check_loop(trainer: pl.Trainer) -> None:
 
 def check_accumulation(trainer: pl.Trainer) -> None:
     """Refuse another number of accumulated batches than the steps were planned with."""
-    plan = getattr(trainer.train_dataloader, "plan", None)  # a user's own loader has none
-    planned = getattr(plan, "accumulate", None)
+    loader = trainer.train_dataloader
+    planned = loader.accumulate if isinstance(loader, PairLoader) else None  # a user's own loader plans none
     if planned is not None and planned != trainer.accumulate_grad_batches:
         raise ConfigError(
             f"the batches were planned for --trainer.accumulate_grad_batches {planned}, and something (a "
