@@ -1,4 +1,7 @@
-"""The progress bar of every command: tqdm on a terminal, a line every 15 seconds in a log."""
+"""The progress bar of everything but training steps: tqdm on a terminal, a line every 15 seconds in a log.
+
+The lines of ``fit`` itself are written by callbacks/console_lines.py.
+"""
 
 from __future__ import annotations
 

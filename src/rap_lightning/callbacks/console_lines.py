@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from rap_lightning.training.step_logger import SHORT_NAMES, LoggedStep, LogObserver
+from rap_lightning.training.step_logger import BAR_METRICS, LoggedStep, LogObserver
 
 PATIENCE = 10.0
 """Seconds without a line after which a validation or test prints its progress."""
@@ -99,7 +99,7 @@ class ConsoleLines(LogObserver):
 
 
 def _shown(values: Mapping[str, Any]) -> str:
-    parts = [f"{label} {float(values[name]):.4f}" for name, label in SHORT_NAMES.items() if name in values]
+    parts = [f"{label} {float(values[name]):.4f}" for name, label in BAR_METRICS.items() if name in values]
     if "pairs_per_second" in values:
         parts.append(f"{float(values['pairs_per_second']):.3g} pairs/s")
     return "  ".join(parts)

@@ -60,7 +60,7 @@ from rap_lightning.strategies import FSDP2, check_requested, check_resumes, chec
 from rap_lightning.training.schedules import Schedule
 
 # jsonargparse knows a class by its short name once it has been imported
-SHORT_NAMES = (AdapterAsLoaded, Stored, Synchronised, FSDP2)
+CLASSES_BY_SHORT_NAME = (AdapterAsLoaded, Stored, Synchronised, FSDP2)
 OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule, Judge)
 
 TRAINER_DEFAULTS: dict[str, Any] = {

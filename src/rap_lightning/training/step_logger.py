@@ -24,7 +24,7 @@ from rap_lightning.training.metrics import PairMetrics
 from rap_lightning.training.run_state import ends_step
 
 Split = Literal["fit", "val", "test"]
-SHORT_NAMES = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+BAR_METRICS = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 """The metrics on the progress bar, with the names that a console line gives them."""
 
 
@@ -169,7 +169,7 @@ class StepLogger(pl.Callback):
     ) -> None:  # fmt: skip
         named = {prefix + name: value for name, value in values.items()}
         if on_bar:
-            bar = {prefix + name for name in SHORT_NAMES}
+            bar = {prefix + name for name in BAR_METRICS}
             module.log_dict({n: v for n, v in named.items() if n in bar}, prog_bar=True, logger=False)
             module.log_dict({n: v for n, v in named.items() if n not in bar}, logger=False)
         for logger in trainer.loggers:  # not through log_dict, which would number these by batches, one too low
