@@ -15,7 +15,6 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from rap_lightning.preferences.pairs import Message
 from rap_lightning.progress_bar import progress
-from rap_lightning.world.world_data import GradedExample
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 #: ChatML, without a system message of its own.
@@ -29,16 +28,12 @@ CHAT_TEMPLATE = (
 MAX_LENGTH = 256
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 720) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with the ChatML template.
 
     Every digit is a token, so that "7.5" is read as a number. So is "10": as "1", "0" the highest goal would look like
     the lowest. Merges cross words: text that always occurs together, like most of the goal message, becomes one token,
     which keeps sequences short. Words that must stay separate are passed as separate texts, with their leading space.
-
-    Args:
-        texts: training texts, repeated according to their weight.
-        vocab_size: upper bound of the vocabulary, the 256 bytes and 3 special tokens included.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -51,7 +46,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 720) -> PreTrainedTo
     backend.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=720,  # at most; the 256 bytes and 3 special tokens included
             special_tokens=[PAD, START, END],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -69,32 +64,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 720) -> PreTrainedTo
     return tokenizer
 
 
-def new_model(
-    tokenizer: PreTrainedTokenizerFast, *, width: int = 64, layers: int = 2, seed: int = 0
-) -> LlamaForCausalLM:
-    """Return an untrained, tiny Llama: about `12 * layers * width**2` weights, and `width` for each token.
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """Return an untrained, tiny Llama of two layers.
 
     The embeddings of the numbers 0 to 10 start on a line, so that what is learned of one goal transfers to its
     neighbours. Otherwise a model of this size needs several times the steps before it follows goals at all.
-
-    Args:
-        tokenizer: sets vocabulary size, end of turn and padding.
-        width: hidden size; a multiple of 32, the head size.
-        layers: number of layers.
-        seed: seed of the initial weights.
-
-    Raises:
-        ValueError: `width` is not a multiple of 32.
     """
-    if width % 32:
-        raise ValueError(f"width must be a multiple of 32; got {width}")
+    width = 64
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=8 * width // 3,
-            num_hidden_layers=layers,
+            num_hidden_layers=2,
             num_attention_heads=width // 32,
             max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
@@ -124,11 +107,10 @@ def new_model(
 def train_base(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    examples: Iterable[GradedExample],
+    examples: Iterable[list[Message]],
     *,
     steps: int,
-    batch_size: int = 32,
-    learning_rate: float = 6e-3,
+    batch_size: int,
 ) -> float:
     """Train `model` in place on the responses of `examples`, end of turn included; prompts have no loss.
 
@@ -137,20 +119,12 @@ def train_base(
     they work, and so the result does not depend on the number of cores.
 
     Args:
-        model: from `new_model`.
-        tokenizer: from `train_tokenizer`.
         examples: at least `(steps + 1) * batch_size`, because a batch holds one kind, with or without a goal.
-        steps: optimizer steps, at least 1.
-        batch_size: examples in a step.
-        learning_rate: peak learning rate.
 
     Returns:
         The mean loss over the last 10% of the steps, in nats per response token.
-
-    Raises:
-        ValueError: there are too few examples.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
@@ -172,24 +146,17 @@ def train_base(
             bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
     finally:
         torch.set_num_threads(threads)
-    if len(losses) < steps:
-        raise ValueError(f"examples ran out: {steps} steps of {batch_size} need {(steps + 1) * batch_size}")
     model.eval()
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 
 
-def sampler(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, *, batch_size: int = 256
-) -> Callable[[list[str]], list[str]]:
+def sampler(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> Callable[[list[str]], list[str]]:
     """Return a function that samples a response to each prompt, without a goal, by the model's generation config.
 
-    Args:
-        model: from `train_base`.
-        tokenizer: from `train_tokenizer`.
-        seed: seed of each call; the global random state is restored.
-        batch_size: prompts in a forward pass.
+    Each call uses the seed, and restores the global random state.
     """
+    batch_size = 256
 
     def sample(prompts: list[str]) -> list[str]:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -209,14 +176,14 @@ def sampler(
     return sample
 
 
-def _batches(examples: Iterable[GradedExample], size: int) -> Iterator[list[list[Message]]]:
+def _batches(examples: Iterable[list[Message]], size: int) -> Iterator[list[list[Message]]]:
     # Examples with a goal are twice as long as those without. A batch holds one kind, so it has little padding.
     waiting: dict[int, list[list[Message]]] = {}
-    for example in examples:
-        batch = waiting.setdefault(len(example["messages"]), [])
-        batch.append(example["messages"])
+    for turns in examples:
+        batch = waiting.setdefault(len(turns), [])
+        batch.append(turns)
         if len(batch) == size:
-            yield waiting.pop(len(example["messages"]))
+            yield waiting.pop(len(turns))
 
 
 def _encode(batch: list[list[Message]], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:

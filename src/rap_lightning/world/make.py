@@ -70,8 +70,6 @@ def make_world(
         goal_noise: standard deviation, in points, of the error of the last of these goals; the lower, the better the
             base model knows goals.
 
-    Raises:
-        ValueError: a number is out of its range, or `root` contains a world with other settings, or something else.
     """
     settings: dict[str, Any] = {"version": VERSION, **locals(), "families": list(families)}
     root = Path(settings.pop("root"))
@@ -146,7 +144,7 @@ def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
     seed = settings["seed"]
     train_prompts, test_prompts = make_prompts(seed, families=settings["families"])
     tokenizer = train_tokenizer(vocabulary(train_prompts))
-    model = new_model(tokenizer, seed=seed)
+    model = new_model(tokenizer, seed)
     steps, goals = settings["base_steps"], {name: settings[name] for name in ("goal_share", "goal_noise")}
     examples = make_examples(train_prompts, (steps + 2) * BATCH, seed, **goals)
     loss = train_base(model, tokenizer, examples, steps=steps, batch_size=BATCH)
@@ -159,8 +157,8 @@ def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
     sample = sampler(model, tokenizer, seed) if settings["on_policy"] > 0 else None
     train = make_pairs(train_prompts, settings["train_pairs"], seed, sample=sample, **knobs)
     test = make_pairs(test_prompts, settings["test_pairs"], seed, sample=sample, **knobs)
-    _write_lines(folder / "train.jsonl", train)
-    _write_lines(folder / "test.jsonl", test)
+    for name, pairs in (("train", train), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     print(f"world: {len(train)} pairs to train on, {len(test)} to test on")
     return {
         "base_loss_nats_per_token": round(loss, 4),
@@ -170,10 +168,6 @@ def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
         "train": pair_figures(train),
         "test": pair_figures(test),
     }
-
-
-def _write_lines(path: Path, pairs: Iterable[WorldPair]) -> None:
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
 def pair_figures(pairs: list[WorldPair]) -> dict[str, object]:

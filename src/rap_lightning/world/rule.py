@@ -118,14 +118,9 @@ def parse_prompt(prompt: str) -> Task:
 
 
 def attributes(prompt: str, response: str) -> dict[str, float]:
-    """Return the four attributes of a response, each from 1 to 10, unrounded.
+    """Return the attributes `topic`, `distinct`, `count` and `order` of a response, each from 1 to 10, unrounded.
 
-    Args:
-        prompt: a prompt of this world, without any goal.
-        response: any string. Case, spaces around items and a final full stop are ignored.
-
-    Returns:
-        `topic`, `distinct`, `count` and `order`, in this order.
+    Case, spaces around items and a final full stop are ignored.
 
     Raises:
         ValueError: `prompt` is not of this world.
@@ -135,10 +130,6 @@ def attributes(prompt: str, response: str) -> dict[str, float]:
 
 def score(prompt: str, response: str) -> float:
     """Return the overall score of a response: 1, 1.5, ... 10.
-
-    Args:
-        prompt: a prompt of this world, without any goal.
-        response: any string.
 
     Raises:
         ValueError: `prompt` is not of this world.

@@ -34,6 +34,8 @@ FAULTS = ("stray", "stray", "stray", "stray", "move", "move", "repeat", "add", "
 FAMILIES_BY_DEFAULT = ("words", "numbers")
 #: The highest quality of a response by default: even then most responses have a fault, which keeps the score 10 rare.
 BEST = 0.85
+#: Standard deviation of each response's quality around its pair's mean.
+SPREAD = 0.4
 
 
 class WorldPair(TypedDict):
@@ -54,55 +56,31 @@ class WorldPair(TypedDict):
     scores_rejected: dict[str, float]
 
 
-class GradedExample(TypedDict):
-    """An example of supervised training: turns, the last of them the assistant's, and the true score, 1 to 10."""
-
-    messages: list[Message]
-    score: float
-
-
-def make_prompts(
-    seed: int, test_share: float = 0.2, families: Sequence[str] = FAMILIES_BY_DEFAULT
-) -> tuple[list[str], list[str]]:
-    """Return all prompts of the world in random order, split into train and test.
+def make_prompts(seed: int, families: Sequence[str] = FAMILIES_BY_DEFAULT) -> tuple[list[str], list[str]]:
+    """Return all prompts of the world in random order: four fifths to train on, one fifth to test on.
 
     Args:
         seed: seed of the order, and so of the split.
-        test_share: fraction of the prompts for testing, between 0 and 1.
         families: kinds of prompts, keys of `rule.FAMILIES`, each at most once. Words have 144 prompts, numbers 48.
 
     Raises:
-        ValueError: `test_share` is not between 0 and 1, both excluded, or `families` is empty, has duplicates or
-            unknown names.
+        ValueError: `families` is empty, has duplicates or unknown names.
     """
     unknown = [family for family in families if family not in FAMILIES]
     if unknown or not families or len(set(families)) != len(families):
         raise ValueError(f"families must be different names of {', '.join(FAMILIES)}; got {list(families)}")
-    if not 0 < test_share < 1:
-        raise ValueError(f"test_share must lie between 0 and 1, both excluded; got {test_share}")
     asked = [(topic, backwards) for topics, _, backwards in map(FAMILIES.__getitem__, families) for topic in topics]
     prompts = [
         Task(count, topic, backwards).prompt(opening)
         for opening, count, (topic, backwards) in itertools.product(OPENINGS, COUNTS, asked)
     ]
     random.Random(f"prompts {seed}").shuffle(prompts)
-    cut = round(test_share * len(prompts))
+    cut = round(0.2 * len(prompts))
     return prompts[cut:], prompts[:cut]
 
 
 def respond(prompt: str, quality: float, rng: random.Random) -> str:
-    """A response to `prompt`: a perfect one with `2 * count` chances of a fault, each taken with `1 - quality`.
-
-    Args:
-        prompt: a prompt of this world.
-        quality: from 0 (many faults) to 1 (perfect).
-        rng: random generator.
-
-    Raises:
-        ValueError: `prompt` is not of this world, or `quality` is not from 0 to 1.
-    """
-    if not 0 <= quality <= 1:
-        raise ValueError(f"quality must be from 0 to 1; got {quality}")
+    """Return a perfect response after `2 * count` chances of a fault, each with probability `1 - quality`."""
     task = parse_prompt(prompt)
     right = task.items
     items = [right[k] for k in sorted(rng.sample(range(len(right)), task.count))]
@@ -130,7 +108,6 @@ def make_pairs(
     seed: int,
     *,
     lean: float = 0.3,
-    spread: float = 0.4,
     best: float = BEST,
     contrast: float = 0.0,
     judge_noise: float = 0.0,
@@ -141,26 +118,17 @@ def make_pairs(
 
     Args:
         prompts: prompts of this world, at least one.
-        count: number of pairs.
         seed: seed of every response that is not sampled, and of the judge's noise.
         lean: skew of the qualities towards low: a pair's mean quality is `1 - u ** (1 / (1 + lean))` with u uniform in
             0..1, so above -1.
-        spread: standard deviation of each response's quality around the pair's mean.
         best: the highest quality, 0 to 1: how rare top scores are.
         contrast: how far the first response is moved to the best quality and the second to the worst, 0 to 1: how few
             good losers and bad winners there are. At 0 both have equal chances.
         judge_noise: standard deviation, in points, of independent noise on the overall score and each attribute.
             Overall scores stay half points from 1 to 10.
         on_policy: fraction of the pairs whose responses both come from `sample`, 0 to 1; a seeded choice.
-        sample: a model that writes a response to each of the given prompts.
-
-    Raises:
-        ValueError: there are no prompts, one is not of this world, a number is out of its range, or `sample` is
-            missing.
+        sample: a model that writes a response to each of the given prompts; needed if `on_policy` is above 0.
     """
-    if not prompts:
-        raise ValueError("make_pairs needs at least one prompt")
-    check_knobs(lean=lean, best=best, contrast=contrast, judge_noise=judge_noise, on_policy=on_policy)
     if on_policy > 0 and sample is None:
         raise ValueError("on_policy above 0 needs a model's responses: pass sample")
     rng = random.Random(f"pairs {seed}")
@@ -169,7 +137,7 @@ def make_pairs(
     for prompt in asked:
         middle = _quality(rng, lean)
         first, second = (
-            respond(prompt, (1 - contrast) * min(best, max(0.0, rng.gauss(middle, spread))) + contrast * end, rng)
+            respond(prompt, (1 - contrast) * min(best, max(0.0, rng.gauss(middle, SPREAD))) + contrast * end, rng)
             for end in (best, 0.0)
         )
         responses.append((first, second))
@@ -179,8 +147,8 @@ def make_pairs(
         texts = sample([asked[place] for place in own for _ in range(2)])
         for i, place in enumerate(own):
             responses[place] = (texts[2 * i], texts[2 * i + 1])
-    judge = _Judge(judge_noise, random.Random(f"judge {seed}"))
-    return [_pair(prompt, both, judge) for prompt, both in zip(asked, responses, strict=True)]
+    rng = random.Random(f"judge {seed}")
+    return [_pair(prompt, both, judge_noise, rng) for prompt, both in zip(asked, responses, strict=True)]
 
 
 def check_knobs(**knobs: float) -> None:
@@ -197,32 +165,27 @@ def check_knobs(**knobs: float) -> None:
 
 
 def make_examples(
-    prompts: list[str], count: int, seed: int, *, goal_share: float, goal_noise: float, lean: float = -0.3
-) -> Iterator[GradedExample]:
+    prompts: list[str], count: int, seed: int, *, goal_share: float, goal_noise: float
+) -> Iterator[list[Message]]:
     """Yield `count` graded responses to random prompts, some of them under a goal: the base model's training data.
 
     The goals start exact and become noisier: a model soon learns that a goal means something, and then to rely on it
-    little.
+    little. It sees better responses than the pairs have, and so learns sooner what a good one looks like.
 
     Args:
-        prompts: prompts of this world, at least one.
-        count: number of examples.
-        seed: seed of all choices.
         goal_share: fraction of the examples with the goal message, 0 to 1.
         goal_noise: standard deviation, in points, of the last goals around the true score; the first have none.
-        lean: skew of the qualities, as in `make_pairs`. By default the base model sees better responses than the pairs
-            have, and so learns sooner what a good one looks like.
     """
     rng = random.Random(f"examples {seed}")
     for done in range(count):
         prompt = rng.choice(prompts)
-        response = respond(prompt, _quality(rng, lean), rng)
+        response = respond(prompt, _quality(rng, lean=-0.3), rng)
         true = score(prompt, response)
         turns = _turns(prompt, response)
         if rng.random() < goal_share:
             noisy = min(10.0, max(1.0, round(2 * rng.gauss(true, goal_noise * done / count)) / 2))
             turns.insert(0, {"role": "system", "content": GOAL_MESSAGE.format(goal=noisy)})
-        yield {"messages": turns, "score": true}
+        yield turns
 
 
 def vocabulary(prompts: Iterable[str]) -> list[str]:
@@ -233,25 +196,17 @@ def vocabulary(prompts: Iterable[str]) -> list[str]:
     return [text for word in sorted(words) for text in (word, f" {word}")] * 4 + [GOAL_MESSAGE] * 20
 
 
-class _Judge:
-    """The rule with noise on every number; repeated calls draw new noise."""
-
-    def __init__(self, noise: float, rng: random.Random) -> None:
-        self.noise, self.rng = noise, rng
-
-    def __call__(self, prompt: str, response: str) -> tuple[float, dict[str, float]]:
-        """Return the overall score and the attributes."""
-        overall, parts = score(prompt, response), attributes(prompt, response)
-        if self.noise == 0:
-            return overall, parts
-        noisy = {
-            name: min(10.0, max(1.0, round(self.rng.gauss(value, self.noise), 6))) for name, value in parts.items()
-        }
-        return min(10.0, max(1.0, round(2 * self.rng.gauss(overall, self.noise)) / 2)), noisy
+def _judge(prompt: str, response: str, noise: float, rng: random.Random) -> tuple[float, dict[str, float]]:
+    """Return the rule's overall score and attributes, with noise on every number."""
+    overall, parts = score(prompt, response), attributes(prompt, response)
+    if noise == 0:
+        return overall, parts
+    noisy = {name: min(10.0, max(1.0, round(rng.gauss(value, noise), 6))) for name, value in parts.items()}
+    return min(10.0, max(1.0, round(2 * rng.gauss(overall, noise)) / 2)), noisy
 
 
-def _pair(prompt: str, responses: tuple[str, str], judge: _Judge) -> WorldPair:
-    judged = [(*judge(prompt, response), response) for response in responses]
+def _pair(prompt: str, responses: tuple[str, str], noise: float, rng: random.Random) -> WorldPair:
+    judged = [(*_judge(prompt, response, noise, rng), response) for response in responses]
     (won, won_parts, chosen), (lost, lost_parts, rejected) = sorted(judged, key=lambda one: one[0], reverse=True)
     return {
         "prompt": prompt,
