@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import select
 import sys
-from importlib import import_module
 from pickle import UnpicklingError
 
 from rap_lightning import __version__
@@ -119,8 +118,9 @@ def _main(args: list[str]) -> None:
 
             run(args)
         else:  # one module per command, so that each imports only what it needs
-            command = import_module(f"rap_lightning.commands.{args[0]}")
-            if code := command.run(args[1:]):
+            from rap_lightning.commands.options import runner_of
+
+            if code := runner_of(args[0])(args[1:]):
                 sys.exit(code)
     except UserError as error:
         sys.exit(_fail(str(error)))

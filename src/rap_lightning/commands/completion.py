@@ -72,12 +72,13 @@ def parsers_of(name: str) -> Iterator[argparse.ArgumentParser]:
     from jsonargparse import capture_parser
 
     from rap_lightning.cli.trainer_cli import fit_parser
+    from rap_lightning.commands.options import runner_of
 
     if name in TRAINER_COMMANDS:
         yield fit_parser(name)
         return
     command = import_module(f"rap_lightning.commands.{name}")
-    yield command.own_parser() if hasattr(command, "own_parser") else capture_parser(command.run, [])
+    yield command.own_parser() if hasattr(command, "own_parser") else capture_parser(runner_of(name), [])
     if name == "plan":
         yield fit_parser()
     if name == "evaluate":

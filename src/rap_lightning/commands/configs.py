@@ -13,14 +13,6 @@ FOLDER = Path(__file__).resolve().parent.parent / "configs"
 """A link to configs/ in a checkout, a copy in a wheel."""
 
 
-def run(args: list[str]) -> int:
-    """Parse, and list or copy."""
-    from rap_lightning.commands.options import run as run_function
-
-    run_function(configs, args, "configs")
-    return 0
-
-
 def configs(output: str | None = None) -> None:
     """List the shipped configs, or copy them to a folder.
 

@@ -7,17 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from rap_lightning.models.checkpoint.saved_policy import SavedPolicy
-
-
-def run(args: list[str]) -> int:
-    """Parse and export."""
-    run_function(export, args, "export")
-    return 0
 
 
 def export(

@@ -6,16 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from rap_lightning.commands.options import command_line
-from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.requested_goals import GoalOption
 from rap_lightning.preferences.goals import GoalTemplate
-
-
-def run(args: list[str]) -> int:
-    """Parse and generate."""
-    return int(run_function(generate, args, "generate"))
 
 
 def generate(

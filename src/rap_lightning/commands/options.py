@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from importlib import import_module
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,15 @@ def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[s
     options = parser.instantiate(config).as_dict()
     options.pop("config", None)
     return function(**options)
+
+
+def runner_of(name: str) -> Callable[[list[str]], int]:
+    """Return what runs a command: ``run`` of its module, or else its function with the options of the command line."""
+    module = import_module(f"rap_lightning.commands.{name}")
+    found: Callable[[list[str]], int] = getattr(module, "run", None) or (
+        lambda args: run(getattr(module, name), args, name)
+    )
+    return found
 
 
 def _flag_help(function: Callable[..., Any], flag: str) -> str:

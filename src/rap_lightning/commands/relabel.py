@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 from rap_lightning import __version__
 from rap_lightning.commands.options import load_tokenizer
-from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.judges import Judge  # the classes that --rewards names are known once this is imported
 from rap_lightning.preferences.data_report import DataReport
@@ -28,12 +27,6 @@ from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules, key_of
 from rap_lightning.preferences.source_mix import copies
 from rap_lightning.preferences.sources import Source, fingerprint, having, splits_among
-
-
-def run(args: list[str]) -> int:
-    """Parse a command line and relabel."""
-    run_function(relabel, args, "relabel")
-    return 0
 
 
 def relabel(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.judges import Judge
@@ -13,12 +12,8 @@ from rap_lightning.onpolicy.requested_goals import GoalOption
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.relabelling import Mode, Relabelling
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.selection import Selection
-
-
-def run(args: list[str]) -> int:
-    """Parse and run."""
-    return int(run_function(rounds, args, "rounds"))
 
 
 def rounds(
@@ -134,13 +129,14 @@ def rounds(
     initial = ModelSource(model, None, trust_remote_code)
     if initial.is_checkpoint or initial.is_adapter:
         raise ConfigError("--model: rounds begin with a whole model; rap-lightning export --merge true makes one.")
+    relabelling = Relabelling.of(relabel, goal, keep_original, seed)
+    rules = Rules(goal, relabelling, ties, selection, filters, tool_turns=False)
     plan = RoundsPlan(
         folder=Path(output), histories=found.histories, held_out=measured, initial=initial, rounds=rounds,
         engine=engine, judge=judge, generation=Generation(max_new_tokens, temperature, top_p), samples=samples,
-        first_goals=first_goals, sample_goals=sample_goals, goal=goal, scale=scale, policy=policy, reference=reference,
-        relabelling=Relabelling.of(relabel, goal, keep_original, seed), ties=ties, selection=selection,
-        filters=filters, fit=fit, parts=parts, held_out_samples=held_out_samples, max_failed=max_failed,
-        max_prompt_length=max_prompt_length, seed=seed, parse_goal=_parse_goal,
+        first_goals=first_goals, sample_goals=sample_goals, scale=scale, policy=policy, reference=reference,
+        rules=rules, fit=fit, parts=parts, held_out_samples=held_out_samples, max_failed=max_failed,
+        max_prompt_length=max_prompt_length, seed=seed,
     )  # fmt: skip
     for row in run_rounds(plan):
         facts = f"{row['responses']:,} responses, mean reward {row['mean_reward']:.4g}, {row['pairs']:,} pairs"
@@ -148,13 +144,3 @@ def rounds(
         for one in row.get("held_out", []):
             print(f"  {one['model']}, best goal, held out: {one['mean']:.4g} ± {one['error']:.2g} ({one['count']})")
     return 0
-
-
-def _parse_goal(config: dict[str, Any]) -> GoalTemplate:
-    """Instantiate the goal template of a config, which may name its class by a short name."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser()
-    parser.add_argument("--goal", type=GoalTemplate)
-    made: GoalTemplate = parser.instantiate(parser.parse_object({"goal": config})).goal
-    return made

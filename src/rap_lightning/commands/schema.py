@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rap_lightning.cli.parser_internals import ParserJsonschema, get_import_path, new_object, subclasses_of
-from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError
 
 DESCRIBED = ("rap_lightning.", "lightning.pytorch.", "torch.optim.")
 """Packages whose classes are described with their options. For other classes any option is accepted."""
-
-
-def run(args: list[str]) -> int:
-    """Parse and write."""
-    return int(run_function(schema, args, "schema"))
 
 
 def schema(output: str | None = None) -> int:

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rap_lightning.commands.options import run as run_function
 from rap_lightning.onpolicy.judges import Judge
-
-
-def run(args: list[str]) -> int:
-    """Parse and score."""
-    return int(run_function(score, args, "score"))
 
 
 def score(source: str, judge: Judge, output: str, split: str | None = None) -> int:

@@ -55,10 +55,7 @@ class Bootstrap:
     functions of weights. All figures of one Bootstrap share their resamples.
     Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 13 (percentile interval).
 
-    Args:
-        prompts: prompt of each of the M observations: any value that identifies it.
-        resamples: number of resamples.
-        seed: seed of the resampling.
+    ``prompts`` identifies the prompt of each of the M observations.
     """
 
     def __init__(self, prompts: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = 0) -> None:
@@ -72,13 +69,7 @@ class Bootstrap:
             self._counts = rng.multinomial(self.prompts, even, size=resamples).astype(np.float64)
 
     def figure(self, statistic: Statistic, why: str, among: Mask | None = None) -> Figure:
-        """Return a statistic with its interval.
-
-        Args:
-            statistic: function of weights.
-            why: reason to give if it is undefined.
-            among: [M], the observations that it uses; all by default.
-        """
+        """Return a statistic with its interval; ``why`` if it is undefined, ``among`` [M] are the observations used."""
         return self.figures(lambda weights: statistic(weights)[:, None], 1, why, [among])[0]
 
     def figures(

@@ -14,27 +14,18 @@ from rap_lightning.evaluation import statistics
 from rap_lightning.evaluation.bootstrap import Bootstrap, Floats, Mask
 
 ROLES = ("chosen", "rejected")
-CONDITIONS = ("none", "best", "worst", "own")
-"""Goal in the prompt: none, the best, the worst, or the response's own."""
 
 
 @dataclass(frozen=True)
 class Responses:
     """M responses of the data: those of pair i are 2i (chosen, the higher reward) and 2i + 1 (rejected).
 
-    Attributes:
-        prompts: prompt of each: any value that identifies it.
-        rewards: reward of each.
-        tokens: response tokens, end of turn included.
+    ``prompts`` identifies the prompt of each; ``tokens`` counts the end of turn.
     """
 
     prompts: Sequence[Hashable]
     rewards: Sequence[float]
     tokens: Sequence[int]
-
-    def __post_init__(self) -> None:
-        if not len(self.prompts) == len(self.rewards) == len(self.tokens) or len(self.prompts) % 2:
-            raise ValueError("Responses: two of each pair, with as many rewards and lengths")
 
     @property
     def chosen(self) -> Mask:
@@ -62,10 +53,8 @@ def unlearning(
     """Return the mean change of a response's log-probability against the base, by reward bin and role.
 
     Args:
-        responses: the data's responses.
         changes: for each condition, policy minus base log-probability of each response [M], in nats.
         bins: reward bins, [low, high).
-        seed: seed of the bootstrap.
 
     Returns:
         ``conditions``: for each condition and role a figure per bin, in nats per response; ``per_token``: the same
@@ -100,12 +89,7 @@ def unlearning(
 
 
 def read_off(logps: Floats, goals: Floats) -> Floats:
-    """Return the goal under which each response is most likely, [M]; the mean of several that tie.
-
-    Args:
-        logps: log-probability of each response under each goal, [M, G].
-        goals: the goals, [G].
-    """
+    """Return the goal under which each response is most likely, [M], from [M, G] and [G]; ties give their mean."""
     top = logps == logps.max(1, keepdims=True)
     found: Floats = (top * goals).sum(1) / top.sum(1)
     return found
@@ -126,11 +110,7 @@ def discrimination(responses: Responses, logps: Floats, goals: Sequence[float], 
     - ``centred``: both again, after subtracting from each goal's log-probabilities their mean over responses. A goal
       that makes every text more likely then no longer wins everywhere.
 
-    Args:
-        responses: the data's responses.
-        logps: log-probability of each response under each goal, [M, G], in nats.
-        goals: the goals, [G].
-        seed: seed of the bootstrap.
+    ``logps`` are those of each response under each goal, [M, G], in nats.
     """
     bootstrap = Bootstrap(responses.prompts, seed=seed)
     asked = np.asarray(goals, dtype=np.float64)

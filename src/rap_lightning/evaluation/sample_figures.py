@@ -27,37 +27,19 @@ LENGTH_METHOD = (
 
 @dataclass(frozen=True)
 class Samples:
-    """M judged responses.
-
-    Attributes:
-        prompts: prompt of each: any value that identifies it.
-        goals: requested goal of each.
-        scores: score of each.
-        tokens: response tokens, end of turn included.
-    """
+    """M judged responses: identity of the prompt, requested goal, score, and tokens with the end of turn."""
 
     prompts: Sequence[Hashable]
     goals: Sequence[Goal]
     scores: Sequence[float]
     tokens: Sequence[int]
 
-    def __post_init__(self) -> None:
-        if not len(self.prompts) == len(self.goals) == len(self.scores) == len(self.tokens):
-            raise ValueError("Samples: prompts, goals, scores and tokens must be equally many")
-
 
 class _ByGoal:
-    """Samples as arrays, with a bootstrap, for figures at each of G goals.
-
-    Attributes:
-        goal: [M], number of each sample's goal.
-        scores, tokens: [M].
-    """
+    """Samples as arrays [M], with a bootstrap, for figures at each of G goals; ``goal`` is the number of the goal."""
 
     def __init__(self, samples: Samples, goals: Sequence[Goal], seed: int) -> None:
         number = {goal: i for i, goal in enumerate(goals)}
-        if foreign := set(samples.goals) - set(number):
-            raise ValueError(f"Samples: goals {sorted(map(str, foreign))} are none of {list(goals)}")
         self.goal: NDArray[np.int64] = np.asarray([number[goal] for goal in samples.goals], dtype=np.int64)
         self.scores: Floats = np.asarray(samples.scores, dtype=np.float64)
         self.tokens: Floats = np.asarray(samples.tokens, dtype=np.float64)
@@ -85,12 +67,7 @@ def controllability(samples: Samples, goals: Sequence[Goal], seed: int = 0) -> d
     - ``slope``: points of score per point of goal, least squares over the samples: 1 if goals are met exactly;
     - ``argmax``: the goal with the highest mean, and for each goal the share of resamples in which it is the highest.
 
-    Goals of None have a mean; the other figures use goals with a number.
-
-    Args:
-        samples: judged samples.
-        goals: goals in the order of the returned lists.
-        seed: seed of the bootstrap.
+    Goals of None have a mean; the other figures use goals with a number. Lists are in the order of ``goals``.
     """
     by_goal = _ByGoal(samples, goals, seed)
     scores, goal, bootstrap = by_goal.scores, by_goal.goal, by_goal.bootstrap
@@ -145,12 +122,10 @@ def extrapolation(
 
     Args:
         samples: samples judged by the judge of the data.
-        goals: goals in the order of the returned lists.
         best_seen: highest reward of each prompt in training; samples of other prompts don't count.
         best_known: highest reward of each prompt in the evaluated data.
         p99: the percentile.
         highest: the highest score that the judge can give.
-        seed: seed of the bootstrap.
     """
     by_goal = _ByGoal(samples, goals, seed)
     result: dict[str, Any] = {}

@@ -19,14 +19,7 @@ def mean(values: Floats, weights: Floats) -> Floats:
 
 
 def means_by_goal(values: Floats, weights: Floats, goal: NDArray[np.int64], goals: int) -> Floats:
-    """Return [R, G] weighted means of the values at each goal; nan for a goal without weight.
-
-    Args:
-        values: [M].
-        weights: [R, M].
-        goal: [M], number of the goal.
-        goals: number of goals.
-    """
+    """Return [R, G] weighted means of [M] values at each goal, numbered by ``goal`` [M]; nan for one without weight."""
     member = goal[:, None] == np.arange(goals)
     found: Floats = (weights @ (member * values[:, None])) / (weights @ member.astype(np.float64))
     return found
@@ -98,14 +91,7 @@ def length_controlled(
 
     Least squares of score on one effect per goal and on log(length) with a common slope (analysis of covariance);
     predicted for each goal at the mean log length of all observations. If lengths are constant within goals, the slope
-    is undefined: nan.
-
-    Args:
-        scores: [M].
-        lengths: [M], tokens, at least 1.
-        weights: [R, M].
-        goal: [M], number of the goal.
-        goals: number of goals.
+    is undefined: nan. Lengths are tokens, at least 1; ``goal`` is the number of the goal.
     """
     logs = np.log(lengths)
     by_goal = [means_by_goal(values, weights, goal, goals) for values in (scores, logs)]

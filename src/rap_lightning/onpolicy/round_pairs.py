@@ -86,6 +86,16 @@ def write_goal(rules: Rules, output: Path) -> None:
     write_atomically(output, "\n".join(head) + "\n\n" + yaml.safe_dump(body, sort_keys=False, allow_unicode=True))
 
 
+def parse_goal(config: dict[str, Any]) -> GoalTemplate:
+    """Instantiate the goal template of a config, which may name its class by a short name."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_argument("--goal", type=GoalTemplate)
+    made: GoalTemplate = parser.instantiate(parser.parse_object({"goal": config})).goal
+    return made
+
+
 def read_goal(path: Path) -> dict[str, Any]:
     """Read the options of :func:`write_goal`, which may have been edited."""
     try:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,11 +33,9 @@ from rap_lightning.onpolicy.response_generator import ResponseGenerator
 from rap_lightning.onpolicy.scoring import score_file
 from rap_lightning.onpolicy.stages import Stages, digest_of_paths
 from rap_lightning.preferences.filters import Filters
-from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import Message
 from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.selection import Selection
 
 if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
@@ -63,32 +61,16 @@ class RoundsPlan:
     samples: int
     first_goals: Goals
     sample_goals: Goals
-    goal: GoalTemplate
+    rules: Rules
     scale: Literal["refit", "keep"]
     policy: Literal["latest", "initial"]
     reference: Literal["policy", "initial"]
-    relabelling: Relabelling
-    ties: Literal["drop", "chosen", "error"]
-    selection: Selection | None
-    filters: Filters
     fit: dict[str, Any]
     parts: int
     held_out_samples: int
     max_failed: float
     max_prompt_length: int | None
     seed: int
-    parse_goal: Callable[[dict[str, Any]], GoalTemplate] = field(repr=False)
-    """Instantiates the goal template of a config."""
-
-
-@dataclass
-class HeldOutReward:
-    """Rewards of a model at its best goal, on prompts that no round trains on."""
-
-    model: str
-    mean: float
-    error: float
-    count: int
 
 
 def run_rounds(plan: RoundsPlan) -> list[dict[str, Any]]:
@@ -136,8 +118,8 @@ class Round:
             measured = [self._measure("before", self.plan.initial)] if self.number == 1 else []
             measured.append(self._measure("after", self.trained))
             for one in measured:
-                print(f"  {one.model}: {one.mean:.3f} ± {one.error:.3f} at the best goal, {one.count} responses")
-            row["held_out"] = [asdict(one) for one in measured]
+                print("  {model}: {mean:.3f} ± {error:.3f} at the best goal, {count} responses".format_map(one))
+            row["held_out"] = measured
         return row
 
     # -- stages: each returns the digest of its result ----------------------------------------------------------------
@@ -163,10 +145,10 @@ class Round:
 
     def _rules(self) -> Rules:
         plan = self.plan
-        goal = copy.deepcopy(plan.goal)
+        goal = copy.deepcopy(plan.rules.goal)
         if plan.scale == "keep" and self.number > 1:
-            goal = plan.parse_goal(round_pairs.read_goal(plan.folder / "round-1" / GOAL)["goal"])
-        return Rules(goal, plan.relabelling, plan.ties, plan.selection, plan.filters, tool_turns=False)
+            goal = round_pairs.parse_goal(round_pairs.read_goal(plan.folder / "round-1" / GOAL)["goal"])
+        return replace(plan.rules, goal=goal)
 
     def _select(self, scored: str, rules: Rules) -> str:
         inputs = digest_of(scored, rules.describe())
@@ -190,7 +172,7 @@ class Round:
         def make() -> None:
             options = round_pairs.read_goal(self.folder / GOAL)  # possibly edited by hand
             as_edited = replace(
-                rules, goal=self.plan.parse_goal(options["goal"]), selection=None, filters=Filters(),
+                rules, goal=round_pairs.parse_goal(options["goal"]), selection=None, filters=Filters(),
                 relabelling=Relabelling(options.get("relabel", "both"), options.get("keep_original", False)),
                 ties=options.get("ties", "drop"),
             )  # fmt: skip
@@ -220,10 +202,11 @@ class Round:
 
         return self.stages.run("fit", inputs, [MODEL], make, [RUN, CONFIG])
 
-    def _measure(self, when: Literal["before", "after"], model: ModelSource) -> HeldOutReward:
+    def _measure(self, when: Literal["before", "after"], model: ModelSource) -> dict[str, Any]:
+        """Return the rewards of a model at its best goal, on prompts that no round trains on."""
         plan = self.plan
         samples, scored = f"held_out-{when}.jsonl", f"held_out-{when}-scored.jsonl"
-        template = plan.parse_goal(round_pairs.read_goal(self.folder / GOAL)["goal"])
+        template = round_pairs.parse_goal(round_pairs.read_goal(self.folder / GOAL)["goal"])
         goal = resolve("best", None, template)
         inputs = digest_of(
             model.identity(), plan.engine.settings(), asdict(plan.generation), goal.text, plan.held_out_samples,
@@ -239,14 +222,14 @@ class Round:
         rewards = [reward for row in _rewards(self.folder / scored) for reward in row if reward is not None]
         error = stdev(rewards) / len(rewards) ** 0.5 if len(rewards) > 1 else 0.0
         name = "before" if when == "before" else f"round {self.number}"
-        return HeldOutReward(name, fmean(rewards), error, len(rewards))
+        return {"model": name, "mean": fmean(rewards), "error": error, "count": len(rewards)}
 
     # -- parts of stages ----------------------------------------------------------------------------------------------
 
     def _goals(self, options: Goals) -> list[RequestedGoal]:
         listed = options if isinstance(options, list) else [options]
         record = self.sampled.record()
-        template = None if record is not None or set(listed) == {"none"} else self.plan.goal
+        template = None if record is not None or set(listed) == {"none"} else self.plan.rules.goal
         return [resolve(option, record, template) for option in listed]
 
     def _sample(
@@ -297,8 +280,9 @@ class Round:
         Raises:
             ConfigError: fit refuses them.
         """
-        draft = self.folder / ".fit-draft.yaml"
-        relabelling = {"goal": goal_config(self.plan.goal), "relabel": self.plan.relabelling.mode}
+        draft, goal = self.folder / ".fit-draft.yaml", self.plan.rules.goal
+        assert goal is not None, "rounds are about goals"
+        relabelling = {"goal": goal_config(goal), "relabel": self.plan.rules.relabelling.mode}
         try:
             round_fit.write_config(draft, self._config(relabelling))
             round_fit.check_config(draft)
