@@ -95,6 +95,16 @@ def write_lines(path: Path, rows: Iterable[Row]) -> None:
     write_atomically(path, "".join(line_of(row) for row in rows))
 
 
+def list_failed(path: Path, rows: Sequence[Row]) -> str:
+    """Write the rows that failed to ``NAME.failed.jsonl`` beside a file, or remove an old list; return its name."""
+    listing = path.with_name(path.name + ".failed.jsonl")
+    if rows:
+        write_lines(listing, rows)
+    else:
+        listing.unlink(missing_ok=True)
+    return listing.name
+
+
 def line_of(row: Row) -> str:
     """Return a row as its line."""
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -136,7 +146,6 @@ class Ledger:
         path: JSON lines; each row has an ``id``.
         settings: plain values of everything that changes the rows.
         notes: further facts for the record beside the file; they may change between runs.
-        shard, shards: number of this process, and how many share the work.
 
     Attributes:
         done: ids of the finished rows in the files of all shards.
@@ -153,7 +162,7 @@ class Ledger:
         self.settings: dict[str, Any] = plain_values(settings)
         self.notes = notes or {}
         self.done: set[str] = set()
-        self._file: IO[bytes] | None = None
+        self._file: IO[bytes]
 
     def __enter__(self) -> Ledger:
         try:
@@ -183,7 +192,6 @@ class Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._file is not None, "entered first"
         self._file.close()
 
     def append(self, rows: Sequence[Row]) -> None:
@@ -192,13 +200,11 @@ class Ledger:
         self.done.update(str(row["id"]) for row in rows)
 
     def _write(self, data: bytes) -> None:
-        assert self._file is not None, "entered first"
         self._file.write(data)
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def _lock(self) -> None:
-        assert self._file is not None, "entered first"
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -29,12 +29,7 @@ WEIGHT_FILES = (".safetensors", ".json", ".jinja", ".bin", ".distcp", ".pt")
 
 
 class ModelSource:
-    """A model by its path.
-
-    Args:
-        path: folder, Hub id, or a .ckpt that fit wrote: a file, or the folder of a sharded one.
-        option: option that names the model, for error messages.
-    """
+    """A model by its path: a folder, a Hub id, or a .ckpt that fit wrote. Error messages name it by ``option``."""
 
     def __init__(
         self, path: str, revision: str | None = None, trust_remote_code: bool = False, option: str = "--model"
@@ -62,11 +57,7 @@ class ModelSource:
         return self.place.resolve().name if self.place.exists() else self.path.rstrip("/").rpartition("/")[2]
 
     def record(self, goal_from: str | None = None) -> GoalRecord | None:
-        """Return the goal record of the model, or of the folder ``goal_from`` instead.
-
-        Raises:
-            ConfigError: ``goal_from`` has no goal record.
-        """
+        """Return the goal record of the model, or of the folder ``goal_from`` instead, which must have one."""
         if goal_from is not None:
             record = read_goal_record(goal_from)
             if record is None:
@@ -83,8 +74,7 @@ class ModelSource:
     def fit_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer as fit does."""
         with _naming(self.option):
-            found: PreTrainedTokenizerBase = self._config(adapter=False).load_tokenizer()
-        return found
+            return self._config(adapter=False).load_tokenizer()
 
     def tokenizer_as_saved(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer with whatever its chat template writes."""
@@ -107,20 +97,12 @@ class ModelSource:
         return min([int(limit) for limit in limits if limit is not None and 0 < limit < 1e9], default=1_000_000)
 
     def load(self, dtype: torch.dtype, device: torch.device | str) -> Any:
-        """Return the causal LM in evaluation mode, with its adapter.
-
-        Raises:
-            ConfigError: it can't be loaded.
-        """
+        """Return the causal LM in evaluation mode, with its adapter."""
         with _naming(self.option):
             return self._load(dtype).to(device).eval()
 
     def load_policy(self, dtype: torch.dtype, device: torch.device) -> Policy:
-        """Return the model as a frozen policy whose head was checked against the model's own logits.
-
-        Raises:
-            ConfigError: it can't be loaded, or its head computes more than a matrix product.
-        """
+        """Return the model as a frozen policy whose head was checked against the model's own logits."""
         from rap_lightning.models.model_checks import check_head
         from rap_lightning.models.policy import Policy
 

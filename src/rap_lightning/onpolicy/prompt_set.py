@@ -49,9 +49,6 @@ def read_prompts(path: str, split: str | None = None, column: str | None = None,
         split: by default ``train``, or the only one.
         column: read this column instead.
         limit: at most this many conversations.
-
-    Raises:
-        DataError: no row can be read as a prompt.
     """
     source, found, seen = Source(path), PromptSet(), set()
     for chunk in chunks_of(source, split or default_split(splits_of(source))):

@@ -70,9 +70,6 @@ def template_of(record: GoalRecord) -> GoalTemplate:
     """Return the goal template that a record describes.
 
     Only classes of this package are instantiated: a file must not decide which code runs.
-
-    Raises:
-        ConfigError: the template is another package's, or writes another text than the record holds.
     """
     path = str(record.get("template"))
     module, _, name = path.rpartition(".")
@@ -99,11 +96,7 @@ def _scale_of(numbers: dict[str, Any]) -> RewardScale:
 
 
 def goal_config(thing: GoalTemplate | RewardScale) -> dict[str, Any]:
-    """Return the config of a goal template or scale: class path and arguments, fitted numbers included.
-
-    Raises:
-        ConfigError: an argument isn't stored as an attribute of the same name.
-    """
+    """Return the config of a goal template or scale: class path and arguments, fitted numbers included."""
     if isinstance(thing, RewardScale):
         arguments: dict[str, Any] = dict(thing.numbers())
     else:
@@ -134,11 +127,7 @@ def request_goals(
     options: Sequence[GoalOption | None], record: GoalRecord | None, template: GoalTemplate | None,
     generation: Generation,
 ) -> list[RequestedGoal]:  # fmt: skip
-    """Return the goal of each option, with the low goal of guidance.
-
-    Raises:
-        ConfigError: a goal can't be requested (:func:`resolve`, :func:`with_low_goal`), or two read the same.
-    """
+    """Return the goal of each option, with the low goal of guidance."""
     goals = [resolve(option, record, template) for option in options]
     if len({goal.text for goal in goals}) < len(goals):
         raise ConfigError(f"--goal {list(options)}: two of them read the same")
@@ -153,9 +142,6 @@ def resolve(option: GoalOption | None, record: GoalRecord | None, template: Goal
             goals or a template is given, otherwise ``none``.
         record: the model's goal record.
         template: the user's template; by default that of the record.
-
-    Raises:
-        ConfigError: the model has no goal record and there is no template, or the number is outside the scale.
     """
     if option == "none" or (option is None and template is None and not is_trained(record)):
         return NO_GOAL
@@ -184,12 +170,7 @@ def resolve(option: GoalOption | None, record: GoalRecord | None, template: Goal
 def with_low_goal(
     goals: Sequence[RequestedGoal], generation: Generation, record: GoalRecord | None, template: GoalTemplate | None
 ) -> list[RequestedGoal]:
-    """Return the goals with the low goal of guidance; unchanged without guidance.
-
-    Raises:
-        ConfigError: the text of the low goal isn't known, the goal is outside the scale, or it is the only one
-            requested.
-    """
+    """Return the goals with the low goal of guidance; unchanged without guidance."""
     if generation.guidance == 0:
         return list(goals)
     if record is None and template is None:
@@ -212,9 +193,6 @@ def without_own_goal(tokenizer: PreTrainedTokenizerBase, record: GoalRecord | No
     """Change the chat template in place so that it writes no goal by itself, and return the tokenizer.
 
     Exported templates that write the best goal read a variable ``goal``; it is set to "no goal" here.
-
-    Raises:
-        ConfigError: the template writes its goal regardless.
     """
     if record is None or not tokenizer.chat_template or not template_writes(tokenizer, record["best"]):
         return tokenizer

@@ -20,11 +20,7 @@ def fit_config(
     user: dict[str, Any], policy: str, initial: str, pairs: Path, relabelling: dict[str, Any], run: Path,
     reference: Literal["policy", "initial"],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the user's options of fit together with those that a round sets.
-
-    Raises:
-        ConfigError: the user sets an option of the round.
-    """
+    """Return the user's options of fit together with those that a round sets, which the user must leave out."""
     config = copy.deepcopy(user)
     model, data = _arguments(config, "model"), _arguments(config, "data")
     own_policy = model.setdefault("policy", {})
@@ -71,11 +67,7 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def check_config(path: Path) -> None:
-    """Have fit parse a config without running it.
-
-    Raises:
-        ConfigError: fit refuses it; the message is fit's.
-    """
+    """Have fit parse a config without running it; a refusal has fit's message."""
     done = subprocess.run(_command(path, "--print_config"), capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
@@ -83,11 +75,7 @@ def check_config(path: Path) -> None:
 
 
 def run_fit(config: Path, run: Path) -> Path:
-    """Train, or resume a stopped run; return the folder of the exported model.
-
-    Raises:
-        ConfigError: fit ended with an error, which it has printed.
-    """
+    """Train, or resume a stopped run; return the folder of the exported model."""
     if (trained := _exported(run)) is not None:
         return trained
     last = max(run.glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)

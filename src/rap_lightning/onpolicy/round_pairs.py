@@ -24,11 +24,7 @@ REPORT = "select_report.json"
 
 
 def fit_scale_to(scored: Path, rules: Rules) -> None:
-    """Fit the open numbers of the goal's scale to the scored responses.
-
-    Raises:
-        DataError: all rewards are the same.
-    """
+    """Fit the open numbers of the goal's scale to the scored responses."""
     source = Source(str(scored))
     if len(set(rewards_of(source, "train", rules))) < 2:
         raise DataError(
@@ -39,11 +35,7 @@ def fit_scale_to(scored: Path, rules: Rules) -> None:
 
 
 def write_pairs(scored: Path, rules: Rules, output: Path) -> None:
-    """Write the selected pairs in the format of scored pairs, with a report of the rows beside them.
-
-    Raises:
-        DataError: no pair is left.
-    """
+    """Write the selected pairs in the format of scored pairs, with a report of the rows beside them."""
     report = DataReport(scored.name, "train")
     try:
         rows = [_row(pair, rules.goal) for pair in read_pairs(Source(str(scored)), "train", rules, report)]

@@ -74,12 +74,7 @@ class RoundsPlan:
 
 
 def run_rounds(plan: RoundsPlan) -> list[dict[str, Any]]:
-    """Run all unfinished stages, and write ``rounds.json``.
-
-    Raises:
-        ConfigError: options that contradict each other, or a failed stage.
-        DataError: a round without anything to learn from.
-    """
+    """Run all unfinished stages, and write ``rounds.json``."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     latest, rows = plan.initial, []
     for number in range(1, plan.rounds + 1):
@@ -275,11 +270,7 @@ class Round:
         )
 
     def check_fit(self) -> None:
-        """Have fit parse its options before hours of sampling.
-
-        Raises:
-            ConfigError: fit refuses them.
-        """
+        """Have fit parse its options before hours of sampling."""
         draft, goal = self.folder / ".fit-draft.yaml", self.plan.rules.goal
         assert goal is not None, "rounds are about goals"
         relabelling = {"goal": goal_config(goal), "relabel": self.plan.rules.relabelling.mode}

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from rap_lightning.onpolicy.jsonl_ledger import (
     Row,
     digest_of,
     file_digest,
+    list_failed,
     meta_path,
     parts_of,
     plain_values,
@@ -53,27 +55,10 @@ class PromptGroup:
 
 @dataclass
 class ScoreSummary:
-    """Counts of one call of :func:`score_file`."""
+    """How many responses there are, and how many of them have no reward."""
 
-    prompts: int
     responses: int
-    judged_before: int
     failed: int
-    rewards: list[float]
-    counts: Counter[str]
-
-    def lines(self, path: Path) -> list[str]:
-        """Return a summary for the terminal."""
-        lines = [
-            f"{path}: {self.responses:,} responses to {self.prompts:,} prompts, {self.judged_before:,} judged before"
-        ]
-        if self.rewards:
-            low, high = min(self.rewards), max(self.rewards)
-            lines.append(f"  rewards from {low:.4g} to {high:.4g}, mean {fmean(self.rewards):.4g}")
-        lines += [f"  {count:,}: {what}" for what, count in self.counts.most_common()]
-        if self.failed:
-            lines.append(f"  {self.failed:,} have no reward and are written as null; the same command retries them")
-        return lines
 
 
 def score_file(source: str, output: Path, judge: Judge, split: str | None = None) -> ScoreSummary:
@@ -90,19 +75,20 @@ def score_file(source: str, output: Path, judge: Judge, split: str | None = None
     _check_output(output, judge)
     items = {item.id: item for group in groups for item, _ in group.responses}
     verdicts, before, failed = judge_items(items, output.with_name(output.name + ".verdicts.jsonl"), judge)
-    listing = output.with_name(output.name + ".failed.jsonl")
-    if failed:
-        write_lines(listing, failed)
-    else:
-        listing.unlink(missing_ok=True)
+    list_failed(output, failed)
     counts.update(judge.counts)
     counts.update(f"failed: {row['error'][:200]}" for row in failed)
     rewards = _write(output, groups, verdicts, judge, counts)
-    summary = ScoreSummary(
-        len(groups), sum(len(group.responses) for group in groups), before, len(failed), rewards, counts
-    )  # fmt: skip
-    print("\n".join(summary.lines(output)), flush=True)
-    return summary
+    responses = sum(len(group.responses) for group in groups)
+    print(f"{output}: {responses:,} responses to {len(groups):,} prompts, {before:,} judged before")
+    if rewards:
+        print(f"  rewards from {min(rewards):.4g} to {max(rewards):.4g}, mean {fmean(rewards):.4g}")
+    for what, count in counts.most_common():
+        print(f"  {count:,}: {what}")
+    if failed:
+        print(f"  {len(failed):,} have no reward and are written as null; the same command retries them")
+    sys.stdout.flush()
+    return ScoreSummary(responses, len(failed))
 
 
 def expected_responses(source: str) -> int | None:
@@ -114,11 +100,7 @@ def expected_responses(source: str) -> int | None:
 
 
 def read_prompt_groups(source: str, split: str | None, counts: Counter[str]) -> list[PromptGroup]:
-    """Read the prompts and responses of a file: rows of ``generate``, or prompts with ``completions``.
-
-    Raises:
-        DataError: rows of another form, or none.
-    """
+    """Read the prompts and responses of a file: rows of ``generate``, or prompts with ``completions``."""
     groups: dict[str, PromptGroup] = {}
     for row, place in _rows(source, split):
         try:
@@ -189,9 +171,6 @@ def judge_items(items: Mapping[str, Item], path: Path, judge: Judge) -> tuple[di
 
     Returns:
         All verdicts by item id, how many were there before, and a row for each failure.
-
-    Raises:
-        ConfigError: the existing verdicts are another judge's.
     """
     failed: list[Row] = []
     judge.counts.clear()

@@ -50,9 +50,6 @@ class SuiteRun:
         """Return the response to each conversation, without surrounding whitespace.
 
         Responses are rows of ``generations/NAME.jsonl``; existing ones are used again.
-
-        Raises:
-            DataError: some could not be generated.
         """
         generation = self.generation if temperature is None else replace(self.generation, temperature=temperature)
         if generation.temperature == 0:
@@ -91,11 +88,6 @@ def read_questions(
         file: ``--suite.questions``; by default the file of the Hub.
         hub: repository, file and, unless it is a dataset, the kind of repository.
         needs: required columns.
-        limit: at most this many.
-
-    Raises:
-        ConfigError: the Hub can't be reached.
-        DataError: the file can't be read, or lacks a column.
     """
     path = Path(file) if file is not None else _from_hub(*hub)
     try:
