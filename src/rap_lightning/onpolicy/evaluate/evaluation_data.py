@@ -28,14 +28,9 @@ TRAIN = "train"
 
 @dataclass
 class EvaluatedData:
-    """The evaluated prompts and their pairs.
+    """The evaluated prompts by id and their distinct pairs, in the order of the data.
 
-    Attributes:
-        split: split of the prompts.
-        histories: the prompts by id, as conversations, in the order of the data.
-        pairs: their distinct pairs, in the order of the data.
-        report: counts of the split's rows.
-        available: prompts in the split.
+    ``report`` counts the split's rows; ``available`` is the number of prompts in the split.
     """
 
     split: str
@@ -58,28 +53,17 @@ class EvaluatedData:
 
 @dataclass(frozen=True)
 class TrainingRewards:
-    """The rewards that training saw.
-
-    Attributes:
-        best: highest reward of a prompt's responses, by prompt id.
-        p99: 99th percentile of the rewards of all responses.
-        responses: number of responses.
-        split: the training split.
-    """
+    """The rewards that training saw: the highest of each prompt, by id, and the 99th percentile of all responses."""
 
     best: dict[str, float]
     p99: float
     responses: int
-    split: str
 
 
 def make_rules(template: GoalTemplate | None, options: dict[str, Any], sources: Sequence[Source]) -> Rules:
     """Return the rules of reading: scored pairs, without those of equal reward.
 
     Without a template, rewards are used as they are, whatever their range.
-
-    Raises:
-        ConfigError: the template's scale has open numbers.
     """
     goal = template or OverallGoal(LinearScale(decimals=6))
     rules = Rules(goal, Relabelling("none"), **options)
@@ -95,11 +79,7 @@ def make_rules(template: GoalTemplate | None, options: dict[str, Any], sources: 
 
 
 def read_evaluated(plan: EvaluationPlan) -> EvaluatedData:
-    """Read a seeded choice of prompts with their pairs.
-
-    The split is ``plan.split``, by default the first held-out one, or the only one. Which prompts are drawn depends on
-    the seed and their text alone.
-    """
+    """Read a choice of prompts, which depends on the seed and their text alone, with their pairs."""
     splits = splits_among(plan.sources)
     name = plan.split or next((one for one in VALIDATION_NAMES if one in splits), splits[0])
     report = DataReport(", ".join(source.path for source in plan.sources), name)
@@ -129,7 +109,7 @@ def read_training_rewards(plan: EvaluationPlan) -> TrainingRewards | str:
         rewards += _as_training_stated(rewards_of(source, TRAIN, plan.rules, num_proc=plan.num_proc), plan.rules)
     if not rewards:
         raise DataError(f"{', '.join(s.path for s in plan.sources)} (split {TRAIN}): no reward.")
-    return TrainingRewards(best, float(np.percentile(rewards, 99)), len(rewards), TRAIN)
+    return TrainingRewards(best, float(np.percentile(rewards, 99)), len(rewards))
 
 
 def training_fingerprint(sources: Sequence[Source]) -> str:

@@ -17,7 +17,7 @@ from rap_lightning import evaluation
 from rap_lightning.errors import DataError
 from rap_lightning.evaluation import Responses, Samples
 from rap_lightning.onpolicy.engines.base import prompt_id_of
-from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData, TrainingRewards, add_best_rewards
+from rap_lightning.onpolicy.evaluate.evaluation_data import TRAIN, EvaluatedData, TrainingRewards, add_best_rewards
 from rap_lightning.onpolicy.evaluate.evaluation_plan import EvaluationPlan, Part
 from rap_lightning.onpolicy.evaluate.measurements import GoalLogps, JudgedSamples, Key
 from rap_lightning.preferences.pairs import Pair
@@ -58,33 +58,19 @@ GOAL_COLUMNS = (
 
 @dataclass(frozen=True)
 class ResponseLogps:
-    """Log-probabilities of the data's responses, in nats.
-
-    Attributes:
-        pairs: the pairs that can be encoded.
-        responses: their responses, winner and loser of each pair in turn.
-        goals: goals of discrimination.
-        policy, base: log-probabilities of winner and loser, by pair id and goal text.
-    """
+    """Log-probabilities in nats, by pair id and goal text, of winner and loser of the pairs that can be encoded."""
 
     pairs: list[Pair]
     responses: Responses
     goals: list[float]
+    """Goals of discrimination."""
     policy: PairLogpsByKey
     base: PairLogpsByKey
 
 
 @dataclass
 class Measured:
-    """What the figures are computed from. An attribute is set if a part of the plan needs it.
-
-    Attributes:
-        plan: options.
-        evaluated: prompts and pairs.
-        training: rewards of the training split, for extrapolation.
-        sampled, greedy: samples with a score, for parts from samples.
-        logps: log-probabilities, for parts from log-probabilities.
-    """
+    """What the figures are computed from. An attribute is set if a part of the plan needs it."""
 
     plan: EvaluationPlan
     evaluated: EvaluatedData
@@ -114,7 +100,7 @@ def extrapolation(measured: Measured) -> dict[str, Any]:
         measured.sampled, plan.goals, training.best, known, training.p99, plan.highest_score, plan.seed
     )
     seen = sum(prompt in training.best for prompt in measured.evaluated.histories)
-    return figures | {"training": {"split": training.split, "responses": training.responses, "prompts_seen": seen}}
+    return figures | {"training": {"split": TRAIN, "responses": training.responses, "prompts_seen": seen}}
 
 
 def length(measured: Measured) -> dict[str, Any]:
@@ -165,11 +151,7 @@ FIGURES: dict[Part, Callable[[Measured], dict[str, Any]]] = {
 
 
 def check_samples(judged: JudgedSamples, evaluated: EvaluatedData) -> dict[str, Any]:
-    """Return ``trouble`` and ``note`` of the document.
-
-    Raises:
-        DataError: no sample has a score.
-    """
+    """Return ``trouble`` and ``note`` of the document; at least one sample must have a score."""
     scores = judged.scored(greedy=False).scores
     if not scores:
         reasons = "; ".join(f"{count:,} {what}" for what, count in judged.counts.items())
@@ -198,11 +180,7 @@ def shown_samples(judged: JudgedSamples, evaluated: EvaluatedData) -> list[dict[
 def measure_logps(
     plan: EvaluationPlan, evaluated: EvaluatedData, work: Path
 ) -> tuple[ResponseLogps, dict[str, Any]]:  # fmt: skip
-    """Return the log-probabilities that the parts need, and ``encoding`` of the document.
-
-    Raises:
-        DataError: no pair can be encoded.
-    """
+    """Return the log-probabilities that the parts need, and ``encoding`` of the document."""
     goals = plan.template.scale.grid(plan.scale_points) if plan.template and "discrimination" in plan.parts else []
     texts = [*_conditions(plan).values(), *(_text_at(plan, goal) for goal in goals)]
     under_goals = GoalLogps(plan, evaluated, texts, work)

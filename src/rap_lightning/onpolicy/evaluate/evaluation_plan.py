@@ -91,11 +91,7 @@ class EvaluationPlan:
         return not set(parts).isdisjoint(self.parts)
 
     def requested_goals(self) -> list[RequestedGoal]:
-        """Return the goals with their texts, in the order of ``goals``.
-
-        Raises:
-            ConfigError: two of them read the same, or guidance has no effect.
-        """
+        """Return the goals with their texts, in the order of ``goals``."""
         found = []
         for goal in self.goals:
             if goal is None or self.template is None:
@@ -129,14 +125,7 @@ def make_plan(
     template: GoalTemplate | None = None, goal_from: str | None = None, engine: Engine | None = None,
     revision: str | None = None, trust_remote_code: bool = False, **given: Any,
 ) -> EvaluationPlan:  # fmt: skip
-    """Return the plan for the options of the command.
-
-    Args:
-        given: the other options that the user gave.
-
-    Raises:
-        ConfigError: options that are out of range, contradict each other or have no effect.
-    """
+    """Return the plan for the options of the command that the user gave."""
     from rap_lightning.models.generation import Generation
 
     for name, lowest in AT_LEAST.items():
@@ -144,10 +133,9 @@ def make_plan(
             raise ConfigError(f"--{name} must be at least {lowest}, found {given[name]}")
     check_template_options(template, goal_from, ())
     one = ModelSource(model, revision, trust_remote_code)
+    known = template
     if template is None and (record := one.record(goal_from)) is not None:
-        known: GoalTemplate | None = template_of(record)
-    else:
-        known = template
+        known = template_of(record)
     started_from = recorded_base(one) if base is None else ModelSource(base, None, trust_remote_code, "--base")
     wanted, left_out = _choose_parts(parts, _obstacles(judge, known, started_from, engine, one))
     also = {"judge": judge, "goals": goals, "engine": engine, "base": base}

@@ -37,12 +37,9 @@ Key = tuple[str, str | None]
 
 @dataclass
 class JudgedSamples:
-    """Judged samples, in the order of prompts, goals and sample numbers.
+    """Judged samples as rows of samples.jsonl, in the order of prompts, goals and sample numbers.
 
-    Attributes:
-        rows: rows of samples.jsonl.
-        missing: responses that could not be generated or judged.
-        counts: problems on the way, in words.
+    ``missing`` counts responses that could not be generated or judged; ``counts`` has the problems in words.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -114,11 +111,9 @@ def _requested_rows(path: Path, evaluated: EvaluatedData, requested: Sequence[Re
 
 
 class GoalLogps:
-    """Log-probabilities of both responses of each pair under goals.
+    """Log-probabilities of both responses of each pair under the goals ``texts``, None for none, and their own goals.
 
-    Args:
-        evaluated: the pairs; what is repaired, truncated or left out is counted in its report.
-        texts: goal texts of every prompt, beside the responses' own goals; None is the prompt without a goal.
+    What is repaired, truncated or left out is counted in the report of the data.
     """
 
     def __init__(self, plan: EvaluationPlan, evaluated: EvaluatedData, texts: Sequence[str | None], work: Path) -> None:
@@ -135,11 +130,7 @@ class GoalLogps:
     def measure(
         self, model: ModelSource, wanted: Container[Key], name: str, title: str
     ) -> dict[Key, tuple[float, float]]:
-        """Return the log-probabilities of both responses in nats, in float32; existing rows of the file are read.
-
-        Raises:
-            ConfigError: the file was made with other settings, or the model can't be loaded.
-        """
+        """Return the log-probabilities of both responses in nats, in float32; existing rows of the file are read."""
         path, settings = self.work / name, self._settings(model)
         key = digest_of(settings)
         items = {digest_of(*key_of(item), key): item for item in self.items if key_of(item) in wanted}

@@ -60,11 +60,7 @@ def settings_of(plan: EvaluationPlan, evaluated: EvaluatedData) -> Settings:
 
 
 class PreviousEvaluation:
-    """The parts of an evaluation.json (which may not exist) that the present evaluation doesn't measure.
-
-    Raises:
-        ConfigError: parts to keep were measured with other settings, or their settings are unknown.
-    """
+    """The parts of an evaluation.json (which may not exist) that the present evaluation doesn't measure."""
 
     def __init__(self, path: Path, parts: list[Part], settings: Settings) -> None:
         self.parts, self.settings = list(parts), settings

@@ -23,9 +23,6 @@ class InitialPolicy(ModelSource):
     """The policy of a checkpoint before its first optimizer step.
 
     It is the recorded model, quantized and scaled as the policy is, with the continued adapter (if any) as loaded.
-
-    Args:
-        checkpoint: a checkpoint of fit.
     """
 
     is_checkpoint = True
@@ -121,12 +118,9 @@ READ_OPTIONS: dict[str, Any] = {
 def read_options(
     model: ModelSource, given: dict[str, Any], template: GoalTemplate | None
 ) -> tuple[dict[str, Any], str | None]:
-    """Return how rows are read, and a line that names what was taken from the model's run.
+    """Return how rows are read, and a line that names what was taken from the config.yaml of the model's run.
 
-    Args:
-        model: a model in a run's folder, whose config.yaml says how the run read its data.
-        given: options of the command line by name; they override the run's.
-        template: goal template; the run's outside_scale is ignored if no reward can be outside its scale.
+    Options of the command line override the run's, whose outside_scale is ignored if no reward can be outside.
     """
     run = run_of(model)
     options = _section(config_of_run(run), "data") if run is not None else {}

@@ -33,14 +33,10 @@ FEW_PROMPTS = 20
 
 
 def evaluate_model(plan: EvaluationPlan) -> tuple[dict[str, Any], int]:
-    """Run an evaluation; write ``samples.jsonl`` and ``evaluation.json``.
+    """Run an evaluation, and write ``samples.jsonl`` and ``evaluation.json``.
 
     Returns:
         The document, and how many responses have no score.
-
-    Raises:
-        ConfigError: options that contradict each other, or files of another evaluation whose parts would be lost.
-        DataError: data that can't be read.
     """
     started = time.monotonic()
     requested = plan.requested_goals() if plan.measures(FROM_SAMPLES) else []

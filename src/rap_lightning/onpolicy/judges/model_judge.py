@@ -92,11 +92,7 @@ class ModelJudge(Judge):
         free_memory()
 
     def longest(self, max_length: int | None, context: int) -> int:
-        """Return ``max_length``, by default the model's context.
-
-        Raises:
-            ConfigError: ``max_length`` is more than the context.
-        """
+        """Return ``max_length``, by default the model's context."""
         if max_length is not None and not 2 <= max_length <= context:
             raise ConfigError(
                 f"{self.name}: max_length must be from 2 to the {context:,} tokens that the model takes, "
