@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from rap_lightning.atomic_write import atomic_file
 from rap_lightning.callbacks.goal_sampling import log_now
 from rap_lightning.callbacks.run_folder import run_folder
 from rap_lightning.errors import ConfigError
@@ -100,9 +101,8 @@ class AtIntervals(pl.Callback):
             rank_zero_info(
                 f"{path.name}: removed {len(lines) - len(kept):,} lines of steps that are repeated, or of another run"
             )
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            os.replace(partial, path)
+            with atomic_file(path) as file:
+                file.write("".join(kept))
 
 
 def _append(path: Path, rows: list[Row]) -> None:

@@ -18,6 +18,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any
 
+from rap_lightning.atomic_write import atomic_file
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.pairs import shown
 
@@ -77,12 +78,8 @@ def read_meta(path: Path) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that exists completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_json(path: Path, value: Any) -> None:
