@@ -84,10 +84,6 @@ class ChatClient:
         self._quiet_until = self._next_slot = 0.0  # time.monotonic()
         self._session: ClientSession
 
-    def settings(self) -> dict[str, Any]:
-        """Return what changes answers: the model's name identifies it, the address may change from run to run."""
-        return {"model": self.model, "extra_body": self.extra_body}
-
     def each(
         self, items: Iterable[T], answer: Callable[[T], Coroutine[Any, Any, R]]
     ) -> Iterator[tuple[T, R | RequestFailed]]:

@@ -108,15 +108,7 @@ def line_of(row: Row) -> str:
 
 
 def read_rows(paths: Sequence[Path], *, torn: bool = False) -> Iterator[Row]:
-    """Read the rows of files.
-
-    Args:
-        paths: from :func:`parts_of`.
-        torn: ignore an incomplete last line, which another process may be writing.
-
-    Raises:
-        DataError: a line is not a JSON object.
-    """
+    """Read the rows of files; with ``torn``, without an incomplete last line, which another process may be writing."""
     for path in paths:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):

@@ -58,11 +58,8 @@ class GenerationSummary:
 class ResponseGenerator:
     """A model in an engine. The model is loaded when there is something to generate. Used as a context manager.
 
-    Args:
-        max_prompt_length: longer prompts are truncated to this many tokens, goal kept; by default to what the context
-            leaves beside the longest response.
-        shard, shards: number of this process, and how many share the work.
-        rank: rank of this process on its machine.
+    Longer prompts are truncated to ``max_prompt_length`` tokens, goal kept; by default to what the context leaves
+    beside the longest response. ``shard`` of ``shards`` processes does its share of the work.
     """
 
     def __init__(

@@ -65,10 +65,6 @@ def score_file(source: str, output: Path, judge: Judge, split: str | None = None
     """Judge the responses without a verdict, then write all of them as training data.
 
     Verdicts are appended to ``OUTPUT.verdicts.jsonl`` as they come; the output itself appears at the end.
-
-    Raises:
-        ConfigError: the output or the verdicts are another judge's, or the output was edited.
-        DataError: rows that can't be read.
     """
     counts: Counter[str] = Counter()
     groups = read_prompt_groups(source, split, counts)

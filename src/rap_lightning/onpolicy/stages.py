@@ -34,7 +34,7 @@ class Stages:
     def run(
         self, name: str, inputs: str, results: Sequence[str], make: Callable[[], None], also: Sequence[str] = ()
     ) -> str:
-        """Make a stage's results unless they exist.
+        """Make a stage's results unless they exist; return their digest, as an input of later stages.
 
         Args:
             name: name of the stage.
@@ -42,9 +42,6 @@ class Stages:
             results: files or folders that the stage makes; later stages read the first one.
             make: makes them; it may find what an interrupted run of the same inputs left.
             also: further files of the stage: they move with the results, but may be edited or missing.
-
-        Returns:
-            The digest of the results, as an input of later stages.
         """
         paths = [self.folder / result for result in results]
         known = self.state.get(name, {})

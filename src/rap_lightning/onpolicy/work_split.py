@@ -16,14 +16,7 @@ LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_
 
 
 def own_part(shard: str | None) -> tuple[int, int, int]:
-    """Return (number of this process, number of processes, rank on this machine), from ``--shard`` or the launcher.
-
-    Args:
-        shard: "0/4" is the first of four.
-
-    Raises:
-        ConfigError: ``shard`` has another form.
-    """
+    """Return (number of this process, number of processes, rank on this machine), from ``--shard`` or the launcher."""
     if shard is not None:
         match = re.fullmatch(r"(\d+)/(\d+)", shard)
         if match is None or not int(match[1]) < int(match[2]):

@@ -117,16 +117,10 @@ def make_pairs(
     """Return `count` scored pairs, cycling through `prompts`.
 
     Args:
-        prompts: prompts of this world, at least one.
         seed: seed of every response that is not sampled, and of the judge's noise.
-        lean: skew of the qualities towards low: a pair's mean quality is `1 - u ** (1 / (1 + lean))` with u uniform in
-            0..1, so above -1.
-        best: the highest quality, 0 to 1: how rare top scores are.
-        contrast: how far the first response is moved to the best quality and the second to the worst, 0 to 1: how few
-            good losers and bad winners there are. At 0 both have equal chances.
-        judge_noise: standard deviation, in points, of independent noise on the overall score and each attribute.
-            Overall scores stay half points from 1 to 10.
-        on_policy: fraction of the pairs whose responses both come from `sample`, 0 to 1; a seeded choice.
+        lean: a pair's mean quality is `1 - u ** (1 / (1 + lean))` with u uniform in 0..1.
+        best, contrast, judge_noise, on_policy: as in :func:`rap_lightning.world.make.make_world`. Overall scores with
+            noise stay half points from 1 to 10.
         sample: a model that writes a response to each of the given prompts; needed if `on_policy` is above 0.
     """
     if on_policy > 0 and sample is None:

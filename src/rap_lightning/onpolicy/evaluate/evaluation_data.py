@@ -121,12 +121,10 @@ def training_fingerprint(sources: Sequence[Source]) -> str:
 
 def _as_training_stated(rewards: list[float], rules: Rules) -> list[float]:
     """Drop or clip rewards outside the scale, as the rules say."""
-    if rules.goal is None or rules.outside_scale == "error":
-        return rewards
-    low, high = rules.goal.scale.judge_range
+    low, high = rules.goal.scale.judge_range if rules.goal is not None else (-np.inf, np.inf)
     if rules.outside_scale == "clip":
         return [min(max(reward, low), high) for reward in rewards]
-    return [reward for reward in rewards if low <= reward <= high]
+    return [reward for reward in rewards if rules.outside_scale == "error" or low <= reward <= high]
 
 
 def add_best_rewards(best: dict[str, float], pairs: Iterable[Pair]) -> dict[str, float]:

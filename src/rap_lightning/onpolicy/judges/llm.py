@@ -53,9 +53,10 @@ class LLMJudge(Judge):
         self.client = ChatClient(url, model, timeout=timeout, **client)
 
     def settings(self) -> dict[str, Any]:
-        """Return the judge, how it is asked, and the rubric's digest."""
+        """Return the judge, how it is asked, and the rubric's digest; the address may change from run to run."""
+        endpoint = {"model": self.client.model, "extra_body": self.client.extra_body}
         return {
-            "class": "LLMJudge", "endpoint": self.client.settings(), "votes": self.votes,
+            "class": "LLMJudge", "endpoint": endpoint, "votes": self.votes,
             "temperature": self.temperature, "rubric": hashlib.sha256(rubric.SYSTEM.encode()).hexdigest()[:16],
         }  # fmt: skip
 

@@ -50,13 +50,7 @@ class Malformed(ValueError):
 
 
 def messages_for(history: Sequence[Message], response: str, mark: str) -> list[Message]:
-    """Return the judge's prompt.
-
-    Args:
-        history: the conversation.
-        response: the response to grade.
-        mark: delimiter that occurs in neither, so that neither text can end its own frame.
-    """
+    """Return the judge's prompt; ``mark`` occurs in neither text, so that neither can end its own frame."""
     names = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
     turns = "\n\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in history)
     text = (

@@ -15,11 +15,11 @@ from rap_lightning.onpolicy.engines.base import prompt_id_of
 from rap_lightning.onpolicy.jsonl_ledger import parts_of, read_rows
 from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.onpolicy.requested_goals import RequestedGoal
+from rap_lightning.onpolicy.response_generator import ResponseGenerator
 from rap_lightning.preferences.pairs import Message
 
 if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
-    from rap_lightning.onpolicy.response_generator import ResponseGenerator
 
 
 @dataclass
@@ -39,8 +39,6 @@ class SuiteRun:
 
     def generator(self) -> ResponseGenerator:
         """Return a generator for the model."""
-        from rap_lightning.onpolicy.response_generator import ResponseGenerator
-
         return ResponseGenerator(self.model, self.engine, max_prompt_length=self.max_prompt_length)
 
     def answers(
@@ -82,13 +80,7 @@ class Suite(ABC):
 def read_questions(
     file: str | None, hub: tuple[str, ...], needs: Sequence[str], limit: int | None
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Read the questions of a JSON array or JSON lines file.
-
-    Args:
-        file: ``--suite.questions``; by default the file of the Hub.
-        hub: repository, file and, unless it is a dataset, the kind of repository.
-        needs: required columns.
-    """
+    """Read questions with the columns ``needs``: a JSON array or JSON lines, from ``--suite.questions`` or the Hub."""
     path = Path(file) if file is not None else _from_hub(*hub)
     try:
         text = path.read_text(encoding="utf-8")
