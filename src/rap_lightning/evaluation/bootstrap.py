@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,14 +22,7 @@ MIN_DEFINED = 0.9  # fraction of resamples in which a statistic must be defined 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with its 95% interval.
-
-    Attributes:
-        value: None if undefined.
-        low, high: ends of the percentile bootstrap interval; None without one.
-        n: prompts behind the figure.
-        why: why value or interval is None.
-    """
+    """A number, the 95% interval of the percentile bootstrap, the prompts behind it, and why value or ends are None."""
 
     value: float | None
     low: float | None = None
@@ -39,8 +32,7 @@ class Figure:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; ``why`` only if value or interval is missing."""
-        plain: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
-        return plain if self.why is None else plain | {"why": self.why}
+        return {name: value for name, value in asdict(self).items() if name != "why" or value is not None}
 
     @classmethod
     def missing(cls, why: str, n: int = 0) -> Figure:

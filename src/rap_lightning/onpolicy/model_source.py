@@ -76,15 +76,6 @@ class ModelSource:
         with _naming(self.option):
             return self._config(adapter=False).load_tokenizer()
 
-    def tokenizer_as_saved(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer with whatever its chat template writes."""
-        from transformers import AutoTokenizer
-
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
-        return found
-
     def context(self) -> int:
         """Return the longest sequence in tokens, from the model's config and the tokenizer."""
         from transformers import AutoConfig

@@ -48,7 +48,9 @@ class Endpoint(Engine):
         record = model.record()
         if record is None or not model.place.is_dir():
             return
-        own = model.tokenizer_as_saved()
+        from transformers import AutoTokenizer
+
+        own = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         if template_writes(own, record["best"]) and "chat_template_kwargs" not in self.client.extra_body:
             self.client.extra_body["chat_template_kwargs"] = {"goal": False}
             print("the served chat template writes the best goal by itself: switched off, the messages hold the goal")

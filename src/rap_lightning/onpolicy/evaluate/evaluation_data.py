@@ -95,11 +95,8 @@ def read_evaluated(plan: EvaluationPlan) -> EvaluatedData:
     return EvaluatedData(name, chosen, found, report, len(histories))
 
 
-def read_training_rewards(plan: EvaluationPlan) -> TrainingRewards | str:
-    """Read the rewards of the training split; without one, return why they are unknown."""
-    splits = splits_among(plan.sources)
-    if TRAIN not in splits:
-        return f"the data have no split named {TRAIN}, only {', '.join(splits)}"
+def read_training_rewards(plan: EvaluationPlan) -> TrainingRewards:
+    """Read the rewards of the training split."""
     best: dict[str, float] = {}
     rewards: list[float] = []
     with_ties = replace(plan.rules, ties="chosen")  # a tied pair shows a reward too

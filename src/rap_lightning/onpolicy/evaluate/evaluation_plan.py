@@ -10,7 +10,7 @@ import numpy as np
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
-from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData, make_rules
+from rap_lightning.onpolicy.evaluate.evaluation_data import TRAIN, EvaluatedData, make_rules
 from rap_lightning.onpolicy.evaluate.recorded_run import READ_OPTIONS, read_options, recorded_base, run_of
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.model_source import ModelSource
@@ -24,7 +24,7 @@ from rap_lightning.onpolicy.requested_goals import (
 )
 from rap_lightning.preferences.goals import GoalTemplate, is_trained
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.sources import Source, as_sources
+from rap_lightning.preferences.sources import Source, as_sources, splits_among
 
 if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
@@ -60,8 +60,6 @@ class EvaluationPlan:
     sources: list[Source]
     output: Path
     parts: list[Part]
-    explicit: bool
-    """Whether the user named the parts."""
     left_out: dict[str, str]
     """Why the other parts are left out."""
     judge: Judge | None
@@ -137,7 +135,8 @@ def make_plan(
     if template is None and (record := one.record(goal_from)) is not None:
         known = template_of(record)
     started_from = recorded_base(one) if base is None else ModelSource(base, None, trust_remote_code, "--base")
-    wanted, left_out = _choose_parts(parts, _obstacles(judge, known, started_from, engine, one))
+    sources = as_sources(source)
+    wanted, left_out = _choose_parts(parts, _obstacles(judge, known, started_from, engine, one, sources))
     also = {"judge": judge, "goals": goals, "engine": engine, "base": base}
     _refuse_options_without_effect({*given, *(name for name, value in also.items() if value is not None)}, wanted)
     if given.get("temperature") == 0:
@@ -155,8 +154,8 @@ def make_plan(
     own_goals = template is None and goal_from is None and is_trained(one.record())
     compared = started_from if "unlearning" in wanted and isinstance(started_from, ModelSource) else None
     return EvaluationPlan(
-        model=one, base=compared, template=known, sources=as_sources(source), output=_output(output, one), parts=wanted,
-        explicit=parts is not None, left_out=left_out, judge=judge, engine=engine, read=read,
+        model=one, base=compared, template=known, sources=sources, output=_output(output, one), parts=wanted,
+        left_out=left_out, judge=judge, engine=engine, read=read,
         goals=_goals(goals, known, own=own_goals),
         sampling=Generation(**{name: given.pop(name) for name in sampling}), **given,
     )  # fmt: skip
@@ -184,7 +183,7 @@ def _goals(
 
 def _obstacles(
     judge: Judge | None, template: GoalTemplate | None, base: ModelSource | str, engine: Engine | None,
-    model: ModelSource,
+    model: ModelSource, sources: list[Source],
 ) -> dict[Part, str]:  # fmt: skip
     """Return why parts can't be measured."""
     reasons: dict[Part, str] = {}
@@ -197,6 +196,9 @@ def _obstacles(
     if engine is not None and not engine.reads_ids and not model.place.exists():
         where = f"{type(engine).__name__} gives no log-probabilities of texts. Give the model's folder as --model"
         reasons |= dict.fromkeys(FROM_LOGPS, where)
+    if TRAIN not in (splits := splits_among(sources)):
+        missing = f"the data have no split named {TRAIN}, only {', '.join(splits)}. Give data with that split"
+        reasons.setdefault("extrapolation", missing)
     return reasons
 
 

@@ -6,11 +6,9 @@ import time
 from typing import Any
 
 from rap_lightning import __version__
-from rap_lightning.errors import ConfigError
 from rap_lightning.evaluation import bootstrap
 from rap_lightning.onpolicy.evaluate.evaluation_data import (
     EvaluatedData,
-    TrainingRewards,
     read_evaluated,
     read_training_rewards,
 )
@@ -44,12 +42,11 @@ def evaluate_model(plan: EvaluationPlan) -> tuple[dict[str, Any], int]:
         check_base(plan.base, plan.model)
     evaluated = read_evaluated(plan)
     print("\n".join(evaluated.lines()), flush=True)
-    training = _training_rewards(plan)
     previous = PreviousEvaluation(plan.output / "evaluation.json", plan.parts, settings_of(plan, evaluated))
     document, work = _head(plan, evaluated), plan.output / "work"
     measured, judged = Measured(plan, evaluated), None
-    if training is not None:
-        measured.training = training
+    if "extrapolation" in plan.parts:
+        measured.training = read_training_rewards(plan)
     if plan.measures(FROM_SAMPLES):
         judged = sample_and_judge(plan, evaluated, requested, work)
         write_lines(plan.output / "samples.jsonl", judged.rows)
@@ -66,21 +63,6 @@ def evaluate_model(plan: EvaluationPlan) -> tuple[dict[str, Any], int]:
     document = previous.merged_into(document)
     write_json(plan.output / "evaluation.json", document)
     return document, 0 if judged is None else judged.missing
-
-
-def _training_rewards(plan: EvaluationPlan) -> TrainingRewards | None:
-    """Return the rewards of training if extrapolation needs them; without them it is left out."""
-    if "extrapolation" not in plan.parts:
-        return None
-    found = read_training_rewards(plan)
-    if isinstance(found, TrainingRewards):
-        return found
-    if plan.explicit:
-        raise ConfigError(f"--parts extrapolation: {found}. Leave it out, or give data with that split.")
-    plan.left_out["extrapolation"] = found
-    plan.parts.remove("extrapolation")
-    print(f"left out: extrapolation: {found}")
-    return None
 
 
 def _head(plan: EvaluationPlan, evaluated: EvaluatedData) -> dict[str, Any]:
