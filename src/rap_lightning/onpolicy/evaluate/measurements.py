@@ -166,18 +166,21 @@ class GoalLogps:
         policy = model.load_policy(weights_dtype(self.plan.dtype, device), device)
         if reason := check_sharing(policy):
             print(f"{model.path} shares no prefixes: {reason}. Sequences go through it one at a time.")
-        ids = {id(item): one for one, item in items.items()}
+        id_of = {key_of(item): one for one, item in items.items()}
         done = sum(one in ledger.done for one in items)
         with progress(total=len(items), initial=done, desc=title) as bar, torch.inference_mode():
             for together in in_passes(list(items.values()), LAYOUT, self.plan.token_budget):
-                missing = [ids[id(item)] for item in together if ids[id(item)] not in ledger.done]
-                if not missing:
+                ids = [id_of[key_of(item)] for item in together]
+                if ledger.done.issuperset(ids):
                     continue
                 # A partly finished pass is computed whole, so that its numbers are those of an uninterrupted run.
                 logps = two_by_two(policy.logps(batch_of(together, LAYOUT, pad_id=0).to(policy.device)).tolist())
-                rows = {ids[id(item)]: _logps_row(item, two) for item, two in zip(together, logps, strict=True)}
-                ledger.append([{"id": one, **rows[one]} for one in missing])
-                bar.update(len(missing))
+                rows = [
+                    {"id": one, "pair_id": item.example.pair_id, "goal": item.text, "logps": list(two)}
+                    for one, item, two in zip(ids, together, logps, strict=True) if one not in ledger.done
+                ]  # fmt: skip
+                ledger.append(rows)
+                bar.update(len(rows))
         del policy
         free_memory()
 
@@ -185,12 +188,6 @@ class GoalLogps:
 def key_of(item: AtGoal) -> Key:
     """Return the key of an item's log-probabilities."""
     return item.example.pair_id, item.text
-
-
-def _logps_row(item: AtGoal, logps: tuple[float, float]) -> Row:
-    example = item.example
-    tokens = [len(example.chosen_ids), len(example.rejected_ids)]
-    return {"pair_id": example.pair_id, "goal": item.text, "logps": list(logps), "tokens": tokens}
 
 
 def _encoder(plan: EvaluationPlan) -> Encoder:

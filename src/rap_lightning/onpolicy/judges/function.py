@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.hashing import hash_code
 from rap_lightning.preferences.judge import Item, Judge, Verdict, declared
 
@@ -29,8 +28,6 @@ class Function(Judge):
     def __init__(self, function: Callable[[str, str], Any], scale: list[float] | None = None) -> None:
         super().__init__()
         self.function, self.scale = function, declared(scale)
-        if not callable(function):
-            raise ConfigError(f"--judge.function: expected the import path of a function, found {function!r}")
         try:
             self._takes_history = "history" in inspect.signature(function).parameters
         except (TypeError, ValueError):
