@@ -8,7 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from rap_lightning.world.world_data import (
     BEST,
     FAMILIES_BY_DEFAULT,
     WorldPair,
-    check_knobs,
     make_examples,
     make_pairs,
     make_prompts,
@@ -27,6 +26,13 @@ from rap_lightning.world.world_data import (
 VERSION = 1
 #: Lowest score of a top response and of a good loser, and highest score of a bad winner, in points.
 TOP, GOOD, BAD = 9.0, 6.0, 4.0
+#: What settings must be.
+LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
+    "at least 1": (("train_pairs", "test_pairs", "base_steps"), lambda value: value >= 1),
+    "0 or above": (("judge_noise", "goal_noise"), lambda value: value >= 0),
+    "from 0 to 1": (("best", "contrast", "on_policy", "goal_share"), lambda value: 0 <= value <= 1),
+    "above -1": (("lean",), lambda value: value > -1),
+}
 #: Examples in an optimizer step of the base model.
 BATCH = 32
 
@@ -73,13 +79,10 @@ def make_world(
     """
     settings: dict[str, Any] = {"version": VERSION, **locals(), "families": list(families)}
     root = Path(settings.pop("root"))
-    for name in ("train_pairs", "test_pairs", "base_steps"):
-        if settings[name] < 1:
-            raise ValueError(f"{name} must be at least 1; got {settings[name]}")
-    check_knobs(
-        lean=lean, best=best, contrast=contrast, judge_noise=judge_noise, on_policy=on_policy, goal_share=goal_share,
-        goal_noise=goal_noise,
-    )  # fmt: skip
+    for words, (names, fits) in LIMITS.items():
+        for name in names:
+            if not fits(settings[name]):
+                raise ValueError(f"{name} must be {words}; got {settings[name]}")
     make_prompts(seed, families=families)  # refuses an unknown family before a folder is made
     if _is_there(root, settings):
         print(f"world: {root} exists already, with these settings")

@@ -145,19 +145,6 @@ def make_pairs(
     return [_pair(prompt, both, judge_noise, rng) for prompt, both in zip(asked, responses, strict=True)]
 
 
-def check_knobs(**knobs: float) -> None:
-    """Raise ValueError if a setting of `make_pairs` or `make_examples` is out of its range."""
-    for name, value in knobs.items():
-        if name == "lean":
-            if not value > -1:
-                raise ValueError(f"lean must be above -1; got {value}")
-        elif name in ("judge_noise", "goal_noise"):
-            if not value >= 0:
-                raise ValueError(f"{name} must be 0 or above; got {value}")
-        elif not 0 <= value <= 1:
-            raise ValueError(f"{name} must be from 0 to 1; got {value}")
-
-
 def make_examples(
     prompts: list[str], count: int, seed: int, *, goal_share: float, goal_noise: float
 ) -> Iterator[list[Message]]:
