@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +36,14 @@ class PromptSet:
         return [head, *(f"  {n:,}: {reason} (first: {self.first[reason]})" for reason, n in self.counts.items())]
 
 
-def default_split(splits: list[str]) -> str:
-    """Return ``train`` if the source has it, otherwise its first split."""
-    return "train" if "train" in splits else splits[0]
+def rows_of(path: str, split: str | None) -> Iterator[tuple[dict[str, Any] | BadRow, str]]:
+    """Yield each row of a split, by default ``train`` or else the first, with its place for messages."""
+    source = Source(path)
+    if split is None:
+        splits = splits_of(source)
+        split = "train" if "train" in splits else splits[0]
+    for chunk in chunks_of(source, split):
+        yield from ((row, chunk.place(number)) for number, row in chunk.rows())
 
 
 def read_prompts(path: str, split: str | None = None, column: str | None = None, limit: int | None = None) -> PromptSet:
@@ -50,27 +56,25 @@ def read_prompts(path: str, split: str | None = None, column: str | None = None,
         column: read this column instead.
         limit: at most this many conversations.
     """
-    source, found, seen = Source(path), PromptSet(), set()
-    for chunk in chunks_of(source, split or default_split(splits_of(source))):
-        for number, row in chunk.rows():
-            found.read += 1
-            place = chunk.place(number)
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                history = _history(row, column, found, place)
-            except BadRow as problem:
-                if problem.stops:
-                    raise DataError(f"{place}, column {problem.column}: {problem.reason}.") from problem
-                found.note(f"dropped: {problem.reason}", f"{place}, column {problem.column}")
-                continue
-            if (key := repr(history)) in seen:
-                found.note("the same prompt again, used once", place)
-                continue
-            seen.add(key)
-            found.histories.append(history)
-            if limit is not None and len(found.histories) >= limit:
-                return found
+    found, seen = PromptSet(), set()
+    for row, place in rows_of(path, split):
+        found.read += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            history = _history(row, column, found, place)
+        except BadRow as problem:
+            if problem.stops:
+                raise DataError(f"{place}, column {problem.column}: {problem.reason}.") from problem
+            found.note(f"dropped: {problem.reason}", f"{place}, column {problem.column}")
+            continue
+        if (key := repr(history)) in seen:
+            found.note("the same prompt again, used once", place)
+            continue
+        seen.add(key)
+        found.histories.append(history)
+        if limit is not None and len(found.histories) >= limit:
+            return found
     if not found.histories:
         raise DataError("\n".join([f"{path}: no prompt that can be used.", *found.lines()]))
     return found

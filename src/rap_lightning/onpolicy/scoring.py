@@ -32,12 +32,11 @@ from rap_lightning.onpolicy.jsonl_ledger import (
     write_lines,
 )
 from rap_lightning.onpolicy.judges import Judge
-from rap_lightning.onpolicy.prompt_set import default_split
+from rap_lightning.onpolicy.prompt_set import rows_of
 from rap_lightning.preferences.formats.completions import TEXT_NAMES
 from rap_lightning.preferences.formats.scored_pairs import as_turns
 from rap_lightning.preferences.judge import Item
 from rap_lightning.preferences.pairs import BadRow, Message, is_blank, read_messages
-from rap_lightning.preferences.sources import Source, chunks_of, splits_of
 from rap_lightning.progress_bar import progress
 
 KEPT = ("model", "goal", "sample", "finish", "tokens")
@@ -124,12 +123,10 @@ def _rows(source: str, split: str | None) -> Iterator[tuple[Row, str]]:
             for number, row in enumerate(read_rows([part]), 1):
                 yield row, f"{part.name} line {number}"
         return
-    one = Source(source)
-    for chunk in chunks_of(one, split or default_split(splits_of(one))):
-        for number, found in chunk.rows():
-            if isinstance(found, BadRow):
-                raise DataError(f"{chunk.place(number)}: {found.reason}.")
-            yield found, chunk.place(number)
+    for found, place in rows_of(source, split):
+        if isinstance(found, BadRow):
+            raise DataError(f"{place}: {found.reason}.")
+        yield found, place
 
 
 def _responses(row: Row) -> tuple[list[Message], list[tuple[str, Row]]]:
