@@ -230,7 +230,7 @@ def test_a_wording_is_words_around_numbers() -> None:
         (("a", "b", "c", "d"), (low, high)),
         (("a", "b", "c"), (low, low)),
     ):
-        with pytest.raises(ConfigError, match="words around numbers of different names"):
+        with pytest.raises(ConfigError, match="numbers with different names"):
             Wording(parts, numbers, None)
 
 

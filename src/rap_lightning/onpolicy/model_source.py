@@ -78,12 +78,8 @@ class ModelSource:
 
     def context(self) -> int:
         """Return the longest sequence in tokens, from the model's config and the tokenizer."""
-        from transformers import AutoConfig
-
-        config = self._config()
-        text = AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=self.trust_remote_code
-        ).get_text_config()
+        with _naming(self.option):
+            text = self._config().load_config().get_text_config()
         limits = (getattr(text, "max_position_embeddings", None), self.tokenizer().model_max_length)
         return min([int(limit) for limit in limits if limit is not None and 0 < limit < 1e9], default=1_000_000)
 
