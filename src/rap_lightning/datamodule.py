@@ -362,14 +362,6 @@ class PreferenceDataModule(pl.LightningDataModule):
         """Encodes conversations at goals."""
         return PromptEncoder(self.encoder, rank_zero_info)
 
-    def encode_prompts(self, histories: list[list[Message]], goal: float | None) -> list[list[int]]:
-        """Token ids of conversations at a goal (``None`` without one), cut to max_prompt_length as in training.
-
-        Raises:
-            BadRow: the chat template refuses a conversation.
-        """
-        return self.prompt_encoder.encode(histories, self.prompt_encoder.goal_text(goal))
-
     def prompt_batch(self, histories: list[list[Message]], goal: float | None, generation: Generation) -> PromptBatch:
         """Conversations at a goal, ready for :func:`rap_lightning.models.generation.generate`, guidance included.
 

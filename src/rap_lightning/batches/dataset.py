@@ -47,6 +47,11 @@ class Example:
     chosen_ids: Sequence[int]
     rejected_ids: Sequence[int]
 
+    @property
+    def size(self) -> PairSize:
+        """Tokens of the prompt and both responses."""
+        return PairSize(len(self.prompt_ids), len(self.chosen_ids), len(self.rejected_ids))
+
 
 # -- a scored pair to a row -------------------------------------------------------------------------------------------
 

@@ -202,7 +202,9 @@ def build_prefix_tree(sequences: Sequence[Ids], *, shared: bool) -> PackedInputs
     forest = Forest(torch.from_numpy(end), runs, tuple(_spans(path) for path in paths))
     input_ids = torch.from_numpy(ids)[None]
     position_ids = torch.from_numpy(positions)[None]
-    return PackedInputs(input_ids, position_ids, torch.ones_like(input_ids), forest, list(map(torch.from_numpy, places)))
+    return PackedInputs(
+        input_ids, position_ids, torch.ones_like(input_ids), forest, list(map(torch.from_numpy, places))
+    )
 
 
 def _shared_length(a: Ids, b: Ids) -> int:

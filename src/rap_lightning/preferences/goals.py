@@ -79,11 +79,6 @@ class GoalTemplate(ABC):
         """The attributes to ask for at inference."""
         return ()
 
-    @property
-    def worst_attributes(self) -> tuple[float, ...]:
-        """The attributes of the lowest goal, from which guidance pushes away."""
-        return self.best_attributes
-
     def low(self, option: float | Literal["none"] | None = None) -> tuple[str | None, str]:
         """Return (text, printed) of the goal from which guidance pushes away; text is None for the prompt without one.
 
@@ -97,7 +92,7 @@ class GoalTemplate(ABC):
         if option == "none":
             return None, "none"
         if option is None:
-            lowest = self.scale.low, self.worst_attributes
+            lowest = self.scale.low, self.attributes_at(0)
             return self.write(*lowest), self.printed(*lowest)
         if not self.scale.low <= option <= self.scale.high:
             raise ConfigError(
@@ -253,11 +248,6 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
     def best_attributes(self) -> tuple[float, ...]:
         """The highest of their scale."""
         return (self.attribute_scale.best,) * len(self.attributes)
-
-    @property
-    def worst_attributes(self) -> tuple[float, ...]:
-        """The lowest of their scale."""
-        return (self.attribute_scale.low,) * len(self.attributes)
 
     def record(self) -> dict[str, Any]:
         """Return the record with the attributes' scale, and whether the overall score is stated."""

@@ -82,7 +82,7 @@ def read_judged(source: Source, split: str, rules: Rules, *, num_proc: int | Non
 
 def _judged(rows: Rows, rules: Rules, row_format: RowFormat) -> tuple[DataReport, list[Judged]]:
     report = DataReport("", "", names=rules.names)
-    return report, [row.judged for row in judged_rows(rows, rules, row_format, report)]
+    return report, [judged for _, _, judged in judged_rows(rows, rules, row_format, report)]
 
 
 def _open(source: Source, split: str, rules: Rules, *, streaming: bool = False) -> tuple[RowFormat, Iterator[Rows]]:

@@ -32,14 +32,12 @@ class Origin:
         goal: ``own`` is the reward of the chosen response; None writes no goal.
         chosen: number of the response that is chosen: 0 the winner, 1 the loser.
         description: for the card of exported data.
-        weight: of its loss in a mean over pairs; see :meth:`Relabelling.weights`.
     """
 
     name: str
     goal: Literal["own"] | None
     chosen: int
     description: str
-    weight: float = 1.0
 
 
 ORIGIN_TABLE = (
@@ -127,9 +125,7 @@ class Relabelling:
                 f"rejected_weight {rejected:g} has no effect with relabel {self.mode}, which leaves nothing to weigh "
                 "the rejected-goal half against. Use relabel both, or remove it."
             )
-        weights = [origin.weight for origin in ORIGIN_TABLE]
-        weights[REJECTED_GOAL] = rejected
-        return tuple(weights)
+        return tuple(rejected if origin == REJECTED_GOAL else 1.0 for origin in range(len(ORIGIN_TABLE)))
 
     @property
     def conditioned(self) -> bool:

@@ -52,15 +52,6 @@ class ChunkPairs:
     prompt_ids: list[tuple[str, str, str]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class JudgedRow:
-    """A row, or a group of ``count`` rows, that was read."""
-
-    place: str
-    count: int
-    judged: Judged
-
-
 def rows_to_pairs(rows: Rows, rules: Rules, row_format: RowFormat, log_rows: bool = False) -> ChunkPairs:
     """Return the scored pairs of some rows.
 
@@ -71,24 +62,26 @@ def rows_to_pairs(rows: Rows, rules: Rules, row_format: RowFormat, log_rows: boo
         log_rows: keep every noted row in the report.
     """
     out = ChunkPairs(DataReport("", "", names=rules.names, rows=[] if log_rows else None))
-    for row in judged_rows(rows, rules, row_format, out.report):
+    for place, count, judged in judged_rows(rows, rules, row_format, out.report):
         try:
-            pairs = list(_pairs(row.judged, rules, row_format, row.place, out.report))
+            pairs = list(_pairs(judged, rules, row_format, place, out.report))
         except BadRow as problem:
-            _note_bad_row(problem, row.place, rules, out.report)
+            _note_bad_row(problem, place, rules, out.report)
             continue
-        out.report.kept += row.count
+        out.report.kept += count
         out.pairs += pairs
-        if row.judged.prompt_id is not None:
-            out.prompt_ids.append((str(row.judged.prompt_id), row.judged.prompt, row.place))
+        if judged.prompt_id is not None:
+            out.prompt_ids.append((str(judged.prompt_id), judged.prompt, place))
     return out
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def judged_rows(rows: Rows, rules: Rules, row_format: RowFormat, report: DataReport) -> Iterator[JudgedRow]:
-    """Yield the conversations of rows with at least two responses that can be used; count the other rows."""
+def judged_rows(
+    rows: Rows, rules: Rules, row_format: RowFormat, report: DataReport
+) -> Iterator[tuple[str, int, Judged]]:
+    """Yield (place, number of rows, conversation) of rows with at least two usable responses; count the other rows."""
     groups = _single_rows(rows, rules.columns) if isinstance(rows, Chunk) else rows
     for place, group in groups:
         report.read += 1 if isinstance(group, BadRow) else len(group)
@@ -103,7 +96,7 @@ def judged_rows(rows: Rows, rules: Rules, row_format: RowFormat, report: DataRep
         except BadRow as problem:
             _note_bad_row(problem, place, rules, report)
             continue
-        yield JudgedRow(place, len(group), judged)
+        yield place, len(group), judged
 
 
 def in_groups(chunks: Iterable[Chunk], row_format: RowFormat, columns: dict[str, str] | None) -> Iterator[Rows]:
@@ -195,8 +188,7 @@ def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, repo
     for first, second in selected:
         pair = make_pair(judged, first, second, place)
         try:
-            better, worse = (second, first) if second.reward > first.reward else (first, second)
-            yield _checked(pair, better, worse, rules, report)
+            yield _checked(pair, *((second, first) if second.reward > first.reward else (first, second)), rules, report)
         except BadRow as problem:
             problems.append(problem)
     last = problems.pop() if len(problems) == len(selected) else None

@@ -25,7 +25,7 @@ from rap_lightning.preferences.pairs import Message
 from rap_lightning.progress_bar import progress
 
 if TYPE_CHECKING:
-    from rap_lightning.batches.at_goals import AtGoal
+    from rap_lightning.batches.dataset import Example
     from rap_lightning.batches.encode import Encoder
 
 LAYOUT = "tree"
@@ -130,7 +130,7 @@ class GoalLogps:
 
     def tokens(self) -> dict[str, tuple[int, int]]:
         """Return the tokens of both responses, end of turn included, by pair id."""
-        return {i.example.pair_id: (len(i.example.chosen_ids), len(i.example.rejected_ids)) for i in self.items}
+        return {one.pair_id: (one.size.chosen, one.size.rejected) for one in self.items}
 
     def measure(
         self, model: ModelSource, wanted: Container[Key], name: str, title: str
@@ -165,10 +165,11 @@ class GoalLogps:
             },
         }
 
-    def _fill(self, model: ModelSource, ledger: Ledger, items: Mapping[str, AtGoal], title: str) -> None:
+    def _fill(self, model: ModelSource, ledger: Ledger, items: Mapping[str, Example], title: str) -> None:
         import torch
 
-        from rap_lightning.batches.at_goals import batch_of, in_passes, two_by_two
+        from rap_lightning.batches.at_goals import batch_of, in_passes
+        from rap_lightning.batches.types import split_segments
         from rap_lightning.models.model_checks import check_sharing
 
         device = default_device()
@@ -183,23 +184,23 @@ class GoalLogps:
                 if not missing:
                     continue
                 # A partly finished pass is computed whole, so that its numbers are those of an uninterrupted run.
-                logps = two_by_two(policy.logps(batch_of(together, LAYOUT, pad_id=0).to(policy.device)).tolist())
-                rows = {ids[id(item)]: _logps_row(item, two) for item, two in zip(together, logps, strict=True)}
+                logps = policy.logps(batch_of(together, LAYOUT, pad_id=0).to(policy.device)).tolist()
+                both = zip(*split_segments(logps), strict=True)
+                rows = {ids[id(item)]: _logps_row(item, two) for item, two in zip(together, both, strict=True)}
                 ledger.append([{"id": one, **rows[one]} for one in missing])
                 bar.update(len(missing))
         del policy
         free_memory()
 
 
-def key_of(item: AtGoal) -> Key:
+def key_of(item: Example) -> Key:
     """Return the key of an item's log-probabilities."""
-    return item.example.pair_id, item.text
+    return item.pair_id, item.goal
 
 
-def _logps_row(item: AtGoal, logps: tuple[float, float]) -> Row:
-    example = item.example
-    tokens = [len(example.chosen_ids), len(example.rejected_ids)]
-    return {"pair_id": example.pair_id, "goal": item.text, "logps": list(logps), "tokens": tokens}
+def _logps_row(item: Example, logps: tuple[float, float]) -> Row:
+    tokens = [item.size.chosen, item.size.rejected]
+    return {"pair_id": item.pair_id, "goal": item.goal, "logps": list(logps), "tokens": tokens}
 
 
 def _encoder(plan: EvaluationPlan) -> Encoder:
