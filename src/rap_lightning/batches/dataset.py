@@ -57,12 +57,7 @@ class Example:
 
 
 class PairEncoder:
-    """Encodes scored pairs, some at a time.
-
-    Args:
-        encoder: renders and tokenises.
-        relabelling: which prompts a pair needs.
-    """
+    """Encodes scored pairs, some at a time."""
 
     def __init__(self, encoder: Encoder, relabelling: Relabelling) -> None:
         self.encoder, self.relabelling = encoder, relabelling
@@ -161,13 +156,7 @@ def example_of(row: EncodedRow, origin: int, relabelling: Relabelling) -> Exampl
 
 
 class EncodedPairs(Dataset[Any]):
-    """The training pairs over a table of encoded scored pairs, whose last rows are those that tie.
-
-    Args:
-        table: a ``datasets.Dataset`` with the columns of :func:`features`.
-        relabelling: what each scored pair becomes.
-        ties: how many of the last rows tie.
-    """
+    """The training pairs over a table of encoded scored pairs, whose last rows are those that tie."""
 
     def __init__(self, table: Any, relabelling: Relabelling, ties: int = 0) -> None:
         self.table, self.relabelling = table, relabelling
@@ -188,7 +177,6 @@ class EncodedPairs(Dataset[Any]):
         return found.hexdigest()[:12]
 
     def example(self, index: int) -> Example:
-        """Training pair ``index``."""
         row, origin = self.index[index]
         return example_of(self.table[row], origin, self.relabelling)
 
@@ -229,9 +217,6 @@ def encode_pairs(
         report: gets what was repaired, truncated or dropped here, and the final counts.
         num_proc: processes that share the work.
         strict: raise where a pair can't be encoded, instead of dropping and counting it.
-
-    Raises:
-        DataError: no pair can be encoded, or with ``strict`` one can't.
     """
     table = pairs.map(
         _encode_rows,

@@ -157,7 +157,6 @@ class Collate:
         self.name, self.pad_id = layout, pad_id  # by name, so that workers that are not forked can unpickle it
 
     def __call__(self, planned: tuple[BatchPlan, list[Example]]) -> tuple[Batch, ...]:
-        """Lay out one planned batch."""
         plan, examples = planned
         layout = LAYOUTS[self.name]
         return tuple(lay_out(layout, [examples[i] for i in part], plan.part(part), self.pad_id) for part in plan.parts)

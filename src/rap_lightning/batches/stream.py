@@ -47,22 +47,13 @@ class StepShape:
 
     @property
     def pairs(self) -> int:
-        """Pairs in a full step."""
         return self.width * self.accumulate
 
 
 class StreamedPairs(IterableDataset[Any]):
     """Planned batches of examples, as :class:`rap_lightning.batches.dataset.EncodedPairs` gives them, from a stream.
 
-    Args:
-        sources: where the rows are read from.
-        split: which split of them.
-        rules: what is done with rows.
-        encode: makes token ids.
-        shape: of the steps.
-        buffer: training pairs to shuffle among; 1 keeps the order.
-        seed: of the order.
-        origin_weights: weight of the loss of a training pair of each origin in the mean over its step.
+    ``buffer`` training pairs are shuffled among each other; 1 keeps the order.
     """
 
     def __init__(

@@ -26,12 +26,6 @@ _SEAM = '{{- "" }}'
 def bake(template: str, goal: Mapping[str, Any], placement: Literal["system", "user"], *, system_shown: bool) -> str:
     """Return a chat template that writes goals; a goal that the template already writes is replaced.
 
-    Args:
-        template: the model's chat template.
-        goal: the record of the goal template that the model was trained with.
-        placement: where training wrote the goal.
-        system_shown: whether the model's template writes system messages.
-
     Raises:
         ConfigError: the model's template uses a variable named ``goal``.
     """

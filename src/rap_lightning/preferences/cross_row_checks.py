@@ -14,12 +14,7 @@ SHARED_ID = "a prompt_id that another prompt has as well"
 
 
 class CrossRowChecks:
-    """Check the pairs of each chunk against those of all earlier chunks of a split.
-
-    Args:
-        rules: what to do with repeats and bad rows.
-        report: of the split; gets the counts.
-    """
+    """Check the pairs of each chunk against those of all earlier chunks of a split."""
 
     def __init__(self, rules: Rules, report: DataReport) -> None:
         self.rules, self.report = rules, report
@@ -28,7 +23,6 @@ class CrossRowChecks:
         self.seen_ids: dict[int, int] = {}  # digest of a prompt_id -> digest of its first prompt
 
     def keep(self, part: ChunkPairs) -> list[Pair]:
-        """Return the pairs to keep, and count the others."""
         shared = set()
         for own, prompt, place in part.prompt_ids:
             digest = hash_text(prompt)

@@ -28,15 +28,6 @@ def stored_pairs(
 
     The key of the cache is a digest of the source's content and the rules. Several runs can use it at the same time.
 
-    Args:
-        source: where to read from.
-        split: name of the split.
-        rules: the options of reading.
-        num_proc: processes that share the work.
-        cache: folder of the cache; by default one inside that of the datasets library.
-
-    Raises:
-        DataError: as for :func:`rap_lightning.preferences.read_pairs.read_pairs`.
     """
     import datasets
 

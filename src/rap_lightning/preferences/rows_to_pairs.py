@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.formats import RowFormat
 from rap_lightning.preferences.formats.base import Row
-from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.hashing import hash_text, hash_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, make_pair
 from rap_lightning.preferences.readers import ROWS, Chunk
@@ -53,14 +51,7 @@ class ChunkPairs:
 
 
 def rows_to_pairs(rows: Rows, rules: Rules, row_format: RowFormat, log_rows: bool = False) -> ChunkPairs:
-    """Return the scored pairs of some rows.
-
-    Args:
-        rows: a chunk of the source, or groups of rows.
-        rules: the options of reading.
-        row_format: of the rows.
-        log_rows: keep every noted row in the report.
-    """
+    """Return the scored pairs of some rows."""
     out = ChunkPairs(DataReport("", "", names=rules.names, rows=[] if log_rows else None))
     for place, count, judged in judged_rows(rows, rules, row_format, out.report):
         try:
@@ -230,23 +221,17 @@ def _selected(judged: Judged, responses: list[Response], rules: Rules) -> list[t
     texts = "".join(sorted(response.text for response in responses))
     key = f"{hash_turns(judged.history)} {hash_text(texts)}"
     selection = rules.selection or BestVsRandom()
-    selected = selection.select(responses, partial(_same_goal, goal=rules.goal), key)
+    same_goal = lambda a, b: is_tie(rules.goal, (a.reward, b.reward), (a.attributes, b.attributes))  # noqa: E731
+    selected = selection.select(responses, same_goal, key)
     if not selected:
         raise BadRow(responses[0].column, f"{TIE}, for all responses", by_choice=True)
     return selected
 
 
-def _same_goal(a: Response, b: Response, goal: GoalTemplate | None) -> bool:
-    if goal is None or a.reward == b.reward:
-        return a.reward == b.reward
-    first, second = goal.own_texts((a.reward, b.reward), (a.attributes, b.attributes))
-    return first == second
-
-
 def _checked(pair: Pair, better: Response, worse: Response, rules: Rules, report: DataReport) -> Pair:
     """Apply the filters and the rule for ties to a pair."""
     rules.filters.check_pair(better, worse)
-    if rules.goal is not None and is_tie(pair, rules.goal):
+    if rules.goal is not None and is_tie(rules.goal, pair.rewards, pair.attributes):
         equal = " (equal)" if pair.rewards[0] == pair.rewards[1] else ""
         reason = f"{TIE}{equal}{TIE_RULES[rules.ties]}"
         if rules.ties != "chosen":

@@ -33,13 +33,7 @@ class Selection(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
     def select(self, responses: Sequence[Response], same_goal: SameGoal, key: str) -> list[tuple[Response, Response]]:
-        """Return pairs of a better and a worse response, best pairs first; none if all goals print the same.
-
-        Args:
-            responses: of one prompt, with different texts.
-            same_goal: such responses are never paired with each other.
-            key: digest of the content, the source of randomness.
-        """
+        """Return pairs of a better and a worse response, best pairs first; none if all goals print the same."""
         # equal rewards are sorted by text, so that the order of responses has no effect
         ordered = sorted(responses, key=lambda r: (-r.reward, r.text))
         pairs = list(self.choose(ordered, same_goal, random.Random(f"{self.seed} {key}")))
@@ -73,7 +67,6 @@ class BestVsRandom(Selection):
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
     ) -> Iterable[tuple[Response, Response]]:
-        """Return one pair."""
         worse = [other for other in ordered[1:] if not same_goal(ordered[0], other)]
         return [(ordered[0], rng.choice(worse))] if worse else []
 
@@ -90,7 +83,6 @@ class BestVsWorst(Selection):
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
     ) -> Iterable[tuple[Response, Response]]:
-        """Return one pair."""
         return [] if same_goal(ordered[0], ordered[-1]) else [(ordered[0], ordered[-1])]
 
 
@@ -120,7 +112,6 @@ class AllPairs(SeveralPairs):
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
     ) -> Iterable[tuple[Response, Response]]:
-        """Yield up to k (k - 1) / 2 pairs."""
         for i, better in enumerate(ordered):
             for worse in ordered[i + 1 :]:
                 if not same_goal(better, worse):

@@ -25,15 +25,7 @@ def copies(pair_id: str, weight: float, seed: int) -> int:
 
 
 def stream_mixed(sources: Sequence[Source], split: str, rules: Rules, report: DataReport, seed: int) -> Iterator[Pair]:
-    """Yield the pairs of several streams in turns, each pair as often as the weight of its source says.
-
-    Args:
-        sources: where to read from.
-        split: name of the split.
-        rules: the options of reading.
-        report: gets the counts of all sources.
-        seed: of the half that a weight selects.
-    """
+    """Yield the pairs of several streams in turns, each pair as often as the weight of its source says."""
     streams = [
         weighted(read_pairs(source, split, rules, report, streaming=True, progress=False), source.weight, seed)
         for source in sources
