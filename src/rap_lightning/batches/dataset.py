@@ -24,7 +24,7 @@ from rap_lightning.preferences.pairs import BadRow, Pair
 from rap_lightning.preferences.relabelling import ORIGIN_TABLE, Relabelling, TrainingIndex, relabel
 from rap_lightning.preferences.source_mix import copies
 
-FORMAT = 4
+FORMAT = 5
 """Part of the cache key: raise it when the columns of a row or the encoding change."""
 ROWS = 250
 """Rows that are encoded at a time."""
@@ -63,16 +63,17 @@ class PairEncoder:
         self.encoder, self.relabelling = encoder, relabelling
 
     def __call__(self, pairs: Sequence[Pair]) -> list[EncodedRow]:
-        """A row for each pair; ``dropped`` says why a pair can't be encoded."""
-        rows = []
+        """A row for each pair; ``dropped`` says why a pair can't be encoded, and most columns are then missing."""
+        rows: list[EncodedRow] = []
         for pair, found in zip(pairs, self.encoder.encode([self._conversation(pair) for pair in pairs]), strict=True):
-            row = EMPTY | {"pair_id": pair.id, "place": pair.place}
             if isinstance(found, BadRow):
-                rows.append(row | {"dropped": found.reason, "column": found.column})
+                rows.append({"place": pair.place, "dropped": found.reason, "column": found.column})
                 continue
             rows.append(
-                row
-                | {
+                {
+                    "pair_id": pair.id,
+                    "place": pair.place,
+                    "dropped": None,
                     "tie": pair.tie,
                     "rewards": list(pair.rewards),
                     "goals": [relabel(pair, self.encoder.goal, one).goal for one in self.relabelling.origins],
@@ -107,12 +108,6 @@ def features() -> Any:
         goals=List(Value("string")), prompt_ids=ids, response_ids=ids, dropped=Value("string"), column=Value("string"),
         repaired=List(Value("string")), cut_prompt=Value("int64"), cut_response=List(Value("int64")),
     )  # fmt: skip
-
-
-EMPTY: EncodedRow = {
-    "pair_id": "", "place": "", "tie": False, "rewards": [], "goals": [], "prompt_ids": [], "response_ids": [],
-    "dropped": "", "column": "", "repaired": [], "cut_prompt": 0, "cut_response": [0, 0],
-}  # fmt: skip
 
 
 def note_encoding(rows: Iterable[EncodedRow], report: DataReport) -> list[bool]:
@@ -235,14 +230,10 @@ def encode_pairs(
     for index, (encoded, tie) in enumerate(zip(note_encoding(facts, report), facts["tie"], strict=True)):
         if encoded:
             (ties if tie else keep).append(index)
-    if strict and len(keep) + len(ties) < len(table):
-        raise DataError(
-            "\n".join([f"{report.source} (split {report.split}): pairs that can't be encoded.", *report.lines()])
-        )
-    if not keep and not ties:
-        raise DataError(
-            f"{report.source} (split {report.split}): no pair is left to train on.\n" + "\n".join(report.lines())
-        )
+    incomplete = strict and len(keep) + len(ties) < len(table)
+    if incomplete or not keep + ties:
+        what = "pairs that can't be encoded" if incomplete else "no pair is left to train on"
+        raise DataError("\n".join([f"{report.source} (split {report.split}): {what}.", *report.lines()]))
     whole = EncodedPairs(table.select(keep + ties), relabelling, len(ties))
     report.pairs, report.relabelled = len(keep) + len(ties), len(whole)
     return whole
@@ -269,7 +260,7 @@ def _encode_rows(batch: dict[str, list[Any]], encode: PairEncoder) -> dict[str, 
     names = list(batch)
     pairs = [as_pair(dict(zip(names, values, strict=True))) for values in zip(*batch.values(), strict=True)]
     rows = encode(pairs)
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: [row.get(name) for row in rows] for name in features()}
 
 
 def _lengths(column: Any) -> list[list[int]]:

@@ -9,7 +9,7 @@ Response s of the 2B responses belongs to pair s // 2; even s is chosen, odd s i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -28,13 +28,17 @@ def split_segments(values: T) -> tuple[T, T]:
 
 
 class _Movable:
-    """Moves every tensor of a dataclass; Lightning calls ``to`` on batches that have it."""
+    """Applies a function to every tensor of a dataclass; Lightning calls ``to`` on batches that have it."""
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        movable = (Tensor, _Movable)
-        moved = {name: v.to(*args, **kwargs) if isinstance(v, movable) else v for name, v in values.items()}
-        return type(self)(**moved)
+        for name, value in values.items():
+            if isinstance(value, Tensor | _Movable):
+                values[name] = function(value) if isinstance(value, Tensor) else value.map(function)
+        return type(self)(**values)
 
 
 @dataclass(frozen=True)

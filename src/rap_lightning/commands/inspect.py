@@ -208,10 +208,8 @@ def _print(inspected: _Inspected, max_length: int) -> None:
     histogram = statistics.histogram()
     if histogram:
         table = Table(title=f"rewards of both responses, {statistics.pairs:,} pairs", box=None)
-        table.add_column("from", justify="right")
-        table.add_column("to", justify="right")
-        table.add_column("count", justify="right")
-        table.add_column("")
+        for name in ("from", "to", "count", ""):
+            table.add_column(name, justify="right" if name else "left")
         most = max(count for _, _, count in histogram)
         for low, high, count in histogram:
             table.add_row(f"{low:g}", f"{high:g}", f"{count:,}", "█" * round(40 * count / most))
@@ -221,9 +219,9 @@ def _print(inspected: _Inspected, max_length: int) -> None:
     for name in ("", "min", "p25", "p50", "p75", "p95", "max"):
         table.add_column(name, justify="right" if name else "left")
     rows = {"gap between rewards": figures["gap"]} if figures["gap"] else {}
-    for name, counts in figures.get("tokens", {}).items():
-        if isinstance(counts, dict):
-            rows[f"tokens: {name}"] = counts
+    rows |= {
+        f"tokens: {name}": counts for name, counts in figures.get("tokens", {}).items() if isinstance(counts, dict)
+    }
     for name, found in rows.items():
         table.add_row(name, *(f"{found[key]:g}" for key in ("min", "p25", "p50", "p75", "p95", "max")))
     if rows:

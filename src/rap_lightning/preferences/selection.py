@@ -72,13 +72,7 @@ class BestVsRandom(Selection):
 
 
 class BestVsWorst(Selection):
-    """The best response against the worst.
-
-    >>> responses = [Response("a", 2.0), Response("b", 9.0), Response("c", 7.0)]
-    >>> pairs = BestVsWorst().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
-    >>> [(better.text, worse.text) for better, worse in pairs]
-    [('b', 'a')]
-    """
+    """The best response against the worst."""
 
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
@@ -101,13 +95,7 @@ class SeveralPairs(Selection):
 
 
 class AllPairs(SeveralPairs):
-    """Every two responses.
-
-    >>> responses = [Response("a", 2.0), Response("b", 9.0), Response("c", 7.0)]
-    >>> pairs = AllPairs().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
-    >>> [(better.text, worse.text) for better, worse in pairs]
-    [('b', 'c'), ('b', 'a'), ('c', 'a')]
-    """
+    """Every two responses."""
 
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
@@ -119,13 +107,7 @@ class AllPairs(SeveralPairs):
 
 
 class AdjacentPairs(SeveralPairs):
-    """Every response against the next worse one.
-
-    >>> responses = [Response("a", 2.0), Response("b", 9.0), Response("c", 7.0)]
-    >>> pairs = AdjacentPairs().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
-    >>> [(better.text, worse.text) for better, worse in pairs]
-    [('b', 'c'), ('c', 'a')]
-    """
+    """Every response against the next worse one."""
 
     def choose(
         self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
