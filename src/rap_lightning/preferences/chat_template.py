@@ -84,17 +84,13 @@ def how_to_ask(wording: Wording | None) -> str:
     if wording is None:
         return f"{none}; other goals aren't available, since the goal template writes texts of its own."
     ranges = ", ".join(f"{n.name} from {n.low:g} to {n.high:g}" for n in wording.numbers)
-    if _is_one_number(wording):
+    if len(wording.numbers) == 1 and wording.alone is not None:
         (number,) = wording.numbers
         return f"goal=NUMBER asks for another, from {number.low:g} to {number.high:g}; {none}."
     text = f"goal={{name: NUMBER}} asks for others ({ranges}; those left out are the best)"
     if wording.alone is not None:
         text += f"; goal=NUMBER sets {wording.alone} alone"
     return f"{text}; {none}."
-
-
-def _is_one_number(wording: Wording) -> bool:
-    return len(wording.numbers) == 1 and wording.alone is not None
 
 
 def _explicit(wording: Wording) -> list[str]:

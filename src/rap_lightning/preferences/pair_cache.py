@@ -62,7 +62,8 @@ def write_pairs(path: Path, pairs: Iterable[Pair], rows: int = 1000) -> None:
     remaining = iter(pairs)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, layout) as writer:
         while part := list(islice(remaining, rows)):
-            writer.write_batch(pa.RecordBatch.from_pylist([as_row(pair) for pair in part], schema=layout))
+            stored = [vars(pair) | {"history": json.dumps(pair.history, ensure_ascii=False)} for pair in part]
+            writer.write_batch(pa.RecordBatch.from_pylist(stored, schema=layout))
 
 
 def schema() -> Any:
@@ -78,13 +79,8 @@ def schema() -> Any:
     )  # fmt: skip
 
 
-def as_row(pair: Pair) -> dict[str, Any]:
-    """Return a pair as a row with the columns of :func:`schema`."""
-    return vars(pair) | {"history": json.dumps(pair.history, ensure_ascii=False)}
-
-
 def as_pair(row: dict[str, Any]) -> Pair:
-    """Invert :func:`as_row`."""
+    """Return the pair of a stored row."""
     high, low = row["attributes"]
     return Pair(
         **row
