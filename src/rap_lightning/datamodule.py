@@ -224,7 +224,6 @@ class PreferenceDataModule(pl.LightningDataModule):
         }
 
     def _fit_scale(self) -> None:
-        """Fit the goal's scale on the training split, where it needs that."""
         if self.goal is None or not self.goal.scale.needs_fit:
             return
         if fit_scale(self._rules(self.train_split), self.sources, self.train_split, num_proc=self.num_proc):
@@ -299,7 +298,6 @@ class PreferenceDataModule(pl.LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
-        """Prompts at the goal, padded on the left."""
         collate = partial(collate_prompts, pad_id=self.pad_id)
         return DataLoader(self._prompts, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
 

@@ -139,9 +139,6 @@ class ChatRenderer:
         """(start, end) of the data's own turns in the prompt's text without marks, in the order in which they are cut.
 
         The prompt is rendered once more with brackets around each turn, which are found in the text.
-
-        Raises:
-            BadRow: the template rewrites the text of a turn, so that it can't be found.
         """
         plain, text = prompt.plain_text, ""
         for strip in (False, True):  # a template that trims turns would not trim inside the brackets

@@ -49,7 +49,6 @@ class Example:
 
     @property
     def size(self) -> PairSize:
-        """Tokens of the prompt and both responses."""
         return PairSize(len(self.prompt_ids), len(self.chosen_ids), len(self.rejected_ids))
 
 
@@ -179,7 +178,8 @@ class EncodedPairs(Dataset[Any]):
         """Tokens of every training pair, as :meth:`example` gives it, read from the columns' offsets alone."""
         lengths = []
         for rows in self.table.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(1000):
-            lengths += list(zip(*(_lengths(rows[name]) for name in ("prompt_ids", "response_ids")), strict=True))
+            both = ([[len(ids) for ids in row] for row in rows[name]] for name in ("prompt_ids", "response_ids"))
+            lengths += list(zip(*both, strict=True))
         found = []
         for index in range(len(self)):
             row, origin = self.index[index]
@@ -261,11 +261,3 @@ def _encode_rows(batch: dict[str, list[Any]], encode: PairEncoder) -> dict[str, 
     pairs = [as_pair(dict(zip(names, values, strict=True))) for values in zip(*batch.values(), strict=True)]
     rows = encode(pairs)
     return {name: [row.get(name) for row in rows] for name in features()}
-
-
-def _lengths(column: Any) -> list[list[int]]:
-    """The lengths of the inner lists of an Arrow column of lists of lists."""
-    from pyarrow import compute
-
-    inner = iter(compute.list_value_length(compute.list_flatten(column)).to_pylist())
-    return [[next(inner) for _ in range(count)] for count in compute.list_value_length(column).to_pylist()]

@@ -128,7 +128,6 @@ def inspect(
 
 
 def _new_file(path: str | None) -> Path | None:
-    """The file to write, or none."""
     if path is None:
         return None
     target = Path(path).expanduser()
@@ -158,7 +157,6 @@ class _Inspected:
 def _inspect(
     source: Source, read: ReadingOptions, encode: Encode | None, max_length: int, examples: int, report: DataReport
 ) -> _Inspected:
-    """Read the report's split of a source; its first pairs are tokenised."""
     found = _Inspected(report, PairStatistics(), [])
     pairs = read_pairs(
         source, report.split, read.rules, report,
@@ -180,7 +178,6 @@ def _inspect(
 
 
 def _measure(pairs: list[Pair], encode: Encode, found: _Inspected, max_length: int) -> None:
-    """Tokenise pairs, and count their lengths before truncation."""
     from rap_lightning.batches.dataset import note_encoding
 
     rows = encode(pairs)

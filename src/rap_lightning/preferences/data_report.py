@@ -182,7 +182,6 @@ class DataReport:
             yield f"  {remedy}"
 
     def remedies(self) -> list[str]:
-        """Return what can be done about the faults, each remedy once."""
         return list(dict.fromkeys(tally.remedy for tally in self.faults.values() if tally.remedy))
 
     def _with_source_names(self, column: str) -> str:

@@ -49,7 +49,6 @@ class GoalTemplate(ABC):
         """
 
     def write(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """Call :meth:`text` with the arguments that the class expects."""
         return self.text(goal, attributes) if self.attributes else self.text(goal)
 
     def goal_of(self, reward: float, attributes: Sequence[float] = ()) -> tuple[float, tuple[float, ...]]:

@@ -37,17 +37,11 @@ Rows = Chunk | list[RowGroup]
 
 @dataclass
 class ChunkPairs:
-    """The pairs of one chunk.
-
-    Attributes:
-        report: of the rows of the chunk.
-        pairs: in the order of the rows.
-        prompt_ids: (prompt_id, prompt, place) of kept rows with an id.
-    """
+    """The pairs of one chunk."""
 
     report: DataReport
     pairs: list[Pair] = field(default_factory=list)
-    prompt_ids: list[tuple[str, str, str]] = field(default_factory=list)
+    prompt_ids: list[tuple[str, str, str]] = field(default_factory=list)  # (prompt_id, prompt, place) of kept rows
 
 
 def rows_to_pairs(rows: Rows, rules: Rules, row_format: RowFormat, log_rows: bool = False) -> ChunkPairs:
