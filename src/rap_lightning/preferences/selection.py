@@ -10,6 +10,7 @@ from itertools import pairwise
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.pairs import Response
 
+ResponsePair = tuple[Response, Response]
 SameGoal = Callable[[Response, Response], bool]
 """Whether the goals of two responses print the same, so that they can't be distinguished."""
 
@@ -32,7 +33,7 @@ class Selection(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
-    def select(self, responses: Sequence[Response], same_goal: SameGoal, key: str) -> list[tuple[Response, Response]]:
+    def select(self, responses: Sequence[Response], same_goal: SameGoal, key: str) -> list[ResponsePair]:
         """Return pairs of a better and a worse response, best pairs first; none if all goals print the same."""
         # equal rewards are sorted by text, so that the order of responses has no effect
         ordered = sorted(responses, key=lambda r: (-r.reward, r.text))
@@ -43,9 +44,7 @@ class Selection(ABC):
         return pairs
 
     @abstractmethod
-    def choose(
-        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
-    ) -> Iterable[tuple[Response, Response]]:
+    def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         """Return pairs of (better, worse) among responses ordered from the highest reward to the lowest."""
 
 
@@ -64,9 +63,7 @@ class BestVsRandom(Selection):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def choose(
-        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
-    ) -> Iterable[tuple[Response, Response]]:
+    def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         worse = [other for other in ordered[1:] if not same_goal(ordered[0], other)]
         return [(ordered[0], rng.choice(worse))] if worse else []
 
@@ -74,9 +71,7 @@ class BestVsRandom(Selection):
 class BestVsWorst(Selection):
     """The best response against the worst."""
 
-    def choose(
-        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
-    ) -> Iterable[tuple[Response, Response]]:
+    def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         return [] if same_goal(ordered[0], ordered[-1]) else [(ordered[0], ordered[-1])]
 
 
@@ -97,9 +92,7 @@ class SeveralPairs(Selection):
 class AllPairs(SeveralPairs):
     """Every two responses."""
 
-    def choose(
-        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
-    ) -> Iterable[tuple[Response, Response]]:
+    def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         for i, better in enumerate(ordered):
             for worse in ordered[i + 1 :]:
                 if not same_goal(better, worse):
@@ -109,9 +102,7 @@ class AllPairs(SeveralPairs):
 class AdjacentPairs(SeveralPairs):
     """Every response against the next worse one."""
 
-    def choose(
-        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
-    ) -> Iterable[tuple[Response, Response]]:
+    def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         """Return up to k - 1 pairs; of responses with the same goal the first by text is used."""
         distinct = list(ordered[:1])
         for response in ordered[1:]:
