@@ -6,6 +6,7 @@ import json as jsonlib
 import sys
 import unicodedata
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -162,18 +163,12 @@ def _inspect(
         source, report.split, read.rules, report,
         num_proc=read.num_proc, collect_faults=True, progress=sys.stderr.isatty(),
     )  # fmt: skip
-    chunk: list[Pair] = []
-    for number, pair in enumerate(pairs):
-        found.statistics.add(pair)
-        if number < examples:
-            found.shown.append(pair)
-        if encode is not None and number < MEASURED:
-            chunk.append(pair)
-        if len(chunk) == CHUNK:
+    while chunk := list(islice(pairs, CHUNK)):
+        found.shown.extend(chunk[: max(0, examples - found.statistics.pairs)])
+        if encode is not None and found.statistics.pairs < MEASURED:
             _measure(chunk, encode, found, max_length)
-            chunk = []
-    if chunk:
-        _measure(chunk, encode, found, max_length)
+        for pair in chunk:
+            found.statistics.add(pair)
     return found
 
 
