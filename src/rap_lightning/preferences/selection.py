@@ -69,7 +69,13 @@ class BestVsRandom(Selection):
 
 
 class BestVsWorst(Selection):
-    """The best response against the worst."""
+    """The best response against the worst.
+
+    >>> responses = [Response("a", 2.0), Response("b", 9.0), Response("c", 7.0)]
+    >>> pairs = BestVsWorst().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
+    >>> [(better.text, worse.text) for better, worse in pairs]
+    [('b', 'a')]
+    """
 
     def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         return [] if same_goal(ordered[0], ordered[-1]) else [(ordered[0], ordered[-1])]
@@ -90,7 +96,13 @@ class SeveralPairs(Selection):
 
 
 class AllPairs(SeveralPairs):
-    """Every two responses."""
+    """Every two responses.
+
+    >>> responses = [Response("a", 2.0), Response("b", 9.0), Response("c", 7.0)]
+    >>> pairs = AllPairs().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
+    >>> [(better.text, worse.text) for better, worse in pairs]
+    [('b', 'c'), ('b', 'a'), ('c', 'a')]
+    """
 
     def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         for i, better in enumerate(ordered):
@@ -100,7 +112,13 @@ class AllPairs(SeveralPairs):
 
 
 class AdjacentPairs(SeveralPairs):
-    """Every response against the next worse one."""
+    """Every response against the next worse one.
+
+    >>> responses = [Response("a", 2.0), Response("b", 9.0), Response("c", 7.0)]
+    >>> pairs = AdjacentPairs().select(responses, lambda r, s: r.reward == s.reward, key="prompt")
+    >>> [(better.text, worse.text) for better, worse in pairs]
+    [('b', 'c'), ('c', 'a')]
+    """
 
     def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         """Return up to k - 1 pairs; of responses with the same goal the first by text is used."""
