@@ -212,7 +212,7 @@ def test_a_merged_model_is_what_was_trained_and_is_not_baked_twice(
     module, data = build(out, pairs_folder, goal=OverallGoal(placement="user"))
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(module, data)
-    assert BEGIN not in data.tokenizer.chat_template, "training writes goals by itself"
+    assert BEGIN not in data.encoder.tokenizer.chat_template, "training writes goals by itself"
     trainer.save_checkpoint(tmp_path / "b.ckpt")
     export(str(tmp_path / "b.ckpt"), str(tmp_path / "again"))
     own, once, twice = (AutoTokenizer.from_pretrained(f) for f in (runs / "model", out, tmp_path / "again"))

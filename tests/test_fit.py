@@ -470,7 +470,7 @@ def test_predict_writes_a_line_per_prompt_at_the_goal(tiny: Path, pairs_folder: 
         assert len(lines) == 5
         assert {line["goal"] for line in lines} == {printed}
         assert all(line["messages"][-1]["role"] == "user" and isinstance(line["response"], str) for line in lines)
-        assert f"Overall score: {printed}." in data.tokenizer.decode(data._prompts[0].ids)
+        assert f"Overall score: {printed}." in data.encoder.tokenizer.decode(data._prompts[0].ids)
 
 
 @pytest.mark.parametrize(

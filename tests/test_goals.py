@@ -54,7 +54,7 @@ def test_attributes_stand_a_line_each_on_their_own_scale_then_the_overall_score(
         f"{LEAD.format('1-5', 1, 5)}\nHelpfulness: 4.12.\nHonest y: 2.\nOverall score: 73."
     )
     assert SEVERAL.printed(goal, attributes) == "4.12 2 73"
-    assert (SEVERAL.best, SEVERAL.best_attributes, SEVERAL.worst_attributes) == (100, (5, 5), (1, 1))
+    assert (SEVERAL.best, SEVERAL.best_attributes, SEVERAL.attributes_at(0)) == (100, (5, 5), (1, 1))
     alone = AttributeGoal(["helpfulness", "honest_y"], RewardScale(0, 100, 0), RewardScale(1, 5, 2), overall=False)
     assert alone.write(goal, attributes) == SEVERAL.write(goal, attributes).rpartition("\n")[0]
     assert alone.printed(goal, attributes) == "4.12 2"
@@ -98,7 +98,7 @@ def test_a_template_that_takes_the_goal_alone_needs_no_attributes() -> None:
     assert goal.write(7, (1.0, 2.0)) == "Be good."
     assert (goal.scale, goal.placement, Worded().placement) == (RewardScale(), "user", "auto")
     assert goal.goal_of(3.5, [1]) == (3.5, (1,))
-    assert (goal.best, goal.best_attributes, goal.worst_attributes) == (10, (), ())
+    assert (goal.best, goal.best_attributes, goal.attributes_at(0)) == (10, (), ())
     assert goal.printed(7.0) == "7"
     assert goal.wording() is None
     assert goal.record() == {
@@ -230,7 +230,7 @@ def test_a_wording_is_words_around_numbers() -> None:
         (("a", "b", "c", "d"), (low, high)),
         (("a", "b", "c"), (low, low)),
     ):
-        with pytest.raises(ConfigError, match="numbers with different names"):
+        with pytest.raises(ConfigError, match="one more part than numbers, and numbers with different names"):
             Wording(parts, numbers, None)
 
 

@@ -148,25 +148,25 @@ def test_each_sequence_is_found_where_it_stands_whatever_the_order() -> None:
     given = ids_of([3, 1], [1, 2], [3, 1, 4], [1, 2])
     for shared in (False, True):
         tree = build_prefix_tree(given, shared=shared)
-        assert [tree.ids[places].tolist() for places in tree.places] == [s.tolist() for s in given]
-        assert tree.ids.dtype == tree.positions.dtype == np.int64
+        assert [tree.input_ids[0, places].tolist() for places in tree.places] == [s.tolist() for s in given]
+        assert tree.input_ids.dtype == tree.position_ids.dtype == torch.int64
     apart = build_prefix_tree(given, shared=False)
-    assert apart.ids.tolist() == [3, 1, 1, 2, 3, 1, 4, 1, 2], "in the order given"
+    assert apart.input_ids[0].tolist() == [3, 1, 1, 2, 3, 1, 4, 1, 2], "in the order given"
     assert apart.forest.end.tolist() == [2, 2, 4, 4, 7, 7, 7, 9, 9]
 
 
 @pytest.mark.parametrize(("common", "tokens"), [(15, 2 * 16), (16, 16 + 2)])
 def test_sixteen_common_tokens_are_worth_sharing_and_fifteen_are_not(common: int, tokens: int) -> None:
     head = [7] * common
-    assert len(build_prefix_tree(ids_of([*head, 1], [*head, 2]), shared=True).ids) == tokens
+    assert len(build_prefix_tree(ids_of([*head, 1], [*head, 2]), shared=True).input_ids[0]) == tokens
 
 
 def test_equal_sequences_stand_once_however_short_and_short_beginnings_are_not_shared() -> None:
     equal = build_prefix_tree(ids_of([5, 6], [5, 6]), shared=True)
-    assert equal.ids.tolist() == [5, 6]
+    assert equal.input_ids[0].tolist() == [5, 6]
     assert [p.tolist() for p in equal.places] == [[0, 1], [0, 1]]
     assert equal.forest.paths == (((0, 2),),)
-    assert build_prefix_tree(ids_of([5, 6, 7], [5, 6]), shared=True).ids.tolist() == [5, 6, 5, 6, 7]
+    assert build_prefix_tree(ids_of([5, 6, 7], [5, 6]), shared=True).input_ids[0].tolist() == [5, 6, 5, 6, 7]
 
 
 def test_branches_are_left_and_come_back_to() -> None:
@@ -174,10 +174,10 @@ def test_branches_are_left_and_come_back_to() -> None:
     a, b, c = [1] * 16, [2] * 16, [3] * 16
     given = ids_of([*a, *b, *c, 9], [*a, *b, *c, 8], [*a, *b, 7], [*a, 6], [5, 5])
     tree = build_prefix_tree(given, shared=True)
-    assert len(tree.ids) == 48 + 2 + 1 + 1 + 2
-    assert [tree.ids[p].tolist() for p in tree.places] == [s.tolist() for s in given]
-    assert [tree.positions[p].tolist() for p in tree.places] == [list(range(len(s))) for s in given]
-    end, index = tree.forest.end, torch.arange(len(tree.ids))
+    assert tree.input_ids.numel() == 48 + 2 + 1 + 1 + 2
+    assert [tree.input_ids[0, p].tolist() for p in tree.places] == [s.tolist() for s in given]
+    assert [tree.position_ids[0, p].tolist() for p in tree.places] == [list(range(len(s))) for s in given]
+    end, index = tree.forest.end, torch.arange(tree.input_ids.numel())
     sees = (index <= index[:, None]) & (index[:, None] < end)
     for places in tree.places:
         for depth, place in enumerate(places):

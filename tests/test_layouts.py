@@ -259,14 +259,14 @@ def test_a_forest_holds_every_sequence_and_sees_exactly_its_path(shared: bool, m
     monkeypatch.setattr(layouts, "WORTH_SHARING", 1)
     texts = ["abcdef", "abcxy", "abcxyz", "b", "abcdef", "bcd", "abqqq", "abcd"]
     tree = build_prefix_tree(sequences(*texts), shared=shared)
-    tokens = len(tree.ids)
+    tokens = tree.input_ids.numel()
     assert tokens == (len("abcdef" + "xyz" + "qqq" + "bcd") if shared else sum(map(len, texts)))
     end = tree.forest.end
     index = torch.arange(tokens)
     sees = (index <= index[:, None]) & (index[:, None] < end)
     for text, places in zip(texts, tree.places, strict=True):
-        assert bytes(tree.ids[places].astype(np.uint8)).decode() == text
-        assert tree.positions[places].tolist() == list(range(len(text)))
+        assert bytes(tree.input_ids[0, places].to(torch.uint8).numpy()).decode() == text
+        assert tree.position_ids[0, places].tolist() == list(range(len(text)))
         for depth, place in enumerate(places):
             assert sees[place].nonzero()[:, 0].tolist() == places[: depth + 1].tolist()
     covered = [i for start, stop, _ in tree.forest.runs for i in range(start, stop)]
@@ -281,7 +281,7 @@ def test_a_branch_that_would_share_next_to_nothing_starts_at_the_one_before() ->
     few, more = "t" * (layouts.WORTH_SHARING - 1), "t" * layouts.WORTH_SHARING
     for middle, tokens in [(few, len(head) + 2 * len(few + "x")), (more, len(head + more) + 2)]:
         tree = build_prefix_tree(sequences(head + "a", head + middle + "x", head + middle + "y"), shared=True)
-        assert len(tree.ids) == tokens + 1
+        assert tree.input_ids.numel() == tokens + 1
 
 
 def test_layouts_estimate_no_fewer_tokens_than_they_lay_out() -> None:

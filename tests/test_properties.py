@@ -19,7 +19,6 @@ from rap_lightning.batches.dataset import PairEncoder
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.batches.stream import StepShape, StreamedPairs
 from rap_lightning.errors import DataError
-from rap_lightning.preferences.cross_row_checks import FirstSeen
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.preferences.read_pairs import read_pairs
@@ -319,20 +318,6 @@ def test_a_quantile_scale_states_ranks() -> None:
     crowded.fit([1.0] * 90 + [2.0] * 10)
     assert 5 < crowded.goal(1.0) < 5.6, "a value that many share stands in the middle of their quantiles"
     assert RewardScale().goal(7.25) == 7.25
-
-
-@relaxed
-@given(st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), max_size=9), max_size=6))
-def test_seen_is_a_dictionary_that_keeps_the_first(parts: list[list[tuple[int, int]]]) -> None:
-    import numpy as np
-
-    seen, known = FirstSeen(), dict[int, int]()
-    for part in parts:
-        keys, values = (np.array([pair[i] for pair in part], dtype=np.uint64) for i in (0, 1))
-        was, first = seen.add(keys, values)
-        for (key, value), is_known, found in zip(part, was, first, strict=True):
-            assert is_known == (key in known)
-            assert found == known.setdefault(key, value)
 
 
 def test_a_stream_leaves_out_what_it_cannot_encode_and_says_so(

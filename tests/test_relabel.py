@@ -336,9 +336,9 @@ def test_each_half_asks_for_the_attributes_of_the_response_it_prefers() -> None:
 
 def test_pairs_tie_by_what_is_printed_attributes_included() -> None:
     pair = replace(pair_of(scored_rows(1)[0]), rewards=(7.04, 6.96), attributes=((1.0,), (1.0,)))
-    assert is_tie(pair, OverallGoal())
-    assert is_tie(pair, AttributeGoal(["kind"]))
-    assert not is_tie(pair, OverallGoal(RewardScale(decimals=2)))
-    assert not is_tie(replace(pair, attributes=((1.0,), (2.0,))), AttributeGoal(["kind"]))
+    assert is_tie(OverallGoal(), pair.rewards, pair.attributes)
+    assert is_tie(AttributeGoal(["kind"]), pair.rewards, pair.attributes)
+    assert not is_tie(OverallGoal(RewardScale(decimals=2)), pair.rewards, pair.attributes)
+    assert not is_tie(AttributeGoal(["kind"]), pair.rewards, ((1.0,), (2.0,)))
     same = replace(pair, rewards=(7.0, 7.0), attributes=((1.0,), (2.0,)))
-    assert is_tie(same, AttributeGoal(["kind"])), "neither response is preferred"
+    assert is_tie(AttributeGoal(["kind"]), same.rewards, same.attributes), "neither response is preferred"

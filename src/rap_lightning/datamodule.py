@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -47,9 +47,6 @@ from rap_lightning.preferences.source_mix import stream_mixed
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, having, splits_of
 from rap_lightning.training.protocols import policy_of
 from rap_lightning.training.run_state import batches_done
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FIRST_LOOK = 1000
 """Pairs of a stream that are read before the model is loaded."""
@@ -138,11 +135,6 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     # -- preparing ----------------------------------------------------------------------------------------------------
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
-        return self.encoder.tokenizer
-
     @cached_property
     def encoder(self) -> Encoder:
         """Renders and tokenises conversations at a goal, with the policy's tokenizer.
@@ -157,7 +149,6 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     @property
     def pad_id(self) -> int:
-        """The id that padding is filled with."""
         return self.encoder.pad_id
 
     def prepare_data(self) -> None:
@@ -233,7 +224,6 @@ class PreferenceDataModule(pl.LightningDataModule):
         }
 
     def _fit_scale(self) -> None:
-        """Fit the goal's scale on the training split, where it needs that."""
         if self.goal is None or not self.goal.scale.needs_fit:
             return
         if fit_scale(self._rules(self.train_split), self.sources, self.train_split, num_proc=self.num_proc):
@@ -305,11 +295,9 @@ class PreferenceDataModule(pl.LightningDataModule):
         return [] if split is None else self._loader(split, shuffle=False)
 
     def test_dataloader(self) -> PairLoader | list[Any]:
-        """As ``val_dataloader``."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
-        """Prompts at the goal, padded on the left."""
         collate = partial(collate_prompts, pad_id=self.pad_id)
         return DataLoader(self._prompts, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
@@ -359,24 +347,10 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     @cached_property
     def prompt_encoder(self) -> PromptEncoder:
-        """Encodes conversations at goals."""
         return PromptEncoder(self.encoder, rank_zero_info)
 
-    def encode_prompts(self, histories: list[list[Message]], goal: float | None) -> list[list[int]]:
-        """Token ids of conversations at a goal (``None`` without one), cut to max_prompt_length as in training.
-
-        Raises:
-            BadRow: the chat template refuses a conversation.
-        """
-        return self.prompt_encoder.encode(histories, self.prompt_encoder.goal_text(goal))
-
     def prompt_batch(self, histories: list[list[Message]], goal: float | None, generation: Generation) -> PromptBatch:
-        """Conversations at a goal, ready for :func:`rap_lightning.models.generation.generate`, guidance included.
-
-        Raises:
-            BadRow: the chat template refuses a conversation.
-            ConfigError: guidance without goals, or away from a goal outside the scale.
-        """
+        """Conversations at a goal, ready for :func:`rap_lightning.models.generation.generate`, guidance included."""
         prompts = self.prompt_encoder.prompts(histories, goal, generation.guidance, generation.against)
         return collate_prompts(prompts, self.pad_id)
 

@@ -1,44 +1,22 @@
 """Scored pairs under any goals, not only their own, to measure log-probabilities on.
 
-:class:`AtGoals` encodes pairs, :func:`in_passes` groups them into forward passes, :func:`batch_of` makes the batch of a
-pass, and :func:`two_by_two` reads its log-probabilities.
+:class:`AtGoals` encodes pairs, :func:`in_passes` groups them into forward passes, and :func:`batch_of` makes the batch
+of a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from rap_lightning.batches.dataset import Example, PairEncoder, note_encoding
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.batches.layouts import LAYOUTS, lay_out
-from rap_lightning.batches.sampler import BatchPlan, PairSize
-from rap_lightning.batches.types import Batch, split_segments
+from rap_lightning.batches.sampler import BatchPlan
+from rap_lightning.batches.types import Batch
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.relabelling import CHOSEN_GOAL, UNCONDITIONED, Relabelling
-
-
-@dataclass(frozen=True)
-class AtGoal:
-    """Both responses of a pair under one goal.
-
-    Attributes:
-        pair: number of the pair.
-        text: the goal's text in the prompt; None for the prompt without a goal.
-        example: token ids; its chosen response is the pair's first.
-    """
-
-    pair: int
-    text: str | None
-    example: Example
-
-    @property
-    def size(self) -> PairSize:
-        """Tokens of the prompt and both responses."""
-        example = self.example
-        return PairSize(len(example.prompt_ids), len(example.chosen_ids), len(example.rejected_ids))
 
 
 class AtGoals(PairEncoder):
@@ -59,40 +37,41 @@ class AtGoals(PairEncoder):
         own = self.own.own_texts(pair.rewards, pair.attributes) if self.own is not None else []
         return tuple(dict.fromkeys([*self.texts, *own]))
 
-    def examples(self, pairs: Sequence[Pair], report: DataReport) -> list[AtGoal]:
-        """Each pair under each of its goals; pairs that can't be encoded are counted in the report and left out."""
-        found = []
+    def examples(self, pairs: Sequence[Pair], report: DataReport) -> list[Example]:
+        """Each pair under each of its goals; pairs that can't be encoded are counted in the report and left out.
+
+        The ``goal`` of an example is the goal's whole text, and its chosen response is the pair's first.
+        """
         rows = self(pairs)
-        for number, (pair, row, good) in enumerate(zip(pairs, rows, note_encoding(rows, report), strict=True)):
-            if not good:
-                continue
-            for text, prompt in zip(self.goal_texts(pair), row["prompt_ids"], strict=True):
-                origin = UNCONDITIONED if text is None else CHOSEN_GOAL
-                found.append(
-                    AtGoal(number, text, Example(pair.id, origin, text, pair.rewards, prompt, *row["response_ids"]))
-                )
-        return found
+        return [
+            Example(
+                pair.id,
+                UNCONDITIONED if text is None else CHOSEN_GOAL,
+                text,
+                pair.rewards,
+                prompt,
+                *row["response_ids"],
+            )
+            for pair, row, good in zip(pairs, rows, note_encoding(rows, report), strict=True)
+            if good
+            for text, prompt in zip(self.goal_texts(pair), row["prompt_ids"], strict=True)
+        ]
 
 
-def in_passes(items: Sequence[AtGoal], layout: str, budget: int) -> list[list[AtGoal]]:
-    """Forward passes of at most ``budget`` tokens (at least one item each), the longest first; deterministic."""
+def in_passes(examples: Sequence[Example], layout: str, budget: int) -> list[list[Example]]:
+    """Forward passes of at most ``budget`` tokens (at least one example each), the longest first; deterministic."""
     tokens = LAYOUTS[layout].tokens
-    passes: list[list[AtGoal]] = []
-    for item in sorted(items, key=lambda item: -tokens([item.size])):  # stable
-        if passes and tokens([one.size for one in (*passes[-1], item)]) <= budget:
-            passes[-1].append(item)
+    passes: list[list[Example]] = []
+    for example in sorted(examples, key=lambda one: -tokens([one.size])):  # stable
+        if passes and tokens([one.size for one in (*passes[-1], example)]) <= budget:
+            passes[-1].append(example)
         else:
-            passes.append([item])
+            passes.append([example])
     return passes
 
 
-def batch_of(items: Sequence[AtGoal], layout: str, pad_id: int) -> Batch:
-    """The batch of one forward pass; pair i of it is item i."""
-    places = tuple(range(len(items)))
-    plan = BatchPlan(places, (1.0,) * len(items), len(items), (places,))
-    return lay_out(LAYOUTS[layout], [item.example for item in items], plan, pad_id)
-
-
-def two_by_two(values: Sequence[float]) -> Iterator[tuple[float, float]]:
-    """Values in segment order as (first, second) of each item."""
-    yield from zip(*split_segments(values), strict=True)
+def batch_of(examples: Sequence[Example], layout: str, pad_id: int) -> Batch:
+    """The batch of one forward pass; pair i of it is example i."""
+    places = tuple(range(len(examples)))
+    plan = BatchPlan(places, (1.0,) * len(examples), len(examples), (places,))
+    return lay_out(LAYOUTS[layout], examples, plan, pad_id)

@@ -30,15 +30,7 @@ ENDED = "the chat template writes no end of turn after a response, the end-of-se
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt as text.
-
-    Attributes:
-        text: as the chat template writes it, up to and including the generation prompt, marks included.
-        messages: the turns that were rendered.
-        goal_text: what the goal template says, or ``None``.
-        tools: the list of tools, or ``None``.
-        repaired: what was changed, in words.
-    """
+    """A prompt as text up to the generation prompt, marks included; ``repaired`` says what was changed, in words."""
 
     text: str
     messages: list[Message]
@@ -48,24 +40,16 @@ class RenderedPrompt:
 
     @property
     def plain_text(self) -> str:
-        """The text without marks."""
         return self.text.replace(MARK, "")
 
 
 class ChatRenderer:
     """Renders conversations at a goal with a tokenizer's chat template.
 
-    Args:
-        tokenizer: has a chat template.
-        placement: where the goal is written.
-
     Attributes:
         placement: ``system`` or ``user``, as resolved for this chat template.
         system_shown: whether the template writes system messages.
         special: text and id of the control tokens.
-
-    Raises:
-        ConfigError: no chat template, or one that writes no system message for the placement ``system``.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, placement: Placement) -> None:
@@ -87,17 +71,12 @@ class ChatRenderer:
         return {t.content: i for i, t in added if len(t.content) > 1 and (t.special or t.content in probe)}
 
     def imitates(self, text: str) -> bool:
-        """Whether text from the data contains the text of a control token."""
         return self.special_pattern.search(text) is not None
 
     def render_prompt(
         self, history: Sequence[Message], goal_text: str | None, tools: str | None = None
     ) -> RenderedPrompt:
-        """The conversation up to and including the generation prompt, as text.
-
-        Raises:
-            BadRow: the chat template refuses the conversation, or leaves tools out of it.
-        """
+        """The conversation up to and including the generation prompt, as text."""
         messages = with_goal(history, goal_text, self.placement, system_shown=self.system_shown)
         safe, repaired = self._mark_lookalikes(messages, "prompt")
         tool_list = json.loads(tools) if tools is not None else None
@@ -160,9 +139,6 @@ class ChatRenderer:
         """(start, end) of the data's own turns in the prompt's text without marks, in the order in which they are cut.
 
         The prompt is rendered once more with brackets around each turn, which are found in the text.
-
-        Raises:
-            BadRow: the template rewrites the text of a turn, so that it can't be found.
         """
         plain, text = prompt.plain_text, ""
         for strip in (False, True):  # a template that trims turns would not trim inside the brackets

@@ -24,7 +24,7 @@ from rap_lightning.preferences.pairs import BadRow, Pair
 from rap_lightning.preferences.relabelling import ORIGIN_TABLE, Relabelling, TrainingIndex, relabel
 from rap_lightning.preferences.source_mix import copies
 
-FORMAT = 4
+FORMAT = 5
 """Part of the cache key: raise it when the columns of a row or the encoding change."""
 ROWS = 250
 """Rows that are encoded at a time."""
@@ -47,32 +47,32 @@ class Example:
     chosen_ids: Sequence[int]
     rejected_ids: Sequence[int]
 
+    @property
+    def size(self) -> PairSize:
+        return PairSize(len(self.prompt_ids), len(self.chosen_ids), len(self.rejected_ids))
+
 
 # -- a scored pair to a row -------------------------------------------------------------------------------------------
 
 
 class PairEncoder:
-    """Encodes scored pairs, some at a time.
-
-    Args:
-        encoder: renders and tokenises.
-        relabelling: which prompts a pair needs.
-    """
+    """Encodes scored pairs, some at a time."""
 
     def __init__(self, encoder: Encoder, relabelling: Relabelling) -> None:
         self.encoder, self.relabelling = encoder, relabelling
 
     def __call__(self, pairs: Sequence[Pair]) -> list[EncodedRow]:
-        """A row for each pair; ``dropped`` says why a pair can't be encoded."""
-        rows = []
+        """A row for each pair; ``dropped`` says why a pair can't be encoded, and most columns are then missing."""
+        rows: list[EncodedRow] = []
         for pair, found in zip(pairs, self.encoder.encode([self._conversation(pair) for pair in pairs]), strict=True):
-            row = EMPTY | {"pair_id": pair.id, "place": pair.place}
             if isinstance(found, BadRow):
-                rows.append(row | {"dropped": found.reason, "column": found.column})
+                rows.append({"place": pair.place, "dropped": found.reason, "column": found.column})
                 continue
             rows.append(
-                row
-                | {
+                {
+                    "pair_id": pair.id,
+                    "place": pair.place,
+                    "dropped": None,
                     "tie": pair.tie,
                     "rewards": list(pair.rewards),
                     "goals": [relabel(pair, self.encoder.goal, one).goal for one in self.relabelling.origins],
@@ -107,12 +107,6 @@ def features() -> Any:
         goals=List(Value("string")), prompt_ids=ids, response_ids=ids, dropped=Value("string"), column=Value("string"),
         repaired=List(Value("string")), cut_prompt=Value("int64"), cut_response=List(Value("int64")),
     )  # fmt: skip
-
-
-EMPTY: EncodedRow = {
-    "pair_id": "", "place": "", "tie": False, "rewards": [], "goals": [], "prompt_ids": [], "response_ids": [],
-    "dropped": "", "column": "", "repaired": [], "cut_prompt": 0, "cut_response": [0, 0],
-}  # fmt: skip
 
 
 def note_encoding(rows: Iterable[EncodedRow], report: DataReport) -> list[bool]:
@@ -156,13 +150,7 @@ def example_of(row: EncodedRow, origin: int, relabelling: Relabelling) -> Exampl
 
 
 class EncodedPairs(Dataset[Any]):
-    """The training pairs over a table of encoded scored pairs, whose last rows are those that tie.
-
-    Args:
-        table: a ``datasets.Dataset`` with the columns of :func:`features`.
-        relabelling: what each scored pair becomes.
-        ties: how many of the last rows tie.
-    """
+    """The training pairs over a table of encoded scored pairs, whose last rows are those that tie."""
 
     def __init__(self, table: Any, relabelling: Relabelling, ties: int = 0) -> None:
         self.table, self.relabelling = table, relabelling
@@ -183,7 +171,6 @@ class EncodedPairs(Dataset[Any]):
         return found.hexdigest()[:12]
 
     def example(self, index: int) -> Example:
-        """Training pair ``index``."""
         row, origin = self.index[index]
         return example_of(self.table[row], origin, self.relabelling)
 
@@ -191,7 +178,8 @@ class EncodedPairs(Dataset[Any]):
         """Tokens of every training pair, as :meth:`example` gives it, read from the columns' offsets alone."""
         lengths = []
         for rows in self.table.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(1000):
-            lengths += list(zip(*(_lengths(rows[name]) for name in ("prompt_ids", "response_ids")), strict=True))
+            both = ([[len(ids) for ids in row] for row in rows[name]] for name in ("prompt_ids", "response_ids"))
+            lengths += list(zip(*both, strict=True))
         found = []
         for index in range(len(self)):
             row, origin = self.index[index]
@@ -224,9 +212,6 @@ def encode_pairs(
         report: gets what was repaired, truncated or dropped here, and the final counts.
         num_proc: processes that share the work.
         strict: raise where a pair can't be encoded, instead of dropping and counting it.
-
-    Raises:
-        DataError: no pair can be encoded, or with ``strict`` one can't.
     """
     table = pairs.map(
         _encode_rows,
@@ -245,14 +230,10 @@ def encode_pairs(
     for index, (encoded, tie) in enumerate(zip(note_encoding(facts, report), facts["tie"], strict=True)):
         if encoded:
             (ties if tie else keep).append(index)
-    if strict and len(keep) + len(ties) < len(table):
-        raise DataError(
-            "\n".join([f"{report.source} (split {report.split}): pairs that can't be encoded.", *report.lines()])
-        )
-    if not keep and not ties:
-        raise DataError(
-            f"{report.source} (split {report.split}): no pair is left to train on.\n" + "\n".join(report.lines())
-        )
+    incomplete = strict and len(keep) + len(ties) < len(table)
+    if incomplete or not keep + ties:
+        what = "pairs that can't be encoded" if incomplete else "no pair is left to train on"
+        raise DataError("\n".join([f"{report.source} (split {report.split}): {what}.", *report.lines()]))
     whole = EncodedPairs(table.select(keep + ties), relabelling, len(ties))
     report.pairs, report.relabelled = len(keep) + len(ties), len(whole)
     return whole
@@ -279,12 +260,4 @@ def _encode_rows(batch: dict[str, list[Any]], encode: PairEncoder) -> dict[str, 
     names = list(batch)
     pairs = [as_pair(dict(zip(names, values, strict=True))) for values in zip(*batch.values(), strict=True)]
     rows = encode(pairs)
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _lengths(column: Any) -> list[list[int]]:
-    """The lengths of the inner lists of an Arrow column of lists of lists."""
-    from pyarrow import compute
-
-    inner = iter(compute.list_value_length(compute.list_flatten(column)).to_pylist())
-    return [[next(inner) for _ in range(count)] for count in compute.list_value_length(column).to_pylist()]
+    return {name: [row.get(name) for row in rows] for name in features()}

@@ -58,14 +58,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """Token ids of a :class:`Conversation`.
-
-    Attributes:
-        prompt_ids: of the prompt under each goal.
-        response_ids: of each response, its end of turn included.
-        cut_prompts, cut_responses: tokens that were cut from each.
-        repaired: what was changed, in words, each once.
-    """
+    """Token ids of a :class:`Conversation`, how many were cut, and what was changed, in words."""
 
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]
@@ -74,7 +67,6 @@ class EncodedConversation:
     repaired: list[str]
 
     def notes(self) -> list[str]:
-        """What was changed and cut, in words, to be counted."""
         cuts = [("prompts", self.cut_prompts), ("ends of responses", self.cut_responses)]
         return [f"repaired: {what}" for what in self.repaired] + [
             f"cut: {what} that didn't fit" for what, numbers in cuts if any(numbers)
@@ -166,22 +158,14 @@ class Encoder(ChatRenderer):
         return found
 
     def encode_one(self, conversation: Conversation) -> EncodedConversation:
-        """Token ids of one conversation.
-
-        Raises:
-            BadRow: the chat template refuses it, or it leaves no room for a response.
-        """
+        """Token ids of one conversation."""
         (found,) = self.encode([conversation])
         if isinstance(found, BadRow):
             raise found
         return found
 
     def prompt_ids(self, history: Sequence[Message], goal_text: str | None) -> list[int]:
-        """The ids of an uncut prompt.
-
-        Raises:
-            BadRow: the chat template refuses the conversation.
-        """
+        """The ids of an uncut prompt."""
         text = self.render_prompt(history, goal_text).text
         return self._tokenize([text])[text]
 

@@ -70,30 +70,16 @@ def _padded(sequences: Sequence[Ids], pad_id: int) -> PackedInputs:
     return PackedInputs(input_ids, position_ids, attention_mask, None, places)
 
 
-def _packed(sequences: Sequence[Ids], pad_id: int) -> PackedInputs:
-    return _in_one_row(sequences, shared=False)
-
-
-def _tree(sequences: Sequence[Ids], pad_id: int) -> PackedInputs:
-    return _in_one_row(sequences, shared=True)
-
-
-def _in_one_row(sequences: Sequence[Ids], *, shared: bool) -> PackedInputs:
-    tree = build_prefix_tree(sequences, shared=shared)
-    input_ids = torch.from_numpy(tree.ids)[None]
-    return PackedInputs(
-        input_ids,
-        torch.from_numpy(tree.positions)[None],
-        torch.ones_like(input_ids),
-        tree.forest,
-        [torch.from_numpy(places) for places in tree.places],
-    )
-
-
 LAYOUTS: dict[str, Layout] = {
     "padded": Layout(_padded, lambda pairs: 2 * len(pairs) * max(p.prompt + max(p.chosen, p.rejected) for p in pairs)),
-    "packed": Layout(_packed, lambda pairs: sum(2 * p.prompt + p.chosen + p.rejected for p in pairs)),
-    "tree": Layout(_tree, lambda pairs: sum(p.prompt + p.chosen + p.rejected for p in pairs)),
+    "packed": Layout(
+        lambda ids, _: build_prefix_tree(ids, shared=False),
+        lambda pairs: sum(2 * p.prompt + p.chosen + p.rejected for p in pairs),
+    ),
+    "tree": Layout(
+        lambda ids, _: build_prefix_tree(ids, shared=True),
+        lambda pairs: sum(p.prompt + p.chosen + p.rejected for p in pairs),
+    ),
 }
 """padded: a row per response. packed: one row of all responses, each after its prompt. tree: one row in which
 responses share their common prefixes."""
@@ -171,7 +157,6 @@ class Collate:
         self.name, self.pad_id = layout, pad_id  # by name, so that workers that are not forked can unpickle it
 
     def __call__(self, planned: tuple[BatchPlan, list[Example]]) -> tuple[Batch, ...]:
-        """Lay out one planned batch."""
         plan, examples = planned
         layout = LAYOUTS[self.name]
         return tuple(lay_out(layout, [examples[i] for i in part], plan.part(part), self.pad_id) for part in plan.parts)
@@ -180,24 +165,8 @@ class Collate:
 # -- sequences in one row ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PrefixTree:
-    """Sequences in one row of T tokens, in which a common prefix may be stored once.
-
-    Attributes:
-        ids, positions: [T] int64.
-        forest: which token attends to which.
-        places: for each sequence, in the order given, the indices of its tokens in the row, int64.
-    """
-
-    ids: Ids
-    positions: Ids
-    forest: Forest
-    places: list[Ids]
-
-
-def build_prefix_tree(sequences: Sequence[Ids], *, shared: bool) -> PrefixTree:
-    """Lay sequences out depth first, sharing common prefixes, or each as a tree of its own.
+def build_prefix_tree(sequences: Sequence[Ids], *, shared: bool) -> PackedInputs:
+    """Lay sequences out in one row, depth first, sharing common prefixes, or each as a tree of its own.
 
     ``path`` holds the row's indices of the current sequence, from its root. The next sequence leaves that path at depth
     ``common``: what lies deeper is complete, so its ``end`` is known, and the new tokens are appended to the row.
@@ -230,7 +199,11 @@ def build_prefix_tree(sequences: Sequence[Ids], *, shared: bool) -> PrefixTree:
     starts = [0, *(np.flatnonzero(np.diff(end)) + 1).tolist()]
     runs = tuple((a, b, int(end[a])) for a, b in zip(starts, [*starts[1:], count], strict=True))
     forest = Forest(torch.from_numpy(end), runs, tuple(_spans(path) for path in paths))
-    return PrefixTree(ids, positions, forest, places)
+    input_ids = torch.from_numpy(ids)[None]
+    position_ids = torch.from_numpy(positions)[None]
+    return PackedInputs(
+        input_ids, position_ids, torch.ones_like(input_ids), forest, list(map(torch.from_numpy, places))
+    )
 
 
 def _shared_length(a: Ids, b: Ids) -> int:

@@ -57,13 +57,7 @@ class PredictPrompts:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of ``predict``.
-
-    Attributes:
-        ids: at the goal.
-        record: what is written beside the response.
-        low_ids: at the low goal of guidance; None without guidance.
-    """
+    """One prompt of ``predict``: token ids at the goal and, with guidance, at the low goal."""
 
     ids: list[int]
     record: dict[str, Any]
@@ -71,12 +65,7 @@ class Prompt:
 
 
 class PromptEncoder:
-    """Encodes conversations at goals, cut to the encoder's ``max_prompt_length`` as in training.
-
-    Args:
-        encoder: renders and tokenises; its goal template writes the goals.
-        tell: gets a line where prompts were cut.
-    """
+    """Encodes conversations at goals, cut to the encoder's ``max_prompt_length`` as in training."""
 
     def __init__(self, encoder: Encoder, tell: Callable[[str], None]) -> None:
         self.encoder, self.tell = encoder, tell
@@ -84,12 +73,7 @@ class PromptEncoder:
     def prompts(
         self, histories: Sequence[Sequence[Message]], goal: float | None, guidance: float = 0.0, against: LowGoal = None
     ) -> list[Prompt]:
-        """Conversations at a goal, and with guidance at the low goal as well.
-
-        Raises:
-            BadRow: the chat template refuses a conversation.
-            ConfigError: guidance without goals, or away from a goal outside the scale.
-        """
+        """Conversations at a goal, and with guidance at the low goal as well."""
         template = self.encoder.goal
         record: dict[str, Any] = {"goal": None if template is None or goal is None else template.printed(goal)}
         prompts = self.encode(histories, self.goal_text(goal))
@@ -104,11 +88,7 @@ class PromptEncoder:
         ]
 
     def encode(self, histories: Sequence[Sequence[Message]], text: str | None) -> list[list[int]]:
-        """Token ids of conversations with a goal's text, ``None`` for none.
-
-        Raises:
-            BadRow: the chat template refuses a conversation.
-        """
+        """Token ids of conversations with a goal's text, ``None`` for none."""
         found: list[EncodedConversation] = []
         for one in self.encoder.encode([Conversation(history, (text,)) for history in histories]):
             if isinstance(one, BadRow):
@@ -125,11 +105,7 @@ class PromptEncoder:
         return None if template is None or goal is None else template.write(goal, template.best_attributes)
 
     def low_goal(self, against: LowGoal) -> tuple[str | None, str]:
-        """Text and print of the goal that guidance pushes away from.
-
-        Raises:
-            ConfigError: there is no goal template, or the goal is outside its scale.
-        """
+        """Text and print of the goal that guidance pushes away from."""
         if self.encoder.goal is None:
             raise ConfigError(
                 "--model.generation.guidance needs goals to push away from, and there are none with --data.goal null."

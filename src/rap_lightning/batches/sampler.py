@@ -57,7 +57,6 @@ class BatchPlan:
             object.__setattr__(self, "step_weight", float(self.step_pairs))
 
     def part(self, places: tuple[int, ...]) -> BatchPlan:
-        """The plan of one of the parts."""
         indices = tuple(self.indices[i] for i in places)
         weights, loss_weights = (tuple(values[i] for i in places) for values in (self.weights, self.loss_weights))
         parts = (tuple(range(len(places))),)
@@ -67,11 +66,6 @@ class BatchPlan:
 @dataclass(frozen=True)
 class Packing:
     """Splits batches into forward passes of at most ``budget`` tokens.
-
-    Args:
-        sizes: of every training pair.
-        tokens: an upper bound on the tokens of a forward pass over some pairs.
-        budget: tokens in a forward pass.
 
     Raises:
         ConfigError: a single pair exceeds the budget.
@@ -90,7 +84,6 @@ class Packing:
             )
 
     def alone(self, index: int) -> int:
-        """Tokens of a forward pass over one pair."""
         return self.tokens([self.sizes[index]])
 
     def parts(self, indices: Sequence[int]) -> list[list[int]]:
@@ -137,7 +130,6 @@ class StepSampler(DistributedSampler[BatchPlan]):
 
     @property
     def pairs_per_step(self) -> int:
-        """Pairs in a full optimizer step, over all ranks."""
         return self.batch_size * self.accumulate * self.num_replicas
 
     def __len__(self) -> int:
@@ -166,10 +158,7 @@ class StepSampler(DistributedSampler[BatchPlan]):
         mine = packed[self.rank]
         while len(mine) < most:  # the same number of passes on every rank: each has collectives
             fullest = max(mine, key=len, default=[])
-            if len(fullest) > 1:
-                mine.append([fullest.pop()])
-            else:
-                mine.append([])
+            mine.append([fullest.pop()] if len(fullest) > 1 else [])
         fillers = [part or [pairs[0]] for part in mine]
         weights = [1.0 if part else 0.0 for part in mine for _ in (part or [0])]
         places = iter(range(len(weights)))

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -46,38 +47,13 @@ class StepShape:
 
     @property
     def pairs(self) -> int:
-        """Pairs in a full step."""
         return self.width * self.accumulate
-
-
-@dataclass(frozen=True)
-class _Share:
-    """A rank's part of what all ranks process at once.
-
-    Attributes:
-        items: at least one.
-        weight: 1, or 0 where the rank has only a filler.
-        step_pairs, step_weight: pairs and their weight in the whole step.
-    """
-
-    items: list[Item]
-    weight: float
-    step_pairs: int
-    step_weight: float
 
 
 class StreamedPairs(IterableDataset[Any]):
     """Planned batches of examples, as :class:`rap_lightning.batches.dataset.EncodedPairs` gives them, from a stream.
 
-    Args:
-        sources: where the rows are read from.
-        split: which split of them.
-        rules: what is done with rows.
-        encode: makes token ids.
-        shape: of the steps.
-        buffer: training pairs to shuffle among; 1 keeps the order.
-        seed: of the order.
-        origin_weights: weight of the loss of a training pair of each origin in the mean over its step.
+    ``buffer`` training pairs are shuffled among each other; 1 keeps the order.
     """
 
     def __init__(
@@ -96,28 +72,20 @@ class StreamedPairs(IterableDataset[Any]):
         read = DataReport(names, self.split)  # of every row: each process reads them all
         encoded = DataReport(names, f"{self.split} (training pairs encoded by worker {own} of rank {self.shape.rank})")
         try:
-            for number, share in enumerate(self._shares(read)):
+            for number, (items, step) in enumerate(self._shares(read)):
                 if number >= self.start and (number - self.start) % workers == own:
-                    yield self._encoded(share, encoded)
+                    yield self._encoded(items, step, encoded)
         finally:  # most streams are not read to their end
             reports = [read, encoded] if own == 0 and self.shape.rank == 0 else [encoded]
             if lines := [line for report in reports for line in report.lines() if line.startswith(" ")]:
                 log.warning("stream %s:\n%s", names, "\n".join(lines))
 
-    def _shares(self, report: DataReport) -> Iterator[_Share]:
-        step: list[Item] = []
-        for item in self._shuffled(report):
-            step.append(item)
-            if len(step) == self.shape.pairs:
-                yield from self._split(step)
-                step = []
-        yield from self._split(step)
-
-    def _split(self, step: list[Item]) -> Iterator[_Share]:
-        shape, weight = self.shape, math.fsum(self.origin_weights[origin] for _, origin in step)
-        for first in range(0, len(step), shape.width):
-            mine = step[first + shape.rank * shape.batch_size :][: shape.batch_size]
-            yield _Share(mine or [step[0]], 1.0 if mine else 0.0, len(step), weight)
+    def _shares(self, report: DataReport) -> Iterator[tuple[list[Item], list[Item]]]:
+        """Yield this rank's items of what all ranks process at once, and the items of the whole step."""
+        shape, items = self.shape, self._shuffled(report)
+        while step := list(islice(items, shape.pairs)):
+            for first in range(0, len(step), shape.width):
+                yield step[first + shape.rank * shape.batch_size :][: shape.batch_size], step
 
     def _shuffled(self, report: DataReport) -> Iterator[Item]:
         rng = random.Random(f"{self.seed} {self.epoch}")
@@ -132,21 +100,23 @@ class StreamedPairs(IterableDataset[Any]):
         rng.shuffle(held)
         yield from held
 
-    def _encoded(self, share: _Share, report: DataReport) -> tuple[BatchPlan, list[Example]]:
-        rows = self.encode([pair for pair, _ in share.items])
+    def _encoded(self, items: list[Item], step: list[Item], report: DataReport) -> tuple[BatchPlan, list[Example]]:
+        weight = 1.0 if items else 0.0
+        items = items or step[:1]
+        rows = self.encode([pair for pair, _ in items])
         examples = [
             example_of(row, origin, self.rules.relabelling)
-            for (_, origin), row, good in zip(share.items, rows, note_encoding(rows, report), strict=True)
+            for (_, origin), row, good in zip(items, rows, note_encoding(rows, report), strict=True)
             if good
         ]
-        weight = share.weight
         if not examples:  # every rank must run every batch, so a pair of weight 0 fills this one
             examples, weight = [next(self._fillers())], 0.0
         places = tuple(range(len(examples)))
         # Other ranks can't know that a pair was dropped here, so the step's mean is over the pairs that were planned.
         return BatchPlan(
-            places, (weight,) * len(examples), share.step_pairs, (places,),
-            tuple(weight * self.origin_weights[e.origin] for e in examples), share.step_weight,
+            places, (weight,) * len(examples), len(step), (places,),
+            tuple(weight * self.origin_weights[e.origin] for e in examples),
+            math.fsum(self.origin_weights[origin] for _, origin in step),
         ), examples  # fmt: skip
 
     def _fillers(self) -> Iterator[Example]:

@@ -31,22 +31,14 @@ class _Movable:
     """Applies a function to every tensor of a dataclass; Lightning calls ``to`` on batches that have it."""
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """A copy with every tensor moved."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
-    def pin_memory(self) -> Self:
-        """A copy with every tensor in pinned memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return type(self)(**{name: _moved(value, function) for name, value in values.items()})
-
-
-def _moved(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, _Movable):
-        return value._map(function)
-    return function(value) if isinstance(value, Tensor) else value
+        for name, value in values.items():
+            if isinstance(value, Tensor | _Movable):
+                values[name] = function(value) if isinstance(value, Tensor) else value.map(function)
+        return type(self)(**values)
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,6 @@ class Forest(_Movable):
 
     @property
     def longest(self) -> int:
-        """Tokens on the longest path."""
         return max(sum(stop - start for start, stop in path) for path in self.paths)
 
 
@@ -185,7 +176,6 @@ class PairLogps:
 
     @classmethod
     def from_segments(cls, logps: Tensor, lengths: Tensor, **more: Any) -> PairLogps:
-        """From [2B] values in segment order."""
         return cls(*split_segments(logps), *split_segments(lengths), **more)
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from rap_lightning.batches.at_goals import AtGoal, AtGoals, batch_of, in_passes, two_by_two
+from rap_lightning.batches.at_goals import AtGoals, batch_of, in_passes
+from rap_lightning.batches.dataset import Example
+from rap_lightning.batches.types import split_segments
 from rap_lightning.callbacks.goal_sampling import parts_of_fit
 from rap_lightning.callbacks.intervals import AtIntervals, Row
 from rap_lightning.datamodule import PreferenceDataModule
@@ -49,7 +51,7 @@ class LikelihoodProbe(AtIntervals):
         if pairs < 1 or bins < 1:
             raise ConfigError(f"LikelihoodProbe needs at least one pair and one bin, found {pairs} and {bins}")
         self.pairs, self.bins, self.seed = pairs, bins, seed
-        self._items: list[AtGoal] = []
+        self._items: list[Example] = []
         self._drawn: list[Pair] = []
         self._texts: dict[str, list[tuple[str | None, str | None]]] = {}
         self._edges: list[tuple[float, float]] = []
@@ -74,14 +76,16 @@ class LikelihoodProbe(AtIntervals):
         ours, data = parts_of_fit(trainer, module, "LikelihoodProbe")
         now = self._base if trainer.global_step == 0 else self._logps(trainer, ours, data)
         change = {
-            (item.pair, item.text): (two[0] - old[0], two[1] - old[1])
+            (item.pair_id, item.goal): (two[0] - old[0], two[1] - old[1])
             for item, two, old in zip(self._items, now, self._base, strict=True)
         }
         rows, metrics = [], {}
         number = bin_numbers([reward for pair in self._drawn for reward in pair.rewards], self._edges)
         for condition, texts in self._texts.items():
             for side, role in enumerate(ROLES):
-                values = np.asarray([change[i, two[side]][side] for i, two in enumerate(texts)])
+                values = np.asarray(
+                    [change[pair.id, two[side]][side] for pair, two in zip(self._drawn, texts, strict=True)]
+                )
                 for place, (low, high) in enumerate(self._edges):
                     mine = values[number[side::2] == place]
                     if not len(mine):
@@ -116,11 +120,9 @@ class LikelihoodProbe(AtIntervals):
         pairs = data.scored_pairs(split, self.pairs, self.seed)
         report = DataReport("LikelihoodProbe", split)
         encode = AtGoals(data.encoder, [None, goal.text_at(goal.best)], goal)
-        items = encode.examples(pairs, report)
-        kept = sorted({item.pair for item in items})
-        place = {number: i for i, number in enumerate(kept)}
-        self._items = [AtGoal(place[item.pair], item.text, item.example) for item in items]
-        self._drawn = [pairs[number] for number in kept]
+        self._items = encode.examples(pairs, report)
+        encoded = {item.pair_id for item in self._items}
+        self._drawn = kept = [pair for pair in pairs if pair.id in encoded]
         lost = f", {len(pairs) - len(kept)} can't be encoded" if len(kept) < len(pairs) else ""
         cut = sum(tally.count for tally in report.truncated.values())
         cuts = f", {cut:,} prompts or responses cut to max_length" if cut else ""
@@ -135,7 +137,7 @@ class LikelihoodProbe(AtIntervals):
             rewards = [reward for pair in self._drawn for reward in pair.rewards]
             low, high = min(rewards), max(rewards)
         self._edges = bins_of(low, high, self.bins)
-        keys = "\n".join(f"{item.example.pair_id} {item.text}" for item in self._items)
+        keys = "\n".join(f"{item.pair_id} {item.goal}" for item in self._items)
         self._digest = hashlib.sha256(keys.encode()).hexdigest()[:16]
 
     def _logps(self, trainer: pl.Trainer, module: PreferenceModule, data: PreferenceDataModule) -> list[list[float]]:
@@ -149,11 +151,12 @@ class LikelihoodProbe(AtIntervals):
         with torch.no_grad(), evaluating(policy), trainer.precision_plugin.forward_context():
             for items in self._as_many_on_every_rank(passes, module.device):
                 logps = policy.logps(batch_of(items, data.layout, data.pad_id).to(module.device)).tolist()
-                found += [(numbered[id(item)], list(two)) for item, two in zip(items, two_by_two(logps), strict=True)]
+                both = zip(*split_segments(logps), strict=True)
+                found += [(numbered[id(item)], list(two)) for item, two in zip(items, both, strict=True)]
         everyone = {number: two for share in gathered(found) for number, two in share}
         return [everyone[number] for number in range(len(self._items))]
 
-    def _as_many_on_every_rank(self, passes: list[list[AtGoal]], device: torch.device) -> Iterator[list[AtGoal]]:
+    def _as_many_on_every_rank(self, passes: list[list[Example]], device: torch.device) -> Iterator[list[Example]]:
         """Repeat a pass on ranks that have fewer: a sharded policy communicates in each."""
         yield from passes
         for _ in range(most_on_any_rank(len(passes), device) - len(passes)):

@@ -6,6 +6,7 @@ import json as jsonlib
 import sys
 import unicodedata
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,6 @@ def inspect(
 
 
 def _new_file(path: str | None) -> Path | None:
-    """The file to write, or none."""
     if path is None:
         return None
     target = Path(path).expanduser()
@@ -158,29 +158,21 @@ class _Inspected:
 def _inspect(
     source: Source, read: ReadingOptions, encode: Encode | None, max_length: int, examples: int, report: DataReport
 ) -> _Inspected:
-    """Read the report's split of a source; its first pairs are tokenised."""
     found = _Inspected(report, PairStatistics(), [])
     pairs = read_pairs(
         source, report.split, read.rules, report,
         num_proc=read.num_proc, collect_faults=True, progress=sys.stderr.isatty(),
     )  # fmt: skip
-    chunk: list[Pair] = []
-    for number, pair in enumerate(pairs):
-        found.statistics.add(pair)
-        if number < examples:
-            found.shown.append(pair)
-        if encode is not None and number < MEASURED:
-            chunk.append(pair)
-        if len(chunk) == CHUNK:
+    while chunk := list(islice(pairs, CHUNK)):
+        found.shown.extend(chunk[: max(0, examples - found.statistics.pairs)])
+        if encode is not None and found.statistics.pairs < MEASURED:
             _measure(chunk, encode, found, max_length)
-            chunk = []
-    if chunk:
-        _measure(chunk, encode, found, max_length)
+        for pair in chunk:
+            found.statistics.add(pair)
     return found
 
 
 def _measure(pairs: list[Pair], encode: Encode, found: _Inspected, max_length: int) -> None:
-    """Tokenise pairs, and count their lengths before truncation."""
     from rap_lightning.batches.dataset import note_encoding
 
     rows = encode(pairs)
@@ -208,10 +200,8 @@ def _print(inspected: _Inspected, max_length: int) -> None:
     histogram = statistics.histogram()
     if histogram:
         table = Table(title=f"rewards of both responses, {statistics.pairs:,} pairs", box=None)
-        table.add_column("from", justify="right")
-        table.add_column("to", justify="right")
-        table.add_column("count", justify="right")
-        table.add_column("")
+        for name in ("from", "to", "count", ""):
+            table.add_column(name, justify="right" if name else "left")
         most = max(count for _, _, count in histogram)
         for low, high, count in histogram:
             table.add_row(f"{low:g}", f"{high:g}", f"{count:,}", "█" * round(40 * count / most))
@@ -221,9 +211,9 @@ def _print(inspected: _Inspected, max_length: int) -> None:
     for name in ("", "min", "p25", "p50", "p75", "p95", "max"):
         table.add_column(name, justify="right" if name else "left")
     rows = {"gap between rewards": figures["gap"]} if figures["gap"] else {}
-    for name, counts in figures.get("tokens", {}).items():
-        if isinstance(counts, dict):
-            rows[f"tokens: {name}"] = counts
+    rows |= {
+        f"tokens: {name}": counts for name, counts in figures.get("tokens", {}).items() if isinstance(counts, dict)
+    }
     for name, found in rows.items():
         table.add_row(name, *(f"{found[key]:g}" for key in ("min", "p25", "p50", "p75", "p95", "max")))
     if rows:

@@ -24,11 +24,7 @@ command_line: list[str] = []
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by folder or Hub id.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Load a tokenizer by folder or Hub id."""
     from transformers import AutoTokenizer
 
     refuse_no_model("--tokenizer", path)
@@ -41,14 +37,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[str, ...] = ()) -> Any:
-    """Parse a command line for a function and call it.
-
-    Args:
-        function: its parameters are the options, its docstring is the help.
-        args: the command line.
-        name: of the command.
-        flags: options without a value.
-    """
+    """Parse a command line for a function and call it."""
     command_line[:] = [name, *args]
     summary = cleandoc(function.__doc__ or "").split("Args:")[0].strip()
     prog = f"rap-lightning {name}"

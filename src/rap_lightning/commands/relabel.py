@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from rap_lightning.preferences.relabelling import ORIGIN_TABLE
 from rap_lightning.preferences.rendering import resolve_placement, shows_system
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules, key_of
-from rap_lightning.preferences.source_mix import copies
+from rap_lightning.preferences.source_mix import weighted
 from rap_lightning.preferences.sources import Source, fingerprint, having, splits_among
 
 
@@ -75,7 +75,7 @@ def relabel(
         own = replace(rules, rewards=tables.get(name))
         pairs = read_pairs(one, name, own, report, num_proc=num_proc)
         if one.weight != 1.0 and name in ("train", split):
-            pairs = _weighted(pairs, one.weight, seed)
+            pairs = weighted(pairs, one.weight, seed)
         for shard in _chunks(pairs, SHARD):
             label = f"{name}-{shards[name]:05d}.parquet"
             if not folder.has(label):
@@ -106,12 +106,6 @@ def _placement(rules: Rules, tokenizer: str | None) -> tuple[Literal["system", "
         return ("user" if asked == "user" else "system"), True
     loaded = load_tokenizer(tokenizer)
     return resolve_placement(loaded, asked), shows_system(loaded)
-
-
-def _weighted(pairs: Iterable[Pair], weight: float, seed: int) -> Iterator[Pair]:
-    for pair in pairs:
-        for _ in range(copies(pair.id, weight, seed)):
-            yield pair
 
 
 def _chunks(pairs: Iterator[Pair], size: int) -> Iterator[list[Pair]]:

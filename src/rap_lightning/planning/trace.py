@@ -193,7 +193,7 @@ def trace(
         foreach: whether optimizers with ``foreach=None`` update all weights at once, as they do on a GPU.
     """
     with fake_policy(config, dtype) as (policy, mode):
-        moved = batch._map(mode.from_tensor)
+        moved = batch.map(mode.from_tensor)
         parameters = list(policy.parameters())
         trainable = [p for p in parameters if p.requires_grad]
         names = set(policy.causal_lm._no_split_modules or [])

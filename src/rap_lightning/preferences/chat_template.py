@@ -26,12 +26,6 @@ _SEAM = '{{- "" }}'
 def bake(template: str, goal: Mapping[str, Any], placement: Literal["system", "user"], *, system_shown: bool) -> str:
     """Return a chat template that writes goals; a goal that the template already writes is replaced.
 
-    Args:
-        template: the model's chat template.
-        goal: the record of the goal template that the model was trained with.
-        placement: where training wrote the goal.
-        system_shown: whether the model's template writes system messages.
-
     Raises:
         ConfigError: the model's template uses a variable named ``goal``.
     """
@@ -90,17 +84,13 @@ def how_to_ask(wording: Wording | None) -> str:
     if wording is None:
         return f"{none}; other goals aren't available, since the goal template writes texts of its own."
     ranges = ", ".join(f"{n.name} from {n.low:g} to {n.high:g}" for n in wording.numbers)
-    if _is_one_number(wording):
+    if len(wording.numbers) == 1 and wording.alone is not None:
         (number,) = wording.numbers
         return f"goal=NUMBER asks for another, from {number.low:g} to {number.high:g}; {none}."
     text = f"goal={{name: NUMBER}} asks for others ({ranges}; those left out are the best)"
     if wording.alone is not None:
         text += f"; goal=NUMBER sets {wording.alone} alone"
     return f"{text}; {none}."
-
-
-def _is_one_number(wording: Wording) -> bool:
-    return len(wording.numbers) == 1 and wording.alone is not None
 
 
 def _explicit(wording: Wording) -> list[str]:

@@ -32,12 +32,7 @@ Span = tuple[float, float]
 
 @dataclass
 class Tally:
-    """How often one thing happened, and where it happened first.
-
-    Attributes:
-        span: lowest and highest number found, where numbers are at fault.
-        remedy: what can be done about it.
-    """
+    """How often one thing happened, and where it happened first."""
 
     count: int = 0
     first: str = ""
@@ -45,14 +40,12 @@ class Tally:
     remedy: str = ""
 
     def add(self, other: Tally) -> None:
-        """Add a later tally of the same thing."""
         self.count += other.count
         self.first = self.first or other.first
         self.span = merge_spans(self.span, other.span)
         self.remedy = other.remedy or self.remedy
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
         found: dict[str, Any] = {"count": self.count, "first": self.first}
         if self.span is not None:
             found |= {"lowest": self.span[0], "highest": self.span[1]}
@@ -60,13 +53,11 @@ class Tally:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Tally:
-        """Invert :meth:`as_dict`."""
         span = (values["lowest"], values["highest"]) if "lowest" in values else None
         return cls(values["count"], values["first"], span, values.get("remedy", ""))
 
     @property
     def range_text(self) -> str:
-        """The span in words, after a comma."""
         if self.span is None:
             return ""
         low, high = self.span
@@ -127,12 +118,10 @@ class DataReport:
             self.rows.append({"what": what, "reason": reason, **parts, "column": column, "found": found})
 
     def note_bad_row(self, kind: str, problem: BadRow, place: str) -> None:
-        """Count what was wrong with a row or a response."""
         remedy = problem.remedy if kind == "faults" else ""
         self.note(kind, problem.reason, place, problem.column, problem.found, problem.span, remedy)
 
     def count_pair(self, pair: Pair, relabelling: Relabelling) -> None:
-        """Count a pair that is kept, and its training pairs."""
         self.pairs += 1
         self.relabelled += len(relabelling.origins_of(pair))
         high, low = pair.rewards
@@ -140,12 +129,10 @@ class DataReport:
             self.rewards = merge_spans(self.rewards, (low, high))
 
     def tallies(self, kind: str) -> dict[str, Tally]:
-        """Return one of the dicts by its name."""
         tallies: dict[str, Tally] = getattr(self, kind)
         return tallies
 
     def add(self, other: DataReport) -> None:
-        """Add the report of a later part of the same split."""
         self.read += other.read
         self.kept += other.kept
         self.pairs += other.pairs
@@ -158,7 +145,6 @@ class DataReport:
             self.rows += other.rows or []
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
         kinds = {kind: {reason: t.as_dict() for reason, t in self.tallies(kind).items()} for kind in KINDS}
         return {
             "source": self.source,
@@ -173,7 +159,6 @@ class DataReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataReport:
-        """Invert :meth:`as_dict`."""
         report = cls(values["source"], values["split"], values["rows_read"], values["rows_kept"])
         report.pairs, report.relabelled = values["pairs_kept"], values["relabelled_pairs"]
         report.rewards = tuple(values["rewards"]) if values["rewards"] else None
@@ -197,7 +182,6 @@ class DataReport:
             yield f"  {remedy}"
 
     def remedies(self) -> list[str]:
-        """Return what can be done about the faults, each remedy once."""
         return list(dict.fromkeys(tally.remedy for tally in self.faults.values() if tally.remedy))
 
     def _with_source_names(self, column: str) -> str:

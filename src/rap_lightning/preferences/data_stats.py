@@ -12,15 +12,7 @@ from rap_lightning.preferences.pairs import Pair
 
 @dataclass
 class PairStatistics:
-    """Counts over pairs.
-
-    Attributes:
-        rewards: of both responses, rounded to 0.01; gaps: between them.
-        lengths: in tokens, of the pairs that were tokenised.
-        longer: pairs whose chosen response has more characters; equal lengths count half.
-        turns: user turns of the conversation.
-        over: tokenised pairs longer than ``max_length``.
-    """
+    """Counts over pairs: rewards and gaps rounded to 0.01, lengths in tokens where pairs were tokenised."""
 
     rewards: Counter[float] = field(default_factory=Counter)
     gaps: Counter[float] = field(default_factory=Counter)
@@ -34,7 +26,6 @@ class PairStatistics:
     over: int = 0
 
     def add(self, pair: Pair) -> None:
-        """Count a pair."""
         self.pairs += 1
         for reward in pair.rewards:
             if not math.isnan(reward):
@@ -65,7 +56,6 @@ class PairStatistics:
         return [(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(counts)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
         share = round(self.longer / self.pairs, 4) if self.pairs else None
         figures: dict[str, Any] = {
             "pairs": self.pairs,

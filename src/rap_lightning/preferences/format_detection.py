@@ -26,12 +26,7 @@ OURS = {
 
 
 def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
-    """Return the format of the first rows, or the one that the options name.
-
-    Raises:
-        DataError: the columns are of no known format, or there are no scores.
-        ConfigError: the named format does not exist, or an option has no effect on it.
-    """
+    """Return the format of the first rows, or the one that the options name."""
     chunk = chunk.head(LOOK)
     numbered = [(number, row) for number, row in chunk.rows() if isinstance(row, dict)]
     if not numbered:

@@ -12,14 +12,7 @@ from rap_lightning.preferences.scales import printed
 
 @dataclass(frozen=True)
 class Number:
-    """One number that a goal states.
-
-    Attributes:
-        name: its key in a mapping of numbers.
-        low, high: its range.
-        decimals: printed at most.
-        best: the default at inference.
-    """
+    """One number that a goal states."""
 
     name: str
     low: float
@@ -58,16 +51,13 @@ class Wording:
 
     @staticmethod
     def best(number: Number) -> str:
-        """Return a number's best value as printed."""
         return printed(number.best, number.decimals)
 
     def record(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
         return {"parts": list(self.parts), "numbers": [asdict(n) for n in self.numbers], "alone": self.alone}
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Wording:
-        """Return the wording of a :meth:`record`."""
         numbers = tuple(Number(**number) for number in record["numbers"])
         return cls(tuple(record["parts"]), numbers, record["alone"])
 

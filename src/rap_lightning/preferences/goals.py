@@ -49,7 +49,6 @@ class GoalTemplate(ABC):
         """
 
     def write(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """Call :meth:`text` with the arguments that the class expects."""
         return self.text(goal, attributes) if self.attributes else self.text(goal)
 
     def goal_of(self, reward: float, attributes: Sequence[float] = ()) -> tuple[float, tuple[float, ...]]:
@@ -57,7 +56,6 @@ class GoalTemplate(ABC):
         return self.scale.goal(reward), tuple(attributes)
 
     def own_texts(self, rewards: Sequence[float], attributes: Sequence[Sequence[float]]) -> list[str]:
-        """Return the goal text for each response's own rewards."""
         return [self.write(*self.goal_of(r, a)) for r, a in zip(rewards, attributes, strict=True)]
 
     def text_at(self, goal: float) -> str:
@@ -76,13 +74,7 @@ class GoalTemplate(ABC):
 
     @property
     def best_attributes(self) -> tuple[float, ...]:
-        """The attributes to ask for at inference."""
         return ()
-
-    @property
-    def worst_attributes(self) -> tuple[float, ...]:
-        """The attributes of the lowest goal, from which guidance pushes away."""
-        return self.best_attributes
 
     def low(self, option: float | Literal["none"] | None = None) -> tuple[str | None, str]:
         """Return (text, printed) of the goal from which guidance pushes away; text is None for the prompt without one.
@@ -97,7 +89,7 @@ class GoalTemplate(ABC):
         if option == "none":
             return None, "none"
         if option is None:
-            lowest = self.scale.low, self.worst_attributes
+            lowest = self.scale.low, self.attributes_at(0)
             return self.write(*lowest), self.printed(*lowest)
         if not self.scale.low <= option <= self.scale.high:
             raise ConfigError(
@@ -169,11 +161,9 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
     """
 
     def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """Return the paper's sentence with the scale's ends and the printed goal."""
         return f"{_lead(self.scale)}\nOverall score: {self.scale.printed(goal)}."
 
     def wording(self) -> Wording:
-        """Return the text around one number."""
         return Wording((f"{_lead(self.scale)}\nOverall score: ", "."), (_number(OVERALL, self.scale),), OVERALL)
 
 
@@ -219,11 +209,9 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
         self.attribute_scale, self.overall = attribute_scale or scale, overall
 
     def goal_of(self, reward: float, attributes: Sequence[float] = ()) -> tuple[float, tuple[float, ...]]:
-        """Return each reward on its own scale."""
         return self.scale.goal(reward), tuple(self.attribute_scale.goal(value) for value in attributes)
 
     def text(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """Return a line for each attribute, then the overall score."""
         scale = self.attribute_scale
         lines = [
             f"{name.replace('_', ' ').capitalize()}: {scale.printed(value)}."
@@ -234,7 +222,6 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
         return "\n".join([_lead(scale), *lines])
 
     def wording(self) -> Wording | None:
-        """Return the text around the attributes' numbers and the overall one."""
         names = [*self.attributes, *([OVERALL] if self.overall else [])]
         if len(set(names)) != len(names):
             return None  # an attribute is named like the overall score
@@ -245,27 +232,18 @@ target scores (on a scale of 1-10, where 1 is lowest and 10 is highest):
         return Wording(tuple(parts), tuple(numbers), OVERALL if self.overall else None)
 
     def attributes_at(self, share: float) -> tuple[float, ...]:
-        """Return attributes at a share of their own range."""
         scale = self.attribute_scale
         return (scale.low + share * (scale.high - scale.low),) * len(self.attributes)
 
     @property
     def best_attributes(self) -> tuple[float, ...]:
-        """The highest of their scale."""
         return (self.attribute_scale.best,) * len(self.attributes)
 
-    @property
-    def worst_attributes(self) -> tuple[float, ...]:
-        """The lowest of their scale."""
-        return (self.attribute_scale.low,) * len(self.attributes)
-
     def record(self) -> dict[str, Any]:
-        """Return the record with the attributes' scale, and whether the overall score is stated."""
         scale = {"class": type(self.attribute_scale).__name__, **self.attribute_scale.numbers()}
         return super().record() | {"attribute_scale": scale, "overall": self.overall}
 
     def printed(self, goal: float, attributes: Sequence[float] = ()) -> str:
-        """Return all numbers, attributes first."""
         numbers = [self.attribute_scale.printed(value) for value in attributes]
         return " ".join([*numbers, self.scale.printed(goal)] if self.overall else numbers)
 

@@ -76,11 +76,7 @@ def declared(scale: list[float] | None) -> tuple[float, float] | None:
 
 
 def rated_goal(judge: Judge | None, goal: GoalTemplate | None) -> GoalTemplate | None:
-    """Return the goal template for data with a judge's rewards, with a scale that fits a judge without a range.
-
-    Raises:
-        ConfigError: the goal states attributes, for which there are no rewards.
-    """
+    """Return the goal template for data with a judge's rewards, with a scale that fits a judge without a range."""
     if judge is None or goal is None:
         return goal
     if goal.attributes:

@@ -28,15 +28,6 @@ def stored_pairs(
 
     The key of the cache is a digest of the source's content and the rules. Several runs can use it at the same time.
 
-    Args:
-        source: where to read from.
-        split: name of the split.
-        rules: the options of reading.
-        num_proc: processes that share the work.
-        cache: folder of the cache; by default one inside that of the datasets library.
-
-    Raises:
-        DataError: as for :func:`rap_lightning.preferences.read_pairs.read_pairs`.
     """
     import datasets
 
@@ -71,7 +62,8 @@ def write_pairs(path: Path, pairs: Iterable[Pair], rows: int = 1000) -> None:
     remaining = iter(pairs)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, layout) as writer:
         while part := list(islice(remaining, rows)):
-            writer.write_batch(pa.RecordBatch.from_pylist([as_row(pair) for pair in part], schema=layout))
+            stored = [vars(pair) | {"history": json.dumps(pair.history, ensure_ascii=False)} for pair in part]
+            writer.write_batch(pa.RecordBatch.from_pylist(stored, schema=layout))
 
 
 def schema() -> Any:
@@ -87,13 +79,8 @@ def schema() -> Any:
     )  # fmt: skip
 
 
-def as_row(pair: Pair) -> dict[str, Any]:
-    """Return a pair as a row with the columns of :func:`schema`."""
-    return vars(pair) | {"history": json.dumps(pair.history, ensure_ascii=False)}
-
-
 def as_pair(row: dict[str, Any]) -> Pair:
-    """Invert :func:`as_row`."""
+    """Return the pair of a stored row."""
     high, low = row["attributes"]
     return Pair(
         **row

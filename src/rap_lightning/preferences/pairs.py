@@ -94,12 +94,10 @@ class Judged:
 
     @property
     def prompt(self) -> str:
-        """The first user turn."""
         return str(next(turn["content"] for turn in self.history if turn["role"] == "user"))
 
     @property
     def uses_tools(self) -> bool:
-        """Whether the history has tool calls or tool turns."""
         return any(turn["role"] == "tool" or turn.get("tool_calls") for turn in self.history)
 
 
@@ -197,11 +195,7 @@ def read_number(value: Any, column: str) -> float:
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
-    """Return messages, each with role and content, in an order that chat templates accept.
-
-    Raises:
-        BadRow: not a list of messages; a role or content missing; turns that don't alternate.
-    """
+    """Return messages, each with role and content, in an order that chat templates accept."""
     if value is None:
         raise BadRow(column, "null")
     if not isinstance(value, list):
@@ -246,11 +240,7 @@ def _check_order(turns: Sequence[Message], column: str) -> None:
 
 
 def split_response(turns: list[Message], column: str) -> tuple[list[Message], str]:
-    """Return the turns before the last one, and the last one's text.
-
-    Raises:
-        BadRow: the last turn is not the assistant's, calls a tool, or is blank.
-    """
+    """Return the turns before the last one, and the last one's text."""
     *history, last = turns
     where = f"{column}[{len(history)}]"
     if last["role"] != "assistant":

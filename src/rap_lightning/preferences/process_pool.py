@@ -15,11 +15,7 @@ Out = TypeVar("Out")
 
 
 def map_in_order(work: Callable[[In], Out], items: Iterable[In], num_proc: int | None) -> Iterator[Out]:
-    """Yield ``work`` of each item, in order; at most two items per process wait, so memory does not grow.
-
-    Raises:
-        ConfigError: ``num_proc`` is below 1.
-    """
+    """Yield ``work`` of each item, in order; at most two items per process wait, so memory does not grow."""
     if num_proc is not None and num_proc < 1:
         raise ConfigError(f"num_proc must be at least 1, found {num_proc}")
     if num_proc is None or num_proc == 1:

@@ -67,11 +67,7 @@ def read_pairs(
 
 
 def read_judged(source: Source, split: str, rules: Rules, *, num_proc: int | None = None) -> Iterator[Judged]:
-    """Yield the conversations of a split with all responses that can be used, before any selection.
-
-    Raises:
-        DataError: a source that can't be read, rows of no known format, or a fault.
-    """
+    """Yield the conversations of a split with all responses that can be used, before any selection."""
     report = DataReport(source.path, split)
     row_format, chunks = _open(source, split, rules)
     for part, judged in map_in_order(partial(_judged, rules=rules, row_format=row_format), chunks, num_proc):
@@ -82,11 +78,10 @@ def read_judged(source: Source, split: str, rules: Rules, *, num_proc: int | Non
 
 def _judged(rows: Rows, rules: Rules, row_format: RowFormat) -> tuple[DataReport, list[Judged]]:
     report = DataReport("", "", names=rules.names)
-    return report, [row.judged for row in judged_rows(rows, rules, row_format, report)]
+    return report, [judged for _, _, judged in judged_rows(rows, rules, row_format, report)]
 
 
 def _open(source: Source, split: str, rules: Rules, *, streaming: bool = False) -> tuple[RowFormat, Iterator[Rows]]:
-    """Return the format of a source's rows, and the rows."""
     chunks = chunks_of(source, split, streaming=streaming)
     first = next(chunks, None)
     if first is None:
@@ -132,10 +127,6 @@ def unreached_goal_note(rules: Rules, reports: Sequence[DataReport]) -> str | No
     """Return a note if no pair of the training split states the best goal, which is the one asked for at inference.
 
     The declared scale is then probably wider than the judge's. Fitted scales always reach their best goal.
-
-    Args:
-        rules: the options with which the pairs were read.
-        reports: of all sources of the split.
     """
     goal, span = rules.goal, None
     for report in reports:

@@ -47,7 +47,6 @@ class Chunk:
     unit: str = "row"
 
     def place(self, number: int) -> str:
-        """Return the place of a row, for messages."""
         return f"{self.name} {self.unit} {number}"
 
     def rows(self) -> Iterator[tuple[int, ParsedRow]]:
@@ -62,7 +61,6 @@ class Chunk:
             yield number, as_object(value)
 
     def head(self, count: int) -> Chunk:
-        """Return the first rows."""
         part = self.payload[:count] if isinstance(self.payload, list) else self.payload.slice(0, count)
         return replace(self, payload=part)
 
@@ -103,16 +101,7 @@ def as_object(value: Any) -> ParsedRow:
 
 
 def read_file(path: str, label: str | None = None) -> Iterator[Chunk]:
-    """Yield the chunks of one local file.
-
-    Args:
-        path: JSON Lines (.jsonl, .ndjson), a JSON array or JSON Lines (.json), .parquet or .arrow; text also
-            compressed.
-        label: its name in messages; by default the file's name.
-
-    Raises:
-        DataError: it can't be opened, is empty, truncated, of another kind or in another encoding.
-    """
+    """Yield the chunks of one local file."""
     label = label or Path(path).name
     kind = kind_of(path)
     if kind == "parquet":

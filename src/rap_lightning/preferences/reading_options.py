@@ -50,11 +50,6 @@ class ReadingOptions:
         num_proc: processes that read and tokenise; by default one.
         seed: of the half that relabel half takes, of what weights draw, and of the order in which pairs are trained on.
         tool_turns: keep conversations with tool calls; without a chat template that shows them they can't be used.
-
-    Attributes:
-        sources: as a list.
-        goal: with a scale for the judge's rewards, where a judge gives them.
-        rules: what is done with rows.
     """
 
     def __init__(
@@ -84,12 +79,7 @@ class ReadingOptions:
         )
 
     def fit_on_training_split(self, splits: Sequence[str], rewards: Mapping[str, RewardTable] | None = None) -> bool:
-        """Fit the goal's scale on the training split, or on the only split; returns whether the scale needed that.
-
-        Args:
-            splits: those that are read.
-            rewards: the judge's for each of them, where a judge gives them.
-        """
+        """Fit the goal's scale on the training split, or on the only split; returns whether the scale needed that."""
         if self.goal is None or not self.goal.scale.needs_fit:
             return False  # a source without a training split is then no error
         split = "train" if "train" in splits or len(splits) > 1 else splits[0]

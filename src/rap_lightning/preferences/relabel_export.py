@@ -21,9 +21,7 @@ BATCH = 1000  # scored pairs in a record batch
 class ShardedFolder:
     """A folder of Parquet files that appears once it is complete; an interrupted run can be resumed.
 
-    Args:
-        output: the folder to write.
-        key: digest of everything that changes the content; an incomplete folder with another key is discarded.
+    ``key`` is a digest of everything that changes the content; an incomplete folder with another key is discarded.
     """
 
     def __init__(self, output: Path, key: str) -> None:
@@ -41,7 +39,6 @@ class ShardedFolder:
         return 0
 
     def has(self, name: str) -> bool:
-        """Return whether a shard is complete."""
         return (self.partial / name).is_file()
 
     def write(self, name: str, batches: Iterable[Any]) -> None:

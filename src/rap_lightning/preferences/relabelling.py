@@ -32,14 +32,12 @@ class Origin:
         goal: ``own`` is the reward of the chosen response; None writes no goal.
         chosen: number of the response that is chosen: 0 the winner, 1 the loser.
         description: for the card of exported data.
-        weight: of its loss in a mean over pairs; see :meth:`Relabelling.weights`.
     """
 
     name: str
     goal: Literal["own"] | None
     chosen: int
     description: str
-    weight: float = 1.0
 
 
 ORIGIN_TABLE = (
@@ -68,15 +66,7 @@ CONDITIONED: dict[Mode, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Relabelling:
-    """Which training pairs one scored pair becomes.
-
-    Args:
-        mode: ``both`` halves (the paper); the ``chosen`` one only, or the ``rejected`` one; ``none``, the plain pair
-            without a goal (the baseline); ``half``, both halves of a seeded half of the prompts (the paper's Half-RA:
-            as many training pairs as without relabelling).
-        keep_original: also keep the plain pair beside the conditioned ones.
-        seed: of the half that ``half`` draws.
-    """
+    """Which training pairs one scored pair becomes; the modes are those of the option ``relabel``."""
 
     mode: Mode = "both"
     keep_original: bool = False
@@ -106,7 +96,6 @@ class Relabelling:
         return tuple(origin for origin in self.origins if ORIGIN_TABLE[origin].chosen == 0)
 
     def origins_of(self, pair: Pair) -> tuple[int, ...]:
-        """Return what this pair becomes."""
         return self.of_ties if pair.tie else self.origins
 
     def weights(self, rejected: float) -> tuple[float, ...]:
@@ -127,13 +116,10 @@ class Relabelling:
                 f"rejected_weight {rejected:g} has no effect with relabel {self.mode}, which leaves nothing to weigh "
                 "the rejected-goal half against. Use relabel both, or remove it."
             )
-        weights = [origin.weight for origin in ORIGIN_TABLE]
-        weights[REJECTED_GOAL] = rejected
-        return tuple(weights)
+        return tuple(rejected if origin == REJECTED_GOAL else 1.0 for origin in range(len(ORIGIN_TABLE)))
 
     @property
     def conditioned(self) -> bool:
-        """Whether any training pair has a goal."""
         return self.origins != (UNCONDITIONED,)
 
     def takes(self, history: Sequence[Message]) -> bool:
@@ -147,11 +133,6 @@ class TrainingIndex:
     """Map training pair i to its scored pair and origin by arithmetic, in constant memory.
 
     The training pairs of pair 0 come first, then those of pair 1, and so on; pairs that tie come after all others.
-
-    Args:
-        pairs: number of pairs that do not tie.
-        ties: number of pairs that tie.
-        relabelling: what each becomes.
     """
 
     def __init__(self, pairs: int, ties: int = 0, relabelling: Relabelling = Relabelling()) -> None:
@@ -162,7 +143,6 @@ class TrainingIndex:
         return self.pairs * len(self.origins) + self.ties * len(self.of_ties)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        """Return (number of the pair, origin) of training pair ``index``."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         untied = self.pairs * len(self.origins)
@@ -173,11 +153,11 @@ class TrainingIndex:
         return self.pairs + row, self.of_ties[place]
 
 
-def is_tie(pair: Pair, goal: GoalTemplate) -> bool:
+def is_tie(goal: GoalTemplate | None, rewards: tuple[float, float], attributes: Sequence[Sequence[float]]) -> bool:
     """Return whether both goals read the same, or neither response has the higher reward (law 2)."""
-    if pair.rewards[0] == pair.rewards[1]:
-        return True
-    first, second = goal.own_texts(pair.rewards, pair.attributes)
+    if goal is None or rewards[0] == rewards[1]:
+        return rewards[0] == rewards[1]
+    first, second = goal.own_texts(rewards, attributes)
     return first == second
 
 
@@ -273,6 +253,6 @@ class RelabelledView(Sequence[RelabelledPair]):
             raise IndexError(index)
         row, origin = self._places[index % len(self)]
         pair = self.pairs[row]
-        if self.goal is not None and origin == REJECTED_GOAL and is_tie(pair, self.goal):
+        if self.goal is not None and origin == REJECTED_GOAL and is_tie(self.goal, pair.rewards, pair.attributes):
             raise ValueError(f"pair {pair.id} is a tie: both goals read the same")
         return relabel(pair, self.goal, origin)

@@ -22,14 +22,7 @@ def render(
     generation_prompt: bool = False,
     tools: list[Any] | None = None,
 ) -> str:
-    """Return the conversation as the tokenizer's chat template writes it.
-
-    Args:
-        tokenizer: has a chat template.
-        messages: the turns. Their content is text; content of several parts (images) would be rendered here too.
-        generation_prompt: end with the start of an assistant turn.
-        tools: that the conversation may call.
-    """
+    """Return the conversation as the tokenizer's chat template writes it."""
     options = {} if tools is None else {"tools": tools}
     text = tokenizer.apply_chat_template(
         list(messages), tokenize=False, add_generation_prompt=generation_prompt, **options

@@ -24,20 +24,13 @@ def response_key(history: Sequence[Message], text: str) -> int:
 
 @dataclass(frozen=True)
 class Labels:
-    """How often a judge's rewards agree with the labels of pairs.
-
-    Attributes:
-        agree: pairs whose chosen response has the higher reward.
-        contradict: pairs whose rejected response has the higher reward.
-        equal: pairs with equal rewards.
-    """
+    """How often a judge's rewards agree with the labels of pairs."""
 
     agree: int = 0
     contradict: int = 0
     equal: int = 0
 
     def line(self) -> str:
-        """Return the counts in words."""
         total = self.agree + self.contradict + self.equal
         return (
             f"of {total:,} labelled pairs the rewards agree with {self.agree:,} ({self.agree / total:.1%}) and "
@@ -47,11 +40,7 @@ class Labels:
 
 
 class RewardTable:
-    """The rewards of a judge for the responses of a source.
-
-    Args:
-        path: of the file that :meth:`write` wrote; each process reads it on first use.
-    """
+    """The rewards of a judge for the responses of a source, in a file that each process reads on first use."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,7 +64,6 @@ class RewardTable:
 
     @cached_property
     def rewards(self) -> dict[int, float]:
-        """All rewards by :func:`response_key`."""
         with np.load(self.path, allow_pickle=False) as file:
             return dict(zip(file["keys"].tolist(), file["values"].tolist(), strict=True))
 
@@ -86,12 +74,10 @@ class RewardTable:
 
     @property
     def failed(self) -> int:
-        """Number of responses without a reward."""
         return self._counts[0]
 
     @property
     def labels(self) -> Labels:
-        """How often the rewards agree with the labels."""
         return Labels(*self._counts[1:])
 
     def describe(self) -> str:
@@ -99,11 +85,7 @@ class RewardTable:
         return f"{self.path.stem} {self.failed}"
 
     def rate(self, judged: Judged) -> Judged:
-        """Replace the rewards of responses with the judge's; responses without one are left out.
-
-        Raises:
-            BadRow: a response of a pair has no reward.
-        """
+        """Replace the rewards of responses with the judge's; responses without one are left out."""
         rated, left_out = [], list(judged.left_out)
         for response in judged.responses:
             reward = self.rewards.get(response_key(judged.history, response.text))

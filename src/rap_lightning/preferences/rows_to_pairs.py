@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.formats import RowFormat
 from rap_lightning.preferences.formats.base import Row
-from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.hashing import hash_text, hash_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, make_pair
 from rap_lightning.preferences.readers import ROWS, Chunk
@@ -39,56 +37,36 @@ Rows = Chunk | list[RowGroup]
 
 @dataclass
 class ChunkPairs:
-    """The pairs of one chunk.
-
-    Attributes:
-        report: of the rows of the chunk.
-        pairs: in the order of the rows.
-        prompt_ids: (prompt_id, prompt, place) of kept rows with an id.
-    """
+    """The pairs of one chunk."""
 
     report: DataReport
     pairs: list[Pair] = field(default_factory=list)
-    prompt_ids: list[tuple[str, str, str]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class JudgedRow:
-    """A row, or a group of ``count`` rows, that was read."""
-
-    place: str
-    count: int
-    judged: Judged
+    prompt_ids: list[tuple[str, str, str]] = field(default_factory=list)  # (prompt_id, prompt, place) of kept rows
 
 
 def rows_to_pairs(rows: Rows, rules: Rules, row_format: RowFormat, log_rows: bool = False) -> ChunkPairs:
-    """Return the scored pairs of some rows.
-
-    Args:
-        rows: a chunk of the source, or groups of rows.
-        rules: the options of reading.
-        row_format: of the rows.
-        log_rows: keep every noted row in the report.
-    """
+    """Return the scored pairs of some rows."""
     out = ChunkPairs(DataReport("", "", names=rules.names, rows=[] if log_rows else None))
-    for row in judged_rows(rows, rules, row_format, out.report):
+    for place, count, judged in judged_rows(rows, rules, row_format, out.report):
         try:
-            pairs = list(_pairs(row.judged, rules, row_format, row.place, out.report))
+            pairs = list(_pairs(judged, rules, row_format, place, out.report))
         except BadRow as problem:
-            _note_bad_row(problem, row.place, rules, out.report)
+            _note_bad_row(problem, place, rules, out.report)
             continue
-        out.report.kept += row.count
+        out.report.kept += count
         out.pairs += pairs
-        if row.judged.prompt_id is not None:
-            out.prompt_ids.append((str(row.judged.prompt_id), row.judged.prompt, row.place))
+        if judged.prompt_id is not None:
+            out.prompt_ids.append((str(judged.prompt_id), judged.prompt, place))
     return out
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def judged_rows(rows: Rows, rules: Rules, row_format: RowFormat, report: DataReport) -> Iterator[JudgedRow]:
-    """Yield the conversations of rows with at least two responses that can be used; count the other rows."""
+def judged_rows(
+    rows: Rows, rules: Rules, row_format: RowFormat, report: DataReport
+) -> Iterator[tuple[str, int, Judged]]:
+    """Yield (place, number of rows, conversation) of rows with at least two usable responses; count the other rows."""
     groups = _single_rows(rows, rules.columns) if isinstance(rows, Chunk) else rows
     for place, group in groups:
         report.read += 1 if isinstance(group, BadRow) else len(group)
@@ -103,7 +81,7 @@ def judged_rows(rows: Rows, rules: Rules, row_format: RowFormat, report: DataRep
         except BadRow as problem:
             _note_bad_row(problem, place, rules, report)
             continue
-        yield JudgedRow(place, len(group), judged)
+        yield place, len(group), judged
 
 
 def in_groups(chunks: Iterable[Chunk], row_format: RowFormat, columns: dict[str, str] | None) -> Iterator[Rows]:
@@ -195,8 +173,7 @@ def _pairs(judged: Judged, rules: Rules, row_format: RowFormat, place: str, repo
     for first, second in selected:
         pair = make_pair(judged, first, second, place)
         try:
-            better, worse = (second, first) if second.reward > first.reward else (first, second)
-            yield _checked(pair, better, worse, rules, report)
+            yield _checked(pair, *((second, first) if second.reward > first.reward else (first, second)), rules, report)
         except BadRow as problem:
             problems.append(problem)
     last = problems.pop() if len(problems) == len(selected) else None
@@ -238,23 +215,17 @@ def _selected(judged: Judged, responses: list[Response], rules: Rules) -> list[t
     texts = "".join(sorted(response.text for response in responses))
     key = f"{hash_turns(judged.history)} {hash_text(texts)}"
     selection = rules.selection or BestVsRandom()
-    selected = selection.select(responses, partial(_same_goal, goal=rules.goal), key)
+    same_goal = lambda a, b: is_tie(rules.goal, (a.reward, b.reward), (a.attributes, b.attributes))  # noqa: E731
+    selected = selection.select(responses, same_goal, key)
     if not selected:
         raise BadRow(responses[0].column, f"{TIE}, for all responses", by_choice=True)
     return selected
 
 
-def _same_goal(a: Response, b: Response, goal: GoalTemplate | None) -> bool:
-    if goal is None or a.reward == b.reward:
-        return a.reward == b.reward
-    first, second = goal.own_texts((a.reward, b.reward), (a.attributes, b.attributes))
-    return first == second
-
-
 def _checked(pair: Pair, better: Response, worse: Response, rules: Rules, report: DataReport) -> Pair:
     """Apply the filters and the rule for ties to a pair."""
     rules.filters.check_pair(better, worse)
-    if rules.goal is not None and is_tie(pair, rules.goal):
+    if rules.goal is not None and is_tie(rules.goal, pair.rewards, pair.attributes):
         equal = " (equal)" if pair.rewards[0] == pair.rewards[1] else ""
         reason = f"{TIE}{equal}{TIE_RULES[rules.ties]}"
         if rules.ties != "chosen":

@@ -22,22 +22,12 @@ from rap_lightning.preferences.selection import BestVsRandom, Selection
 
 @dataclass(frozen=True)
 class Rules:
-    """How rows become scored pairs.
+    """How rows become scored pairs; the other options are those of :class:`ReadingOptions`.
+
+    A damaged file, or one that changes its types between rows, stops a run whatever ``bad_rows`` is.
 
     Args:
         goal: the goal template; None for plain pairs, which need no scores.
-        relabelling: what each pair becomes.
-        ties: pairs whose goals print the same: ``drop`` them, keep the ``chosen`` half, or stop with an ``error``.
-        selection: which pairs to make of several responses; None is best against random.
-        filters: what to leave out.
-        outside_scale: scores outside the goal's scale: stop with an ``error``, ``drop`` such pairs or responses, or
-            ``clip`` them to the nearest end.
-        bad_rows: rows that can't be used (an empty response, a missing score): ``drop`` and count them, or stop with an
-            ``error``. A damaged file, or one that changes its types between rows, stops in either case.
-        format: of the rows: ``auto``, the name of a format, or the import path of a function that converts a row into
-            one of a known format.
-        columns: new names for columns: {theirs: ours}.
-        tool_turns: keep conversations with tool calls, which need a chat template that renders them.
         rewards: a judge's rewards, which replace the scores of the data.
         blind: ignore the scores of the data, because a judge will replace them.
     """
@@ -75,7 +65,6 @@ class Rules:
 
     @property
     def scored(self) -> bool:
-        """Whether rows must have scores."""
         return self.goal is not None and self.rewards is None
 
     @property
@@ -105,11 +94,7 @@ class Rules:
 
 
 def adapter_of(path: str) -> Adapter:
-    """Import a user's function that converts a row into one of a known format.
-
-    Raises:
-        ConfigError: the import path has no function.
-    """
+    """Import a user's function that converts a row into one of a known format."""
     module, _, name = path.rpartition(".")
     known = ", ".join(kind.name for kind in FORMATS)
     if not module:

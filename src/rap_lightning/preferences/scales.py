@@ -122,16 +122,13 @@ class LinearScale(RewardScale):
 
     @property
     def judge_range(self) -> tuple[float, float]:
-        """Every reward is on the scale: those beyond the ends are stated as the nearest end."""
         return float("-inf"), float("inf")
 
     @property
     def needs_fit(self) -> bool:
-        """Whether an end of the judge's range is not set."""
         return self.judge_low is None or self.judge_high is None
 
     def fit(self, rewards: Sequence[float]) -> None:
-        """Set the open ends from the rewards."""
         low = min(rewards) if self.judge_low is None else self.judge_low
         high = max(rewards) if self.judge_high is None else self.judge_high
         if not low < high:
@@ -142,14 +139,12 @@ class LinearScale(RewardScale):
         self.judge_low, self.judge_high = float(low), float(high)
 
     def goal(self, reward: float) -> float:
-        """Return the goal, linear between the ends."""
         assert self.judge_low is not None, "call fit first"
         assert self.judge_high is not None, "call fit first"
         share = (reward - self.judge_low) / (self.judge_high - self.judge_low)
         return self.low + min(1.0, max(0.0, share)) * (self.high - self.low)
 
     def numbers(self) -> dict[str, Any]:
-        """Return all arguments, including fitted ones."""
         return super().numbers() | {"judge_low": self.judge_low, "judge_high": self.judge_high}
 
 
@@ -182,7 +177,6 @@ class QuantileScale(RewardScale):
 
     @property
     def judge_range(self) -> tuple[float, float]:
-        """Every reward is on the scale: those beyond the ends are stated as the nearest end."""
         return float("-inf"), float("inf")
 
     @property
@@ -192,11 +186,9 @@ class QuantileScale(RewardScale):
 
     @property
     def needs_fit(self) -> bool:
-        """Whether the knots are not set."""
         return self.knots is None
 
     def fit(self, rewards: Sequence[float]) -> None:
-        """Set the knots from the rewards."""
         ordered = sorted(rewards)
         if ordered[0] == ordered[-1]:
             raise ConfigError(f"QuantileScale: all rewards of the training split are {ordered[0]:g}")
@@ -218,7 +210,6 @@ class QuantileScale(RewardScale):
         return self.low + place / (len(knots) - 1) * (self.high - self.low)
 
     def numbers(self) -> dict[str, Any]:
-        """Return all arguments, including fitted ones."""
         return super().numbers() | {"knots": self.knots}
 
 

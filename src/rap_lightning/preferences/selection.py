@@ -10,6 +10,7 @@ from itertools import pairwise
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.pairs import Response
 
+ResponsePair = tuple[Response, Response]
 SameGoal = Callable[[Response, Response], bool]
 """Whether the goals of two responses print the same, so that they can't be distinguished."""
 
@@ -32,14 +33,8 @@ class Selection(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
-    def select(self, responses: Sequence[Response], same_goal: SameGoal, key: str) -> list[tuple[Response, Response]]:
-        """Return pairs of a better and a worse response, best pairs first; none if all goals print the same.
-
-        Args:
-            responses: of one prompt, with different texts.
-            same_goal: such responses are never paired with each other.
-            key: digest of the content, the source of randomness.
-        """
+    def select(self, responses: Sequence[Response], same_goal: SameGoal, key: str) -> list[ResponsePair]:
+        """Return pairs of a better and a worse response, best pairs first; none if all goals print the same."""
         # equal rewards are sorted by text, so that the order of responses has no effect
         ordered = sorted(responses, key=lambda r: (-r.reward, r.text))
         pairs = list(self.choose(ordered, same_goal, random.Random(f"{self.seed} {key}")))
@@ -49,9 +44,7 @@ class Selection(ABC):
         return pairs
 
     @abstractmethod
-    def choose(
-        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
-    ) -> Iterable[tuple[Response, Response]]:
+    def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         """Return pairs of (better, worse) among responses ordered from the highest reward to the lowest."""
 
 
@@ -70,10 +63,7 @@ class BestVsRandom(Selection):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def choose(
-        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
-    ) -> Iterable[tuple[Response, Response]]:
-        """Return one pair."""
+    def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         worse = [other for other in ordered[1:] if not same_goal(ordered[0], other)]
         return [(ordered[0], rng.choice(worse))] if worse else []
 
@@ -87,10 +77,7 @@ class BestVsWorst(Selection):
     [('b', 'a')]
     """
 
-    def choose(
-        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
-    ) -> Iterable[tuple[Response, Response]]:
-        """Return one pair."""
+    def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         return [] if same_goal(ordered[0], ordered[-1]) else [(ordered[0], ordered[-1])]
 
 
@@ -117,10 +104,7 @@ class AllPairs(SeveralPairs):
     [('b', 'c'), ('b', 'a'), ('c', 'a')]
     """
 
-    def choose(
-        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
-    ) -> Iterable[tuple[Response, Response]]:
-        """Yield up to k (k - 1) / 2 pairs."""
+    def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         for i, better in enumerate(ordered):
             for worse in ordered[i + 1 :]:
                 if not same_goal(better, worse):
@@ -136,9 +120,7 @@ class AdjacentPairs(SeveralPairs):
     [('b', 'c'), ('c', 'a')]
     """
 
-    def choose(
-        self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random
-    ) -> Iterable[tuple[Response, Response]]:
+    def choose(self, ordered: Sequence[Response], same_goal: SameGoal, rng: random.Random) -> Iterable[ResponsePair]:
         """Return up to k - 1 pairs; of responses with the same goal the first by text is used."""
         distinct = list(ordered[:1])
         for response in ordered[1:]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.hashing import hash_text
@@ -25,16 +25,11 @@ def copies(pair_id: str, weight: float, seed: int) -> int:
 
 
 def stream_mixed(sources: Sequence[Source], split: str, rules: Rules, report: DataReport, seed: int) -> Iterator[Pair]:
-    """Yield the pairs of several streams in turns, each pair as often as the weight of its source says.
-
-    Args:
-        sources: where to read from.
-        split: name of the split.
-        rules: the options of reading.
-        report: gets the counts of all sources.
-        seed: of the half that a weight selects.
-    """
-    streams = [_weighted(source, split, rules, report, seed) for source in sources]
+    """Yield the pairs of several streams in turns, each pair as often as the weight of its source says."""
+    streams = [
+        weighted(read_pairs(source, split, rules, report, streaming=True, progress=False), source.weight, seed)
+        for source in sources
+    ]
     while streams:
         for stream in list(streams):
             pair = next(stream, None)
@@ -44,7 +39,8 @@ def stream_mixed(sources: Sequence[Source], split: str, rules: Rules, report: Da
                 yield pair
 
 
-def _weighted(source: Source, split: str, rules: Rules, report: DataReport, seed: int) -> Iterator[Pair]:
-    for pair in read_pairs(source, split, rules, report, streaming=True, progress=False):
-        for _ in range(copies(pair.id, source.weight, seed)):
+def weighted(pairs: Iterable[Pair], weight: float, seed: int) -> Iterator[Pair]:
+    """Yield each pair as often as a weight says."""
+    for pair in pairs:
+        for _ in range(copies(pair.id, weight, seed)):
             yield pair

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -92,11 +92,7 @@ def splits_among(sources: Sequence[Source]) -> list[str]:
 
 
 def having(sources: Sequence[Source], split: str, train_split: str = "train") -> list[Source]:
-    """Return the sources that have a split.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Return the sources that have a split."""
     found = [
         source for source in sources
         if (split == train_split if source.split else split in splits_of(source))
@@ -114,9 +110,6 @@ def chunks_of(source: Source, split: str, *, streaming: bool = False) -> Iterato
         source: where to read from.
         split: name of the split; ``source.split`` overrides it.
         streaming: read a Hub dataset without downloading it first. Local files are always read in parts.
-
-    Raises:
-        DataError: missing, unreadable or empty, or no such split.
     """
     wanted = source.split or split
     files = files_of(source, wanted)
@@ -141,13 +134,17 @@ def files_of(source: Source, split: str) -> list[tuple[str, str]] | None:
     if _saved_to_disk(path) is not None:
         return None
     available = _builder_splits(source)
-    if split not in available:
-        raise DataError(f"{source.path} has the splits {', '.join(available)}; {split!r} was asked for. {SPLIT_FLAGS}")
+    _check_split(source, split, available)
     files = available[split]
     if any(kind_of(file) is None for file in files):
         return None
     root = path.resolve()
     return [(file, str(Path(file).relative_to(root)) if Path(file).is_relative_to(root) else file) for file in files]
+
+
+def _check_split(source: Source, split: str, available: Iterable[str]) -> None:
+    if split not in available:
+        raise DataError(f"{source.path} has the splits {', '.join(available)}; {split!r} was asked for. {SPLIT_FLAGS}")
 
 
 def fingerprint(source: Source, split: str) -> str:
@@ -163,11 +160,7 @@ def fingerprint(source: Source, split: str) -> str:
 
 
 def _local(source: Source) -> Path | None:
-    """Return the path of a local source, None for a Hub id.
-
-    Raises:
-        DataError: the path does not exist, or the kind of file is not supported.
-    """
+    """Return the path of a local source, None for a Hub id."""
     path = Path(source.path).expanduser()
     if path.is_file():
         if kind_of(source.path) is None:
@@ -227,9 +220,7 @@ def _splits_on_hub(path: str, config: str | None, revision: str | None) -> dict[
 def _load(source: Source, split: str, *, streaming: bool) -> Any:
     import datasets
 
-    available = splits_of(source)
-    if split not in available:
-        raise DataError(f"{source.path} has the splits {', '.join(available)}; {split!r} was asked for. {SPLIT_FLAGS}")
+    _check_split(source, split, splits_of(source))
     path = _local(source)
     try:
         if path is not None and _saved_to_disk(path) is not None:

@@ -25,7 +25,7 @@ from rap_lightning.preferences.pairs import Message
 from rap_lightning.progress_bar import progress
 
 if TYPE_CHECKING:
-    from rap_lightning.batches.at_goals import AtGoal
+    from rap_lightning.batches.dataset import Example
     from rap_lightning.batches.encode import Encoder
 
 LAYOUT = "tree"
@@ -125,7 +125,7 @@ class GoalLogps:
 
     def tokens(self) -> dict[str, tuple[int, int]]:
         """Return the tokens of both responses, end of turn included, by pair id."""
-        return {i.example.pair_id: (len(i.example.chosen_ids), len(i.example.rejected_ids)) for i in self.items}
+        return {one.pair_id: (one.size.chosen, one.size.rejected) for one in self.items}
 
     def measure(
         self, model: ModelSource, wanted: Container[Key], name: str, title: str
@@ -156,10 +156,11 @@ class GoalLogps:
             },
         }
 
-    def _fill(self, model: ModelSource, ledger: Ledger, items: Mapping[str, AtGoal], title: str) -> None:
+    def _fill(self, model: ModelSource, ledger: Ledger, items: Mapping[str, Example], title: str) -> None:
         import torch
 
-        from rap_lightning.batches.at_goals import batch_of, in_passes, two_by_two
+        from rap_lightning.batches.at_goals import batch_of, in_passes
+        from rap_lightning.batches.types import split_segments
         from rap_lightning.models.model_checks import check_sharing
 
         device = default_device()
@@ -174,10 +175,11 @@ class GoalLogps:
                 if ledger.done.issuperset(ids):
                     continue
                 # A partly finished pass is computed whole, so that its numbers are those of an uninterrupted run.
-                logps = two_by_two(policy.logps(batch_of(together, LAYOUT, pad_id=0).to(policy.device)).tolist())
+                logps = policy.logps(batch_of(together, LAYOUT, pad_id=0).to(policy.device)).tolist()
+                both = zip(*split_segments(logps), strict=True)
                 rows = [
-                    {"id": one, "pair_id": item.example.pair_id, "goal": item.text, "logps": list(two)}
-                    for one, item, two in zip(ids, together, logps, strict=True) if one not in ledger.done
+                    {"id": one, "pair_id": item.pair_id, "goal": item.goal, "logps": list(two)}
+                    for one, item, two in zip(ids, together, both, strict=True) if one not in ledger.done
                 ]  # fmt: skip
                 ledger.append(rows)
                 bar.update(len(rows))
@@ -185,9 +187,9 @@ class GoalLogps:
         free_memory()
 
 
-def key_of(item: AtGoal) -> Key:
+def key_of(item: Example) -> Key:
     """Return the key of an item's log-probabilities."""
-    return item.example.pair_id, item.text
+    return item.pair_id, item.goal
 
 
 def _encoder(plan: EvaluationPlan) -> Encoder:

@@ -69,12 +69,7 @@ class RowFormat(ABC):
 
 
 class Adapted(RowFormat):
-    """Rows that a user's function converts into rows of a known format.
-
-    Args:
-        adapt: takes a row and returns one of a known format, or None to drop the row.
-        inner: the known format.
-    """
+    """Rows that a user's function converts into rows of a known format."""
 
     name = "your adapter"
 
@@ -84,7 +79,6 @@ class Adapted(RowFormat):
         self.paired, self.id_type = inner.paired, inner.id_type
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """Adapt the row, then read it."""
         adapted = call_adapter(self.adapt, rows[0])
         if adapted is None:
             raise BadRow("row", "left out by your adapter", by_choice=True)

@@ -26,7 +26,6 @@ class ScoredCompletions(RowFormat):
     )
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """Read one row; responses that can't be used are left out."""
         (row,) = rows
         history = as_turns(row.get("prompt"))
         good, bad = read_each(self._entries(row), self._response)
@@ -66,7 +65,6 @@ class RankedAnswers(RowFormat):
     columns = ({"prompt", "answers"},)
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """Read one row."""
         (row,) = rows
         prompt = row.get("prompt")
         history = spoken_turns(prompt) if isinstance(prompt, str) and "Human:" in prompt else as_turns(prompt)

@@ -23,12 +23,10 @@ class HelpSteer(RowFormat):
     grouped = True
 
     def group_key(self, row: Row) -> Any:
-        """Return the prompt."""
         prompt = row.get("prompt")
         return prompt if isinstance(prompt, str) else repr(prompt)
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """Read the rows of one prompt."""
         history = as_turns(rows[0].get("prompt"))
         good, bad = read_each(
             [(f"response (row {i + 1} of its prompt)", r) for i, r in enumerate(rows)], self._response

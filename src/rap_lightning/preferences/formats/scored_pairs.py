@@ -43,7 +43,6 @@ class ScoredPairs(RowFormat):
         self.plain = isinstance(first, str)
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """Read one row."""
         (row,) = rows
         if missing := [name for name in ("chosen", "rejected") if name not in row]:
             scores = [n for n in ("score_chosen", "score_rejected") if self.scored and n not in row]

@@ -22,12 +22,10 @@ class ShareGPT(ScoredPairs):
     columns = ({"conversations", "chosen", "rejected"},)
 
     def look(self, rows: Sequence[Row]) -> None:
-        """Learn the type of ids; the responses are always messages."""
         super().look(rows)
         self.plain = False
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """Read one row as a scored pair with an explicit prompt."""
         (row,) = rows
         turns = row.get("conversations")
         if not isinstance(turns, list):

@@ -25,7 +25,6 @@ class UltraFeedback(RowFormat):
     columns = ({"instruction", "completions"},)
 
     def read(self, rows: Sequence[Row]) -> Judged:
-        """Read one row; responses that can't be used are left out."""
         (row,) = rows
         history = as_turns(row.get("instruction"), "instruction")
         completions = a_list(row.get("completions"), "completions")
