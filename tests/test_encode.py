@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from conftest import FAMILIES, make_tokenizer, pair_of, scored_rows
+from rap_lightning.batches import encode as encode_module
 from rap_lightning.batches.chat_renderer import ENDED, LOOKALIKE
 from rap_lightning.batches.encode import BOUNDARY, Conversation, EncodedConversation, Encoder
 from rap_lightning.errors import ConfigError
@@ -307,3 +308,10 @@ def test_a_long_system_message_of_the_datas_own_is_cut_last_with_the_goal_before
     text = e.tokenizer.decode(fitted)
     assert OverallGoal().text(5) in text
     assert len(fitted) < 120
+
+
+def test_cached_ids_are_invalid_after_a_change_to_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Encoder(make_tokenizer("chatml"), None, 64).key()
+    assert Encoder(make_tokenizer("chatml"), None, 64).key() == before
+    monkeypatch.setattr(encode_module, "_source_digest", lambda: "of other code")
+    assert Encoder(make_tokenizer("chatml"), None, 64).key() != before

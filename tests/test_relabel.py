@@ -15,7 +15,9 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from rap_lightning.preferences.pair_cache import stored_pairs
 from rap_lightning.preferences.relabelling import (
+    ORIGIN_TABLE,
     ORIGINS,
+    UNCONDITIONED,
     RelabelledView,
     Relabelling,
     TrainingIndex,
@@ -342,3 +344,8 @@ def test_pairs_tie_by_what_is_printed_attributes_included() -> None:
     assert not is_tie(AttributeGoal(["kind"]), pair.rewards, ((1.0,), (2.0,)))
     same = replace(pair, rewards=(7.0, 7.0), attributes=((1.0,), (2.0,)))
     assert is_tie(AttributeGoal(["kind"]), same.rewards, same.attributes), "neither response is preferred"
+
+
+def test_a_goal_is_the_reward_of_the_chosen_response() -> None:
+    """PreferenceModule.pair_step and PairRewards.under_goal rely on it for every origin but the unconditioned one."""
+    assert [i for i, origin in enumerate(ORIGIN_TABLE) if origin.goal != "own"] == [UNCONDITIONED]

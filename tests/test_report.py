@@ -19,13 +19,14 @@ from rap_lightning.cli import main as cli
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.evaluation import Figure
 from rap_lightning.losses import DPO, SFT, Mixture
+from rap_lightning.preferences.relabelling import ORIGINS
 from rap_lightning.reporting.charts import COLOURS, DASHES, MARKERS, Chart, Line, draw, shared_limits
 from rap_lightning.reporting.config_differences import differences
 from rap_lightning.reporting.curves import read_curves, thinned
 from rap_lightning.reporting.evaluation_file import read_evaluation
 from rap_lightning.reporting.page import write
 from rap_lightning.reporting.read_runs import Run, read_runs
-from rap_lightning.reporting.sections import Section, all_sections
+from rap_lightning.reporting.sections import ORIGIN_TITLES, Section, all_sections
 from rap_lightning.reporting.tables import cost_rows, data_rows, describe, headline, missing, notes, samples
 from rap_lightning.reporting.text import clean, number
 
@@ -764,3 +765,7 @@ def test_a_browser_shows_the_page_at_a_phones_width_in_light_and_dark(pages: Pat
     assert seen["wide"] == []
     assert seen["ground"] == ("rgb(18, 22, 28)" if scheme == "dark" else "rgb(255, 255, 255)")
     assert "CONSOLE" not in shown.stderr
+
+
+def test_every_origin_has_a_title_on_the_page() -> None:
+    assert tuple(ORIGIN_TITLES) == ORIGINS

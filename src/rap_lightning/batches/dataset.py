@@ -25,7 +25,7 @@ from rap_lightning.preferences.relabelling import ORIGIN_TABLE, Relabelling, Tra
 from rap_lightning.preferences.source_mix import copies
 
 FORMAT = 5
-"""Part of the cache key: raise it when the columns of a row or the encoding change."""
+"""Part of the cache key: raise it when the columns of an encoded row change. (``Encoder.key`` covers its own code.)"""
 ROWS = 250
 """Rows that are encoded at a time."""
 DIGESTED = 1000

@@ -23,11 +23,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rap_lightning import __version__
+from rap_lightning.batches import chat_renderer
 from rap_lightning.batches.chat_renderer import MARK, ChatRenderer, RenderedPrompt
 from rap_lightning.errors import ConfigError
+from rap_lightning.preferences import rendering
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import BadRow, Message
 
@@ -129,12 +132,12 @@ class Encoder(ChatRenderer):
         return next(i for i in ids if i is not None)
 
     def key(self) -> str:
-        """Digest of everything that changes the ids."""
+        """Digest of everything that changes the ids: a change to this code makes cached ids invalid, too."""
         parts = {
             "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
             "special tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
             "template": self.tokenizer.chat_template,
-            "package": __version__,
+            "code": _source_digest(),
             "goal": self.goal.describe() if self.goal else None,
             "lengths": [self.max_length, self.max_prompt_length],
         }
@@ -282,3 +285,10 @@ class Encoder(ChatRenderer):
         if len(kept) >= self.max_length:
             raise BadRow("prompt", f"the goal and the template alone leave no room within max_length={self.max_length}")
         return kept
+
+
+@cache
+def _source_digest() -> str:
+    """Digest of the files that decide which ids a conversation has."""
+    files = (__file__, chat_renderer.__file__, rendering.__file__)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()

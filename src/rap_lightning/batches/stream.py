@@ -21,6 +21,7 @@ from rap_lightning.batches.dataset import Example, PairEncoder, example_of, note
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.relabelling import ORIGINS
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.source_mix import stream_mixed
 from rap_lightning.preferences.sources import Source
@@ -58,7 +59,7 @@ class StreamedPairs(IterableDataset[Any]):
 
     def __init__(
         self, sources: list[Source], split: str, rules: Rules, encode: PairEncoder, shape: StepShape,
-        *, buffer: int, seed: int, origin_weights: Sequence[float] = (1.0, 1.0, 1.0),
+        *, buffer: int, seed: int, origin_weights: Sequence[float] = (1.0,) * len(ORIGINS),
     ) -> None:  # fmt: skip
         self.sources, self.split, self.rules, self.encode, self.shape = sources, split, rules, encode, shape
         self.buffer, self.seed = buffer, seed

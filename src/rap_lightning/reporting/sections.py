@@ -13,10 +13,14 @@ from rap_lightning.reporting.evaluation_file import Evaluation
 from rap_lightning.reporting.read_runs import Run
 from rap_lightning.reporting.text import as_number, clean, number
 
-ORIGINS = {"chosen-goal": "chosen-goal pairs", "rejected-goal": "rejected-goal pairs", "unconditioned": "plain pairs"}
+ORIGIN_TITLES = {
+    "chosen-goal": "chosen-goal pairs",
+    "rejected-goal": "rejected-goal pairs",
+    "unconditioned": "plain pairs",
+}
 ONE_ORIGIN = {"none": "unconditioned", "chosen": "chosen-goal", "rejected": "rejected-goal"}
 """The origin of all pairs by relabelling mode, for modes with only one: metrics.csv doesn't split by origin then."""
-TERM = re.compile(rf"(?:val/)?loss/(.+?)(?:/(?:{'|'.join(ORIGINS)}))?")
+TERM = re.compile(rf"(?:val/)?loss/(.+?)(?:/(?:{'|'.join(ORIGIN_TITLES)}))?")
 CONDITIONS = {
     "none": "no goal", "own": "own reward as goal", "best": "highest goal", "worst": "lowest goal",
 }  # fmt: skip
@@ -238,7 +242,7 @@ def _steering_during_training(run: Run) -> Chart:
 
 def _by_origin(runs: list[Run], metric: str, y: str, level: float | None = None, percent: bool = False) -> list[Chart]:
     charts = []
-    for origin, meaning in ORIGINS.items():
+    for origin, meaning in ORIGIN_TITLES.items():
         lines = [line for run in runs for line in _curves(run, metric, origin)]
         charts.append(Chart(f"{clean(y, 60)}, {meaning}", "step", clean(y, 60), lines, level=level, percent=percent))
     return _with_shared_limits(charts)
@@ -265,7 +269,7 @@ def _curves(run: Run, metric: str, origin: str) -> Iterator[Line]:
 def _terms(runs: list[Run]) -> list[str]:
     """Return the terms that the losses log as ``loss/NAME``."""
     names = [name for run in runs if run.curves is not None for name in run.curves.values]
-    return sorted({found[1] for name in names if (found := TERM.fullmatch(name))} - ORIGINS.keys())
+    return sorted({found[1] for name in names if (found := TERM.fullmatch(name))} - ORIGIN_TITLES.keys())
 
 
 def _by_reward(run: Run, evaluation: Evaluation, condition: str, role: str) -> Iterator[Line]:
