@@ -18,8 +18,8 @@ from conftest import ROOT, called
 from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.checkpoint.integrity import INDEX_CHECKSUM, mark_incomplete, verify, write_index_checksum
+from rap_lightning.models.checkpoint.open_saved import open_saved
 from rap_lightning.models.checkpoint.read_checkpoint import newest_whole, refuse_damaged
-from rap_lightning.models.checkpoint.saved_policy import open_saved
 from rap_lightning.strategies import FSDP2, check_resumes
 
 

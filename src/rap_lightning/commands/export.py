@@ -68,7 +68,8 @@ def export(
 
     from rap_lightning.models import hf_export as files
     from rap_lightning.models import hub
-    from rap_lightning.models.checkpoint.saved_policy import config_of, open_saved, restored
+    from rap_lightning.models.checkpoint.open_saved import open_saved
+    from rap_lightning.models.checkpoint.saved_policy import config_of, restored
     from rap_lightning.models.model_card import model_card
 
     _say(f"reading {checkpoint}")

@@ -144,7 +144,7 @@ class ModelSource:
         return model if config.adapts else model.to(dtype)
 
     def _checkpoint(self) -> SavedPolicy:
-        from rap_lightning.models.checkpoint.saved_policy import open_saved
+        from rap_lightning.models.checkpoint.open_saved import open_saved
 
         if self._saved is None:
             self._saved = open_saved(self.place)

@@ -1,7 +1,7 @@
 """The policy in a checkpoint, whichever strategy wrote it: one file (one device, DDP), FSDP2 shards, DeepSpeed ZeRO.
 
-:func:`open_saved` finds out which, and :func:`restored` builds the policy. Weights are read by name, when they are
-asked for: optimizer states, and the base model of an adapter's run, never are.
+models/checkpoint/open_saved.py finds out which, and :func:`restored` builds the policy. Weights are read by name, when
+they are asked for: optimizer states, and the base model of an adapter's run, never are.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.checkpoint.read_checkpoint import read_checkpoint, refuse_damaged
-from rap_lightning.models.checkpoint.sharded_folder import INDEX, PlainReader, short
+from rap_lightning.models.checkpoint.read_checkpoint import read_checkpoint
+from rap_lightning.models.checkpoint.sharded_folder import PlainReader, short
 from rap_lightning.models.digests import base_digest, same_base
 from rap_lightning.models.policy import Policy, of_adapter
 from rap_lightning.models.policy_config import Lora, PolicyConfig
@@ -94,26 +94,6 @@ def config_of(options: dict[str, Any], path: Path, *, trust_remote_code: bool) -
         raise ConfigError(f"{path} was written by another version of rap-lightning: {error}") from error
 
 
-def open_saved(path: Path) -> SavedPolicy:
-    """Verify a checkpoint and read its record.
-
-    Raises:
-        ConfigError: there is no checkpoint of rap-lightning, or it can't be read.
-    """
-    verified = refuse_damaged(path)
-    saved: SavedPolicy
-    if not path.is_dir():
-        saved = _OneFile(path)
-    elif (path / INDEX).is_file():
-        saved = _Shards(path)
-    else:
-        from rap_lightning.models.checkpoint.zero_folder import ZeroFolder
-
-        saved = ZeroFolder(path)
-    saved.verified = verified
-    return saved
-
-
 def restored(saved: SavedPolicy, config: PolicyConfig, dtype: torch.dtype) -> Policy:
     """Build the policy with the checkpoint's weights; of an adapter's run the base model is loaded from its files.
 
@@ -160,7 +140,7 @@ def _refuse_other_base(saved: SavedPolicy, config: PolicyConfig, policy: Policy)
         )
 
 
-class _OneFile(SavedPolicy):
+class OneFile(SavedPolicy):
     """What one device and DDP write."""
 
     def __init__(self, path: Path) -> None:
@@ -182,7 +162,7 @@ class _OneFile(SavedPolicy):
         return {name: self._state[name] for name in names}
 
 
-class _Shards(SavedPolicy):
+class Shards(SavedPolicy):
     """What Lightning's ModelParallelStrategy writes with torch.distributed.checkpoint."""
 
     def __init__(self, path: Path) -> None:

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.errors import DataError
 from rap_lightning.onpolicy.engines.base import prompt_id_of
+from rap_lightning.onpolicy.evaluate.evaluation_plan import TRAIN, EvaluationPlan
 from rap_lightning.preferences.data_report import DataReport
-from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.hashing import hash_text, hash_turns
 from rap_lightning.preferences.pairs import Message, Pair
-from rap_lightning.preferences.read_pairs import fit_scale, read_pairs, rewards_of
-from rap_lightning.preferences.relabelling import Relabelling
+from rap_lightning.preferences.read_pairs import read_pairs, rewards_of
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.scales import LinearScale
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, fingerprint, having, splits_among
-
-if TYPE_CHECKING:
-    from rap_lightning.onpolicy.evaluate.evaluation_plan import EvaluationPlan
-
-TRAIN = "train"
 
 
 @dataclass
@@ -58,24 +50,6 @@ class TrainingRewards:
     best: dict[str, float]
     p99: float
     responses: int
-
-
-def make_rules(template: GoalTemplate | None, options: dict[str, Any], sources: Sequence[Source]) -> Rules:
-    """Return the rules of reading: scored pairs, without those of equal reward.
-
-    Without a template, rewards are used as they are, whatever their range.
-    """
-    goal = template or OverallGoal(LinearScale(decimals=6))
-    rules = Rules(goal, Relabelling("none"), **options)
-    if template is not None and goal.scale.needs_fit:
-        raise ConfigError(
-            "--template: the scale's open numbers are those of the training run; give them (goal.json has them)."
-        )
-    if goal.scale.needs_fit:
-        splits = splits_among(sources)
-        split = TRAIN if TRAIN in splits else splits[0]
-        fit_scale(rules, having(sources, split), split)
-    return rules
 
 
 def read_evaluated(plan: EvaluationPlan) -> EvaluatedData:

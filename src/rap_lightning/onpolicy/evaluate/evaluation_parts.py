@@ -17,8 +17,8 @@ from rap_lightning import evaluation
 from rap_lightning.errors import DataError
 from rap_lightning.evaluation import Responses, Samples
 from rap_lightning.onpolicy.engines.base import prompt_id_of
-from rap_lightning.onpolicy.evaluate.evaluation_data import TRAIN, EvaluatedData, TrainingRewards, add_best_rewards
-from rap_lightning.onpolicy.evaluate.evaluation_plan import EvaluationPlan, Part
+from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData, TrainingRewards, add_best_rewards
+from rap_lightning.onpolicy.evaluate.evaluation_plan import TRAIN, EvaluationPlan, Part
 from rap_lightning.onpolicy.evaluate.measurements import GoalLogps, JudgedSamples, Key
 from rap_lightning.preferences.pairs import Pair
 
@@ -126,7 +126,7 @@ def unlearning(measured: Measured) -> dict[str, Any]:
     if plan.template is not None:
         own = {pair.id: _own_goals(plan, pair) for pair in logps.pairs}
         conditions["own"] = changes([((one, own[one][0]), (one, own[one][1])) for one in own])
-    bins = evaluation.bins_of(*plan.reward_range(measured.evaluated), plan.bins)
+    bins = evaluation.bins_of(*plan.reward_range(measured.evaluated.rewards), plan.bins)
     return evaluation.unlearning(logps.responses, conditions, bins, plan.seed)
 
 

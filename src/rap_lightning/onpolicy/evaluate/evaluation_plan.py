@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +11,6 @@ import numpy as np
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
-from rap_lightning.onpolicy.evaluate.evaluation_data import TRAIN, EvaluatedData, make_rules
 from rap_lightning.onpolicy.evaluate.recorded_run import READ_OPTIONS, read_options, recorded_base, run_of
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.model_source import ModelSource
@@ -22,9 +22,12 @@ from rap_lightning.onpolicy.requested_goals import (
     template_of,
     with_low_goal,
 )
-from rap_lightning.preferences.goals import GoalTemplate, is_trained
+from rap_lightning.preferences.goals import GoalTemplate, OverallGoal, is_trained
+from rap_lightning.preferences.read_pairs import fit_scale
+from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.sources import Source, as_sources, splits_among
+from rap_lightning.preferences.scales import LinearScale
+from rap_lightning.preferences.sources import Source, as_sources, having, splits_among
 
 if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
@@ -48,6 +51,7 @@ GOALS = 7
 """Goals by default, evenly over the scale."""
 MAX_NEW_TOKENS = 512
 GoalOrNone = float | None
+TRAIN = "train"
 
 
 @dataclass
@@ -107,14 +111,32 @@ class EvaluationPlan:
         highest = self.judge.scale[1] if self.judge is not None and self.judge.scale is not None else np.inf
         return float(min(highest, self.rules.goal.scale.judge_range[1] if self.rules.goal is not None else np.inf))
 
-    def reward_range(self, evaluated: EvaluatedData) -> tuple[float, float]:
-        """Return the range of the goal's scale, otherwise of the judge, otherwise of the data."""
+    def reward_range(self, in_data: tuple[float, float]) -> tuple[float, float]:
+        """Return the range of the goal's scale, otherwise of the judge, otherwise of the data's rewards."""
         low, high = self.rules.goal.scale.judge_range if self.rules.goal is not None else (-np.inf, np.inf)
         if np.isfinite(low) and np.isfinite(high):
             return float(low), float(high)
         if self.judge is not None and self.judge.scale is not None:
             return float(self.judge.scale[0]), float(self.judge.scale[1])
-        return evaluated.rewards
+        return in_data
+
+
+def make_rules(template: GoalTemplate | None, options: dict[str, Any], sources: Sequence[Source]) -> Rules:
+    """Return the rules of reading: scored pairs, without those of equal reward.
+
+    Without a template, rewards are used as they are, whatever their range.
+    """
+    goal = template or OverallGoal(LinearScale(decimals=6))
+    rules = Rules(goal, Relabelling("none"), **options)
+    if template is not None and goal.scale.needs_fit:
+        raise ConfigError(
+            "--template: the scale's open numbers are those of the training run; give them (goal.json has them)."
+        )
+    if goal.scale.needs_fit:
+        splits = splits_among(sources)
+        split = TRAIN if TRAIN in splits else splits[0]
+        fit_scale(rules, having(sources, split), split)
+    return rules
 
 
 def make_plan(

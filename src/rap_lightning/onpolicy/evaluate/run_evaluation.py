@@ -67,7 +67,7 @@ def evaluate_model(plan: EvaluationPlan) -> tuple[dict[str, Any], int]:
 
 def _head(plan: EvaluationPlan, evaluated: EvaluatedData) -> dict[str, Any]:
     scale = plan.template.scale if plan.template is not None else None
-    low, high = (scale.low, scale.high) if scale is not None else plan.reward_range(evaluated)
+    low, high = (scale.low, scale.high) if scale is not None else plan.reward_range(evaluated.rewards)
     return {
         "version": 1,
         "model": plan.model.path,
