@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import processes
+from rap_lightning.models.checkpoint.integrity import INDEX_CHECKSUM
 from rap_lightning.models.hf_export import read_tensors
 
 FIT = ["-m", "rap_lightning.cli.main", "fit"]
@@ -77,7 +78,7 @@ def test_a_node_that_is_killed_is_named_and_the_run_goes_on_on_one_two_and_three
     assert re.match(rf"error: no sign of life from rank 1 \(\S+, 10\.77\.0\.2\) for {TIMEOUT} s\. This run ends", line)
 
     checkpoints = sorted((tmp_path / "lost").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    saved = next(path for path in reversed(checkpoints) if not path.is_symlink() and (path / "digests.json").is_file())
+    saved = next(path for path in reversed(checkpoints) if not path.is_symlink() and (path / INDEX_CHECKSUM).is_file())
     step = int(saved.stem.rpartition("=")[2])
     plain = ["--model.loss.beta", "0.5", "--trainer.max_steps", str(step + 5), "--trainer.strategy.timeout", "0:05:00"]
     fits = {"whole": (1, 12, plain)}
