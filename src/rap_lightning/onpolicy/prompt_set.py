@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rap_lightning.errors import DataError
+from rap_lightning.preferences.formats.context_columns import with_context
 from rap_lightning.preferences.formats.scored_pairs import as_turns
 from rap_lightning.preferences.pairs import BadRow, Message, read_messages, split_response
 from rap_lightning.preferences.sources import Source, chunks_of, splits_of
@@ -62,7 +63,7 @@ def read_prompts(path: str, split: str | None = None, column: str | None = None,
         try:
             if isinstance(row, BadRow):
                 raise row
-            history = _history(row, column, found, place)
+            history = with_context(_history(row, column, found, place), row)
         except BadRow as problem:
             if problem.stops:
                 raise DataError(f"{place}, column {problem.column}: {problem.reason}.") from problem

@@ -34,6 +34,7 @@ from rap_lightning.onpolicy.jsonl_ledger import (
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.prompt_set import rows_of
 from rap_lightning.preferences.formats.completions import TEXT_NAMES
+from rap_lightning.preferences.formats.context_columns import with_context
 from rap_lightning.preferences.formats.scored_pairs import as_turns
 from rap_lightning.preferences.judge import Item
 from rap_lightning.preferences.pairs import BadRow, Message, is_blank, read_messages
@@ -134,7 +135,7 @@ def _responses(row: Row) -> tuple[list[Message], list[tuple[str, Row]]]:
     prompt = row.get("prompt", row.get("instruction"))
     if isinstance(row.get("response"), str):
         history = read_messages(row["messages"], "messages") if row.get("messages") else as_turns(prompt)
-        return history, [(row["response"], row)]
+        return with_context(history, row), [(row["response"], row)]
     if isinstance(row.get("completions"), list):
         found = []
         for one in row["completions"]:
@@ -142,7 +143,7 @@ def _responses(row: Row) -> tuple[list[Message], list[tuple[str, Row]]]:
             if text is None:
                 raise BadRow("completions", "an entry without a response", one, stops=True)
             found.append((text, one))
-        return as_turns(prompt), found
+        return with_context(as_turns(prompt), row), found
     expected = "expected messages and response (as generate writes them), or prompt and completions [{response}]"
     raise BadRow(", ".join(row), expected, stops=True)
 

@@ -74,6 +74,7 @@ class DataReport:
         faults, dropped, left_out, repaired, noted, truncated: reason -> tally. A fault stops a run; dropped counts rows
             and pairs, left_out single responses of rows with several.
         rewards: lowest and highest reward of the pairs; None where there are none.
+        unread: columns of the source that are not read.
         names: our column name -> its name in the source, for renamed columns.
         rows: if it is a list, everything noted is also appended to it, one entry per row.
     """
@@ -91,6 +92,7 @@ class DataReport:
     noted: dict[str, Tally] = field(default_factory=dict)
     truncated: dict[str, Tally] = field(default_factory=dict)
     rewards: Span | None = None
+    unread: set[str] = field(default_factory=set)
     names: Mapping[str, str] = field(default_factory=dict, compare=False)
     rows: list[dict[str, Any]] | None = field(default=None, compare=False)
 
@@ -141,6 +143,7 @@ class DataReport:
             for reason, tally in other.tallies(kind).items():
                 self.tallies(kind).setdefault(reason, Tally()).add(tally)
         self.rewards = merge_spans(self.rewards, other.rewards)
+        self.unread |= other.unread
         if self.rows is not None:
             self.rows += other.rows or []
 
@@ -154,6 +157,7 @@ class DataReport:
             "pairs_kept": self.pairs,
             "relabelled_pairs": self.relabelled,
             "rewards": None if self.rewards is None else list(self.rewards),
+            "columns_not_read": sorted(self.unread),
             **kinds,
         }
 
@@ -162,6 +166,7 @@ class DataReport:
         report = cls(values["source"], values["split"], values["rows_read"], values["rows_kept"])
         report.pairs, report.relabelled = values["pairs_kept"], values["relabelled_pairs"]
         report.rewards = tuple(values["rewards"]) if values["rewards"] else None
+        report.unread = set(values["columns_not_read"])
         for kind in KINDS:
             report.tallies(kind).update({reason: Tally.from_dict(t) for reason, t in values[kind].items()})
         return report
@@ -178,6 +183,8 @@ class DataReport:
         for kind, word in KINDS.items():
             for reason, tally in sorted(self.tallies(kind).items(), key=lambda item: -item[1].count):
                 yield f"  {word} {tally.count:,}: {reason}{tally.range_text} (first: {tally.first})"
+        if self.unread:
+            yield f"  note: columns that are not read: {', '.join(ascii(name)[1:-1] for name in sorted(self.unread))}"
         for remedy in self.remedies():
             yield f"  {remedy}"
 

@@ -21,6 +21,7 @@ SIDE_SCORES = {"scores_chosen", "scores_rejected"}  # of attributes
 OURS = {
     *SCORE_COLUMNS, "prompt", "prompt_id", "chosen", "rejected", "scores_chosen", "scores_rejected", "tools",
     "completions", "responses", "scores", "instruction", "response", "helpfulness", "answers", "conversations",
+    "system", "system_prompt", "history",
 }  # fmt: skip
 """Columns of the known formats. As keys of the option ``columns`` they show that the map is the wrong way round."""
 

@@ -7,11 +7,13 @@ and Arrow files are read by pyarrow, and validated.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -147,9 +149,9 @@ def _open(path: str) -> Any:
         import pyarrow as pa
 
         return io.BufferedReader(pa.input_stream(path, compression="zstd"))
-    import fsspec
-
-    return fsspec.open(path, "rb", compression=compression)
+    # not fsspec.open, which reads :: in a path as a chain of URLs
+    openers: dict[str | None, Callable[..., Any]] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+    return openers.get(compression, open)(path, "rb")
 
 
 def _check_head(head: bytes, path: str) -> None:

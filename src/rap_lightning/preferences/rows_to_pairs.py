@@ -73,7 +73,9 @@ def judged_rows(
         try:
             if isinstance(group, BadRow):
                 raise group
-            judged = row_format.read(group)
+            for row in group:
+                report.unread.update(row_format.unread(row))
+            judged = row_format.read_row(group)
             if len(judged.responses) < 2:
                 raise _too_few(judged.left_out)
             if rules.rewards is not None:

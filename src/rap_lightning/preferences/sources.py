@@ -1,12 +1,15 @@
 """Data sources: files, folders and the Hub, with splits by the rules of the datasets library.
 
-Files of known kinds are read by :mod:`rap_lightning.preferences.readers`, everything else by ``datasets``.
+Files of known kinds are read by :mod:`rap_lightning.preferences.readers`, everything else by ``datasets``. A path that
+exists is that path and nothing else; which files of a folder are read is decided in
+:mod:`rap_lightning.preferences.folder_splits`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.folder_splits import files_in, is_plain, splits_in_folder
 from rap_lightning.preferences.pairs import shown
 from rap_lightning.preferences.readers import COMPRESSIONS, ROWS, Chunk, kind_of, numbered, read_file
 
@@ -42,10 +46,21 @@ class Source:
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ConfigError(f"source {self.path}: weight must be above 0, found {self.weight}")
-        if Path(self.path).expanduser().exists():
+        if local_path(self.path) is not None:
             for name in ("revision", "config"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"source {self.path}: {name} has no effect on local files; leave it out.")
+
+
+def local_path(text: str) -> Path | None:
+    """Return the absolute path of what a source names, as it is written or else with ~ expanded; None if it is absent.
+
+    Absolute, because ``datasets`` reads ``parquet``, ``json`` or ``text`` as the name of one of its readers.
+    """
+    found = next((path for path in (text, os.path.expanduser(text)) if os.path.exists(path)), None)
+    if found is None:
+        return None
+    return Path(found).resolve() if os.path.isdir(found) else Path(found).absolute()
 
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -138,8 +153,7 @@ def files_of(source: Source, split: str) -> list[tuple[str, str]] | None:
     files = available[split]
     if any(kind_of(file) is None for file in files):
         return None
-    root = path.resolve()
-    return [(file, str(Path(file).relative_to(root)) if Path(file).is_relative_to(root) else file) for file in files]
+    return [(file, str(Path(file).relative_to(path)) if Path(file).is_relative_to(path) else file) for file in files]
 
 
 def _check_split(source: Source, split: str, available: Iterable[str]) -> None:
@@ -161,15 +175,15 @@ def fingerprint(source: Source, split: str) -> str:
 
 def _local(source: Source) -> Path | None:
     """Return the path of a local source, None for a Hub id."""
-    path = Path(source.path).expanduser()
-    if path.is_file():
+    path = local_path(source.path)
+    if path is not None and not path.is_dir():
         if kind_of(source.path) is None:
             raise DataError(
                 f"{source.path}: expected a file ending in .parquet, .arrow, .jsonl or .json "
                 f"(text also compressed: {', '.join(COMPRESSIONS)})."
             )
         return path
-    if path.is_dir():
+    if path is not None:
         return path
     if source.path.startswith(("[", "{")):
         raise ConfigError(
@@ -195,19 +209,9 @@ def _builder_splits(source: Source) -> dict[str, list[str]]:
     try:
         if path is None:
             return _splits_on_hub(source.path, source.config, source.revision)
-        listing = sorted((str(file), file.lstat().st_mtime_ns) for file in path.rglob("*"))
-        return _splits_in_folder(path.absolute(), tuple(listing))
+        return splits_in_folder(path, tuple(files_in(path)))
     except Exception as error:
         raise _unreadable(source, error) from error
-
-
-@cache  # the data module asks seven times, and datasets takes 10 ms for a folder; of the Hub, a request each time
-def _splits_in_folder(path: Path, listing: tuple[tuple[str, int], ...]) -> dict[str, list[str]]:
-    """Return the files of each split; a changed ``listing`` makes it look again."""
-    import datasets
-
-    files = datasets.load_dataset_builder(str(path)).config.data_files
-    return {str(name): [str(file) for file in names] for name, names in (files or {}).items()}
 
 
 @cache
@@ -226,6 +230,11 @@ def _load(source: Source, split: str, *, streaming: bool) -> Any:
         if path is not None and _saved_to_disk(path) is not None:
             table = datasets.load_from_disk(str(path))
             return table[split] if isinstance(table, datasets.DatasetDict) else table
+        if path is not None and not is_plain(path):
+            raise DataError(
+                f"{source.path}: only .parquet, .arrow and .json files are read from a folder whose path has "
+                "characters that datasets takes for a pattern. Rename the folder, or convert the files."
+            )
         options = {"revision": source.revision, "name": source.config} if path is None else {}
         return datasets.load_dataset(str(path or source.path), split=split, streaming=streaming, **options)
     except Exception as error:
@@ -245,9 +254,9 @@ def _unreadable(source: Source, error: Exception) -> DataError:
     if isinstance(error, DataError):
         return error
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    local = Path(source.path).expanduser().exists()
-    kind = "can't be read" if local else "is neither a local file nor a Hub dataset that can be reached"
+    path = local_path(source.path)
+    kind = "can't be read" if path is not None else "is neither a local file nor a Hub dataset that can be reached"
     advice = ""
-    if Path(source.path).expanduser().is_dir():
+    if path is not None and path.is_dir():
         advice = " A folder should contain files of one kind, named after their split: train.jsonl, test.jsonl."
     return DataError(f"{source.path} {kind}: {type(error).__name__}: {shown(reason[0], 300)}{advice}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
+from rap_lightning.preferences.formats.context_columns import CONTEXT_COLUMNS, with_context
 from rap_lightning.preferences.pairs import BadRow, Judged, read_number, shown
 
 Row = dict[str, Any]
@@ -27,6 +29,8 @@ class RowFormat(ABC):
     """The columns, for messages."""
     columns: ClassVar[tuple[set[str], ...]]
     """Rows that have all columns of one of these sets are of this format."""
+    reads: ClassVar[frozenset[str]]
+    """All columns that are read, apart from those of attributes and of context."""
     grouped: ClassVar[bool] = False
     """Neighbouring rows with the same :meth:`group_key` are read together."""
     paired: bool = False
@@ -36,6 +40,8 @@ class RowFormat(ABC):
 
     def __init__(self, attributes: Sequence[str] = (), scored: bool = True, blind: bool = False) -> None:
         self.attributes, self.scored, self.blind = tuple(attributes), scored, blind
+        side_scores = ("scores_chosen", "scores_rejected") if attributes and self.paired else self.attributes
+        self._known = self.reads.union(CONTEXT_COLUMNS, side_scores)
 
     def look(self, rows: Sequence[Row]) -> None:
         """Learn from the first rows what must be the same in all."""
@@ -44,6 +50,21 @@ class RowFormat(ABC):
     def group_key(self, row: Row) -> Any:
         """Return what neighbouring rows of a group have in common."""
         raise NotImplementedError
+
+    def read_row(self, rows: Sequence[Row]) -> Judged:
+        """Return what :meth:`read` does, with the system text and the earlier turns of further columns.
+
+        Raises:
+            BadRow: nothing of it can be used.
+        """
+        judged = self.read(rows)
+        if not any(name in rows[0] for name in CONTEXT_COLUMNS):
+            return judged
+        return replace(judged, history=tuple(with_context(judged.history, rows[0])))
+
+    def unread(self, row: Row) -> Collection[str]:
+        """Return the columns of a row that have no effect."""
+        return row.keys() - self._known
 
     @abstractmethod
     def read(self, rows: Sequence[Row]) -> Judged:
@@ -72,17 +93,24 @@ class Adapted(RowFormat):
     """Rows that a user's function converts into rows of a known format."""
 
     name = "your adapter"
+    reads = frozenset()
 
     def __init__(self, adapt: Adapter, inner: RowFormat) -> None:
         super().__init__(inner.attributes, inner.scored, inner.blind)
         self.adapt, self.inner = adapt, inner
         self.paired, self.id_type = inner.paired, inner.id_type
 
+    def unread(self, row: Row) -> Collection[str]:
+        return ()  # only the function knows
+
+    def read_row(self, rows: Sequence[Row]) -> Judged:
+        return self.read(rows)  # the columns of context are those that the function returns
+
     def read(self, rows: Sequence[Row]) -> Judged:
         adapted = call_adapter(self.adapt, rows[0])
         if adapted is None:
             raise BadRow("row", "left out by your adapter", by_choice=True)
-        return self.inner.read([adapted])
+        return self.inner.read_row([adapted])
 
 
 def call_adapter(adapt: Adapter, row: Row) -> Row | None:

@@ -24,6 +24,7 @@ class ScoredCompletions(RowFormat):
         {"prompt", "completions"},
         {"prompt", "responses", "scores"},
     )
+    reads = frozenset({"prompt", "completions", "responses", "scores", "tools", "prompt_id"})
 
     def read(self, rows: Sequence[Row]) -> Judged:
         (row,) = rows
@@ -63,6 +64,7 @@ class RankedAnswers(RowFormat):
     name = "ranked"
     expects = "prompt and answers [{answer, rank}]"
     columns = ({"prompt", "answers"},)
+    reads = frozenset({"prompt", "answers"})
 
     def read(self, rows: Sequence[Row]) -> Judged:
         (row,) = rows

@@ -7,6 +7,7 @@ from typing import Any
 
 from rap_lightning.preferences.formats.base import Row, RowFormat
 from rap_lightning.preferences.formats.completions import read_each, response_text
+from rap_lightning.preferences.formats.context_columns import CONTEXT_COLUMNS
 from rap_lightning.preferences.formats.scored_pairs import as_turns
 from rap_lightning.preferences.pairs import Judged, Response
 
@@ -20,11 +21,13 @@ class HelpSteer(RowFormat):
     name = "helpsteer"
     expects = "prompt, response, helpfulness, correctness, coherence, complexity, verbosity"
     columns = ({"prompt", "response", "helpfulness"},)
+    reads = frozenset({"prompt", "response", "helpfulness"})
     grouped = True
 
     def group_key(self, row: Row) -> Any:
         prompt = row.get("prompt")
-        return prompt if isinstance(prompt, str) else repr(prompt)
+        context = [row.get(name) for name in CONTEXT_COLUMNS]
+        return [prompt if isinstance(prompt, str) else repr(prompt), *context]
 
     def read(self, rows: Sequence[Row]) -> Judged:
         history = as_turns(rows[0].get("prompt"))

@@ -32,6 +32,7 @@ class ScoredPairs(RowFormat):
     name = "pairs"
     expects = "chosen, rejected, score_chosen, score_rejected (and prompt, where chosen is plain text)"
     columns = ({"chosen", "rejected"},)
+    reads = frozenset({"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "tools", "prompt_id"})
     paired = True
     plain: bool = False
     """Responses are text, not message lists."""

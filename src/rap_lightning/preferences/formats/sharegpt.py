@@ -20,6 +20,7 @@ class ShareGPT(ScoredPairs):
         "conversations [{from, value}], chosen {from, value}, rejected {from, value}, score_chosen, score_rejected"
     )
     columns = ({"conversations", "chosen", "rejected"},)
+    reads = ScoredPairs.reads - {"prompt"} | {"conversations"}
 
     def look(self, rows: Sequence[Row]) -> None:
         super().look(rows)
@@ -31,8 +32,6 @@ class ShareGPT(ScoredPairs):
         if not isinstance(turns, list):
             raise BadRow("conversations", "not a list of turns", turns, stops=turns is not None)
         prompt = [_message(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
-        if isinstance(row.get("system"), str) and row["system"].strip():
-            prompt.insert(0, {"role": "system", "content": row["system"]})
         sides = {side: [_message(row.get(side), side)] for side in ("chosen", "rejected")}
         return super().read([{**row, "prompt": prompt, **sides}])
 

@@ -23,6 +23,7 @@ class UltraFeedback(RowFormat):
     name = "ultrafeedback"
     expects = "instruction and completions [{response, overall_score, annotations}]"
     columns = ({"instruction", "completions"},)
+    reads = frozenset({"instruction", "completions"})
 
     def read(self, rows: Sequence[Row]) -> Judged:
         (row,) = rows
