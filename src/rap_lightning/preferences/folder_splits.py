@@ -59,9 +59,10 @@ def splits_in_folder(folder: Path, listing: tuple[tuple[str, int], ...]) -> dict
     else:
         with TemporaryDirectory() as mirror:  # the same names in a folder that is no pattern
             for name in names:
-                link = Path(mirror, name)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(folder / name)
+                link, parent = Path(mirror, name), (folder / name).parent
+                if parent == parent.resolve():  # datasets does not follow symlinks to folders
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(folder / name)
             base = Path(mirror).resolve()
             splits = {
                 split: [str(folder / Path(file).relative_to(base)) for file in files]
@@ -81,7 +82,7 @@ def _by_datasets(folder: Path) -> dict[str, list[str]]:
 def _check_left_out(folder: Path, names: Sequence[str], splits: Mapping[str, Sequence[str]]) -> None:
     """Refuse or name the files of a folder that are in no split."""
     read = {os.path.relpath(file, folder) for files in splits.values() for file in files}
-    left_out = [name for name in names if name not in read and not DOCUMENTS.fullmatch(PurePath(name).name)]
+    left_out = [name for name in sorted(names) if name not in read and not DOCUMENTS.fullmatch(PurePath(name).name)]
     hidden = [name for name in left_out if any(part.startswith((".", "__")) for part in PurePath(name).parts)]
     chosen_by_card = re.search(r"(?m)^configs:", _card(folder)) is not None
     refused = [name for name in left_out if name not in hidden and not chosen_by_card and _has_rows(name, read)]
