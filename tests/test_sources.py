@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 
-from conftest import make_tokenizer, pairs_of, scored_rows, write_jsonl
+from conftest import REAL_DATA, make_tokenizer, pairs_of, scored_rows, write_jsonl
 from rap_lightning.cli import main as cli
 from rap_lightning.errors import DataError
 from rap_lightning.onpolicy.prompt_set import read_prompts
@@ -188,6 +188,38 @@ def test_prompts_and_answers_to_score_are_read_from_such_folders(here: Path) -> 
         assert read_prompts(name).histories == [[{"role": "user", "content": "mine"}]]
         (group,) = read_prompt_groups(name, None, Counter())
         assert group.history == [{"role": "user", "content": "mine"}]
+
+
+def test_a_folder_of_answers_is_that_folder_though_shards_of_its_name_are_beside_it(here: Path) -> None:
+    (here / "answers").mkdir()
+    write_jsonl(here / "answers" / "train.jsonl", [{"prompt": "mine", "response": "an answer"}])
+    for shard in range(2):
+        write_jsonl(here / f"answers-0000{shard}-of-00002", [{"prompt": "other", "response": "an answer"}])
+    (group,) = read_prompt_groups("answers", None, Counter())
+    assert group.history == [{"role": "user", "content": "mine"}]
+
+
+CASES = REAL_DATA.parent / "cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason=f"the reported cases are not at {CASES}")
+@pytest.mark.parametrize(
+    ("case", "source", "count"),
+    [
+        ("folder-named-like-a-kind", "parquet", 3), ("folder-name-is-a-glob", "run[12]", 2),
+        ("source-dot/pairs", ".", 8), ("source-dot/pairs", "./", 8), ("system-column", "system", 8),
+        ("mixed-kinds-in-a-folder", "pairs", None),
+    ],
+)  # fmt: skip
+def test_reported_cases(case: str, source: str, count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CASES / case)
+    if count is None:
+        with pytest.raises(DataError, match="would be left out: train-1.jsonl"):
+            read(source)
+        return
+    pairs = list(read_pairs(Source(source), "train", Rules(), DataReport(source, "train"), progress=False))
+    assert len(pairs) == count
+    assert case != "system-column" or {pair.history[0]["content"] for pair in pairs} == {"Answer as a pirate."}
 
 
 # -- columns -----------------------------------------------------------------------------------------------------------

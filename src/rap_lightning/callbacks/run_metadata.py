@@ -37,7 +37,7 @@ def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]
 
 def name(path: str) -> dict[str, Any]:
     """Return the name of a data source or model as it may be published: of a local one the last part only."""
-    local = Path(path).expanduser().exists() or path.startswith(("/", ".", "~"))
+    local = os.path.exists(path) or path.startswith(("/", ".", "~"))
     return {"name": Path(path).name or path if local else path, "local": local}
 
 

@@ -26,7 +26,7 @@ from rap_lightning.preferences.rendering import resolve_placement, shows_system
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules, key_of
 from rap_lightning.preferences.source_mix import weighted
-from rap_lightning.preferences.sources import Source, fingerprint, having, splits_among
+from rap_lightning.preferences.sources import Source, fingerprint, having, local_path, splits_among
 
 
 def relabel(
@@ -118,7 +118,8 @@ def _public(path: str) -> str:
     if "://" in path:
         parts = urlsplit(path)
         return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
-    return Path(path).expanduser().resolve().name if Path(path).expanduser().exists() else path
+    local = local_path(path)
+    return path if local is None else local.name
 
 
 def _card(rules: Rules, reports: list[DataReport], placement: str) -> str:

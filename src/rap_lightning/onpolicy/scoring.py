@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ from rap_lightning.preferences.formats.context_columns import with_context
 from rap_lightning.preferences.formats.scored_pairs import as_turns
 from rap_lightning.preferences.judge import Item
 from rap_lightning.preferences.pairs import BadRow, Message, is_blank, read_messages
+from rap_lightning.preferences.sources import local_path
 from rap_lightning.progress_bar import progress
 
 KEPT = ("model", "goal", "sample", "finish", "tokens")
@@ -89,7 +91,7 @@ def score_file(source: str, output: Path, judge: Judge, split: str | None = None
 
 def expected_responses(source: str) -> int | None:
     """Return how many responses ``generate`` set out to write; None for other files."""
-    for part in parts_of(Path(source).expanduser()):
+    for part in _written_parts(source):
         if "responses" in (meta := read_meta(part)):
             return int(meta["responses"])
     return None
@@ -116,10 +118,15 @@ def read_prompt_groups(source: str, split: str | None, counts: Counter[str]) -> 
     return list(groups.values())
 
 
+def _written_parts(source: str) -> list[Path]:
+    """Return the files that ``generate`` wrote for an output of this name; none for a folder, which is that folder."""
+    path = local_path(source) or Path(os.path.expanduser(source))
+    return [] if path.is_dir() else parts_of(path)
+
+
 def _rows(source: str, split: str | None) -> Iterator[tuple[Row, str]]:
-    path = Path(source).expanduser()
-    parts = parts_of(path)
-    if parts and split is None and (len(parts) > 1 or not path.is_file() or read_meta(path)):
+    parts = _written_parts(source)
+    if parts and split is None and (len(parts) > 1 or read_meta(parts[0]) or local_path(source) is None):
         for part in parts:
             for number, row in enumerate(read_rows([part]), 1):
                 yield row, f"{part.name} line {number}"
