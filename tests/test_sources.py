@@ -158,6 +158,9 @@ def test_other_files_of_a_folder_are_named(here: Path) -> None:
     (here / "full").mkdir()
     write_jsonl(here / "full" / "train.jsonl", rows_named("mine"))
     (here / "full" / "README.md").write_text("a card")
+    (here / "full" / "model").mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (here / "full" / "model" / name).write_text("{}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read("full")
@@ -214,7 +217,7 @@ CASES = REAL_DATA.parent / "cases"
 def test_reported_cases(case: str, source: str, count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CASES / case)
     if count is None:
-        with pytest.raises(DataError, match="would be left out: train-1.jsonl"):
+        with pytest.raises(DataError, match=r"would be left out: train-1\.jsonl"):
             read(source)
         return
     pairs = list(read_pairs(Source(source), "train", Rules(), DataReport(source, "train"), progress=False))

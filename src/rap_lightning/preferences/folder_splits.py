@@ -23,7 +23,7 @@ SPLIT_WORD = re.compile(
     r"(?i)(?:^|[-._ 0-9/])(?:train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?=[-._ 0-9/])"
 )
 """The words by which datasets finds splits in names of files and folders."""
-DOCUMENTS = re.compile(r"(?i).*\.(?:md|ya?ml)|license.*|dataset_infos?\.json|config\.json|.*\.lock")
+DOCUMENTS = re.compile(r"(?i).*\.(?:md|ya?ml)|license.*|dataset_infos?\.json|config\.json|world\.json|.*\.lock")
 """Names of files that are never rows."""
 
 
@@ -82,7 +82,11 @@ def _by_datasets(folder: Path) -> dict[str, list[str]]:
 def _check_left_out(folder: Path, names: Sequence[str], splits: Mapping[str, Sequence[str]]) -> None:
     """Refuse or name the files of a folder that are in no split."""
     read = {os.path.relpath(file, folder) for files in splits.values() for file in files}
-    left_out = [name for name in sorted(names) if name not in read and not DOCUMENTS.fullmatch(PurePath(name).name)]
+    models = {str(PurePath(name).parent) for name in names if PurePath(name).name == "config.json"} - {"."}
+    left_out = [
+        name for name in sorted(names)
+        if name not in read and not DOCUMENTS.fullmatch(PurePath(name).name) and str(PurePath(name).parent) not in models
+    ]  # fmt: skip
     hidden = [name for name in left_out if any(part.startswith((".", "__")) for part in PurePath(name).parts)]
     chosen_by_card = re.search(r"(?m)^configs:", _card(folder)) is not None
     refused = [name for name in left_out if name not in hidden and not chosen_by_card and _has_rows(name, read)]
