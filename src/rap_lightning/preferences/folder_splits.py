@@ -25,6 +25,7 @@ SPLIT_WORD = re.compile(
 """The words by which datasets finds splits in names of files and folders."""
 DOCUMENTS = re.compile(r"(?i).*\.(?:md|ya?ml)|license.*|dataset_infos?\.json|config\.json|world\.json|.*\.lock")
 """Names of files that are never rows."""
+MODEL_SUFFIXES = {".json", ".jinja", ".safetensors", ".bin", ".model", ".txt"}  # beside a config.json
 
 
 def is_plain(path: Path) -> bool:
@@ -82,11 +83,8 @@ def _by_datasets(folder: Path) -> dict[str, list[str]]:
 def _check_left_out(folder: Path, names: Sequence[str], splits: Mapping[str, Sequence[str]]) -> None:
     """Refuse or name the files of a folder that are in no split."""
     read = {os.path.relpath(file, folder) for files in splits.values() for file in files}
-    models = {str(PurePath(name).parent) for name in names if PurePath(name).name == "config.json"} - {"."}
-    left_out = [
-        name for name in sorted(names)
-        if name not in read and not DOCUMENTS.fullmatch(PurePath(name).name) and str(PurePath(name).parent) not in models
-    ]  # fmt: skip
+    models = {PurePath(name).parent for name in names if PurePath(name).name == "config.json"}
+    left_out = [name for name in sorted(names) if name not in read and not _is_document(PurePath(name), models)]
     hidden = [name for name in left_out if any(part.startswith((".", "__")) for part in PurePath(name).parts)]
     chosen_by_card = re.search(r"(?m)^configs:", _card(folder)) is not None
     refused = [name for name in left_out if name not in hidden and not chosen_by_card and _has_rows(name, read)]
@@ -98,6 +96,10 @@ def _check_left_out(folder: Path, names: Sequence[str], splits: Mapping[str, Seq
         )
     if named := [name for name in left_out if name not in hidden or kind_of(name)]:
         warnings.warn(f"{folder}: in no split, so not read: {_listed(named)}", stacklevel=2)
+
+
+def _is_document(name: PurePath, models: set[PurePath]) -> bool:
+    return DOCUMENTS.fullmatch(name.name) is not None or (name.suffix in MODEL_SUFFIXES and name.parent in models)
 
 
 def _has_rows(name: str, read: set[str]) -> bool:
