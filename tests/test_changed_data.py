@@ -18,9 +18,8 @@ def swapped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def other_text(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    changed = [dict(row) for row in rows]
-    changed[3]["prompt"] = f"{changed[3]['prompt']} Please."
-    return changed
+    answer = {"role": "assistant", "content": "another answer, no"}
+    return [row | {"rejected": [*row["rejected"][:-1], answer]} if row is rows[3] else row for row in rows]
 
 
 CHANGES = {
@@ -28,7 +27,7 @@ CHANGES = {
     "order": (list(reversed(ROWS)), "other texts or another order"),
     "more rows": (ROWS + scored_rows(24)[20:], "20 scored pairs, and there are 24 now"),
     "fewer rows": (ROWS[:9], "20 scored pairs, and there are 9 now"),
-    "one prompt": (other_text(ROWS), "other texts or another order"),
+    "one text": (other_text(ROWS), "other texts or another order"),
 }
 
 
@@ -59,14 +58,14 @@ def test_another_split_or_a_stream_is_other_data_and_another_batch_or_file_is_no
     folder = tmp_path / "data"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", ROWS)
-    write_jsonl(folder / "extra.jsonl", scored_rows(20, seed=1))
+    write_jsonl(folder / "test.jsonl", scored_rows(20, seed=1))
     fit(tiny, folder, tmp_path / "first", 2)
     stop = tmp_path / "first" / "stop.ckpt"
-    with pytest.raises(ConfigError, match="split extra"):
-        fit(tiny, folder, tmp_path / "split", 4, stop, train_split="extra")
+    with pytest.raises(ConfigError, match="split test"):
+        fit(tiny, folder, tmp_path / "split", 4, stop, train_split="test")
     with pytest.raises(ConfigError, match="streamed"):
         fit(tiny, folder, tmp_path / "stream", 4, stop, streaming=True)
-    (folder / "extra.jsonl").unlink()
+    (folder / "test.jsonl").unlink()
     (folder / "train.jsonl").rename(folder / "train-0.jsonl")
     module, data = build(tiny, folder, optimizer=sgd, batch_size=2)
     trainer = make_trainer(tmp_path / "batch", max_steps=4, max_epochs=3, accumulate_grad_batches=2)
@@ -82,7 +81,9 @@ def test_the_command_line_refuses_changed_data_and_goes_on_when_told_to(
     def command(steps: int, *more: str) -> Any:
         arguments = kills.arguments(world, tmp_path / "runs", ("tree", "table", 0, "full"), steps=steps)
         arguments[arguments.index("--data.source") + 1] = str(data)
-        return start_process([*arguments, "--trainer.accumulate_grad_batches", "1", *more])
+        return start_process(
+            [*arguments, "--trainer.accumulate_grad_batches", "1", "--trainer.log_every_n_steps", "1", *more]
+        )
 
     assert command(3).end() == 0
     write_jsonl(data, swapped(ROWS))

@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
 import kills
 from cli_process import RankPair
 from conftest import make_trainer
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
 from rap_lightning.callbacks.run_folder import ClaimedFolder
 
 FAST = ("tree", "table", 0, "full")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -23,9 +22,9 @@ def run_folder(trainer: pl.Trainer) -> Path:
 class ClaimedFolder(pl.Callback):
     """Gives each run a folder ``version_N`` of its own, also where several are started at once.
 
-    A CSVLogger or TensorBoardLogger without a version takes the number after the highest that exists, and creates the folder later, so two
-    runs can take the same one. Here rank zero takes the first number whose folder it can create (``os.mkdir`` fails if
-    another run has just done so), and ``setup`` gives the number to the other ranks.
+    A CSVLogger or TensorBoardLogger without a version takes the number after the highest that exists and creates the
+    folder later, so two runs can take the same one. Here rank zero takes the first number from there whose folder it
+    can create (``os.mkdir`` fails if another run has just done so), and ``setup`` gives it to the other ranks.
 
     Lightning 2.6.6 has no public hook for the choice: ``_get_next_version`` and ``_version`` are private.
     """
@@ -39,7 +38,7 @@ class ClaimedFolder(pl.Callback):
             and "://" not in str(logger.root_dir)
         ]
         for logger in self._loggers:
-            logger._get_next_version = _Claim(logger)  # type: ignore[method-assign]
+            logger._get_next_version = _Claim(logger, trainer)  # type: ignore[method-assign]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Tell the other ranks which folder rank zero has claimed."""
@@ -50,12 +49,12 @@ class ClaimedFolder(pl.Callback):
 class _Claim:
     """Creates the folder of a logger's next version when the version is first asked for, in rank zero."""
 
-    def __init__(self, logger: CSVLogger | TensorBoardLogger) -> None:
-        self.root, self.next = Path(logger.root_dir), logger._get_next_version
+    def __init__(self, logger: CSVLogger | TensorBoardLogger, trainer: pl.Trainer) -> None:
+        self.root, self.next, self.trainer = Path(logger.root_dir), logger._get_next_version, trainer
 
     def __call__(self) -> int:
         version = self.next()
-        while rank_zero_only.rank == 0:
+        while self.trainer.is_global_zero:
             self.root.mkdir(parents=True, exist_ok=True)
             try:
                 os.mkdir(self.root / f"version_{version}")

@@ -191,7 +191,7 @@ class PreferenceCLI(LightningCLI):
         self.rank_monitor = RankMonitor(facts)
         kwargs["callbacks"] = [*callbacks, RunRecord(), WholeSteps(), WritePredictions(), self.rank_monitor]
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.insert(0, ClaimedFolder(trainer))
+        trainer.callbacks.insert(0, ClaimedFolder(trainer))  # type: ignore[attr-defined]
         check_size(trainer.strategy)
         check_resumes(trainer.strategy, options.get("ckpt_path"))
         self.rank_monitor.attach(trainer.strategy)

@@ -160,7 +160,7 @@ def check_steps(trainer: pl.Trainer) -> int:
 
 def _steps_of_stream(trainer: pl.Trainer) -> int:
     """Return ``estimated_stepping_batches`` of a stream without starting it; -1 where only its end ends the run."""
-    limit, epochs = trainer.limit_train_batches, trainer.max_epochs  # type: ignore[attr-defined]
+    limit, epochs = trainer.limit_train_batches, trainer.max_epochs
     if not isinstance(limit, int) or epochs is None or epochs < 0:
         return trainer.max_steps
     steps = math.ceil(limit / trainer.accumulate_grad_batches) * max(epochs, 1)
