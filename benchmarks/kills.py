@@ -84,7 +84,7 @@ def make(work: Path) -> Path:
 def arguments(world: Path, root: Path, combination: tuple[str, str, int, str], steps: int = STEPS) -> list[str]:
     """The command line of a run."""
     layout, source, workers, trained = combination
-    stream = ["--data.streaming", "true", "--data.shuffle_buffer", "30", "--trainer.max_epochs", "-1"]
+    stream = ["--data.streaming", "true", "--data.shuffle_buffer", "30"]
     adapter = ["--model.policy.lora.r", "4", "--model.policy.lora.dropout", "0.1"]
     return [
         "fit", "--model.policy.path", str(world / "base"), "--data.source", str(world), "--data.max_length", "128",

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from conftest import build, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.training.checks import check_steps
 
 
 def stream_folder(tmp_path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
@@ -63,6 +64,43 @@ def test_a_stopped_stream_goes_on_bit_for_bit(workers: int, tiny: Path, tmp_path
         assert same(resumed, whole), stop
     other = run(tiny, data, tmp_path / "other", max_steps=9, shuffle_buffer=2)
     assert not same(other, whole), "the buffer decides the order, so this must differ"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_resumes_exactly_with_the_default_number_of_epochs(workers: int, tiny: Path, tmp_path: Path) -> None:
+    """max_epochs 1 is the command line's default: the number of steps must be known without starting the stream."""
+    data = stream_folder(tmp_path, scored_rows(21))
+    saver = ModelCheckpoint(tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"max_steps": 5, "max_epochs": 1, "shuffle_buffer": 10, "num_workers": workers}
+    whole = run(tiny, data, tmp_path / "whole", callbacks=[saver], enable_checkpointing=True, **options)
+    for stop in ("step=1", "step=3"):
+        resumed = run(tiny, data, tmp_path / stop, ckpt=str(tmp_path / "all" / f"{stop}.ckpt"), **options)
+        assert same(resumed, whole), stop
+
+
+def test_a_stream_that_something_else_started_too_early_is_refused(tiny: Path, tmp_path: Path) -> None:
+    class Asks(Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            assert trainer.estimated_stepping_batches == 5
+
+    data = stream_folder(tmp_path, scored_rows(21))
+    saver = ModelCheckpoint(tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"max_steps": 5, "max_epochs": 1}
+    run(tiny, data, tmp_path / "whole", callbacks=[saver, Asks()], enable_checkpointing=True, **options)
+    with pytest.raises(ConfigError, match="started before the checkpoint"):
+        run(tiny, data, tmp_path / "b", ckpt=str(tmp_path / "all" / "step=3.ckpt"), callbacks=[Asks()], **options)
+
+
+def test_steps_of_a_stream_are_those_that_lightning_would_count(tiny: Path, tmp_path: Path) -> None:
+    for number, (options, steps) in enumerate([
+        ({"max_steps": 3, "max_epochs": 1}, 3),
+        ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 4}, 4),
+        ({"max_steps": 3, "max_epochs": 2, "limit_train_batches": 4}, 3),
+    ]):  # fmt: skip
+        module, data = build(tiny, stream_folder(tmp_path), streaming=True)
+        trainer = make_trainer(tmp_path / str(number), accumulate_grad_batches=2, **options)
+        trainer.fit(module, data)
+        assert check_steps(trainer) == trainer.estimated_stepping_batches == trainer.global_step == steps
 
 
 def test_a_stream_needs_to_know_how_long_to_run(tiny: Path, tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from rap_lightning.batches.data_identity import DataIdentity
 from rap_lightning.batches.dataset import EncodedPairs, PairEncoder, encode_pairs, join_weighted, note_encoding
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.batches.layouts import LAYOUTS, Collate
@@ -81,6 +83,8 @@ class PreferenceDataModule(pl.LightningDataModule):
         token_budget: tokens, padding included, in one forward pass: a batch with more is split into several passes,
             which changes memory and speed and nothing else. By default a batch is one forward pass.
         num_workers: processes that prepare batches; 0 prepares them in the main process.
+        allow_changed: resume from a checkpoint though the training data have changed since: the run continues at the
+            same place in the epoch. By default that is refused, because pairs would be repeated or left out.
         predict: what ``predict`` generates for.
         reading: how rows become pairs (goal, relabel, filters, ...): the options of
             rap_lightning.preferences.reading_options.ReadingOptions.
@@ -101,6 +105,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         batch_size: int = 4,
         token_budget: int | None = None,
         num_workers: int = 0,
+        allow_changed: bool = False,
         predict: PredictPrompts = PredictPrompts(),  # noqa: B008 (jsonargparse wants an instance)
         **reading: Any,
     ) -> None:
@@ -125,13 +130,14 @@ class PreferenceDataModule(pl.LightningDataModule):
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.layout = "tree" if layout == "auto" else layout
         self.batch_size, self.token_budget, self.num_workers = batch_size, token_budget, num_workers
-        self.predict = predict
+        self.allow_changed, self.predict = allow_changed, predict
         self.reports: dict[str, list[DataReport]] = {}
         self._pairs: dict[str, EncodedPairs] = {}
         self._prompts: list[Prompt] = []
         self._unscored = False
         self._in_stream = sys.maxsize  # training pairs of a stream, where the first look saw all of them
         self._tables: dict[str, RewardTable] = {}
+        self._identity: DataIdentity | None = None  # of the training split
 
     # -- preparing ----------------------------------------------------------------------------------------------------
 
@@ -182,6 +188,8 @@ class PreferenceDataModule(pl.LightningDataModule):
                 self.reports[name] = [self._first_look()]
             else:
                 self._pairs[name], self.reports[name] = self._encode(name)
+                if name == self.train_split:
+                    self._identity = DataIdentity.of_table(self._pairs[name])
             rank_zero_info("\n".join(line for report in self.reports[name] for line in report.lines()))
             whole = name == self.train_split and not self.streaming  # only the beginning of a stream was read
             if whole and (note := unreached_goal_note(self.rules, self.reports[name])):
@@ -265,6 +273,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         report = DataReport(self._named(), f"{self.train_split} (first {FIRST_LOOK:,} pairs of the stream)")
         stream = stream_mixed(self.sources, self.train_split, self.rules, report, self.seed)
         pairs = list(islice(stream, FIRST_LOOK))
+        self._identity = DataIdentity.of_stream(pairs)
         self._unscored = any(math.isnan(pair.rewards[0]) for pair in pairs)
         rows = PairEncoder(self.encoder, self.relabelling)(pairs)
         encoded = note_encoding(rows, report)
@@ -282,6 +291,30 @@ class PreferenceDataModule(pl.LightningDataModule):
             return self.goal is not None or not self._unscored
         rewards = self._pairs[self.train_split].table.select_columns(["rewards"])
         return all(math.isfinite(row["rewards"][0]) for row in rewards)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which data the run is trained on."""
+        return {} if self._identity is None else self._identity.as_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a resumed run has the data of the checkpoint.
+
+        Raises:
+            ConfigError: they have changed, and ``allow_changed`` is not set.
+        """
+        if self._identity is None or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if not (change := self._identity.change_since(state_dict)):
+            return
+        text = f"the checkpoint was trained on other data than {self._named()} (split {self.train_split}): {change}."
+        if not self.allow_changed:
+            raise ConfigError(
+                f"{text} Resume with the data of that run, start anew without --ckpt_path, or set "
+                "--data.allow_changed true to continue at the same place in the epoch with these data."
+            )
+        rank_zero_warn(f"{text} The run continues at the same place in the epoch with these data.")
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 

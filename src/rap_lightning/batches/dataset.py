@@ -159,9 +159,14 @@ class EncodedPairs(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def digest(self) -> str:
-        """Digest of every encoded pair, in order: the same wherever the same data were encoded in the same way."""
-        table, found = self.table.with_format("arrow"), hashlib.sha256(str(self.relabelling).encode())
+    def digest(self, *columns: str) -> str:
+        """Digest of every encoded pair, in order: the same wherever the same data were encoded in the same way.
+
+        Args:
+            columns: take only these into account.
+        """
+        table = self.table.select_columns(list(columns)) if columns else self.table
+        table, found = table.with_format("arrow"), hashlib.sha256(b"" if columns else str(self.relabelling).encode())
         for first in range(0, len(table), DIGESTED):
             block = table[first : first + DIGESTED].replace_schema_metadata(None).combine_chunks()
             sink = pa.BufferOutputStream()

@@ -33,9 +33,10 @@ class PairLoader(DataLoader[tuple[Batch, ...]]):
         # batch_size None: the sampler yields whole batches, so torch must not group them again
         super().__init__(pairs, batch_size=None, sampler=sampler, collate_fn=collate, **options)  # type: ignore[arg-type]
         self.pairs, self.position = pairs, position
+        self.started: tuple[int, int] | None = None  # the position at which the last iteration started
 
     def __iter__(self) -> Iterator[tuple[Batch, ...]]:  # type: ignore[override]
-        epoch, done = self.position()
+        epoch, done = self.started = self.position()
         if isinstance(self.pairs, StreamedPairs):
             self.pairs.epoch, self.pairs.start = epoch, done
         elif isinstance(self.sampler, StepSampler):  # its epoch is set by Lightning

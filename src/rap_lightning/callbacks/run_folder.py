@@ -1,10 +1,12 @@
-"""The folder of a run."""
+"""The folder of a run: which one it is, and how a run claims a new one."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -15,3 +17,48 @@ def run_folder(trainer: pl.Trainer) -> Path:
     logger = trainer.logger
     folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or trainer.default_root_dir
     return Path(folder)
+
+
+class ClaimedFolder(pl.Callback):
+    """Gives each run a folder ``version_N`` of its own, also where several are started at once.
+
+    A CSVLogger or TensorBoardLogger without a version takes the number after the highest that exists and creates the
+    folder later, so two runs can take the same one. Here rank zero takes the first number from there whose folder it
+    can create (``os.mkdir`` fails if another run has just done so), and ``setup`` gives it to the other ranks.
+
+    Lightning 2.6.6 has no public hook for the choice: ``_get_next_version`` and ``_version`` are private.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._loggers = [
+            logger
+            for logger in trainer.loggers
+            if isinstance(logger, CSVLogger | TensorBoardLogger)
+            and logger._version is None
+            and "://" not in str(logger.root_dir)
+        ]
+        for logger in self._loggers:
+            logger._get_next_version = _Claim(logger, trainer)  # type: ignore[method-assign]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Tell the other ranks which folder rank zero has claimed."""
+        for logger in self._loggers:
+            logger._version = trainer.strategy.broadcast(logger.version if trainer.is_global_zero else None)
+
+
+class _Claim:
+    """Creates the folder of a logger's next version when the version is first asked for, in rank zero."""
+
+    def __init__(self, logger: CSVLogger | TensorBoardLogger, trainer: pl.Trainer) -> None:
+        self.root, self.next, self.trainer = Path(logger.root_dir), logger._get_next_version, trainer
+
+    def __call__(self) -> int:
+        version = self.next()
+        while self.trainer.is_global_zero:
+            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                os.mkdir(self.root / f"version_{version}")
+                break
+            except FileExistsError:
+                version += 1
+        return version

@@ -38,6 +38,7 @@ from rap_lightning.callbacks import (
     WritePredictions,
 )
 from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from rap_lightning.callbacks.run_folder import ClaimedFolder
 from rap_lightning.cli.config_files import configs_named, content_of
 from rap_lightning.cli.error_messages import LIBRARIES, ExplainsErrors, causes, check_nulls, raised_in
 from rap_lightning.cli.help_format import ReadableDefaultsHelp, arrange_trainer
@@ -190,6 +191,7 @@ class PreferenceCLI(LightningCLI):
         self.rank_monitor = RankMonitor(facts)
         kwargs["callbacks"] = [*callbacks, RunRecord(), WholeSteps(), WritePredictions(), self.rank_monitor]
         trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.insert(0, ClaimedFolder(trainer))  # type: ignore[attr-defined]
         check_size(trainer.strategy)
         check_resumes(trainer.strategy, options.get("ckpt_path"))
         self.rank_monitor.attach(trainer.strategy)
@@ -206,7 +208,7 @@ def run_key_of(options: Any) -> str:
     Options that may change when a run is resumed (workers, sampling, the number of steps) are left out.
     """
     sections = {name: options[name].as_dict() for name in ("model", "data") if hasattr(options.get(name), "as_dict")}
-    for name in ("num_workers", "num_proc", "predict"):
+    for name in ("num_workers", "num_proc", "predict", "allow_changed"):
         sections.get("data", {}).pop(name, None)
     sections.get("model", {}).pop("generation", None)
     policy = sections.get("model", {}).get("policy")

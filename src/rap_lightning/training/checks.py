@@ -33,7 +33,7 @@ from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.policy_copy import AdapterAsLoaded
 from rap_lightning.models.references.post_warmup import Warmed
 from rap_lightning.models.references.precomputed import Stored
-from rap_lightning.training.protocols import PreferenceData
+from rap_lightning.training.protocols import PreferenceData, data_of
 from rap_lightning.training.warm_up import WarmUp
 
 AGREEMENT = 1e-3
@@ -145,13 +145,26 @@ def check_mesh(mesh: DeviceMesh, world_size: int) -> None:
 
 def check_steps(trainer: pl.Trainer) -> int:
     """Return the optimizer steps of the run, for the schedule; refuse a run without an end."""
-    steps = trainer.estimated_stepping_batches
+    data = data_of(trainer)
+    # estimated_stepping_batches would start a stream, whose first batch is fetched at once: before the checkpoint is
+    # restored, and so from the beginning of the data
+    streams = data is not None and data.streaming
+    steps = _steps_of_stream(trainer) if streams else trainer.estimated_stepping_batches
     if not math.isfinite(steps) or steps < 0:  # Lightning returns -1 for a stream
         raise ConfigError(
             "the schedule needs the number of optimizer steps. Set --trainer.max_steps, or --trainer.max_epochs where "
             "the data are not streamed."
         )
     return int(steps)
+
+
+def _steps_of_stream(trainer: pl.Trainer) -> int:
+    """Return ``estimated_stepping_batches`` of a stream without starting it; -1 where only its end ends the run."""
+    limit, epochs = trainer.limit_train_batches, trainer.max_epochs
+    if not isinstance(limit, int) or epochs is None or epochs < 0:
+        return trainer.max_steps
+    steps = math.ceil(limit / trainer.accumulate_grad_batches) * max(epochs, 1)
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
 def check_warm_up(warm_up: WarmUp, steps: int, trainer: pl.Trainer) -> None:
@@ -182,7 +195,13 @@ def check_reference_data(reference: Reference, data: PreferenceData | None, *, t
 
 
 def check_loop(trainer: pl.Trainer) -> None:
-    """Refuse trainer options with which steps would be cut short or never logged."""
+    """Refuse trainer options with which steps would be cut short or never logged, and a stream started too early."""
+    loader = trainer.train_dataloader
+    if isinstance(loader, PairLoader) and loader.started not in (None, loader.position()):
+        raise ConfigError(
+            "the stream was started before the checkpoint was restored, so it begins at the wrong batch. A callback, "
+            "optimizer or schedule that reads trainer.estimated_stepping_batches does that: use trainer.max_steps."
+        )
     if trainer.log_every_n_steps < 1:  # type: ignore[attr-defined]
         raise ConfigError("--trainer.log_every_n_steps must be at least 1")
     batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches

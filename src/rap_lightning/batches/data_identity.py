@@ -1,0 +1,59 @@
+"""Which data a run is trained on, as its checkpoints record it: a resumed run continues at a place in these data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rap_lightning.batches.dataset import EncodedPairs
+from rap_lightning.preferences.pairs import Pair
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What decides which pairs a run sees, and in which order; no times or paths of files.
+
+    Attributes:
+        pairs: scored pairs of the training split; of a stream, those of its beginning.
+        ids: digest of their ids, which are digests of their texts, in order.
+        scores: digest of their rewards and goals, in order.
+        streamed: they are read during training.
+    """
+
+    pairs: int
+    ids: str
+    scores: str
+    streamed: bool
+
+    @classmethod
+    def of_table(cls, pairs: EncodedPairs) -> DataIdentity:
+        """The identity of a training split that is read as a whole."""
+        return cls(len(pairs.table), pairs.digest("pair_id"), pairs.digest("rewards", "goals"), False)
+
+    @classmethod
+    def of_stream(cls, first: Sequence[Pair]) -> DataIdentity:
+        """The identity of a stream, by its first pairs: the others are not known before they are trained on."""
+        scores = [(pair.rewards, pair.attributes) for pair in first]
+        return cls(len(first), _digest([pair.id for pair in first]), _digest(scores), True)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def change_since(self, saved: dict[str, Any]) -> str:
+        """Say in words what has changed since a checkpoint recorded its data; empty where nothing has."""
+        before = DataIdentity(**saved)
+        if before == self:
+            return ""
+        if before.streamed != self.streamed:
+            return "one of the two was streamed, which gives another order"
+        if before.pairs != self.pairs:
+            return f"it had {before.pairs:,} scored pairs, and there are {self.pairs:,} now"
+        if before.ids != self.ids:
+            return f"its {self.pairs:,} scored pairs had other texts or another order"
+        return f"its {self.pairs:,} scored pairs have the same texts, and had other rewards or goals"
+
+
+def _digest(values: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
