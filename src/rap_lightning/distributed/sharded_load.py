@@ -22,6 +22,7 @@ from rap_lightning.distributed.fsdp2 import Sharding, shard
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig, silence_dropout_layers
+from rap_lightning.models.pretrained import unexpected_weights
 from rap_lightning.models.private_api import save_under_own_names, skip_initialization
 
 INDEX = "model.safetensors.index.json"
@@ -46,6 +47,8 @@ def load_sharded(config: PolicyConfig, dtype: torch.dtype, sharding: Sharding, *
     files = {} if model is None else _open_files(config)
     if model is not None and (lacking := sorted(_wanted(model) - set(files))):
         model, why = None, f"its files use other weight names than its code ({lacking[0]})"
+    if model is not None and (unknown := unexpected_weights(model, files)):
+        model, why = None, f"its files hold weights that its code doesn't name ({unknown[0]})"
     if model is None:
         whole = config.load_initial(dtype)
     else:
@@ -62,7 +65,7 @@ def load_sharded(config: PolicyConfig, dtype: torch.dtype, sharding: Sharding, *
     shard(policy, sharding)
     if model is not None:
         _materialise(policy, sharding.home)
-        _fill(policy.causal_lm, files)
+        _fill(policy.causal_lm, files, config.path)
     return policy, why
 
 
@@ -119,11 +122,14 @@ def _wanted(model: Any) -> set[str]:
 
 def _open_files(config: PolicyConfig) -> dict[str, Any]:
     """Open a model's safetensors files, downloaded from the Hub first if needed; lazy slices of tensors by name."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     found = {}
     for path in _paths(config):
-        file = safe_open(path, framework="pt")
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ConfigError(f"--model.policy.path {config.path}: {path} can't be read: {error}") from error
         for name in file.keys():  # noqa: SIM118 (not a dict)
             found[name] = file.get_slice(name)
     return found
@@ -155,7 +161,7 @@ def _materialise(policy: Policy, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _fill(model: Any, files: dict[str, Any]) -> None:
+def _fill(model: Any, files: dict[str, Any], path: str) -> None:
     """Copy this rank's slice of each tensor from the files, whose names are those without peft's wrappers."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         source = files.get(name.replace(".base_layer.", "."))
@@ -164,7 +170,8 @@ def _fill(model: Any, files: dict[str, Any]) -> None:
         shape = tuple(source.get_shape())
         if shape != tuple(tensor.shape):
             raise ConfigError(
-                f"{name} has the shape {shape} in the model's files, and {tuple(tensor.shape)} in its config."
+                f"--model.policy.path {path}: {name} has the shape {shape} in the model's files, and "
+                f"{tuple(tensor.shape)} in its config."
             )
         if not isinstance(tensor, DTensor):
             tensor.copy_(source[:] if shape else source[...])

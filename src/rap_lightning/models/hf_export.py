@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,24 @@ def export(
             _record_dtype(partial, options.dtype)
         _compare_written(partial, _cast(expected, options.dtype))
         _write_rest(partial, policy.causal_lm, tokenizer, options)
+
+
+def check_configs(model: PreTrainedModel, path: str) -> None:
+    """Write the configs of ``model``, loaded from ``path``, into a temporary folder, as the export will.
+
+    Raises:
+        ConfigError: transformers refuses to write them, which would end a run after its last step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"--model.policy.path {path}: its config.json or generation_config.json is invalid, and the trained "
+                f"model couldn't be exported with it: {reason[:500]}"
+            ) from error
 
 
 def merge(
@@ -252,7 +271,9 @@ def _write_rest(
     ends = end_of_turn_ids(tokenizer, model)
     generation = type(model.generation_config).from_dict(model.generation_config.to_dict())
     generation.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
-    generation.save_pretrained(folder)
+    # `save_pretrained` refuses what it only warns about in a file that somebody published: a temperature beside greedy
+    # decoding, say. Nothing but the ends of a turn was changed here, so the other values are written as they were read
+    generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
     if is_trained(options.goal) and options.goal_in_template:
         tokenizer = with_goals_in_template(tokenizer, options.goal)
     tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded here
