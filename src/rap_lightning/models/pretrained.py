@@ -77,8 +77,10 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
         )
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, SafetensorError) as error:  # experts that can't be joined, a truncated file
+    except SafetensorError as error:  # a truncated file
         raise ValueError(str(error)) from error
+    except RuntimeError as error:  # one expert of several can't be joined, an integer weight can't be drawn at random
+        raise ValueError(f"its weights can't be put together, some may be missing: {error}") from error
     names = [
         name for name in unexpected_weights(model, found["unexpected_keys"]) if not (unused and re.search(unused, name))
     ]
@@ -98,7 +100,7 @@ def unexpected_weights(model: Any, names: Iterable[str]) -> list[str]:
     """Return those of the names of a checkpoint's tensors that ``model`` doesn't have and should.
 
     transformers knows of each architecture what may be left out, such as the heads for speculative decoding. The
-    scales and zero points of a quantised layer belong to that layer.
+    scales and zero points of a quantised layer belong to that layer; a bias is a weight of its own.
     """
     ignored = [NO_WEIGHTS.pattern, *ignored_on_load(model)]
     layers: set[str] = set()
@@ -108,7 +110,7 @@ def unexpected_weights(model: Any, names: Iterable[str]) -> list[str]:
     return sorted(
         name for name in set(names) - own
         if not any(re.search(pattern, name) for pattern in ignored)
-        and not any(name.startswith(f"{layer}.") for layer in layers)
+        and (name.endswith(".bias") or not any(name.startswith(f"{layer}.") for layer in layers))
     )  # fmt: skip
 
 
