@@ -8,7 +8,6 @@ one on a model that was loaded whole.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -96,9 +95,14 @@ def blank_model(config: PolicyConfig, dtype: torch.dtype) -> tuple[Any, str]:
     if not config.dropout:
         silence_dropout_layers(model)
     model.tie_weights()
-    # a model without such a file keeps its own defaults
-    with contextlib.suppress(OSError):
+    try:
         model.generation_config = GenerationConfig.from_pretrained(config.path, revision=config.revision)
+    except OSError:
+        pass  # a model without such a file keeps its own defaults
+    except ValueError as error:
+        raise ConfigError(
+            f"--model.policy.path {config.path}: its generation_config.json is invalid: {error}"
+        ) from error
     _compute_buffers(model)
     if any(buffer.is_meta for _, buffer in model.named_non_persistent_buffers()):
         return None, "some of its buffers can't be computed without its weights"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,24 +109,6 @@ def export(
             _record_dtype(partial, options.dtype)
         _compare_written(partial, _cast(expected, options.dtype))
         _write_rest(partial, policy.causal_lm, tokenizer, options)
-
-
-def check_configs(model: PreTrainedModel, path: str) -> None:
-    """Write the configs of ``model``, loaded from ``path``, into a temporary folder, as the export will.
-
-    Raises:
-        ConfigError: transformers refuses to write them, which would end a run after its last step.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            model.config.save_pretrained(folder)
-            model.generation_config.save_pretrained(folder)
-        except (ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"--model.policy.path {path}: its config.json or generation_config.json is invalid, and the trained "
-                f"model couldn't be exported with it: {reason[:500]}"
-            ) from error
 
 
 def merge(

@@ -16,7 +16,6 @@ from rap_lightning.distributed.fsdp2 import Sharding, reshard
 from rap_lightning.distributed.sharded_load import load_sharded
 from rap_lightning.models.adapters import adapter_digest
 from rap_lightning.models.digests import base_digest
-from rap_lightning.models.hf_export import check_configs
 from rap_lightning.models.model_checks import check_head, check_sharing
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig
@@ -38,8 +37,8 @@ def build_policy(config: PolicyConfig, trainer: pl.Trainer, sharding: Sharding |
     """Load the policy and compare its log-probabilities with the model's own logits.
 
     Raises:
-        ConfigError: the dtype contradicts the precision, the weights are quantised and would all be trained, the
-            model's head is not supported, or its configs can't be exported.
+        ConfigError: the dtype contradicts the precision, the weights are quantised and would all be trained, or the
+            model's head is not supported.
     """
     if not config.adapts:
         refuse_quantised(config.load_config(), config.path)
@@ -53,7 +52,6 @@ def build_policy(config: PolicyConfig, trainer: pl.Trainer, sharding: Sharding |
         policy = config.build(dtype)
         if isinstance(plugin, HalfPrecision):  # Lightning converts later, and references copy the policy now
             plugin.convert_module(policy)
-    check_configs(policy.causal_lm, config.path)
     difference = check_head(policy)
     if reason := check_sharing(policy):
         rank_zero_info(
