@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import yaml
 
 from cli_process import RankPair
-from conftest import ROOT, scored_rows, write_jsonl
+from conftest import ROOT, run_command, scored_rows, write_jsonl
 from rap_lightning.cli import main as cli
 from rap_lightning.losses import DPO, SimPO
 
@@ -464,3 +465,19 @@ def test_resuming_never_runs_what_a_checkpoint_has_pickled(
     assert call(monkeypatch, "fit", "--config", str(config), "--ckpt_path", str(tmp_path / "bad.ckpt")) == 2
     assert "more than plain values and tensors" in capfd.readouterr().err
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_optimizers_short_name_means_torchs_beside_other_packages(
+    tiny: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = types.ModuleType("other_optimizers")
+    other.AdamW = type("AdamW", (torch.optim.Optimizer,), {"__module__": other.__name__})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    done = run_command(
+        "fit", "--model.policy.path", tiny, "--data.source", pairs_folder, "--model.optimizer", "AdamW",
+        "--model.optimizer.lr", "1e-3", "--trainer.accelerator", "cpu", "--trainer.max_steps", 1,
+        "--trainer.default_root_dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (config,) = tmp_path.rglob("config.yaml")
+    assert "class_path: torch.optim.AdamW" in config.read_text()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,50 @@ def test_files_of_another_shape_are_refused(sharding: Any, tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 700}))
     with pytest.raises(ConfigError, match=r"shape \(600, 32\) in the model's files, and \(700, 32\) in its config"):
         load_sharded(PolicyConfig(str(folder)), torch.float32, sharding, trained=False)
+
+
+@pytest.mark.parametrize("name", ["v_head.weight", "model.norm.weight"])
+def test_weights_other_than_the_models_are_refused_before_sharding(name: str, sharding: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save(tmp_path / "model", "llama")
+    file = max(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    if name in content["weight_map"]:
+        file = folder / content["weight_map"].pop(name)
+        kept = {key: value for key, value in load_file(file).items() if key != name}
+    else:
+        content["weight_map"][name] = file.name
+        kept = load_file(file) | {name: torch.ones(2)}
+    save_file(kept, file, {"format": "pt"})
+    index.write_text(json.dumps(content))
+    for trained in (True, False):
+        with pytest.raises(ConfigError, match=rf"{folder}: its files .*1 (missing|unexpected) \({re.escape(name)}\)"):
+            load_sharded(PolicyConfig(str(folder)), torch.float32, sharding, trained=trained)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("gpt2", "transformer.h.0.attn.bias")],
+)
+def test_stored_buffers_that_are_computed_do_not_cost_a_whole_load(
+    kind: str, name: str, sharding: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save(tmp_path / "model", kind)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    file = folder / next(iter(content["weight_map"].values()))
+    content["weight_map"][name] = file.name
+    save_file(load_file(file) | {name: torch.ones(4)}, file, {"format": "pt"})
+    index.write_text(json.dumps(content))
+    assert load_sharded(PolicyConfig(str(folder)), torch.float32, sharding, trained=False)[1] == ""
+
+
+def test_an_invalid_generation_config_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "llama")
+    (folder / "generation_config.json").write_text('{"num_return_sequences": 3}')
+    with pytest.raises(ConfigError, match=f"{folder}: its generation_config.json is invalid: .*num_return_sequences"):
+        blank_model(PolicyConfig(str(folder)), torch.float32)

@@ -201,3 +201,26 @@ def start_new_classes_from_their_defaults(bases: tuple[type, ...]) -> None:
 
     discard.drops_all = True  # type: ignore[attr-defined]
     _typehints.discard_init_args_on_class_path_change = discard
+
+
+def prefer_own_short_names() -> None:
+    """Make ``AdamW`` mean torch's (and ``DPO`` ours) where another imported package has a class of that name too.
+
+    peft imports bitsandbytes where that is installed, whose optimizers have the names of torch's.
+    """
+    original = _typehints.resolve_class_path_by_name
+    if getattr(original, "prefers_own", False):
+        return
+
+    def resolve(kind: Any, name: str) -> str:
+        try:
+            return original(kind, name)
+        except ValueError:
+            paths = [path for path, _ in subclasses_of(kind) if path.startswith(OURS)]
+            own = [path for path in paths if path.rpartition(".")[2] == name]
+            if len(own) != 1:
+                raise
+            return own[0]
+
+    resolve.prefers_own = True  # type: ignore[attr-defined]
+    _typehints.resolve_class_path_by_name = resolve

@@ -42,7 +42,7 @@ from rap_lightning.callbacks.run_folder import ClaimedFolder
 from rap_lightning.cli.config_files import configs_named, content_of
 from rap_lightning.cli.error_messages import LIBRARIES, ExplainsErrors, causes, check_nulls, raised_in
 from rap_lightning.cli.help_format import ReadableDefaultsHelp, arrange_trainer
-from rap_lightning.cli.parser_internals import start_new_classes_from_their_defaults
+from rap_lightning.cli.parser_internals import prefer_own_short_names, start_new_classes_from_their_defaults
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.distributed.consistency import flatten, model_files
 from rap_lightning.distributed.deepspeed_checks import check_deepspeed_config
@@ -365,6 +365,7 @@ def losses_by_family() -> str:
 def _set_up_libraries() -> None:
     """Configure jsonargparse; hide advertisements, and warnings that only the libraries' authors can act on."""
     start_new_classes_from_their_defaults(OWN_BASES)
+    prefer_own_short_names()
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")

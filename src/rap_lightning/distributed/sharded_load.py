@@ -8,7 +8,6 @@ one on a model that was loaded whole.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from rap_lightning.distributed.fsdp2 import Sharding, shard
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig, silence_dropout_layers
+from rap_lightning.models.pretrained import unexpected_weights
 from rap_lightning.models.private_api import save_under_own_names, skip_initialization
 
 INDEX = "model.safetensors.index.json"
@@ -46,6 +46,8 @@ def load_sharded(config: PolicyConfig, dtype: torch.dtype, sharding: Sharding, *
     files = {} if model is None else _open_files(config)
     if model is not None and (lacking := sorted(_wanted(model) - set(files))):
         model, why = None, f"its files use other weight names than its code ({lacking[0]})"
+    if model is not None and (unknown := unexpected_weights(model, files)):
+        model, why = None, f"its files hold weights that its code doesn't name ({unknown[0]})"
     if model is None:
         whole = config.load_initial(dtype)
     else:
@@ -62,7 +64,7 @@ def load_sharded(config: PolicyConfig, dtype: torch.dtype, sharding: Sharding, *
     shard(policy, sharding)
     if model is not None:
         _materialise(policy, sharding.home)
-        _fill(policy.causal_lm, files)
+        _fill(policy.causal_lm, files, config.path)
     return policy, why
 
 
@@ -93,9 +95,14 @@ def blank_model(config: PolicyConfig, dtype: torch.dtype) -> tuple[Any, str]:
     if not config.dropout:
         silence_dropout_layers(model)
     model.tie_weights()
-    # a model without such a file keeps its own defaults
-    with contextlib.suppress(OSError):
+    try:
         model.generation_config = GenerationConfig.from_pretrained(config.path, revision=config.revision)
+    except OSError:
+        pass  # a model without such a file keeps its own defaults
+    except ValueError as error:
+        raise ConfigError(
+            f"--model.policy.path {config.path}: its generation_config.json is invalid: {error}"
+        ) from error
     _compute_buffers(model)
     if any(buffer.is_meta for _, buffer in model.named_non_persistent_buffers()):
         return None, "some of its buffers can't be computed without its weights"
@@ -119,11 +126,14 @@ def _wanted(model: Any) -> set[str]:
 
 def _open_files(config: PolicyConfig) -> dict[str, Any]:
     """Open a model's safetensors files, downloaded from the Hub first if needed; lazy slices of tensors by name."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     found = {}
     for path in _paths(config):
-        file = safe_open(path, framework="pt")
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ConfigError(f"--model.policy.path {config.path}: {path} can't be read: {error}") from error
         for name in file.keys():  # noqa: SIM118 (not a dict)
             found[name] = file.get_slice(name)
     return found
@@ -155,7 +165,7 @@ def _materialise(policy: Policy, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _fill(model: Any, files: dict[str, Any]) -> None:
+def _fill(model: Any, files: dict[str, Any], path: str) -> None:
     """Copy this rank's slice of each tensor from the files, whose names are those without peft's wrappers."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         source = files.get(name.replace(".base_layer.", "."))
@@ -164,7 +174,8 @@ def _fill(model: Any, files: dict[str, Any]) -> None:
         shape = tuple(source.get_shape())
         if shape != tuple(tensor.shape):
             raise ConfigError(
-                f"{name} has the shape {shape} in the model's files, and {tuple(tensor.shape)} in its config."
+                f"--model.policy.path {path}: {name} has the shape {shape} in the model's files, and "
+                f"{tuple(tensor.shape)} in its config."
             )
         if not isinstance(tensor, DTensor):
             tensor.copy_(source[:] if shape else source[...])

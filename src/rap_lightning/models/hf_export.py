@@ -252,7 +252,9 @@ def _write_rest(
     ends = end_of_turn_ids(tokenizer, model)
     generation = type(model.generation_config).from_dict(model.generation_config.to_dict())
     generation.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
-    generation.save_pretrained(folder)
+    # `save_pretrained` refuses what it only warns about in a file that somebody published: a temperature beside greedy
+    # decoding, say. Nothing but the ends of a turn was changed here, so the other values are written as they were read
+    generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
     if is_trained(options.goal) and options.goal_in_template:
         tokenizer = with_goals_in_template(tokenizer, options.goal)
     tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded here

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,8 +19,8 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now
 from rap_lightning.models.policy import Policy, compile_layers
+from rap_lightning.models.pretrained import OtherWeights, load_pretrained, load_weights
 from rap_lightning.preferences.chat_template import restore_own_template
-from rap_lightning.preferences.sources import refuse_no_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -159,7 +159,7 @@ class PolicyConfig:
         from transformers import AutoTokenizer
 
         tokenizer: PreTrainedTokenizerBase = restore_own_template(
-            load_pretrained("tokenizer", self.path, AutoTokenizer, self.hub_options())
+            load_pretrained("tokenizer", self.path, AutoTokenizer.from_pretrained, self.hub_options())
         )
         return tokenizer
 
@@ -171,7 +171,9 @@ class PolicyConfig:
         """
         from transformers import AutoConfig
 
-        config: PretrainedConfig = load_pretrained("model config", self.path, AutoConfig, self.hub_options())
+        config: PretrainedConfig = load_pretrained(
+            "model config", self.path, AutoConfig.from_pretrained, self.hub_options()
+        )
         if not self.dropout:
             silence_dropout(config)
         return config
@@ -192,13 +194,16 @@ class PolicyConfig:
         config = self.load_config()
         if self.rope is not None:
             alterations.scale_rope(config, self.rope, self.path)
-        options = self.hub_options() | {"config": config, "dtype": dtype, "use_safetensors": True}
+        options = self.hub_options() | {"config": config, "dtype": dtype}
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
         if self.quantize is not None:
             options["quantization_config"] = alterations.four_bit(self.quantize, dtype)
+        load = partial(load_weights, AutoModelForCausalLM, "--model.policy.path", None)
         try:
-            model: PreTrainedModel = load_pretrained("model", self.path, AutoModelForCausalLM, options)
+            model: PreTrainedModel = load_pretrained("model", self.path, load, options)
+        except OtherWeights:
+            raise
         except ConfigError as error:
             if self.attn_implementation and re.search("attn|attention", str(error), re.IGNORECASE):
                 raise ConfigError(
@@ -287,27 +292,3 @@ def _with_new_adapter(model: PreTrainedModel | PeftModel, lora: Lora) -> PeftMod
         return get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora: {error}") from error
-
-
-def load_pretrained(what: str, path: str, factory: Any, options: dict[str, Any]) -> Any:
-    """Call ``factory.from_pretrained`` and turn its errors into one of ours.
-
-    Args:
-        what: is loaded, for the message.
-        path: a folder or Hub id.
-        factory: an Auto class of transformers.
-        options: of ``from_pretrained``.
-
-    Raises:
-        ConfigError: nothing can be loaded from ``path``.
-    """
-    refuse_no_model("--model.policy.path", path)
-    try:
-        return factory.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = "the folder exists, but" if Path(path).is_dir() else "not a folder here, and"
-        raise ConfigError(
-            f"--model.policy.path {path}: {where} no {what} could be loaded from it: {reason} "
-            "Expected a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a Hub id."
-        ) from error

@@ -50,6 +50,14 @@ def skip_initialization(tensors: Iterable[Tensor]) -> None:
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
+def ignored_on_load(model: Any) -> list[str]:
+    """Return regular expressions of the names that ``from_pretrained`` doesn't report where a model has no such weight.
+
+    They are needed where weights are read without ``from_pretrained``.
+    """
+    return list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
 def save_under_own_names(model: Any) -> None:
     """Make ``save_pretrained`` keep the names that tensors have in memory, which for this model are those of its files.
 

@@ -19,6 +19,7 @@ from rap_lightning.models.digests import base_digest
 from rap_lightning.models.model_checks import check_head, check_sharing
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.pretrained import refuse_quantised
 from rap_lightning.training import checks
 
 
@@ -36,8 +37,11 @@ def build_policy(config: PolicyConfig, trainer: pl.Trainer, sharding: Sharding |
     """Load the policy and compare its log-probabilities with the model's own logits.
 
     Raises:
-        ConfigError: the dtype contradicts the precision, or the model's head is not supported.
+        ConfigError: the dtype contradicts the precision, the weights are quantised and would all be trained, or the
+            model's head is not supported.
     """
+    if not config.adapts:
+        refuse_quantised(config.load_config(), config.path)
     dtype, plugin = config.resolve_dtype(), trainer.precision_plugin
     checks.check_precision(plugin, config, dtype)
     if sharding is not None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from rap_lightning.batches.encode import Encoder
 
+LM_HEAD = r"^lm_head\."
+"""Some reward models were saved with the head of the language model that they were made from; scores don't use it."""
+
 
 class RewardModel(ModelJudge):
     """Any reward model that transformers loads for sequence classification: one score, or several heads.
@@ -69,14 +72,18 @@ class RewardModel(ModelJudge):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         from rap_lightning.batches.encode import Encoder
+        from rap_lightning.models.pretrained import OtherWeights, load_weights
 
         path, device = self.source.path, default_device()
         hub = {"revision": self.source.revision, "trust_remote_code": self.source.trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, **hub)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=weights_dtype(self.dtype, device), use_safetensors=True, **hub
-            )
+            model = load_weights(
+                AutoModelForSequenceClassification, "--judge.model", LM_HEAD, path,
+                dtype=weights_dtype(self.dtype, device), **hub,
+            )  # fmt: skip
+        except OtherWeights:
+            raise
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             code = "" if self.source.trust_remote_code or "trust_remote_code" not in str(error) else (

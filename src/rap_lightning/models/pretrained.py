@@ -1,0 +1,130 @@
+"""Load from a Hugging Face folder or Hub id: :func:`load_pretrained` for anything, :func:`load_weights` for models.
+
+Every model is loaded through :func:`load_weights`. ``from_pretrained`` draws weights at random where a checkpoint lacks
+them, and ignores those that the model has no place for; it only prints a table. Here both are errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rap_lightning.errors import ConfigError, join_some
+from rap_lightning.models.private_api import ignored_on_load
+from rap_lightning.preferences.sources import refuse_no_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+NO_WEIGHTS = re.compile(r"(^|[._])(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|_extra_state)$")
+"""Buffers that older versions of models stored: they are computed, and hold nothing that was trained."""
+
+
+class OtherWeights(ConfigError):
+    """A checkpoint doesn't hold exactly the weights of the model that its config describes."""
+
+
+def load_pretrained(what: str, path: str, load: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Call ``load`` and turn its errors into one of ours.
+
+    Args:
+        what: is loaded, for the message.
+        path: a folder or Hub id.
+        load: ``from_pretrained`` of an Auto class of transformers, or :func:`load_weights` with one.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ConfigError: nothing can be loaded from ``path``.
+    """
+    refuse_no_model("--model.policy.path", path)
+    try:
+        return load(path, **options)
+    except OtherWeights:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = "the folder exists, but" if Path(path).is_dir() else "not a folder here, and"
+        raise ConfigError(
+            f"--model.policy.path {path}: {where} no {what} could be loaded from it: {reason} "
+            "Expected a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a Hub id."
+        ) from error
+
+
+def load_weights(factory: Any, option: str, unused: str | None, path: str, **options: Any) -> PreTrainedModel:
+    """Load a model, and make sure that each of its weights comes from the checkpoint.
+
+    Args:
+        factory: an Auto class of transformers.
+        option: names the model, for messages.
+        unused: a regular expression of weights that the checkpoint may hold and the model doesn't use.
+        path: a folder or Hub id.
+        options: of ``from_pretrained``.
+
+    Raises:
+        OtherWeights: weights are missing, unexpected, or of another shape.
+        ValueError: the files can't be read.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        # with `ignore_mismatched_sizes`, shapes are returned and can be named instead of raising a bare RuntimeError
+        model, found = factory.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except SafetensorError as error:  # a truncated file
+        raise ValueError(str(error)) from error
+    except RuntimeError as error:  # one expert of several can't be joined, an integer weight can't be drawn at random
+        raise ValueError(f"its weights can't be put together, some may be missing: {error}") from error
+    names = [
+        name for name in unexpected_weights(model, found["unexpected_keys"]) if not (unused and re.search(unused, name))
+    ]
+    shapes = [f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in sorted(found["mismatched_keys"])]
+    parts = {"missing": sorted(found["missing_keys"]), "unexpected": names, "of another shape": shapes}
+    if any(parts.values()):
+        facts = "; ".join(f"{len(part)} {kind} ({join_some(part)})" for kind, part in parts.items() if part)
+        raise OtherWeights(
+            f"{option} {path}: its files don't hold the weights of a {type(model).__name__} with its config.json: "
+            f"{facts}. transformers would draw missing ones at random and ignore unexpected ones. Restore the files, "
+            "or correct config.json (number of layers, tie_word_embeddings, architecture)."
+        )
+    return model
+
+
+def unexpected_weights(model: Any, names: Iterable[str]) -> list[str]:
+    """Return those of the names of a checkpoint's tensors that ``model`` doesn't have and should.
+
+    transformers knows of each architecture what may be left out, such as the heads for speculative decoding. The
+    scales and zero points of a quantised layer belong to that layer; a bias is a weight of its own.
+    """
+    ignored = [NO_WEIGHTS.pattern, *ignored_on_load(model)]
+    layers: set[str] = set()
+    if getattr(model, "hf_quantizer", None) is not None:
+        layers = {name for name, module in model.named_modules() if name and not any(module.children())}
+    own = set(model.state_dict(keep_vars=True))
+    return sorted(
+        name for name in set(names) - own
+        if not any(re.search(pattern, name) for pattern in ignored)
+        and (name.endswith(".bias") or not any(name.startswith(f"{layer}.") for layer in layers))
+    )  # fmt: skip
+
+
+def refuse_quantised(config: PretrainedConfig, path: str) -> None:
+    """Raise ConfigError where a checkpoint's weights are quantised, and would all have to be trained."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    settings = found if isinstance(found, dict) else found.to_dict()
+    if settings.get("dequantize"):
+        return
+    bits = "4-bit " if settings.get("load_in_4bit") else ""
+    raise ConfigError(
+        f"--model.policy.path {path}: its weights are quantised ({bits}{settings.get('quant_method', 'unknown')}), and "
+        "such weights can't be trained. Set --model.policy.lora.r to train an adapter, or name the model in full "
+        "precision."
+    )

@@ -1,0 +1,229 @@
+"""Only the weights that a checkpoint holds are trained, compared with and judged by: anything else is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from conftest import ROOT, make_tokenizer, run_command
+from rap_lightning.errors import ConfigError
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.pretrained import OtherWeights, refuse_quantised
+from rap_lightning.onpolicy.judges import RewardModel
+from rap_lightning.onpolicy.model_source import ModelSource
+from test_score import reward_model
+
+CASES = ROOT.parent / "shared" / "cases"
+SIZES = {
+    "vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+State = dict[str, Tensor]
+
+
+def save(folder: Path, kind: str = "llama", **options: Any) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 600, "n_embd": 32, "n_layer": 2, "n_head": 4} if kind == "gpt2" else SIZES
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | options))).save_pretrained(folder)
+    make_tokenizer("chatml").save_pretrained(folder)
+    return folder
+
+
+def edit(folder: Path, change: Callable[[State], State] = lambda state: state, **config: Any) -> Path:
+    """Rewrite a model's weights, and set values of its config."""
+    state = change(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    save_file(
+        {n: value.clone().contiguous() for n, value in state.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def without(part: str) -> Callable[[State], State]:
+    return lambda state: {name: value for name, value in state.items() if part not in name}
+
+
+def renamed(old: str, new: str) -> Callable[[State], State]:
+    return lambda state: {name.replace(old, new, 1): value for name, value in state.items()}
+
+
+def prefixed(prefix: str) -> Callable[[State], State]:
+    return lambda state: {prefix + name: value for name, value in state.items()}
+
+
+def plus(name: str, *shape: int) -> Callable[[State], State]:
+    return lambda state: state | {name: torch.ones(*shape)}
+
+
+def fit(model: Path, pairs: Path, folder: Path, *more: object) -> Any:
+    return run_command(
+        "fit", "--model.policy.path", model, "--data.source", pairs, "--trainer.accelerator", "cpu",
+        "--trainer.max_steps", 1, "--trainer.default_root_dir", folder / "runs", *more,
+    )  # fmt: skip
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "one missing": (
+        lambda f: edit(f, without("1.mlp.up_proj")),
+        r"1 missing \(model\.layers\.1\.mlp\.up_proj\.weight\)",
+    ),
+    "no head": (lambda f: edit(f, without("lm_head")), r"1 missing \(lm_head\.weight\)"),
+    "compiled": (lambda f: edit(f, prefixed("_orig_mod.")), r"21 missing .* 21 unexpected \(_orig_mod\.lm_head"),
+    "DataParallel": (lambda f: edit(f, prefixed("module.")), r"21 missing .* 21 unexpected \(module\.lm_head"),
+    "wrapped by peft": (lambda f: edit(f, prefixed("base_model.model.")), "21 missing .* 21 unexpected"),
+    "fewer layers": (lambda f: edit(f, without("layers.1.")), "9 missing .* and 5 more"),
+    "more layers": (lambda f: edit(f, num_hidden_layers=1), r"9 unexpected \(model\.layers\.1"),
+    "value head": (
+        lambda f: edit(f, plus("v_head.summary.weight", 1, 32)),
+        r"1 unexpected \(v_head\.summary\.weight\)",
+    ),
+    "bias": (lambda f: edit(f, plus("model.layers.0.self_attn.q_proj.bias", 32)), r"1 unexpected \(.*q_proj\.bias\)"),
+    "shape": (
+        lambda f: edit(f, plus("model.norm.weight", 7)),
+        r"1 of another shape \(model\.norm\.weight \[7\] instead",
+    ),
+    "shapes": (lambda f: edit(f, intermediate_size=64), r"6 of another shape .*\[32, 48\] instead of \[32, 64\]"),
+    "kind": (lambda f: edit(f, model_type="qwen3", architectures=["Qwen3ForCausalLM"]), r"4 missing .*k_norm"),
+    "nothing": (lambda f: edit(f, lambda state: {}), "21 missing"),
+    "expert": (
+        lambda f: edit(save(f, "mixtral", **EXPERTS), without("0.block_sparse_moe.experts.2")),
+        r"\[3, 32, 48\]",
+    ),
+    "router": (lambda f: edit(save(f, "mixtral", **EXPERTS), without("0.block_sparse_moe.gate")), "1 missing .*gate"),
+    "tied": (lambda f: edit(save(f, tie_word_embeddings=True), without("embed_tokens")), "2 missing .*embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_weights_other_than_the_models_are_refused_by_name(case: str, tmp_path: Path) -> None:
+    make, expected = REFUSED[case]
+    folder = make(save(tmp_path / "model"))
+    with pytest.raises(OtherWeights, match=expected) as found:
+        PolicyConfig(str(folder), attn_implementation="sdpa").load_initial(torch.float32)
+    assert str(found.value).startswith(f"--model.policy.path {folder}")
+    with pytest.raises(ConfigError, match=f"--judge.model {folder}.*{expected}"):
+        ModelSource(str(folder), option="--judge.model").load(torch.float32, "cpu")
+
+
+ACCEPTED: dict[str, Callable[[Path], Path]] = {
+    "tied head": lambda f: save(f, tie_word_embeddings=True),
+    "a tied head is stored too": lambda f: edit(
+        save(f, tie_word_embeddings=True), lambda state: state | {"lm_head.weight": state["model.embed_tokens.weight"]}
+    ),
+    "tied under the head's name": lambda f: edit(
+        save(f, tie_word_embeddings=True), renamed("model.embed_tokens", "lm_head")
+    ),
+    "rotary frequencies": lambda f: edit(save(f), plus("model.layers.0.self_attn.rotary_emb.inv_freq", 4)),
+    "masks of old models": lambda f: edit(save(f, "gpt2"), plus("transformer.h.0.attn.bias", 1, 1, 8, 8)),
+    "no prefix": lambda f: edit(save(f), lambda state: {n.removeprefix("model."): v for n, v in state.items()}),
+    "experts": lambda f: save(f, "mixtral", **EXPERTS),
+    "speculative head": lambda f: edit(
+        save(f, "qwen3_5_text", layer_types=["full_attention"] * 2, head_dim=8), plus("mtp.norm.weight", 32)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_is_computed_tied_or_renamed_is_no_fault(case: str, tmp_path: Path) -> None:
+    PolicyConfig(str(ACCEPTED[case](tmp_path / "model"))).load_initial(torch.float32)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:3000], lambda content: b""])
+def test_a_truncated_file_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = save(tmp_path / "model") / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ConfigError, match="no model could be loaded from it: Error while deserializing header"):
+        PolicyConfig(str(path.parent)).load_initial(torch.float32)
+
+
+def test_a_reward_model_whose_head_has_another_name_is_refused(tmp_path: Path) -> None:
+    folder = reward_model(tmp_path / "rm")
+    RewardModel(str(edit(folder, plus("lm_head.weight", 600, 32)))).load()  # of the language model it was made from
+    with pytest.raises(
+        OtherWeights, match=r"--judge\.model .*1 missing \(score\.weight\); 1 unexpected \(value_head\.weight\)"
+    ):
+        RewardModel(str(edit(folder, renamed("score.", "value_head.")))).load()
+
+
+def test_fit_refuses_a_reference_with_missing_weights(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny, tmp_path / "reference")
+    edit(other, without("layers.0.mlp.up_proj"))
+    done = fit(tiny, pairs_folder, tmp_path, "--model.reference", "Frozen", "--model.reference.path", other)
+    assert done.returncode == 2
+    assert f"{other}: its files" in done.stderr
+    assert "1 missing (model.layers.0.mlp.up_proj.weight)" in done.stderr
+    assert not list((tmp_path / "runs").rglob("metrics.csv"))
+
+
+@pytest.mark.parametrize(
+    "method", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq", "bits": 4}]
+)
+def test_quantised_weights_are_not_trained_in_full(
+    method: dict[str, Any], tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    folder = edit(shutil.copytree(tiny, tmp_path / "model"), quantization_config=method)
+    done = fit(folder, pairs_folder, tmp_path)
+    assert done.returncode == 2
+    assert f"{folder}: its weights are quantised" in done.stderr
+    assert "--model.policy.lora.r" in done.stderr
+
+
+def test_a_config_that_dequantises_can_be_trained() -> None:
+    from transformers import LlamaConfig
+
+    refuse_quantised(LlamaConfig(quantization_config={"quant_method": "fp8", "dequantize": True}), "model")
+    with pytest.raises(ConfigError, match="fp8"):
+        refuse_quantised(LlamaConfig(quantization_config={"quant_method": "fp8"}), "model")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("odd", [{"temperature": 0.6, "do_sample": False}, {"early_stopping": True}])
+def test_generation_values_without_effect_do_not_stop_the_export(
+    odd: dict[str, Any], file: str, tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    values = json.loads((folder / file).read_text())
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    (folder / file).write_text(json.dumps(values | odd))
+    assert fit(folder, pairs_folder, tmp_path).returncode == 0
+    (written,) = (tmp_path / "runs").rglob("hf/generation_config.json")
+    assert json.loads(written.read_text()).items() >= odd.items()
+
+
+@pytest.mark.parametrize(
+    ("file", "odd", "reason"),
+    [
+        ("generation_config.json", {"num_return_sequences": 3}, "num_return_sequences"),
+        ("generation_config.json", {"cache_implementation": "none such"}, "cache_implementation"),
+    ],
+)
+def test_configs_that_cannot_be_exported_are_found_before_the_first_step(
+    file: str, odd: dict[str, Any], reason: str, tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | odd))
+    done = fit(folder, pairs_folder, tmp_path)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert str(folder) in done.stderr
+    assert "step 1/1" not in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the cases from bug reports are not on this machine")
+def test_the_case_from_a_bug_report_is_refused() -> None:
+    with pytest.raises(OtherWeights, match=r"1 missing \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
+        PolicyConfig(str(CASES / "missing-weights" / "onemissing")).load_initial(torch.float32)
+    with pytest.raises(ConfigError, match="4-bit bitsandbytes"):
+        refuse_quantised(PolicyConfig(str(CASES / "four-bit-checkpoint" / "model")).load_config(), "model")
