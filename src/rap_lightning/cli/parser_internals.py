@@ -214,13 +214,14 @@ def prefer_own_short_names() -> None:
 
     def resolve(kind: Any, name: str) -> str:
         try:
-            return original(kind, name)
+            found: str = original(kind, name)
         except ValueError:
             paths = [path for path, _ in subclasses_of(kind) if path.startswith(OURS)]
             own = [path for path in paths if path.rpartition(".")[2] == name]
             if len(own) != 1:
                 raise
-            return own[0]
+            found = own[0]
+        return found
 
     resolve.prefers_own = True  # type: ignore[attr-defined]
     _typehints.resolve_class_path_by_name = resolve
