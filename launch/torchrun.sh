@@ -14,6 +14,11 @@ GPUS=${GPUS:-gpu}                  # processes on each node: gpu is one for each
 MAIN=${MAIN:-127.0.0.1}            # the first node, as the others reach it
 PORT=${PORT:-29500}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+# batches differ in length: the allocator then grows its segments instead of keeping gaps (older torch releases call the
+# variable PYTORCH_CUDA_ALLOC_CONF)
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# NCCL finds InfiniBand and RoCE devices by itself; name them if there are others: export NCCL_IB_HCA=mlx5_0,mlx5_1
+ulimit -l unlimited 2>/dev/null || true    # RDMA pins memory; where it can't be raised, NCCL says so
 # --------------------------------------------------------------------------------------------------------------------
 
 most=${NODES#*:}

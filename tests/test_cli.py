@@ -109,7 +109,7 @@ def test_the_recipes_say_where_they_leave_the_paper() -> None:
     }
     smoothing = {"qwen2-7b-instruct": 0.3, "gemma-2-9b-it": 0.3}
     recipes = [path for path in CONFIGS if "instruct" in path.stem or "-it" in path.stem]
-    assert len(recipes) == 5
+    assert len(recipes) == 6
     for path in recipes:
         text, content = path.read_text(), yaml.safe_load(path.read_text())
 
@@ -126,8 +126,8 @@ def test_the_recipes_say_where_they_leave_the_paper() -> None:
                 assert re.search(r"the paper's \S+ .{8,}|= the paper's", comment), (
                     f"{path.name}: {key} differs from the paper without a word"
                 )
-        pairs = value("data.batch_size") * value("trainer.devices") * value("trainer.accumulate_grad_batches")
-        assert pairs == 128
+        ranks = value("trainer.devices") * content["trainer"].get("num_nodes", 1)
+        assert value("data.batch_size") * ranks * value("trainer.accumulate_grad_batches") == 128
         assert value("trainer.val_check_interval") == 100 * value("trainer.accumulate_grad_batches")
 
 
