@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from rap_lightning.distributed.fsdp2 import Sharding
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.checkpoint.sharded_folder import needs_sharding_strategy
+from rap_lightning.models.checkpoint.sharded_folder import load_plain, needs_sharding_strategy, refuse_incomplete
 
 METADATA = "meta.pt"  # where Lightning keeps everything but weights and optimizer state
 
@@ -126,15 +126,22 @@ class FSDP2(ModelParallelStrategy):
         return get_model_state_dict(self.model, options=options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load weights and optimizer state in place; a checkpoint without an adapter's base model is complete.
+        """Load weights and optimizer state in place, from a folder without running code that its pickles may hold.
+
+        A checkpoint without an adapter's base model is complete.
 
         Raises:
-            ConfigError: the checkpoint is the single file of a LoRA run under another strategy.
+            ConfigError: the checkpoint is the single file of a LoRA run under another strategy, or holds code.
         """
         path = Path(self.broadcast(checkpoint_path))
-        if not self._has_adapter:
-            return super().load_checkpoint(path, weights_only)
-        from torch.distributed.checkpoint import load  # type: ignore[attr-defined]
+        plain = weights_only is not False
+        if not path.is_dir():
+            if self._has_adapter:
+                raise ConfigError(
+                    f"{path} is a single file, of a LoRA run without FSDP2's distributed checkpoints. Resume it with "
+                    "the strategy that wrote it."
+                )
+            return super().load_checkpoint(path, plain)
         from torch.distributed.checkpoint.state_dict import (
             get_model_state_dict,
             get_optimizer_state_dict,
@@ -143,20 +150,16 @@ class FSDP2(ModelParallelStrategy):
         )  # fmt: skip
 
         assert self.model is not None
-        if not path.is_dir():
-            raise ConfigError(
-                f"{path} is a single file, of a LoRA run without FSDP2's distributed checkpoints. Resume it with the "
-                "strategy that wrote it."
-            )
-        options = self._state_options(strict=False)
+        refuse_incomplete(path)
+        options = self._state_options(strict=not self._has_adapter)
         weights = get_model_state_dict(self.model, options=options)
-        load({"state_dict": weights}, checkpoint_id=path)
+        load_plain({"state_dict": weights}, path)
         set_model_state_dict(self.model, weights, options=options)
         for number, optimizer in enumerate(self.optimizers):
             state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
-            load(state, checkpoint_id=path)
+            load_plain(state, path)
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
-        content: dict[str, Any] = torch.load(path / METADATA, weights_only=weights_only)
+        content: dict[str, Any] = torch.load(path / METADATA, weights_only=plain)
         return content
 
 

@@ -42,15 +42,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise problem from error
             self._collected.append(problem)
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Verify a local file, then read it."""
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Verify a local file, then read it; code in it is run only with ``weights_only=False``, wherever it is."""
         if not _is_url(path):
             refuse_unreadable(Path(path))
             if Path(path).is_dir():  # strategies that shard have a reader of their own
                 raise ConfigError(needs_sharding_strategy(Path(path)))
             if not verify(Path(path)):
                 rank_zero_warn(f"{path} has no checksums, so it is loaded without being verified.")
-        return super().load_checkpoint(path, *args, **kwargs)
+        return super().load_checkpoint(path, map_location, weights_only is not False)
 
     @contextmanager
     def collecting_failures(self) -> Iterator[list[NotSaved]]:

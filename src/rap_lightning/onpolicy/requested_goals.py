@@ -81,7 +81,10 @@ def template_of(record: GoalRecord) -> GoalTemplate:
         if record.get("attributes"):
             options |= {"attributes": list(record["attributes"]), "overall": record["overall"]}
             options["attribute_scale"] = _scale_of(record["attribute_scale"])
-        template: GoalTemplate = getattr(importlib.import_module(module), name)(**options)
+        kind = getattr(importlib.import_module(module), name)
+        if not (isinstance(kind, type) and issubclass(kind, GoalTemplate)):
+            raise TypeError(f"{path} is not a goal template")
+        template = kind(**options)
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"the model's goal record can't be read: {error!r}. {advice}") from error
     if template.write(template.best, template.best_attributes) != record["best"]:
@@ -91,8 +94,10 @@ def template_of(record: GoalRecord) -> GoalTemplate:
 
 def _scale_of(numbers: dict[str, Any]) -> RewardScale:
     options = dict(numbers)
-    scale: RewardScale = getattr(scales, options.pop("class"))(**options)
-    return scale
+    kind = getattr(scales, options.pop("class"))
+    if not (isinstance(kind, type) and issubclass(kind, RewardScale)):
+        raise TypeError(f"{kind} is not a reward scale")
+    return kind(**options)
 
 
 def goal_config(thing: GoalTemplate | RewardScale) -> dict[str, Any]:

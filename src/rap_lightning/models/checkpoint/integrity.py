@@ -20,7 +20,7 @@ import torch
 
 from rap_lightning.atomic_write import atomic_file
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.checkpoint.sharded_folder import INDEX, LATEST, read_index
+from rap_lightning.models.checkpoint.sharded_folder import INDEX, LATEST, read_entry, read_index
 from rap_lightning.progress_bar import progress
 
 CHUNK = 1 << 22
@@ -88,9 +88,7 @@ def _verify_folder(folder: Path) -> bool:
         if not same:
             raise _damaged(folder, f"{INDEX} is not what was written")
     for item in sorted(read_index(folder).storage_data.values(), key=lambda item: (item.relative_path, item.offset)):
-        with (folder / item.relative_path).open("rb") as file:
-            file.seek(item.offset)
-            known &= _verify_archive(io.BytesIO(file.read(item.length)), folder / item.relative_path)
+        known &= _verify_archive(io.BytesIO(read_entry(folder, item)), folder / item.relative_path)
     return known and checksum.is_file()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -125,6 +126,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     refuse_damaged(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise ConfigError(
+            f"{path} is refused: it holds more than plain values and tensors, and unpickling it could run code. Use a "
+            "checkpoint that fit wrote."
+        ) from error
     except Exception as error:  # a foreign or broken file fails in whatever way its bytes happen to
         raise ConfigError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from error
     if not isinstance(saved, dict) or "rap_lightning" not in saved:

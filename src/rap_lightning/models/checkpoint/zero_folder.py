@@ -12,13 +12,7 @@ from torch import Tensor
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.checkpoint.saved_policy import FACTS, PREFIX, SavedPolicy
-from rap_lightning.models.checkpoint.sharded_folder import LATEST, short
-
-PICKLED = {
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address",
-}  # fmt: skip
-"""What DeepSpeed pickles beside tensors and plain values."""
+from rap_lightning.models.checkpoint.sharded_folder import deepspeed_folder, refuse_incomplete, short
 
 
 class ZeroFolder(SavedPolicy):
@@ -33,14 +27,8 @@ class ZeroFolder(SavedPolicy):
                 "GPU is needed): pip install deepspeed"
             ) from error
         self._tools = zero_to_fp32
-        tag = (path / LATEST).read_text(encoding="utf-8").strip()
-        folder = path / tag
-        if Path(tag).name != tag or not folder.is_dir():
-            raise ConfigError(
-                f"{path}: {LATEST} names the folder {tag!r}, which isn't there. Was the copy interrupted?"
-            )
-        for file in sorted(folder.glob("*.pt")):
-            _refuse_code(file)
+        refuse_incomplete(path)  # DeepSpeed's tool would run code in its files
+        folder = deepspeed_folder(path)
         models = sorted(folder.glob("*model_states.pt"))
         if not models:
             raise ConfigError(f"{folder}: no *_model_states.pt is there. Was the copy interrupted?")
@@ -65,15 +53,3 @@ class ZeroFolder(SavedPolicy):
             raise ConfigError(
                 f"{self.path}: DeepSpeed can't join its weights, a file is missing, cut off or damaged: {short(error)}"
             ) from error
-
-
-def _refuse_code(file: Path) -> None:
-    """Raise ConfigError for a pickle with more in it than DeepSpeed writes: DeepSpeed's tool would run it."""
-    try:
-        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - PICKLED
-    except Exception as error:
-        raise ConfigError(f"{file} can't be read: it is cut off, or of another kind.") from error
-    if found:
-        raise ConfigError(
-            f"{file} holds more than DeepSpeed's own values and tensors, and is refused: {sorted(found)[0]}"
-        )
