@@ -138,7 +138,7 @@ class PreferenceModule(pl.LightningModule):
         self._batch: Sequence[Batch] = ()
         self._norm: Tensor | None = None
         self._compared = False  # whether policy and reference have been compared at the first batch
-        self._digests: dict[str, str] = {}  # of the base model, and of an adapter that is continued
+        self._digests: dict[str, str] = {}  # of base model, reference, and an adapter that is continued
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -380,6 +380,8 @@ class PreferenceModule(pl.LightningModule):
         if sharding is not None:
             self.reference.shard(sharding)
         self.reference.load(self.policy_config, self.policy_config.resolve_dtype())
+        if (digest := self.reference.digest(self.policy_config, self._digests["base"])) is not None:
+            self._digests["reference"] = digest
         self.reference.follow(self.policy, 0)
 
     def configure_optimizers(self) -> Any:
@@ -463,7 +465,7 @@ class PreferenceModule(pl.LightningModule):
         checkpoint["rap_lightning"] = states | {
             "policy": build.recorded(self.policy_config),  # with which export loads the base model
             "goal": self.goal_record(),  # the template's text and scale
-            "digests": dict(self._digests),  # a resumed run must have the same base model and adapter
+            "digests": dict(self._digests),  # a resumed run must have the same base model, reference and adapter
             "run_key": self.run_key,  # by which --ckpt_path last finds this run's checkpoints
         }
         if "state_dict" in checkpoint and self.device_mesh is None:

@@ -162,15 +162,26 @@ def _check_split(source: Source, split: str, available: Iterable[str]) -> None:
 
 
 def fingerprint(source: Source, split: str) -> str:
-    """Return a digest of a split's content: of names, sizes and times of its files, or the Hub split's fingerprint."""
-    files = files_of(source, source.split or split)
-    if files is None:
-        table = _load(source, source.split or split, streaming=False)
-        facts: Any = table._fingerprint  # datasets (5.2) has no public accessor
+    """Return a digest of a split's content: of every byte of local files, or the Hub split's fingerprint.
+
+    Sizes and times are not enough: an editor, rsync or tar can keep both.
+    """
+    path, files = _local(source), files_of(source, source.split or split)
+    if path is None:
+        # datasets (5.2) has no public accessor
+        facts: Any = _load(source, source.split or split, streaming=False)._fingerprint
     else:
-        stats = [(str(Path(path).resolve()), Path(path).stat()) for path, _ in files]
-        facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        facts = _contents(path) if files is None else [(str(Path(file).resolve()), _content(file)) for file, _ in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _contents(folder: Path) -> list[tuple[str, str]]:
+    return [(str(folder / name), _content(folder / name)) for name, _ in files_in(folder)]
+
+
+def _content(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _local(source: Source) -> Path | None:
@@ -235,7 +246,10 @@ def _load(source: Source, split: str, *, streaming: bool) -> Any:
                 f"{source.path}: only .parquet, .arrow and .json files are read from a folder whose path has "
                 "characters that datasets takes for a pattern. Rename the folder, or convert the files."
             )
-        options = {"revision": source.revision, "name": source.config} if path is None else {}
+        options: dict[str, Any] = {"revision": source.revision, "name": source.config}
+        if path is not None:  # datasets recognises files by their times, and would use what it has read of them before
+            content = hashlib.sha256(repr(_contents(path)).encode()).hexdigest()[:16]
+            options = {"cache_dir": os.path.join(datasets.config.HF_DATASETS_CACHE, "rap_lightning", content)}
         return datasets.load_dataset(str(path or source.path), split=split, streaming=streaming, **options)
     except Exception as error:
         raise _unreadable(source, error) from error

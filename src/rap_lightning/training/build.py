@@ -74,8 +74,8 @@ def build_policy(config: PolicyConfig, trainer: pl.Trainer, sharding: Sharding |
 
 
 def digests_of(policy: Policy, config: PolicyConfig) -> dict[str, str]:
-    """Return digests of the weights that an adapter's checkpoint leaves out, to know them again."""
-    digests = {"base": base_digest(policy)} if policy.has_adapter else {}
+    """Return digests of the weights that the run begins with, of which checkpoints hold only trained ones."""
+    digests = {"base": base_digest(policy)}
     if config.adapter is not None:
         digests["adapter"] = adapter_digest(config.adapter, config.adapter_revision)
     return digests

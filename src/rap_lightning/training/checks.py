@@ -281,19 +281,24 @@ def record_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_digests(saved: Mapping[str, Any], digests: Mapping[str, str], config: PolicyConfig) -> None:
-    """Refuse to put a checkpoint's adapter on another base model, or beside another adapter to start from.
+    """Refuse a checkpoint's adapter on another base model or beside another adapter, and another reference.
 
     Args:
         saved: the checkpoint's record, with its own digests.
-        digests: of the base model and the adapter as they were loaded now.
+        digests: of the base model, the reference and the adapter as they were loaded now.
         config: the policy's.
     """
     then = saved.get("digests", {})
     both = then.keys() & digests.keys()
-    if "base" in both and not same_base(then["base"], digests["base"]):
+    if config.adapts and "base" in both and not same_base(then["base"], digests["base"]):
         found = f"over another base model than {config.path}"
     elif "adapter" in both and then["adapter"] != digests["adapter"]:
         found = f"from another adapter than {config.adapter}"
+    elif "reference" in both and not same_base(then["reference"], digests["reference"]):
+        raise ConfigError(
+            "the reference of the checkpoint's run had other weights than the one loaded now: its model's files have "
+            f"changed, or another is named. Put back the files of that run, which began with {saved['policy']['path']}."
+        )
     else:
         return
     raise ConfigError(

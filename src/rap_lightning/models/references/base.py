@@ -49,6 +49,15 @@ class Reference(ABC):
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Move to the policy's device."""
 
+    def digest(self, policy: PolicyConfig, initial: str) -> str | None:
+        """Return a digest of the weights that a resumed run must load again, and None where a checkpoint has them.
+
+        Args:
+            policy: as for ``load``, which was called.
+            initial: ``base_digest`` of the policy as it was loaded.
+        """
+        return None
+
     def follow(self, policy: Policy, step: int) -> None:  # noqa: B027
         """Update from the policy. Called with step 0 when it is loaded, and with its number after every step."""
 

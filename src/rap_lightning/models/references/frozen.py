@@ -11,6 +11,8 @@ from rap_lightning.batches.types import Batch
 from rap_lightning.distributed.fsdp2 import Sharding
 from rap_lightning.distributed.sharded_load import load_sharded
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.adapters import adapter_digest
+from rap_lightning.models.digests import weights_digest
 from rap_lightning.models.model_checks import check_head, check_sharing
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig
@@ -72,6 +74,16 @@ class Frozen(Reference):
             self._model = Policy(source.load_initial(dtype)).requires_grad_(False).eval()
         check_head(self._model)
         check_sharing(self._model)
+
+    def digest(self, policy: PolicyConfig, initial: str) -> str:
+        """Return that of the initial policy, or of another model's files."""
+        if self.is_initial_policy:
+            return initial
+        source = self.source(policy)
+        found = weights_digest(source.path, source.revision)
+        if source.adapter is not None:
+            found += adapter_digest(source.adapter, source.adapter_revision)
+        return f"files:{found}:{found}"  # in the parts that same_base compares
 
     def to(self, device: torch.device) -> None:
         """Move the model; a sharded one is already where it computes."""

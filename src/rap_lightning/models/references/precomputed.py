@@ -86,6 +86,10 @@ class Stored(Reference):
         """Load nothing: ``prepare`` does where something is missing."""
         self._config, self._dtype = policy, dtype
 
+    def digest(self, policy: PolicyConfig, initial: str) -> str:
+        """Return that of the model which computes what is missing."""
+        return self.frozen.digest(policy, initial)
+
     def shard(self, sharding: Sharding) -> None:
         """Load the model in parts, where one is needed."""
         self._sharding = sharding
