@@ -21,6 +21,7 @@ from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.preferences.pair_cache import stored_pairs
+from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source, fingerprint
 
@@ -117,7 +118,8 @@ def test_an_edit_that_keeps_size_and_time_is_read(kind: str, tmp_path: Path) -> 
     source = Source(str(path if kind == "jsonl" else folder))
 
     def texts() -> str:
-        return str(stored_pairs(source, "train", Rules(None), cache=tmp_path / "cache")[0][:]["responses"])
+        rules = Rules(None, Relabelling("none"))
+        return str(stored_pairs(source, "train", rules, cache=tmp_path / "cache")[0][:]["responses"])
 
     before, digest = texts(), fingerprint(source, "train")
     old, new = ("good answer 3", "evil answer 3") if kind == "csv" else (" yes", " yea")

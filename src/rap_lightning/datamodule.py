@@ -84,7 +84,8 @@ class PreferenceDataModule(pl.LightningDataModule):
             which changes memory and speed and nothing else. By default a batch is one forward pass.
         num_workers: processes that prepare batches; 0 prepares them in the main process.
         allow_changed: resume from a checkpoint though the training data have changed since: the run continues at the
-            same place in the epoch. By default that is refused, because pairs would be repeated or left out.
+            same place in the epoch. By default that is refused, because pairs would be repeated or left out. Of a
+            stream, the first 1,000 pairs are compared.
         predict: what ``predict`` generates for.
         reading: how rows become pairs (goal, relabel, filters, ...): the options of
             rap_lightning.preferences.reading_options.ReadingOptions.

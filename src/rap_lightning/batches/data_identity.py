@@ -48,12 +48,11 @@ class DataIdentity:
             return ""
         if before.streamed != self.streamed:
             return "one of the two was streamed, which gives another order"
-        first = "first " if self.streamed else ""
         if before.pairs != self.pairs:
-            return f"it had {before.pairs:,} {first}scored pairs, and there are {self.pairs:,} now"
+            return f"it had {before.pairs:,} scored pairs, and there are {self.pairs:,} now"
         if before.ids != self.ids:
-            return f"its {first}{self.pairs:,} scored pairs had other texts or another order"
-        return f"its {first}{self.pairs:,} scored pairs have the same texts, and had other rewards or goals"
+            return f"its {self.pairs:,} scored pairs had other texts or another order"
+        return f"its {self.pairs:,} scored pairs have the same texts, and had other rewards or goals"
 
 
 def _digest(values: Sequence[Any]) -> str:

@@ -131,13 +131,10 @@ def restored(saved: SavedPolicy, config: PolicyConfig, dtype: torch.dtype) -> Po
 def _refuse_other_base(saved: SavedPolicy, config: PolicyConfig, policy: Policy) -> None:
     """Raise ConfigError where an adapter would be put on a base model that it wasn't trained on."""
     then = saved.record.get("digests", {}).get("base")
-    if (
-        not saved.adapts
-        or then is None
-        or saved.record["policy"].get("quantize")
-        or "torch.float16" in then.split(":")[0].split(",")
-    ):
-        return  # not recorded, or in numbers that the base model's own dtype can't reproduce
+    if not saved.adapts or then is None or saved.record["policy"].get("quantize"):
+        return
+    if "torch.float16" in then.split(":")[0].split(","):
+        return  # in numbers that the base model's own dtype can't reproduce
     if not same_base(then, base_digest(policy)):
         raise ConfigError(
             f"the checkpoint's adapter was trained on another base model than what is now at {config.path}. "
