@@ -20,9 +20,6 @@ from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models import activation_offload as memory
-from rap_lightning.models import flex_attention as flex
-from rap_lightning.models import masked_attention as masked
-from rap_lightning.models.masked_attention import AttentionCall
 from rap_lightning.models.model_checks import check_head, check_sharing
 from rap_lightning.models.policy import Policy, compile_layers
 from rap_lightning.models.policy_config import Lora, PolicyConfig, silence_dropout
@@ -328,24 +325,6 @@ def test_sizes_are_those_of_the_examples(tiny: Path) -> None:
 def test_an_attention_that_the_machine_lacks_is_named(attention: str, tiny: Path) -> None:
     with pytest.raises(ConfigError, match=rf"attn_implementation {attention}: this model or this machine has no such"):
         PolicyConfig(str(tiny), attn_implementation=attention).load_model(torch.float32)
-
-
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_flex_attention_gives_what_the_mask_gives(window: int | None, softcap: float | None) -> None:
-    """Forward only: FlexAttention has no backward pass on a CPU. On a GPU ``works`` compares gradients at the start."""
-    found = batch_of("tree", conversations(goals_of_one=False)).forest
-    assert found is not None
-    tokens, generator = len(found.end), torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, tokens, 16, generator=generator) for heads in (4, 2, 2))
-    call = AttentionCall(query, key, value, found, 0.25, window, softcap)
-    torch.testing.assert_close(flex.attend(call), masked.attend(call), rtol=1e-5, atol=1e-5)
-
-
-def test_flex_attention_that_cannot_train_here_is_not_used_and_said() -> None:
-    flex.works.cache_clear()
-    with pytest.warns(UserWarning, match="FlexAttention is not used on cpu: .* A mask is used"):
-        assert not flex.works(torch.device("cpu"), torch.float32, 4, 2, 16)
 
 
 @pytest.mark.parametrize(

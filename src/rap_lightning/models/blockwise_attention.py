@@ -17,17 +17,9 @@ from rap_lightning.models.private_api import cpu_flash_attention, cpu_flash_atte
 Runs: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
-def supports(call: AttentionCall) -> bool:
-    """Return whether the call is plain softmax attention on a CPU."""
-    plain = not call.dropout and call.window is None and call.softcap is None and call.sinks is None
-    return plain and call.query.device.type == "cpu" and call.query.shape[-1] == call.value.shape[-1]
-
-
 def attend(call: AttentionCall) -> Tensor:
-    """Return [1, H, T, D]."""
-    # the kernel is called below autocast, and a model that rotates in float32 passes mixed dtypes
-    query, key, value = (x[0].to(call.value.dtype) for x in (call.query, call.key, call.value))
-    out: Tensor = _BlockwiseAttention.apply(query, key, value, call.forest.runs, call.scale)
+    """Return [1, H, T, D] of a call without soft cap, window, sinks and dropout."""
+    out: Tensor = _BlockwiseAttention.apply(call.query[0], call.key[0], call.value[0], call.forest.runs, call.scale)
     return out[None]
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rap_lightning.batches.types import Forest
+from rap_lightning.models.per_forest import once_per_forest, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +45,23 @@ class AttentionCall:
     dropout: float = 0.0
 
 
+@once_per_forest
 def positions(forest: Forest) -> Tensor:
-    """Return how many tokens are before each on its path, [T] int64.
+    """Return how many tokens are before each on its path, [T] int64."""
+    return to_device(torch.from_numpy(host_positions(forest)), forest.end.device)
 
-    Of the tokens before k in depth-first order, those whose subtree has ended by k are not on k's path.
-    """
-    tokens = len(forest.end)
-    ended = torch.bincount(forest.end, minlength=tokens + 1)[:tokens].cumsum(0)
-    return torch.arange(tokens, device=forest.end.device) - ended
+
+def host_positions(forest: Forest) -> npt.NDArray[np.int64]:
+    """Return how many tokens are before each on its path, [T]: made from the runs, so no device is waited for."""
+    found = np.empty(forest.runs[-1][1], np.int64)
+    ancestors = [(found.size, 0)]  # (where the subtree ends, tokens on the path to it, its own included)
+    for start, stop, end in forest.runs:
+        while len(ancestors) > 1 and ancestors[-1][0] <= start:
+            ancestors.pop()
+        before = ancestors[-1][1]
+        found[start:stop] = np.arange(before, before + stop - start)
+        ancestors.append((end, before + stop - start))
+    return found
 
 
 def tree_mask(forest: Forest, start: int, stop: int, window: int | None) -> Tensor:
@@ -59,27 +71,46 @@ def tree_mask(forest: Forest, start: int, stop: int, window: int | None) -> Tens
     sees: Tensor = (index <= index[:, None]) & (index[:, None] < end)
     if window is not None:
         position = positions(forest)[start:stop]
-        sees &= position[:, None] - position < window
+        sees &= position[:, None] < position + window  # a comparison makes no [t, t] of int64, as a difference would
     return sees
+
+
+@once_per_forest
+def tree_masks(forest: Forest, window: int | None) -> list[Tensor]:
+    """Return the mask of each tree: t² bytes each, until the next forest."""
+    return [tree_mask(forest, start, stop, window) for start, stop in forest.roots]
+
+
+def cost(call: AttentionCall) -> str:
+    """Return what the mask takes, for a warning."""
+    longest = max(stop - start for start, stop in call.forest.roots)
+    scores = call.query.shape[1] * longest**2 * call.query.dtype.itemsize
+    return (
+        f"{longest**2 / 2**20:,.0f} MiB for the largest tree of this batch, of {longest:,} tokens, and up to "
+        f"{scores / 2**20:,.0f} MiB of scores in each layer; both grow with the square of the tokens"
+    )
 
 
 def attend(call: AttentionCall) -> Tensor:
     """Return [1, H, T, D], computed tree by tree."""
     outs = []
-    for start, stop in call.forest.roots:
+    for (start, stop), mask in zip(call.forest.roots, tree_masks(call.forest, call.window), strict=True):
         q, k, v = (x[:, :, start:stop] for x in (call.query, call.key, call.value))
-        outs.append(_masked(q, k, v, tree_mask(call.forest, start, stop, call.window), call))
+        outs.append(_masked(q, k, v, mask, call))
     return torch.cat(outs, 2)
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:
     """[1, H, t, D]: the textbook formula where torch's kernel has no such option, with softmax in float32."""
-    if call.softcap is None and call.sinks is None:
+    plain = call.softcap is None and call.sinks is None
+    # with `enable_gqa` and a mask, SDPA on CUDA has nothing but its slowest kernel, which makes all scores
+    if not (plain and query.device.type == "cpu"):
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    if plain:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scale, enable_gqa=True
-        )
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+            query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
     scores = query @ key.transpose(2, 3) * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)

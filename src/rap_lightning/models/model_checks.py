@@ -15,7 +15,7 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.attention import declared_windows, forest_attention
+from rap_lightning.models.attention import Seen, declared_windows, forest_attention
 from rap_lightning.models.logps import Head
 from rap_lightning.models.policy import Policy, evaluating
 
@@ -63,12 +63,14 @@ def check_sharing(policy: Policy) -> str | None:
         Why sequences can't share a forward pass, or None where they can.
     """
     config = policy.causal_lm.config.get_text_config()
-    batch, windows = _forest_batch(config).to(policy.device), set[int]()
+    with torch.device("cpu"):  # the caller may be within `with device:`, and random numbers are drawn on the host
+        batch = _forest_batch(config)
+    batch, seen = batch.to(policy.device), Seen()
     assert batch.forest is not None, "a tree"
     dtypes = set[torch.dtype]()
 
     def shared() -> Tensor:
-        with forest_attention(config, windows):
+        with forest_attention(config, seen):
             hidden = policy.hidden(batch.input_ids, batch.position_ids, forest=batch.forest)
         dtypes.add(hidden.dtype)
         return Head.of(policy.causal_lm).token_logps(hidden.flatten(0, 1)[batch.predict_from], batch.target)
@@ -79,12 +81,15 @@ def check_sharing(policy: Policy) -> str | None:
         try:
             together = policy.gathered(shared)
         except Exception as error:  # a model's own code fails in its own way on an attention it doesn't know
+            if error in seen.failures or isinstance(error, torch.OutOfMemoryError):
+                raise  # ours failed, or the device: that says nothing about the model
             return f"its attention can't be replaced ({type(error).__name__})"
+    policy.attention = sorted(map(str, seen.paths))
     difference, declared = float((together - apart).abs().max()), declared_windows(config)
     if not difference <= (EXACT if dtypes == {torch.float32} else ROUNDED):
         return f"sequences side by side change each other's log-probabilities, by up to {difference:.2g} nats"
-    if not declared <= windows:
-        return f"it attends within {max(declared - windows):,} tokens in a way of its own"
+    if not declared <= seen.windows:
+        return f"it attends within {max(declared - seen.windows):,} tokens in a way of its own"
     policy.shares = True
     return None
 

@@ -32,6 +32,7 @@ class Policy(nn.Module):
     Attributes:
         model: the Hugging Face model, or the peft model around it.
         shares: whether sequences can share a forward pass (``model_checks.check_sharing``); else one at a time.
+        attention: how attention over sequences in one row is computed, as found by ``model_checks.check_sharing``.
         checkpoints: whether activations are computed again in the backward pass.
         computes_on: where it computes, if sharded weights can be stored elsewhere.
     """
@@ -40,6 +41,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.offload = model, offload
         self.shares = True
+        self.attention: list[str] = []
         self.checkpoints = False
         self.computes_on: torch.device | None = None
 

@@ -19,6 +19,51 @@ cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cpu_flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def varlen_flash(
+    query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor,
+    longest_query: int, longest_key: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Call flash attention on sequences of different lengths: (output [t, H, D], log-sum-exp [H, t] float32).
+
+    ``torch.nn.attention.varlen.varlen_attn`` (torch 2.10 and newer) calls this operator and returns the same, but its
+    backward pass can't be given another output and log-sum-exp, without which parts of the keys can't be merged.
+
+    Args:
+        query: [t, H, D].
+        key, value: [u, G, D], where H is a multiple of G.
+        query_ends, key_ends: [N + 1] int32, cumulative lengths of the sequences, from 0.
+        longest_query, longest_key: tokens of the longest ones.
+        causal: whether query i of a sequence sees keys 0 to i, where both are of one length; else it sees all.
+        scale: factor on the scores.
+    """
+    out, log_z, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, query_ends, key_ends, longest_query, longest_key, 0.0, causal, False, scale=scale
+    )
+    if log_z.shape != (query.shape[1], query.shape[0]):  # torch 2.6 pads it to [N, H, longest_query]
+        raise NotImplementedError(f"flash attention of torch {torch.__version__} returns its log-sum-exp padded")
+    return out, log_z
+
+
+def varlen_flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_z: Tensor,
+    query_ends: Tensor, key_ends: Tensor, longest_query: int, longest_key: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of query, key and value, of arguments as in :func:`varlen_flash`.
+
+    Args:
+        grad: [t, H, D] the gradient of ``out``.
+        out: [t, H, D].
+        log_z: [H, t] float32, contiguous.
+    """
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, which is 0
+    nothing = torch.empty(0, device=query.device)
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        grad, query, key, value, out, log_z, query_ends, key_ends, longest_query, longest_key, 0.0, causal,
+        state, nothing, scale=scale,
+    )  # fmt: skip
+    return grads
+
+
 def attention_implementation(config: Any) -> str | None:
     """Return the name by which a model looks up its attention function."""
     name: str | None = config._attn_implementation

@@ -58,6 +58,8 @@ def build_policy(config: PolicyConfig, trainer: pl.Trainer, sharding: Sharding |
             f"{config.path} supports neither prefix sharing nor packing: {reason}. With the layouts packed and tree, "
             "its sequences are run one at a time."
         )
+    else:
+        rank_zero_info(f"attention over sequences in one row: {'; '.join(policy.attention)}")
     if sharding is not None:
         reshard(policy)
     trainable = [p for p in policy.parameters() if p.requires_grad]
