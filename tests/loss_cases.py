@@ -60,9 +60,10 @@ def random_logps(pairs: int, seed: int, lengths: tuple[Any, Any] | None = None) 
 
 
 def rewards_for(pairs: int, conditioned: bool | None = None) -> PairRewards:
-    """Chosen 8, 7.5, 7, ..., rejected 3."""
-    flags = None if conditioned is None else torch.full((pairs,), conditioned)
-    return PairRewards(8 - torch.arange(pairs, dtype=torch.float64) % 9 / 2, torch.full((pairs,), 3.0).double(), flags)
+    """Chosen 8, 7.5, 7, ..., rejected 3; conditioned, chosen's own reward is the goal."""
+    chosen = 8 - torch.arange(pairs, dtype=torch.float64) % 9 / 2
+    goals = None if conditioned is None else chosen if conditioned else torch.full_like(chosen, torch.nan)
+    return PairRewards(chosen, torch.full((pairs,), 3.0).double(), goals)
 
 
 def call(loss: Any, policy: PairLogps, reference: PairLogps, rewards: PairRewards | None = None) -> Tensor:

@@ -252,7 +252,7 @@ def test_cpo_without_imitation_is_allowed_and_is_its_contrast_alone() -> None:
 
 @pytest.mark.parametrize("kind", REWARD_AWARE)
 def test_under_a_goal_the_gap_is_the_distance_that_was_asked_for(kind: Any) -> None:
-    rewards = PairRewards(torch.tensor([8.0, 3.0]), torch.tensor([3.0, 8.0]), torch.tensor([True, True]))
+    rewards = PairRewards(torch.tensor([8.0, 3.0]), torch.tensor([3.0, 8.0]), torch.tensor([8.0, 3.0]))
     assert kind().gap(rewards).tolist() == kind(distance="absolute").gap(rewards).tolist() == [5.0, 5.0]
     assert kind(distance="squared").gap(rewards).tolist() == [25.0, 25.0]
 
@@ -282,9 +282,8 @@ def test_an_exponential_goes_on_as_its_tangent_beyond_e_to_the_30() -> None:
 def test_a_reward_aware_loss_never_pushes_against_the_relabelling(kind: Any, distance: str) -> None:
     """Under the lower reward as goal, the response with the lower reward is chosen, and must be raised."""
     low, high = torch.full((3,), 3.0).double(), torch.full((3,), 8.0).double()
-    given = torch.full((3,), True)
     loss = kind(distance=distance)
-    halves = [slopes(loss, PairRewards(*pair, given)) for pair in ((high, low), (low, high))]
+    halves = [slopes(loss, PairRewards(*pair, pair[0])) for pair in ((high, low), (low, high))]
     for d_chosen, d_rejected in halves:
         assert (d_chosen < 0).all()
         assert (d_rejected > 0).all()
@@ -295,18 +294,19 @@ def test_a_reward_aware_loss_never_pushes_against_the_relabelling(kind: Any, dis
 def test_without_a_goal_the_judges_own_rewards_count(kind: Any) -> None:
     for distance in ("absolute", "squared"):
         loss = kind(distance=distance)
-        assert loss.gap(PairRewards(torch.tensor([8.0]), torch.tensor([3.0]), torch.tensor([False]))).item() == 5.0
+        assert loss.gap(PairRewards(torch.tensor([8.0]), torch.tensor([3.0]), torch.tensor([torch.nan]))).item() == 5.0
         assert loss.gap(PairRewards(torch.tensor([3.0]), torch.tensor([8.0]))).item() == -5.0
 
 
 def test_rewards_under_a_goal_are_the_papers() -> None:
     rewards = PairRewards(
-        torch.tensor([8.0, 3.0, 8.0]), torch.tensor([3.0, 8.0, 3.0]), torch.tensor([True, True, False])
-    )
-    for power, missed in ((1, -5.0), (2, -25.0)):
+        torch.tensor([8.0, 3.0, 8.0, 8.0]), torch.tensor([3.0, 8.0, 3.0, 3.0]),
+        torch.tensor([8.0, 3.0, torch.nan, 10.0]),
+    )  # fmt: skip
+    for power, missed, best in ((1, -5.0, [-2.0, -7.0]), (2, -25.0, [-4.0, -49.0])):
         under = rewards.under_goal(power)
-        assert under.chosen.tolist() == [0.0, 0.0, 8.0]
-        assert under.rejected.tolist() == [missed, missed, 3.0]
+        assert under.chosen.tolist() == [0.0, 0.0, 8.0, best[0]]
+        assert under.rejected.tolist() == [missed, missed, 3.0, best[1]]
 
 
 # -- state ------------------------------------------------------------------------------------------------------------

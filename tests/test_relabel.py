@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from rap_lightning.preferences.pair_cache import stored_pairs
 from rap_lightning.preferences.relabelling import (
+    BEST_GOAL,
     ORIGIN_TABLE,
     ORIGINS,
     UNCONDITIONED,
@@ -25,7 +27,7 @@ from rap_lightning.preferences.relabelling import (
     relabel,
 )
 from rap_lightning.preferences.rules import Rules
-from rap_lightning.preferences.scales import RewardScale
+from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
 from rap_lightning.preferences.sources import Source
 
 
@@ -263,12 +265,12 @@ def test_without_a_mode_both_halves_where_there_is_a_goal() -> None:
 
 
 def test_weights_below_one_and_above_are_taken_and_one_needs_no_halves() -> None:
-    assert Relabelling().weights(0.25) == (1.0, 0.25, 1.0)
-    assert Relabelling().weights(1.5) == (1.0, 1.5, 1.0)
+    assert Relabelling().weights(0.25) == (1.0, 0.25, 1.0, 1.0)
+    assert Relabelling().weights(1.5) == (1.0, 1.5, 1.0, 1.0)
     with pytest.raises(ConfigError, match=r"must be above 0 and finite, found -0\.5"):
         Relabelling().weights(-0.5)
     for mode in ("none", "chosen", "rejected", "half"):
-        assert Relabelling(mode).weights(1.0) == (1.0, 1.0, 1.0)  # type: ignore[arg-type]
+        assert Relabelling(mode).weights(1.0) == (1.0, 1.0, 1.0, 1.0)  # type: ignore[arg-type]
 
 
 def test_the_seeded_half_is_the_same_in_every_version() -> None:
@@ -288,18 +290,17 @@ def test_the_seeded_half_is_the_same_in_every_version() -> None:
         (Relabelling("rejected", keep_original=True), (1, 2), (2,)),
     ],
 )
-def test_training_pairs_are_counted_pair_by_pair_with_ties_last(
+def test_training_pairs_are_counted_pair_by_pair(
     relabelling: Relabelling, origins: tuple[int, ...], of_ties: tuple[int, ...], pairs: int, ties: int
 ) -> None:
-    index = TrainingIndex(pairs, ties, relabelling)
+    scored = [replace(pair_of(scored_rows(1)[0]), tie=i >= pairs) for i in range(pairs + ties)]
+    index = TrainingIndex(relabelling.origins_of(pair, OverallGoal()) for pair in scored)
     expected = [(row, origin) for row in range(pairs) for origin in origins]
     expected += [(pairs + row, origin) for row in range(ties) for origin in of_ties]
     assert [index[i] for i in range(len(index))] == expected
     for outside in (-1, len(expected)):
         with pytest.raises(IndexError, match=str(outside)):
             index[outside]
-    assert len(TrainingIndex(3)) == 6
-    assert [TrainingIndex(1)[i] for i in range(2)] == [(0, 0), (0, 1)]
 
 
 def test_a_view_is_read_from_both_ends() -> None:
@@ -319,13 +320,18 @@ def test_a_view_is_read_from_both_ends() -> None:
 def test_a_relabelled_pair_says_where_it_comes_from_and_what_is_asked() -> None:
     row = scored_rows(2)[1]
     pair, goal = pair_of(row), OverallGoal()
-    made = [relabel(pair, goal, origin) for origin in range(3)]
-    assert [m.goal for m in made] == [f"{row['score_chosen']:g}", f"{row['score_rejected']:g}", None]
-    assert [m.goal_text for m in made] == [goal.text(row["score_chosen"]), goal.text(row["score_rejected"]), None]
+    made = [relabel(pair, goal, origin) for origin in range(4)]
+    assert [m.goal for m in made] == [f"{row['score_chosen']:g}", f"{row['score_rejected']:g}", None, "10"]
+    own = [goal.text(row["score_chosen"]), goal.text(row["score_rejected"])]
+    assert [m.goal_text for m in made] == [*own, None, goal.text(10)]
+    asked = [m.goal_reward for m in made]
+    assert math.isnan(asked.pop(UNCONDITIONED))
+    assert asked == [row["score_chosen"], row["score_rejected"], 10.0]
     assert [m.origin for m in made] == list(ORIGINS)
     assert {m.pair_id for m in made} == {pair.id}
-    assert made[2].rewards == made[0].rewards == (row["score_chosen"], row["score_rejected"])
-    assert (made[2].chosen, made[2].rejected) == (made[0].chosen, made[0].rejected)
+    for other in (made[2], made[3]):
+        assert other.rewards == made[0].rewards == (row["score_chosen"], row["score_rejected"])
+        assert (other.chosen, other.rejected) == (made[0].chosen, made[0].rejected)
 
 
 def test_each_half_asks_for_the_attributes_of_the_response_it_prefers() -> None:
@@ -346,6 +352,90 @@ def test_pairs_tie_by_what_is_printed_attributes_included() -> None:
     assert is_tie(AttributeGoal(["kind"]), same.rewards, same.attributes), "neither response is preferred"
 
 
-def test_a_goal_is_the_reward_of_the_chosen_response() -> None:
-    """PreferenceModule.pair_step and PairRewards.under_goal rely on it for every origin but the unconditioned one."""
-    assert [i for i, origin in enumerate(ORIGIN_TABLE) if origin.goal != "own"] == [UNCONDITIONED]
+# -- the best goal for every pair --------------------------------------------------------------------------------------
+
+
+def best_rows(*rewards: tuple[float, float]) -> list[dict[str, Any]]:
+    rows = scored_rows(len(rewards))
+    for row, (high, low) in zip(rows, rewards, strict=True):
+        row["score_chosen"], row["score_rejected"] = high, low
+    return rows
+
+
+def test_under_the_best_goal_every_pair_prefers_its_winner(family: str) -> None:
+    rows = best_rows((8, 3), (10, 9), (2, 1))
+    pairs, report, encoder = encode(make_tokenizer(family), rows, relabelling=Relabelling(best_goal=True))
+    found = [pairs.example(i) for i in range(len(pairs))]
+    assert [ORIGINS[one.origin] for one in found].count("best-goal") == 2
+    assert (report.relabelled, len(pairs), len(pairs.sizes())) == (8, 8, 8)
+    assert [one.size for one in found] == pairs.sizes()
+    ((reason, tally),) = report.noted.items()
+    assert "best goal already" in reason
+    assert (tally.count, "line 2" in tally.first) == (1, True), "it is trained on once, and said"
+    for one in found:
+        if one.origin != BEST_GOAL:
+            continue
+        own = next(other for other in found if other.pair_id == one.pair_id and other.origin == 0)
+        assert (one.chosen_ids, one.rejected_ids) == (own.chosen_ids, own.rejected_ids)
+        assert (one.rewards, one.goal, one.goal_reward) == (own.rewards, "10", 10.0)
+        assert "Overall score: 10." in encoder.tokenizer.decode(one.prompt_ids)
+
+
+@pytest.mark.parametrize("mode", ["both", "chosen", "rejected", "half"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_no_training_pair_is_made_twice_or_contradicted_with_the_best_goal(mode: Any, keep: bool) -> None:
+    rows = best_rows(*[(10, 3), (8, 3), (9.98, 9.9), (10, 9.98), (5, 5), (7.04, 6.96), (9.96, 2)] * 3)
+    made = Relabelling(mode, keep, best_goal=True)
+    pairs, _ = pairs_of(rows, relabelling=made, ties="chosen" if mode != "rejected" or keep else "drop")
+    view = RelabelledView(pairs, OverallGoal(), made)
+    for pair in pairs:
+        own = [one for one in view if one.pair_id == pair.id]
+        texts = [one.goal_text for one in own]
+        assert len(set(texts)) == len(texts), "the same prompt twice is a repeat or a contradiction"
+        if pair.tie:
+            assert "best-goal" not in {one.origin for one in own}, "a tie has no winner"
+    assert {one.origin for one in view} >= {"best-goal"}
+
+
+def test_a_loser_whose_attributes_read_like_the_best_goal_is_never_contradicted() -> None:
+    goal = AttributeGoal(["kind", "clear"], overall=False)
+    pair = replace(pair_of(scored_rows(1)[0]), rewards=(9.0, 8.0), attributes=((9.0, 8.0), (10.0, 10.0)))
+    made = Relabelling(best_goal=True)
+    assert [ORIGINS[i] for i in made.origins_of(pair, goal)] == ["chosen-goal", "rejected-goal"]
+    one = relabel(replace(pair, attributes=((9.0, 8.0), (1.0, 1.0))), goal, BEST_GOAL)
+    assert one.goal == "10 10"
+    assert one.goal_text == goal.text(10, (10, 10))
+
+
+@pytest.mark.parametrize(
+    ("scale", "best", "asked"),
+    [
+        (RewardScale(0, 100), "100", 100.0),
+        (LinearScale(judge_low=-20, judge_high=5), "10", 7.0),
+        (LinearScale(judge_low=-20, judge_high=9), "10", 9.0),
+        (QuantileScale(knots=[0.0, 2.0, 30.0]), "10", 30.0),
+    ],
+)
+def test_the_best_goal_asks_for_a_reward_that_the_winner_is_nearest_to(
+    scale: RewardScale, best: str, asked: float
+) -> None:
+    """In the judge's units, in which reward-aware losses measure; beyond a mapped scale's end, all rewards are it."""
+    pair = replace(pair_of(scored_rows(1)[0]), rewards=(7.0, 2.0))
+    one = relabel(pair, OverallGoal(scale), BEST_GOAL)
+    assert (one.goal, one.goal_reward) == (best, asked)
+
+
+def test_the_best_goal_needs_goals() -> None:
+    with pytest.raises(ConfigError, match="best_goal has no effect with relabel none"):
+        Relabelling("none", best_goal=True)
+    with pytest.raises(ConfigError, match="best_goal has no effect with relabel none"):
+        Relabelling.of(None, None, False, 0, best_goal=True)
+    assert [ORIGINS[i] for i in Relabelling("rejected", True, best_goal=True).origins] == [
+        "rejected-goal", "best-goal", "unconditioned"
+    ]  # fmt: skip
+
+
+def test_a_goal_is_chosens_own_reward_the_best_or_none() -> None:
+    assert {origin.name: origin.goal for origin in ORIGIN_TABLE} == {
+        "chosen-goal": "own", "rejected-goal": "own", "unconditioned": None, "best-goal": "best",
+    }  # fmt: skip

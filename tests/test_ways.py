@@ -39,10 +39,11 @@ def test_sft_beside_dpo_imitates_each_response_under_its_own_goal_and_the_winner
     rows = {row["chosen"][0]["content"]: row for row in scored_rows(16) if len(row["chosen"]) == 2}
     write_jsonl(tmp_path / "data" / "train.jsonl", list(rows.values()))
     loss = Mixture([DPO(0.5), SFT()], [1.0, 0.3])
-    one, module = one_step(tmp_path / "run", tiny, tmp_path / "data", loss=loss, keep_original=True)
+    one, module = one_step(tmp_path / "run", tiny, tmp_path / "data", loss=loss, keep_original=True, best_goal=True)
     batch, terms, texts = one.batch, loss.terms(), responses(one, module.tokenizer)
     assert sorted({ORIGINS[i] for i in batch.origin.tolist()}) == sorted(ORIGINS)
-    assert len(batch) == 3 * len(rows)
+    best = sum(row["score_chosen"] < 10 for row in rows.values())
+    assert len(batch) == 3 * len(rows) + best
     torch.testing.assert_close(terms["SFT"], -one.policy.chosen / batch.lengths[0::2])
     torch.testing.assert_close(one.losses, terms["DPO"] + 0.3 * terms["SFT"])
     by_text = {
@@ -53,7 +54,10 @@ def test_sft_beside_dpo_imitates_each_response_under_its_own_goal_and_the_winner
         imitated, goal = texts[2 * i], batch.goals[i]
         assert (imitated in winners) is (ORIGINS[origin] != "rejected-goal")
         assert (goal is None) is (ORIGINS[origin] == "unconditioned")
-        assert goal is None or float(goal) == by_text[imitated], "under its own score"
+        if ORIGINS[origin] == "best-goal":
+            assert goal == "10"
+        else:
+            assert goal is None or float(goal) == by_text[imitated], "under its own score"
 
 
 @pytest.mark.parametrize("loss", [DPOPositive(0.5), APOZero(0.5)])

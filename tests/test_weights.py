@@ -52,6 +52,32 @@ def test_a_step_is_the_weighted_mean_of_the_two_halves_own_steps(
     assert_same(weights(stream), expected, 2e-6)
 
 
+def test_the_best_goals_half_weighs_in_the_step_as_its_own_step_says(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    """Σ w ℓ / Σ w, from the steps of the two parts alone; the pairs whose winner has the best goal count once."""
+    from rap_lightning.models.policy_config import PolicyConfig
+
+    start = {n: p.detach() for n, p in PolicyConfig(str(tiny)).build(torch.float32).named_parameters()}
+
+    def moved(name: str, **options: Any) -> tuple[dict[str, Any], float]:
+        module = one_step(tmp_path / name, tiny, pairs_folder, {"gradient_clip_val": None}, batch_size=100, **options)
+        return {n: p - start[n] for n, p in weights(module).items()}, logged(tmp_path / name)[0]["pairs"]
+
+    both, pairs = moved("both")
+    plus, all_pairs = moved("plus", best_goal=True)
+    weight, best = 0.25, all_pairs - pairs
+    assert 0 < best < pairs / 2, "some of the pairs' winners have the best goal already"
+    of_best = {n: (all_pairs * plus[n] - pairs * both[n]) / best for n in start}
+    expected = {
+        n: start[n] + (pairs * both[n] + weight * best * of_best[n]) / (pairs + weight * best) for n in start
+    }  # fmt: skip
+    for name, more in (("whole", {}), ("parts", {"batch_size": 10}), ("stream", {"batch_size": 10, "streaming": True})):
+        trainer = {"gradient_clip_val": None, "accumulate_grad_batches": 1 if name == "whole" else 7}
+        options = {"batch_size": 100, "best_goal": True, "best_goal_weight": weight} | more
+        assert_same(weights(one_step(tmp_path / name, tiny, pairs_folder, trainer, **options)), expected, 2e-6)
+
+
 def test_logged_means_are_of_pairs_and_know_no_weights(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
     for name, weight in (("plain", 1.0), ("weighed", 0.2)):
         one_step(tmp_path / name, tiny, pairs_folder, rejected_weight=weight)
@@ -88,10 +114,29 @@ def test_losses_of_single_pairs_take_it(loss: Any, tiny: Path, pairs_folder: Pat
     assert logged(tmp_path)[0]["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("options", [{"rejected_weight": 0.5}, {"best_goal": True, "best_goal_weight": 0.5}])
 @pytest.mark.parametrize("loss", [KTO(), AOT()])
-def test_losses_of_whole_batches_refuse_it(loss: Any, tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"rejected_weight 0.5 weights single pairs"):
-        one_step(tmp_path, tiny, pairs_folder, loss=loss, rejected_weight=0.5)
+def test_losses_of_whole_batches_refuse_it(
+    loss: Any, options: dict[str, Any], tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"(rejected|best_goal)_weight 0.5 weights single pairs"):
+        one_step(tmp_path, tiny, pairs_folder, loss=loss, **options)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (0.0, "that is best_goal false"),
+        (-1.0, "best_goal_weight must be above 0 and finite"),
+        (math.nan, "above 0 and finite"),
+        (math.inf, "above 0 and finite"),
+    ],
+)
+def test_the_best_goals_weight_is_checked_like_the_others(weight: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Relabelling(best_goal=True).weights(best=weight)
+    with pytest.raises(ConfigError, match=r"best_goal_weight 0.5 has no effect (?s:.*)best_goal true"):
+        Relabelling().weights(best=0.5)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +157,8 @@ def test_weights_without_effect_are_refused_in_words(weight: float, mode: Any, m
 
 
 def test_originals_and_ties_count_one() -> None:
-    assert Relabelling("both", keep_original=True).weights(0.5) == (1.0, 0.5, 1.0)
-    assert Relabelling("rejected", keep_original=True).weights(0.5) == (1.0, 0.5, 1.0)
-    assert Relabelling("half").weights(0.5) == (1.0, 0.5, 1.0)
+    assert Relabelling("both", keep_original=True).weights(0.5) == (1.0, 0.5, 1.0, 1.0)
+    assert Relabelling("rejected", keep_original=True).weights(0.5) == (1.0, 0.5, 1.0, 1.0)
+    assert Relabelling("half").weights(0.5) == (1.0, 0.5, 1.0, 1.0)
+    assert Relabelling("both", best_goal=True).weights(0.5, 0.25) == (1.0, 0.5, 1.0, 0.25)
+    assert Relabelling("chosen", best_goal=True).weights(best=2.0) == (1.0, 1.0, 1.0, 2.0)

@@ -66,6 +66,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         rejected_weight: weight of the loss of a pair under its rejected response's goal in the mean over a step, where
             other pairs have weight 1: below 1, the policy imitates bad responses less. 0 is relabel chosen. Logged
             means stay plain means over pairs; those by origin tell the halves apart.
+        best_goal_weight: weight of the loss of a pair under the best goal (best_goal), in the same mean.
         train_split: name of the split to train on.
         val_split: name of the split to validate and test on; by default the first that exists of validation, valid,
             val, test_prefs, test. It is relabelled like the training split.
@@ -96,6 +97,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         source: str | list[Source],
         *,
         rejected_weight: float = 1.0,
+        best_goal_weight: float = 1.0,
         train_split: str = "train",
         val_split: str | None = None,
         streaming: bool = False,
@@ -124,8 +126,8 @@ class PreferenceDataModule(pl.LightningDataModule):
         predict.check(read.goal)
         self.sources, self.goal, self.rules, self.relabelling = read.sources, read.goal, read.rules, read.relabelling
         self.rewards, self.num_proc, self.seed = read.rewards, read.num_proc, read.seed
-        self.rejected_weight = rejected_weight
-        self.origin_weights = self.relabelling.weights(rejected_weight)
+        self.rejected_weight, self.best_goal_weight = rejected_weight, best_goal_weight
+        self.origin_weights = self.relabelling.weights(rejected_weight, best_goal_weight)
         self.train_split, self.val_split = train_split, val_split
         self.streaming, self.shuffle_buffer = streaming, 10_000 if shuffle_buffer is None else shuffle_buffer
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
@@ -347,7 +349,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         sampler = StepSampler(
             len(pairs), shape.batch_size, accumulate=shape.accumulate if shuffle else 1,
             num_replicas=shape.num_replicas, rank=shape.rank, shuffle=shuffle, seed=self.seed, packing=packing,
-            weigh=None if self.rejected_weight == 1 else lambda number: self.origin_weights[pairs.index[number][1]],
+            weigh=None if set(self.origin_weights) == {1.0} else lambda n: self.origin_weights[pairs.index[n][1]],
         )  # fmt: skip
         return self._pair_loader(pairs, sampler, resumes=shuffle)
 

@@ -51,7 +51,6 @@ from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references.base import Reference
-from rap_lightning.preferences.relabelling import UNCONDITIONED
 from rap_lightning.training import build, checks, out_of_memory
 from rap_lightning.training.protocols import data_of
 from rap_lightning.training.run_state import RunState, rescale_progress, step_size
@@ -213,7 +212,7 @@ class PreferenceModule(pl.LightningModule):
         policy = self._policy_logps(batch, other)
         reference = self._reference_logps(batch, other) if "reference" in loss.requires else None
         checks.check_rewards(loss, batch)
-        rewards = PairRewards(batch.rewards[:, 0], batch.rewards[:, 1], batch.origin != UNCONDITIONED)
+        rewards = PairRewards(batch.rewards[:, 0], batch.rewards[:, 1], batch.goal_rewards)
         losses, implicit = self.pair_losses(policy, reference, rewards)
         self.step_logger.add(split, losses, implicit, policy, batch, loss.terms())
         if split == "fit":

@@ -8,6 +8,7 @@ are an Arrow table on disk (:func:`encode_pairs`); training pairs are found in i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,17 @@ from rap_lightning.errors import DataError
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.pair_cache import as_pair
 from rap_lightning.preferences.pairs import BadRow, Pair
-from rap_lightning.preferences.relabelling import ORIGIN_TABLE, Relabelling, TrainingIndex, relabel
+from rap_lightning.preferences.relabelling import (
+    ORIGIN_TABLE,
+    ORIGINS,
+    RelabelledPair,
+    Relabelling,
+    TrainingIndex,
+    relabel,
+)
 from rap_lightning.preferences.source_mix import copies
 
-FORMAT = 5
+FORMAT = 6
 """Part of the cache key: raise it when the columns of an encoded row change. (``Encoder.key`` covers its own code.)"""
 ROWS = 250
 """Rows that are encoded at a time."""
@@ -46,6 +54,7 @@ class Example:
     prompt_ids: Sequence[int]
     chosen_ids: Sequence[int]
     rejected_ids: Sequence[int]
+    goal_reward: float = math.nan
 
     @property
     def size(self) -> PairSize:
@@ -68,6 +77,7 @@ class PairEncoder:
             if isinstance(found, BadRow):
                 rows.append({"place": pair.place, "dropped": found.reason, "column": found.column})
                 continue
+            made = self._relabelled(pair)
             rows.append(
                 {
                     "pair_id": pair.id,
@@ -75,7 +85,9 @@ class PairEncoder:
                     "dropped": None,
                     "tie": pair.tie,
                     "rewards": list(pair.rewards),
-                    "goals": [relabel(pair, self.encoder.goal, one).goal for one in self.relabelling.origins],
+                    "origins": [ORIGINS.index(one.origin) for one in made],
+                    "goals": [one.goal for one in made],
+                    "goal_rewards": [one.goal_reward for one in made],
                     "prompt_ids": found.prompt_ids,
                     "response_ids": found.response_ids,
                     "repaired": found.repaired,
@@ -91,7 +103,11 @@ class PairEncoder:
 
     def goal_texts(self, pair: Pair) -> tuple[str | None, ...]:
         """What the pair's prompts ask for, in the order of ``prompt_ids``; None is the plain prompt."""
-        return tuple(relabel(pair, self.encoder.goal, one).goal_text for one in self.relabelling.origins)
+        return tuple(one.goal_text for one in self._relabelled(pair))
+
+    def _relabelled(self, pair: Pair) -> list[RelabelledPair]:
+        goal = self.encoder.goal
+        return [relabel(pair, goal, origin) for origin in self.relabelling.origins_of(pair, goal)]
 
 
 def features() -> Any:
@@ -104,7 +120,9 @@ def features() -> Any:
     ids = List(List(Value("int32")))
     return Features(
         pair_id=Value("string"), place=Value("string"), tie=Value("bool"), rewards=List(Value("float64")),
-        goals=List(Value("string")), prompt_ids=ids, response_ids=ids, dropped=Value("string"), column=Value("string"),
+        origins=List(Value("int8")),
+        goals=List(Value("string")), goal_rewards=List(Value("float64")), prompt_ids=ids, response_ids=ids,
+        dropped=Value("string"), column=Value("string"),
         repaired=List(Value("string")), cut_prompt=Value("int64"), cut_response=List(Value("int64")),
     )  # fmt: skip
 
@@ -135,9 +153,9 @@ def note_encoding(rows: Iterable[EncodedRow], report: DataReport) -> list[bool]:
 # -- a row to training pairs ------------------------------------------------------------------------------------------
 
 
-def example_of(row: EncodedRow, origin: int, relabelling: Relabelling) -> Example:
+def example_of(row: EncodedRow, origin: int) -> Example:
     """One of the training pairs that an encoded row becomes."""
-    place, half = relabelling.origins.index(origin), ORIGIN_TABLE[origin].chosen
+    place, half = row["origins"].index(origin), ORIGIN_TABLE[origin].chosen
     return Example(
         pair_id=row["pair_id"],
         origin=origin,
@@ -146,15 +164,16 @@ def example_of(row: EncodedRow, origin: int, relabelling: Relabelling) -> Exampl
         prompt_ids=row["prompt_ids"][place],
         chosen_ids=row["response_ids"][half],
         rejected_ids=row["response_ids"][1 - half],
+        goal_reward=row["goal_rewards"][place],
     )
 
 
 class EncodedPairs(Dataset[Any]):
-    """The training pairs over a table of encoded scored pairs, whose last rows are those that tie."""
+    """The training pairs over a table of encoded scored pairs."""
 
-    def __init__(self, table: Any, relabelling: Relabelling, ties: int = 0) -> None:
+    def __init__(self, table: Any, relabelling: Relabelling) -> None:
         self.table, self.relabelling = table, relabelling
-        self.index = TrainingIndex(len(table) - ties, ties, relabelling)
+        self.index = TrainingIndex(_column(table, "origins"))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -177,21 +196,18 @@ class EncodedPairs(Dataset[Any]):
 
     def example(self, index: int) -> Example:
         row, origin = self.index[index]
-        return example_of(self.table[row], origin, self.relabelling)
+        return example_of(self.table[row], origin)
 
     def sizes(self) -> list[PairSize]:
         """Tokens of every training pair, as :meth:`example` gives it, read from the columns' offsets alone."""
-        lengths = []
-        for rows in self.table.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(1000):
-            both = ([[len(ids) for ids in row] for row in rows[name]] for name in ("prompt_ids", "response_ids"))
-            lengths += list(zip(*both, strict=True))
         found = []
-        for index in range(len(self)):
-            row, origin = self.index[index]
-            prompts, responses = lengths[row]
-            half = ORIGIN_TABLE[origin].chosen
-            prompt = prompts[self.relabelling.origins.index(origin)]
-            found.append(PairSize(prompt, responses[half], responses[1 - half]))
+        columns = self.table.select_columns(["origins", "prompt_ids", "response_ids"]).with_format("arrow")
+        for rows in columns.iter(1000):
+            both = ([[len(ids) for ids in row] for row in rows[name]] for name in ("prompt_ids", "response_ids"))
+            for origins, prompts, responses in zip(rows["origins"].to_pylist(), *both, strict=True):
+                for origin, prompt in zip(origins, prompts, strict=True):
+                    half = ORIGIN_TABLE[origin].chosen
+                    found.append(PairSize(prompt, responses[half], responses[1 - half]))
         return found
 
     def __getitem__(self, plan: BatchPlan) -> tuple[BatchPlan, list[Example]]:
@@ -229,18 +245,14 @@ def encode_pairs(
         new_fingerprint=f"{pairs._fingerprint}-{encoder.key()}-{FORMAT}",
         desc=f"encoding {report.split}",
     )
-    keep: list[int] = []
-    ties: list[int] = []
-    facts = table.select_columns(["place", "dropped", "column", "repaired", "cut_prompt", "cut_response", "tie"])
-    for index, (encoded, tie) in enumerate(zip(note_encoding(facts, report), facts["tie"], strict=True)):
-        if encoded:
-            (ties if tie else keep).append(index)
-    incomplete = strict and len(keep) + len(ties) < len(table)
-    if incomplete or not keep + ties:
+    facts = table.select_columns(["place", "dropped", "column", "repaired", "cut_prompt", "cut_response"])
+    keep = [index for index, encoded in enumerate(note_encoding(facts, report)) if encoded]
+    incomplete = strict and len(keep) < len(table)
+    if incomplete or not keep:
         what = "pairs that can't be encoded" if incomplete else "no pair is left to train on"
         raise DataError("\n".join([f"{report.source} (split {report.split}): {what}.", *report.lines()]))
-    whole = EncodedPairs(table.select(keep + ties), relabelling, len(ties))
-    report.pairs, report.relabelled = len(keep) + len(ties), len(whole)
+    whole = EncodedPairs(table.select(keep), relabelling)
+    report.pairs, report.relabelled = len(keep), len(whole)
     return whole
 
 
@@ -248,17 +260,16 @@ def join_weighted(parts: Sequence[tuple[EncodedPairs, float]], seed: int) -> Enc
     """The pairs of several sources, each as often as its source's weight says; the parts must not be empty."""
     from datasets import concatenate_datasets
 
-    untied, tied = [], []
+    tables = []
     for encoded, weight in parts:
-        table = encoded.table
-        rows = [
-            row
-            for row, one in enumerate(table.select_columns(["pair_id"])[:]["pair_id"])
-            for _ in range(copies(one, weight, seed))
-        ]
-        untied.append(table.select([row for row in rows if row < encoded.index.pairs]))
-        tied.append(table.select([row for row in rows if row >= encoded.index.pairs]))
-    return EncodedPairs(concatenate_datasets([*untied, *tied]), parts[0][0].relabelling, sum(map(len, tied)))
+        ids = enumerate(_column(encoded.table, "pair_id"))
+        tables.append(encoded.table.select([row for row, one in ids for _ in range(copies(one, weight, seed))]))
+    return EncodedPairs(concatenate_datasets(tables), parts[0][0].relabelling)
+
+
+def _column(table: Any, name: str) -> list[Any]:
+    values: list[Any] = table.select_columns([name])[:][name]
+    return values
 
 
 def _encode_rows(batch: dict[str, list[Any]], encode: PairEncoder) -> dict[str, list[Any]]:

@@ -99,6 +99,7 @@ def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id
     return Batch(
         **_indexed(layout, sequences, prompts, pad_id),
         rewards=torch.tensor([e.rewards for e in examples], dtype=torch.float32),
+        goal_rewards=torch.tensor([e.goal_reward for e in examples], dtype=torch.float32),
         origin=torch.tensor([e.origin for e in examples]),
         weights=torch.tensor(plan.weights, dtype=torch.float32),
         step_pairs=plan.step_pairs,
@@ -120,8 +121,8 @@ def lay_out_responses(responses: Sequence[tuple[Sequence[int], Sequence[int]]], 
     nothing = torch.zeros(0)
     return Batch(
         **_indexed(LAYOUTS["padded"], sequences, prompts, pad_id),
-        rewards=nothing, origin=nothing, weights=nothing, step_pairs=0, loss_weights=nothing, step_weight=0.0,
-        digests=(), pair_ids=(), goals=(),
+        rewards=nothing, goal_rewards=nothing, origin=nothing, weights=nothing, step_pairs=0, loss_weights=nothing,
+        step_weight=0.0, digests=(), pair_ids=(), goals=(),
     )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ class StreamedPairs(IterableDataset[Any]):
         rng = random.Random(f"{self.seed} {self.epoch}")
         held: list[Item] = []
         for pair in stream_mixed(self.sources, self.split, self.rules, report, self.seed):
-            for origin in self.rules.relabelling.origins_of(pair):
+            for origin in self.rules.relabelling.origins_of(pair, self.rules.goal):
                 held.append((pair, origin))
                 if len(held) >= self.buffer:
                     place = rng.randrange(len(held))
@@ -106,7 +106,7 @@ class StreamedPairs(IterableDataset[Any]):
         items = items or step[:1]
         rows = self.encode([pair for pair, _ in items])
         examples = [
-            example_of(row, origin, self.rules.relabelling)
+            example_of(row, origin)
             for (_, origin), row, good in zip(items, rows, note_encoding(rows, report), strict=True)
             if good
         ]
@@ -124,4 +124,4 @@ class StreamedPairs(IterableDataset[Any]):
         for pair, origin in self._shuffled(DataReport("", "")):
             row = self.encode([pair])[0]
             if not row["dropped"]:
-                yield example_of(row, origin, self.rules.relabelling)
+                yield example_of(row, origin)

@@ -90,6 +90,7 @@ class Batch(_Movable):
         segment: [M] int64, which of the 2B responses the token belongs to.
         lengths: [2B] int64, response tokens including the end of turn.
         rewards: [B, 2] float32, the judge's rewards of chosen and rejected, in the scale's units.
+        goal_rewards: [B] float32, the reward that the prompt asks for, in the same units; nan where it asks for none.
         origin: [B] int64, index into :data:`rap_lightning.preferences.relabelling.ORIGINS`.
         weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch.
         step_pairs: pairs of weight 1 in the whole optimizer step, over all ranks and accumulated batches.
@@ -110,6 +111,7 @@ class Batch(_Movable):
     segment: Tensor
     lengths: Tensor
     rewards: Tensor
+    goal_rewards: Tensor
     origin: Tensor
     weights: Tensor
     step_pairs: int
@@ -185,23 +187,26 @@ class PairRewards:
 
     Attributes:
         chosen, rejected: [B] float32, the judge's, in the scale's units.
-        conditioned: [B] bool, whether the prompt states a goal, which is then the reward of chosen; None: none does.
+        goals: [B] float32, the reward that the prompt asks for, in the same units, nan where it states no goal; None:
+            no prompt states one. Under its own goal it is chosen's reward, under the best goal the scale's best.
     """
 
     chosen: Tensor
     rejected: Tensor
-    conditioned: Tensor | None = None
+    goals: Tensor | None = None
 
     def under_goal(self, power: int = 1) -> PairRewards:
         """Rewards under the prompt's goal g: -|g - r|^power, or the judge's own where the prompt states no goal.
 
-        The paper uses power 2 (https://arxiv.org/abs/2410.08067, section 4). Chosen has the goal's reward, so 0.
+        The paper uses power 2 (https://arxiv.org/abs/2410.08067, section 4).
         """
-        if self.conditioned is None:
+        if self.goals is None:
             return self
-        missed = -((self.chosen - self.rejected).abs() ** power)
-        chosen = torch.where(self.conditioned, torch.zeros_like(missed), self.chosen)
-        return PairRewards(chosen, torch.where(self.conditioned, missed, self.rejected), self.conditioned)
+        chosen, rejected = (
+            torch.where(self.goals.isnan(), own, -((self.goals - own).abs() ** power))
+            for own in (self.chosen, self.rejected)
+        )
+        return PairRewards(chosen, rejected, self.goals)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]
         facts["data"] = {
             "sources": [name(source.path) for source in data.sources],
             "relabel": data.relabelling.mode,
+            "best_goal": data.relabelling.best_goal,
             "rejected_weight": data.rejected_weight,
+            "best_goal_weight": data.best_goal_weight,
             "splits": [_report_counts(report.as_dict()) for parts in data.reports.values() for report in parts],
         }
         facts.setdefault("hyperparameters", {}).update(

@@ -176,10 +176,10 @@ def _measure(pairs: list[Pair], encode: Encode, found: _Inspected, max_length: i
     from rap_lightning.batches.dataset import note_encoding
 
     rows = encode(pairs)
-    for row, encoded in zip(rows, note_encoding(rows, found.report), strict=True):
+    for pair, row, encoded in zip(pairs, rows, note_encoding(rows, found.report), strict=True):
         if not encoded:
             found.report.pairs -= 1
-            found.report.relabelled -= len(encode.relabelling.origins)
+            found.report.relabelled -= len(encode.relabelling.origins_of(pair, encode.encoder.goal))
             continue
         prompt = max(map(len, row["prompt_ids"])) + row["cut_prompt"]
         chosen, rejected = (len(ids) + cut for ids, cut in zip(row["response_ids"], row["cut_response"], strict=True))
@@ -228,7 +228,7 @@ def _print(inspected: _Inspected, max_length: int) -> None:
 def _print_examples(pairs: list[Pair], read: ReadingOptions, encode: Encode | None) -> None:
     for number, pair in enumerate(pairs, 1):
         print(f"\n== pair {number}: {visible(pair.place)}, id {pair.id}")
-        for origin in read.relabelling.origins_of(pair):
+        for origin in read.relabelling.origins_of(pair, read.goal):
             half = relabel(pair, read.goal, origin)
             print(f"-- {half.origin}" + (f", goal {half.goal}" if half.goal is not None else ""))
             print(_indented(_rendered(half, read, encode)))

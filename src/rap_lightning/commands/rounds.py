@@ -37,6 +37,7 @@ def rounds(
     reference: Literal["policy", "initial"] = "policy",
     relabel: Mode = "both",
     keep_original: bool = False,
+    best_goal: bool = False,
     ties: Literal["drop", "chosen", "error"] = "drop",
     selection: Selection | None = None,
     filters: Filters = Filters(),  # noqa: B008
@@ -81,6 +82,7 @@ def rounds(
         reference: reference of each round: its policy as it begins, or the initial model.
         relabel: as in the data module: both, chosen, rejected, none or half.
         keep_original: also train on each pair without a goal.
+        best_goal: also train on each pair under the best goal.
         ties: a pair whose goals print the same: drop, keep its chosen half, or error.
         selection: which pairs are made of the responses to a prompt.
         filters: what is left out on purpose.
@@ -129,7 +131,7 @@ def rounds(
     initial = ModelSource(model, None, trust_remote_code)
     if initial.is_checkpoint or initial.is_adapter:
         raise ConfigError("--model: rounds begin with a whole model; rap-lightning export --merge true makes one.")
-    relabelling = Relabelling.of(relabel, goal, keep_original, seed)
+    relabelling = Relabelling.of(relabel, goal, keep_original, seed, best_goal)
     rules = Rules(goal, relabelling, ties, selection, filters, tool_turns=False)
     plan = RoundsPlan(
         folder=Path(output), histories=found.histories, held_out=measured, initial=initial, rounds=rounds,

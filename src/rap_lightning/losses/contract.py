@@ -86,7 +86,7 @@ def _check_call(loss: PreferenceLoss) -> None:
     chosen, rejected = (torch.full((pairs,), -30.0, requires_grad=True) for _ in range(2))
     policy = _logps(chosen, rejected, loss, collisions="collisions" in loss.requires)
     reference = _logps(chosen.detach(), rejected.detach(), loss) if "reference" in loss.requires else None
-    rewards = PairRewards(torch.full((pairs,), 0.8), torch.full((pairs,), 0.3), torch.ones(pairs, dtype=torch.bool))
+    rewards = PairRewards(torch.full((pairs,), 0.8), torch.full((pairs,), 0.3), torch.full((pairs,), 0.8))
 
     losses = _call("forward", lambda: loss.per_pair(policy, reference, rewards))
     _check_values(f"{name}.forward", losses, pairs, "the loss of each pair, not their mean")

@@ -172,8 +172,11 @@ def _training(facts: Mapping[str, Any]) -> str:
     if "reference" in facts:
         rows.append(["reference", facts["reference"]])
     if relabel := (facts.get("data") or {}).get("relabel"):
-        weight = facts["data"].get("rejected_weight", 1)
-        rows.append(["relabelling", relabel if weight == 1 else f"{relabel}, the rejected-goal half weighs {weight:g}"])
+        shown = f"{relabel} and the best goal for every pair" if facts["data"].get("best_goal") else relabel
+        for option, half in (("rejected_weight", "rejected-goal"), ("best_goal_weight", "best-goal")):
+            if (weight := facts["data"].get(option, 1)) != 1:
+                shown += f", the {half} half weighs {weight:g}"
+        rows.append(["relabelling", shown])
     if adapter := facts.get("adapter"):
         rows += [[f"adapter {key}", value] for key, value in adapter.items()]
     rows += [[key.replace("_", " "), value] for key, value in (facts.get("hyperparameters") or {}).items()]

@@ -66,16 +66,23 @@ def _row(pair: Pair, goal: GoalTemplate | None) -> dict[str, Any]:
 
 
 def write_goal(rules: Rules, output: Path) -> None:
-    """Write how pairs are relabelled, as options of the data section: goal with its fitted scale, halves, ties."""
+    """Write how pairs are relabelled, as :func:`relabel_options`."""
     assert rules.goal is not None, "rounds are about goals"
     best = rules.goal.write(rules.goal.best, rules.goal.best_attributes)
     head = ["# How this round's pairs are relabelled; may be edited. At its best the goal reads:", "#"]
     head += [f"#   {line}" for line in best.splitlines()]
-    body = {
-        "goal": goal_config(rules.goal), "relabel": rules.relabelling.mode,
-        "keep_original": rules.relabelling.keep_original, "ties": rules.ties,
+    body = yaml.safe_dump(relabel_options(rules), sort_keys=False, allow_unicode=True)
+    write_atomically(output, "\n".join(head) + "\n\n" + body)
+
+
+def relabel_options(rules: Rules) -> dict[str, Any]:
+    """Return how pairs are relabelled, as options of the data section: goal with its fitted scale, halves, ties."""
+    assert rules.goal is not None, "rounds are about goals"
+    made = rules.relabelling
+    return {
+        "goal": goal_config(rules.goal), "relabel": made.mode, "keep_original": made.keep_original,
+        "best_goal": made.best_goal, "ties": rules.ties,
     }  # fmt: skip
-    write_atomically(output, "\n".join(head) + "\n\n" + yaml.safe_dump(body, sort_keys=False, allow_unicode=True))
 
 
 def parse_goal(config: dict[str, Any]) -> GoalTemplate:
@@ -95,7 +102,7 @@ def read_goal(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(found, dict) or "goal" not in found:
-        raise ConfigError(f"{path}: expected goal, relabel, keep_original and ties")
+        raise ConfigError(f"{path}: expected goal, relabel, keep_original, best_goal and ties")
     return found
 
 

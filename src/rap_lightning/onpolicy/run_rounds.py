@@ -168,7 +168,10 @@ class Round:
             options = round_pairs.read_goal(self.folder / GOAL)  # possibly edited by hand
             as_edited = replace(
                 rules, goal=round_pairs.parse_goal(options["goal"]), selection=None, filters=Filters(),
-                relabelling=Relabelling(options.get("relabel", "both"), options.get("keep_original", False)),
+                relabelling=Relabelling(
+                    options.get("relabel", "both"), options.get("keep_original", False),
+                    best_goal=options.get("best_goal", False),
+                ),
                 ties=options.get("ties", "drop"),
             )  # fmt: skip
             round_pairs.write_view(self.folder / PAIRS, as_edited, self.policy, view)
@@ -271,11 +274,9 @@ class Round:
 
     def check_fit(self) -> None:
         """Have fit parse its options before hours of sampling."""
-        draft, goal = self.folder / ".fit-draft.yaml", self.plan.rules.goal
-        assert goal is not None, "rounds are about goals"
-        relabelling = {"goal": goal_config(goal), "relabel": self.plan.rules.relabelling.mode}
+        draft = self.folder / ".fit-draft.yaml"
         try:
-            round_fit.write_config(draft, self._config(relabelling))
+            round_fit.write_config(draft, self._config(round_pairs.relabel_options(self.plan.rules)))
             round_fit.check_config(draft)
         finally:
             draft.unlink(missing_ok=True)

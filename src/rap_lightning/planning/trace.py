@@ -172,7 +172,7 @@ def batch_of(layout: str, pairs: int, prompt: int, response: int) -> Batch:
     for number in range(pairs):
         # distinct first tokens, so that no two sequences share a prefix by chance
         ids = [[10 + 3 * number + which] * max(size, 1) for which, size in enumerate((prompt, response, response))]
-        examples.append(Example("", 0, None, (0.0, 0.0), *ids))
+        examples.append(Example("", 0, None, (0.0, 0.0), ids[0], ids[1], ids[2]))
     places = tuple(range(pairs))
     return lay_out(LAYOUTS[layout], examples, BatchPlan(places, (1.0,) * pairs, pairs, (places,)), pad_id=0)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rap_lightning.preferences.pairs import BadRow, Pair
-from rap_lightning.preferences.relabelling import Relabelling
 
 KINDS = {
     "faults": "fault",
@@ -123,9 +122,9 @@ class DataReport:
         remedy = problem.remedy if kind == "faults" else ""
         self.note(kind, problem.reason, place, problem.column, problem.found, problem.span, remedy)
 
-    def count_pair(self, pair: Pair, relabelling: Relabelling) -> None:
+    def count_pair(self, pair: Pair, relabelled: int) -> None:
         self.pairs += 1
-        self.relabelled += len(relabelling.origins_of(pair))
+        self.relabelled += relabelled
         high, low = pair.rewards
         if low <= high:  # nan is no reward
             self.rewards = merge_spans(self.rewards, (low, high))

@@ -33,6 +33,8 @@ class ReadingOptions:
             the same rules: the baseline), or half (both halves of a seeded half of the prompts: the paper's Half-RA).
             By default both, and none where there is no goal.
         keep_original: also train on each pair without a goal.
+        best_goal: also train on each pair under the best goal, where the response with the higher reward wins. Pairs
+            for which one of the own goals is the best goal already are not trained on twice, and counted.
         ties: a pair whose goals print the same: drop it, keep its chosen half only, or stop with an error.
         rewards: a judge that gives every response its reward before training, in the place of the scores that the data
             have or lack: ImplicitReward (the log-ratio of a trained DPO model and its base, for data without scores),
@@ -59,6 +61,7 @@ class ReadingOptions:
         goal: GoalTemplate | None = OverallGoal(),  # noqa: B008 (immutable; jsonargparse wants an instance)
         relabel: Mode | None = None,
         keep_original: bool = False,
+        best_goal: bool = False,
         ties: Literal["drop", "chosen", "error"] = "drop",
         rewards: Judge | None = None,
         selection: Selection | None = None,
@@ -73,7 +76,7 @@ class ReadingOptions:
     ) -> None:
         self.rewards, self.goal = rewards, rated_goal(rewards, goal)
         self.sources, self.num_proc, self.seed = as_sources(source), num_proc, seed
-        self.relabelling = Relabelling.of(relabel, self.goal, keep_original, seed)
+        self.relabelling = Relabelling.of(relabel, self.goal, keep_original, seed, best_goal)
         self.rules = Rules(
             self.goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns
         )

@@ -87,7 +87,7 @@ def relabelled_batch(
 
     rows = []
     for pair in pairs:
-        for origin in rules.relabelling.origins_of(pair):
+        for origin in rules.relabelling.origins_of(pair, rules.goal):
             half = relabel(pair, rules.goal, origin)
             prompt = with_goal(half.history, half.goal_text, placement, system_shown=system_shown)
             rows.append(

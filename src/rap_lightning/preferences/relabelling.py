@@ -5,7 +5,8 @@ wins under its own reward as the goal. With responses numbered 0 (winner) and 1 
 
     goal = rewards[h],   chosen = responses[h],   rejected = responses[1 - h]
 
-so N pairs become 2N by index arithmetic, and no row is copied or edited.
+so N pairs become 2N by index arithmetic, and no row is copied or edited. A pair has a winner under every other goal
+too: under the best one it is response 0 (origin ``best-goal``).
 
 Read in this order: :data:`ORIGIN_TABLE`, the kinds of training pair; :class:`Relabelling`, which of them a scored pair
 becomes; :func:`relabel`, one training pair as text; :class:`RelabelledView`, all of them as a sequence.
@@ -13,7 +14,9 @@ becomes; :func:`relabel`, one training pair as text; :class:`RelabelledView`, al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,13 +32,13 @@ class Origin:
 
     Attributes:
         name: in metrics and exported data.
-        goal: ``own`` is the reward of the chosen response; None writes no goal.
+        goal: ``own`` is the reward of the chosen response, ``best`` the highest goal; None writes no goal.
         chosen: number of the response that is chosen: 0 the winner, 1 the loser.
         description: for the card of exported data.
     """
 
     name: str
-    goal: Literal["own"] | None
+    goal: Literal["own", "best"] | None
     chosen: int
     description: str
 
@@ -44,10 +47,11 @@ ORIGIN_TABLE = (
     Origin("chosen-goal", "own", 0, "the winner's reward is the goal, and the winner is chosen"),
     Origin("rejected-goal", "own", 1, "the loser's reward is the goal, and the loser is chosen"),
     Origin("unconditioned", None, 0, "no goal, the winner is chosen"),
+    Origin("best-goal", "best", 0, "the best goal, and the winner is chosen"),
 )
 """The kinds of training pair. A batch holds indices into this table."""
 
-CHOSEN_GOAL, REJECTED_GOAL, UNCONDITIONED = range(3)
+CHOSEN_GOAL, REJECTED_GOAL, UNCONDITIONED, BEST_GOAL = range(4)
 
 ORIGINS = tuple(origin.name for origin in ORIGIN_TABLE)
 """The names of :data:`ORIGIN_TABLE`."""
@@ -71,52 +75,71 @@ class Relabelling:
     mode: Mode = "both"
     keep_original: bool = False
     seed: int = 0
+    best_goal: bool = False
 
     def __post_init__(self) -> None:
         if self.mode == "none" and self.keep_original:
             raise ConfigError("keep_original has no effect with relabel none, which keeps the originals alone.")
+        if self.mode == "none" and self.best_goal:
+            raise ConfigError("best_goal has no effect with relabel none, which states no goal. Use relabel both.")
 
     @classmethod
-    def of(cls, mode: Mode | None, goal: GoalTemplate | None, keep_original: bool, seed: int) -> Relabelling:
+    def of(
+        cls, mode: Mode | None, goal: GoalTemplate | None, keep_original: bool, seed: int, best_goal: bool = False
+    ) -> Relabelling:
         """Return the relabelling for options; a ``mode`` of None is ``both`` with a goal and ``none`` without one."""
-        return cls(mode or ("none" if goal is None else "both"), keep_original, seed)
+        return cls(mode or ("none" if goal is None else "both"), keep_original, seed, best_goal)
 
     @property
     def origins(self) -> tuple[int, ...]:
         """What a scored pair becomes, as indices into :data:`ORIGIN_TABLE`."""
-        conditioned = CONDITIONED[self.mode]
+        conditioned = CONDITIONED[self.mode] + ((BEST_GOAL,) if self.best_goal else ())
         return conditioned if conditioned and not self.keep_original else (*conditioned, UNCONDITIONED)
 
     @property
     def of_ties(self) -> tuple[int, ...]:
         """What a pair becomes whose goals print the same: never both halves, because they would contradict each other.
 
-        This is law 2 (docs/invariants.md).
+        This is law 2 (docs/invariants.md). As its goals don't tell its responses apart, none is the better one under
+        the best goal either.
         """
-        return tuple(origin for origin in self.origins if ORIGIN_TABLE[origin].chosen == 0)
+        return tuple(one for one in self.origins if ORIGIN_TABLE[one].chosen == 0 and one != BEST_GOAL)
 
-    def origins_of(self, pair: Pair) -> tuple[int, ...]:
-        return self.of_ties if pair.tie else self.origins
+    def origins_of(self, pair: Pair, goal: GoalTemplate | None) -> tuple[int, ...]:
+        """Return what this pair becomes: :attr:`origins` without those that law 2 or :func:`repeats_best` rule out."""
+        if pair.tie:
+            return self.of_ties
+        if self.best_goal and goal is not None and repeats_best(pair, goal, self):
+            return tuple(one for one in self.origins if one != BEST_GOAL)
+        return self.origins
 
-    def weights(self, rejected: float) -> tuple[float, ...]:
+    def weights(self, rejected: float = 1.0, best: float = 1.0) -> tuple[float, ...]:
         """Return the loss weight of a training pair of each entry of :data:`ORIGIN_TABLE`.
 
         Args:
-            rejected: weight of the rejected-goal half; the others have weight 1.
+            rejected: weight of the rejected-goal half.
+            best: weight of the best-goal half; all others have weight 1.
 
         Raises:
-            ConfigError: it is not above 0, or there are no two halves to weigh against each other.
+            ConfigError: one is not above 0 and finite, or there is nothing to weigh its half against.
         """
-        if rejected == 0:
-            raise ConfigError("rejected_weight 0 leaves out the rejected-goal half: that is relabel chosen.")
-        if not 0 < rejected < float("inf"):
-            raise ConfigError(f"rejected_weight must be above 0 and finite, found {rejected}")
-        if rejected != 1 and (REJECTED_GOAL not in self.origins or len(self.origins) == 1):
-            raise ConfigError(
-                f"rejected_weight {rejected:g} has no effect with relabel {self.mode}, which leaves nothing to weigh "
-                "the rejected-goal half against. Use relabel both, or remove it."
-            )
-        return tuple(rejected if origin == REJECTED_GOAL else 1.0 for origin in range(len(ORIGIN_TABLE)))
+        found = [1.0] * len(ORIGIN_TABLE)
+        for option, weight, origin, without, use in (
+            ("rejected_weight", rejected, REJECTED_GOAL, "relabel chosen", "relabel both"),
+            ("best_goal_weight", best, BEST_GOAL, "best_goal false", "best_goal true"),
+        ):
+            half = ORIGINS[origin]
+            if weight == 0:
+                raise ConfigError(f"{option} 0 leaves out the {half} half: that is {without}.")
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"{option} must be above 0 and finite, found {weight}")
+            if weight != 1 and (origin not in self.origins or len(self.origins) == 1):
+                raise ConfigError(
+                    f"{option} {weight:g} has no effect with relabel {self.mode}, which leaves nothing to weigh "
+                    f"the {half} half against. Use {use}, or remove it."
+                )
+            found[origin] = weight
+        return tuple(found)
 
     @property
     def conditioned(self) -> bool:
@@ -130,27 +153,27 @@ class Relabelling:
 
 
 class TrainingIndex:
-    """Map training pair i to its scored pair and origin by arithmetic, in constant memory.
+    """Map training pair i to its scored pair and origin, from the origins of each scored pair.
 
-    The training pairs of pair 0 come first, then those of pair 1, and so on; pairs that tie come after all others.
+    The training pairs of pair 0 come first, then those of pair 1, and so on. Five bytes a training pair are held.
+
+    Args:
+        origins: of each scored pair, what it becomes.
     """
 
-    def __init__(self, pairs: int, ties: int = 0, relabelling: Relabelling = Relabelling()) -> None:
-        self.pairs, self.ties = pairs, ties
-        self.origins, self.of_ties = relabelling.origins, relabelling.of_ties
+    def __init__(self, origins: Iterable[Sequence[int]]) -> None:
+        self.rows, self.origins = array("i"), array("b")
+        for row, made in enumerate(origins):
+            self.rows.extend([row] * len(made))
+            self.origins.extend(made)
 
     def __len__(self) -> int:
-        return self.pairs * len(self.origins) + self.ties * len(self.of_ties)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        untied = self.pairs * len(self.origins)
-        if index < untied:
-            row, place = divmod(index, len(self.origins))
-            return row, self.origins[place]
-        row, place = divmod(index - untied, len(self.of_ties))
-        return self.pairs + row, self.of_ties[place]
+        return self.rows[index], self.origins[index]
 
 
 def is_tie(goal: GoalTemplate | None, rewards: tuple[float, float], attributes: Sequence[Sequence[float]]) -> bool:
@@ -159,6 +182,17 @@ def is_tie(goal: GoalTemplate | None, rewards: tuple[float, float], attributes: 
         return rewards[0] == rewards[1]
     first, second = goal.own_texts(rewards, attributes)
     return first == second
+
+
+def repeats_best(pair: Pair, goal: GoalTemplate, relabelling: Relabelling) -> bool:
+    """Return whether a pair's best goal reads like a goal under which it is trained on already.
+
+    The winner's own goal may be the best: the same training pair would be trained on twice. The loser's own goal may
+    read like the best one (with attributes): the two would contradict each other (law 2).
+    """
+    texts = goal.own_texts(pair.rewards, pair.attributes)
+    best = goal.write(goal.best, goal.best_attributes)
+    return any(texts[ORIGIN_TABLE[origin].chosen] == best for origin in CONDITIONED[relabelling.mode])
 
 
 @dataclass(frozen=True)
@@ -173,6 +207,7 @@ class RelabelledPair:
         history: the turns before the response, without the goal.
         chosen, rejected: the response preferred under this goal, and the other one.
         rewards: rewards of chosen and rejected, in the judge's units.
+        goal_reward: the reward that the goal asks for, in the judge's units; nan for an unconditioned pair.
     """
 
     pair_id: str
@@ -183,6 +218,7 @@ class RelabelledPair:
     chosen: str
     rejected: str
     rewards: tuple[float, float]
+    goal_reward: float
 
 
 def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPair:
@@ -204,8 +240,12 @@ def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPai
     made = ORIGIN_TABLE[origin]
     half = made.chosen
     printed = text = None
-    if goal is not None and made.goal == "own":
-        asked = goal.goal_of(pair.rewards[half], pair.attributes[half])
+    reward = math.nan
+    if goal is not None and made.goal is not None:
+        if made.goal == "own":
+            asked, reward = goal.goal_of(pair.rewards[half], pair.attributes[half]), pair.rewards[half]
+        else:  # a mapped scale states rewards beyond its end as that end: the winner is never farther from the best
+            asked, reward = (goal.best, goal.best_attributes), max(goal.scale.best_reward, pair.rewards[0])
         printed, text = goal.printed(*asked), goal.write(*asked)
     return RelabelledPair(
         pair_id=pair.id,
@@ -216,6 +256,7 @@ def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPai
         chosen=pair.responses[half],
         rejected=pair.responses[1 - half],
         rewards=(pair.rewards[half], pair.rewards[1 - half]),
+        goal_reward=reward,
     )
 
 
@@ -223,7 +264,7 @@ class RelabelledView(Sequence[RelabelledPair]):
     """A sequence of the training pairs of scored pairs, without copying them.
 
     Args:
-        pairs: the scored pairs, those marked as ties last.
+        pairs: the scored pairs.
         goal: the template, or None for the plain pairs.
         relabelling: what each pair becomes.
 
@@ -242,8 +283,7 @@ class RelabelledView(Sequence[RelabelledPair]):
     ) -> None:
         self.pairs, self.goal = pairs, goal
         relabelling = relabelling or Relabelling.of(None, goal, keep_original=False, seed=0)
-        ties = sum(pair.tie for pair in pairs)
-        self._places = TrainingIndex(len(pairs) - ties, ties, relabelling)
+        self._places = TrainingIndex(relabelling.origins_of(pair, goal) for pair in pairs)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -17,7 +17,7 @@ from rap_lightning.preferences.formats.base import Row
 from rap_lightning.preferences.hashing import hash_text, hash_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, make_pair
 from rap_lightning.preferences.readers import ROWS, Chunk
-from rap_lightning.preferences.relabelling import is_tie
+from rap_lightning.preferences.relabelling import is_tie, repeats_best
 from rap_lightning.preferences.rewards import CONTRADICTED
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.selection import BestVsRandom
@@ -25,6 +25,7 @@ from rap_lightning.preferences.selection import BestVsRandom
 EXCHANGED = "score_chosen below score_rejected, exchanged so that the higher reward wins"
 TIE = "tie: both scores print as the same goal"
 TIE_RULES = {"drop": "", "chosen": "; kept under the chosen response's goal", "error": ", and ties are an error"}
+BEST_ALREADY = "no best-goal pair: one of the two own goals is the best goal already"
 OUTSIDE = "score outside the declared scale"
 LEAVE_OUT = "Correct such rows, or drop and count them with bad_rows drop."
 SCORES = "score_chosen, score_rejected"
@@ -234,6 +235,8 @@ def _checked(pair: Pair, better: Response, worse: Response, rules: Rules, report
             raise BadRow(SCORES, reason, stops=rules.ties == "error", by_choice=True)
         report.note("noted", reason, pair.place, SCORES)
         pair = replace(pair, tie=True)
+    elif rules.goal is not None and rules.relabelling.best_goal and repeats_best(pair, rules.goal, rules.relabelling):
+        report.note("noted", BEST_ALREADY, pair.place, SCORES)
     if pair.exchanged:
         report.note("repaired", EXCHANGED if rules.rewards is None else CONTRADICTED, pair.place, SCORES)
     for text, side in zip(pair.responses, (better, worse), strict=True):

@@ -60,6 +60,11 @@ class RewardScale:
         return self.high
 
     @property
+    def best_reward(self) -> float:
+        """The lowest reward that is stated as the best goal, in the judge's units."""
+        return self.judge_range[1]
+
+    @property
     def needs_fit(self) -> bool:
         """Whether the training split must supply some of its numbers."""
         return False
@@ -125,6 +130,11 @@ class LinearScale(RewardScale):
         return float("-inf"), float("inf")
 
     @property
+    def best_reward(self) -> float:
+        assert self.judge_high is not None, "call fit first"
+        return self.judge_high
+
+    @property
     def needs_fit(self) -> bool:
         return self.judge_low is None or self.judge_high is None
 
@@ -183,6 +193,11 @@ class QuantileScale(RewardScale):
     def best(self) -> float:
         """The goal of the training split's highest reward: below ``high`` if many responses share that reward."""
         return self.high if self.knots is None else self.goal(self.knots[-1])
+
+    @property
+    def best_reward(self) -> float:
+        assert self.knots is not None, "call fit first"
+        return self.knots[-1]
 
     @property
     def needs_fit(self) -> bool:

@@ -17,6 +17,7 @@ ORIGIN_TITLES = {
     "chosen-goal": "chosen-goal pairs",
     "rejected-goal": "rejected-goal pairs",
     "unconditioned": "plain pairs",
+    "best-goal": "best-goal pairs",
 }
 ONE_ORIGIN = {"none": "unconditioned", "chosen": "chosen-goal", "rejected": "rejected-goal"}
 """The origin of all pairs by relabelling mode, for modes with only one: metrics.csv doesn't split by origin then."""
@@ -109,7 +110,8 @@ def training(runs: list[Run]) -> Section:
     section = Section(
         "training", "Training curves",
         "Curves by origin of the pairs: in chosen-goal pairs, the goal is the better response's reward; in "
-        "rejected-goal pairs, it is the worse response's, which is then preferred; plain pairs have no goal. "
+        "rejected-goal pairs, it is the worse response's, which is then preferred; plain pairs have no goal, and "
+        "best-goal pairs the best one. "
         "Thin lines: training; markers: validation on held-out pairs, or training where there is no validation.",
     )  # fmt: skip
     section.rows = [

@@ -109,11 +109,12 @@ def check_data(loss: PreferenceLoss, data: PreferenceData) -> None:
             f"{name} compares all pairs of a batch ({loss.batch_level}), and --data.token_budget splits a batch. "
             "Remove it, or set a smaller --data.batch_size."
         )
-    if loss.batch_level and data.rejected_weight != 1:
-        raise ConfigError(
-            f"--data.rejected_weight {data.rejected_weight:g} weights single pairs, and {name} has no loss of single "
-            f"pairs ({loss.batch_level}). Remove it, or choose another loss."
-        )
+    for option, weight in (("rejected_weight", data.rejected_weight), ("best_goal_weight", data.best_goal_weight)):
+        if loss.batch_level and weight != 1:
+            raise ConfigError(
+                f"--data.{option} {weight:g} weights single pairs, and {name} has no loss of single "
+                f"pairs ({loss.batch_level}). Remove it, or choose another loss."
+            )
     if "rewards" in loss.requires and not data.has_rewards:
         raise ConfigError(
             f"{name} needs the judge's rewards, and the data have none. Use another loss, or scored data."

@@ -31,6 +31,7 @@ class PreferenceData(Protocol):
     batch_size: int
     token_budget: int | None
     rejected_weight: float
+    best_goal_weight: float
     streaming: bool
 
     @property
