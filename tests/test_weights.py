@@ -60,9 +60,10 @@ def test_the_best_goals_half_weighs_in_the_step_as_its_own_step_says(
 
     start = {n: p.detach() for n, p in PolicyConfig(str(tiny)).build(torch.float32).named_parameters()}
 
-    def moved(name: str, **options: Any) -> tuple[dict[str, Any], float]:
+    def moved(name: str, **options: Any) -> tuple[dict[str, Any], int]:
         module = one_step(tmp_path / name, tiny, pairs_folder, {"gradient_clip_val": None}, batch_size=100, **options)
-        return {n: p - start[n] for n, p in weights(module).items()}, logged(tmp_path / name)[0]["pairs"]
+        (report,) = module.trainer.datamodule.reports["train"]
+        return {n: p - start[n] for n, p in weights(module).items()}, report.relabelled
 
     both, pairs = moved("both")
     plus, all_pairs = moved("plus", best_goal=True)
