@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shlex
@@ -15,8 +16,30 @@ from typing import Any
 CHIEF = ("rap-lightning", "torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "deepspeed")
 """Packages that a model card lists."""
 
-_SECRET = re.compile(r"(token$|secret|passw|api_?key|credential)", re.IGNORECASE)
-"""Option names whose values are secret; ``token_budget`` and ``max_new_tokens`` must not match."""
+MASK = "***"
+"""What is shown in the place of a secret."""
+
+_WORDS = (
+    r"(?:(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!stop_)token$|secret|passw|pass_?phrase|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|credential"
+    r"|authori[sz]ation|cookie|bearer)"
+)
+_SECRET = re.compile(_WORDS, re.IGNORECASE)
+"""Names whose values are secret; ``token_budget``, ``max_new_tokens`` and ``api_key_env`` must not match."""
+_ENVIRONMENT = re.compile(r"(?<![A-Za-z0-9])(env|file|path|dir|column)$", re.IGNORECASE)
+_TOKEN = re.compile(
+    r"(?<![\w./-])(?:"
+    r"(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|r8_)(?=[\w-]*\d|[\w-]{16})[\w-]{8,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"  # a JSON web token
+)
+"""Values that are keys whatever their name is."""
+_SCHEME = re.compile(r"\b(Bearer|Basic)\s+(?!\*)(?=\S*\d|\S{16})[\w.~+/=-]{8,}", re.IGNORECASE)
+_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@'\"]+@", re.IGNORECASE)
+_NAMED = re.compile(
+    r"([\w.-]*?" + _WORDS.replace("$", r"(?![\w-])") + r"(?!_env)[\w-]*[\"']?\s*[:=]\s*)"
+    r"(?:\"[^\"]*\"|'[^']*'|(?!\*\*\*)[^\s,;&}\]\"']+)",
+    re.IGNORECASE,
+)
+"""``name: value`` and ``name=value`` inside a text."""
 
 
 @cache  # each checkpoint asks, and reading all metadata takes up to 0.2 s
@@ -58,16 +81,73 @@ def _git(folder: Path, *args: str) -> str | None:
 
 
 def names_secret(option: str) -> bool:
-    """Return whether an option's value must not be shown."""
-    return _SECRET.search(option) is not None
+    """Return whether an option's value must not be shown; a dotted name counts where one of its parts does."""
+    return any(
+        part.lower() == "key" or (_SECRET.search(part) and not _ENVIRONMENT.search(part)) for part in option.split(".")
+    )
+
+
+def mask_text(text: str) -> str:
+    """Return a text for people or a log with every secret replaced by ***.
+
+    Secrets are the values of environment variables with a secret's name, values that follow such a name, credentials
+    in URLs, and what looks like a key (hf_..., sk-..., Bearer ...).
+    """
+    return _NAMED.sub(rf"\1{MASK}", mask_keys(text))
+
+
+def mask_keys(text: str) -> str:
+    """Mask what is a secret whatever its name: a value of the environment, credentials in a URL, a key by its form."""
+    for value in _environment_secrets():
+        text = text.replace(value, MASK)
+    text = _IN_URL.sub(rf"\1{MASK}@", text)
+    return _TOKEN.sub(MASK, _SCHEME.sub(rf"\1 {MASK}", text))
+
+
+def _environment_secrets() -> list[str]:
+    """Return secret values of the environment, longest first; not paths, nor what is short enough to be in a word."""
+    found = {value for name, value in os.environ.items() if len(value) >= 8 and value[0] != "/" and names_secret(name)}
+    return sorted(found, key=len, reverse=True)
+
+
+def masked(value: Any, name: str = "") -> Any:
+    """Return plain values with every secret in them replaced by ***, at any depth of dicts and lists.
+
+    A text is searched for keys by their form alone: a goal template may well say "token: 7".
+    """
+    if isinstance(value, dict):
+        return {key: masked(inner, f"{name}.{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(inner, name) for inner in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if name and names_secret(name):
+        return MASK
+    return mask_keys(value) if isinstance(value, str) else value
+
+
+def flatten(options: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested options by dotted name (``model.loss.beta``), as flags spell them: without ``init_args``."""
+    if not isinstance(options, dict) or not options:
+        return {prefix: options} if prefix else {}
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= flatten(value, prefix if name == "init_args" else f"{prefix}.{name}".strip("."))
+    return found
 
 
 def command_line(args: Sequence[str]) -> str:
-    """Return the command as it was given, for a shell, with the values of secret options replaced by ***."""
+    """Return the command as it was given, for a shell, with secrets replaced by ***."""
     shown, hide = [], False
     for arg in args:
-        name, equals, _ = arg.partition("=")
-        secret = name.startswith("-") and names_secret(name)
-        shown.append("***" if hide else f"{name}=***" if secret and equals else arg)
+        name, equals, value = arg.partition("=")
+        option = name.startswith("-")
+        secret = option and names_secret(name)
+        if hide:
+            shown.append(MASK)
+        elif secret and equals:
+            shown.append(f"{name}={MASK}")
+        else:
+            shown.append(f"{name}={mask_text(value)}" if option and equals else mask_text(arg))
         hide = secret and not equals and not hide
     return shlex.join(shown)

@@ -138,6 +138,10 @@ class Checkpoints(ModelCheckpoint):
         for path in paths:
             super()._remove_checkpoint(trainer, path)
 
+    def _should_skip_saving_checkpoint(self, trainer: pl.Trainer) -> bool:
+        """Try a step once: ModelCheckpoint asks several times at one step."""
+        return self._failed_step == trainer.global_step or super()._should_skip_saving_checkpoint(trainer)
+
     @contextmanager
     def _continue_training(self, trainer: pl.Trainer) -> Iterator[None]:
         """Where writing fails, restore the record of what is saved, warn, and continue."""
@@ -146,8 +150,7 @@ class Checkpoints(ModelCheckpoint):
             yield
         except NotSaved as problem:
             self.load_state_dict(record)
-            # ModelCheckpoint asks several times at one step, and saves where this is another step
-            self._last_global_step_saved = self._failed_step = trainer.global_step
+            self._failed_step = trainer.global_step
             newest = self._last_checkpoint_saved or "none yet"
             rank_zero_warn(
                 f"{problem} Training continues. The newest checkpoint is {newest}; the next is tried as usual."

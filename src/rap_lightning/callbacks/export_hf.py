@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rap_lightning.callbacks.run_folder import run_folder
 from rap_lightning.callbacks.run_metadata import run_facts
+from rap_lightning.callbacks.run_tracking import log_folder
+from rap_lightning.callbacks.trackers import takes_folders
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.goal_chat_template import with_goals_in_template
 from rap_lightning.models.hf_export import ExportOptions, export, full_state, merge
@@ -29,18 +31,27 @@ class ExportHF(pl.Callback):
         enabled: write at all.
         merge: with LoRA, also write ``hf-merged/``, the base model with the adapter added to its weights in float32.
         goal_in_template: write the best goal into the chat template, so that a plain chat asks for it.
+        track: also send the folders to the run's trackers (--track), as artifacts.
     """
 
-    def __init__(self, enabled: bool = True, merge: bool = False, goal_in_template: bool = True) -> None:
-        self.enabled, self.merge, self.goal_in_template = enabled, merge, goal_in_template
+    def __init__(
+        self, enabled: bool = True, merge: bool = False, goal_in_template: bool = True, track: bool = False
+    ) -> None:
+        self.enabled, self.merge, self.goal_in_template, self.track = enabled, merge, goal_in_template, track
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Raise ConfigError for options without effect."""
-        for name, off in (("merge", not self.merge), ("goal_in_template", self.goal_in_template)):
+        for name, off in (
+            ("merge", not self.merge), ("goal_in_template", self.goal_in_template), ("track", not self.track)
+        ):  # fmt: skip
             if not off and not self.enabled:
                 raise ConfigError(f"--export.{name} has no effect with --export.enabled false; remove one of the two.")
         if self.merge and isinstance(pl_module, PreferenceModule) and not pl_module.policy_config.adapts:
             raise ConfigError("--export.merge has no effect without an adapter: set --model.policy.lora.r")
+        if self.track and stage == "fit" and trainer.is_global_zero and not takes_folders(trainer.loggers):
+            raise ConfigError(
+                "--export.track has no effect without a tracker that stores files: add --track wandb, mlflow or comet"
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a goal that can't be written into the chat template now, not after days of training."""
@@ -58,7 +69,10 @@ class ExportHF(pl.Callback):
         problem: Exception | None = None
         if trainer.is_global_zero:
             try:
-                self._write(run_folder(trainer), pl_module, pl_module.policy, state, run_facts(trainer, pl_module))
+                facts = run_facts(trainer, pl_module)
+                for folder in self._write(run_folder(trainer), pl_module, pl_module.policy, state, facts):
+                    if self.track and (sent := log_folder(trainer, folder)):
+                        rank_zero_info(f"sent {folder} to {', '.join(sent)}")
             except Exception as error:  # raised after the other ranks know: they would wait forever
                 problem = error
         if trainer.strategy.broadcast(problem is not None):
@@ -69,7 +83,8 @@ class ExportHF(pl.Callback):
 
     def _write(
         self, run: Path, module: PreferenceModule, policy: Policy, state: dict[str, Tensor], facts: dict[str, Any]
-    ) -> None:
+    ) -> list[Path]:
+        """Write the folders and return them."""
         config = module.policy_config
 
         def options(output: Path, adapter: bool) -> ExportOptions:
@@ -82,6 +97,7 @@ class ExportHF(pl.Callback):
         output = _free(run / "hf")
         export(policy, state, module.tokenizer, output, config, options(output, policy.has_adapter))
         rank_zero_info(f"exported: {output}")
+        written = [output]
         if self.merge:
             from peft import PeftModel
 
@@ -91,6 +107,8 @@ class ExportHF(pl.Callback):
             merged = _free(run / "hf-merged")
             checked = merge(load, module.tokenizer, merged, config, options(merged, adapter=False))
             rank_zero_info(f"exported, adapter merged: {merged} ({checked})")
+            written.append(merged)
+        return written
 
 
 def _free(folder: Path) -> Path:

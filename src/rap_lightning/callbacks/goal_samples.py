@@ -21,6 +21,7 @@ from rap_lightning.callbacks.goal_sampling import (
     tell_watchdog,
 )
 from rap_lightning.callbacks.intervals import AtIntervals, Row
+from rap_lightning.callbacks.run_tracking import log_table
 from rap_lightning.callbacks.steering_table import SteeringTable
 from rap_lightning.errors import ConfigError
 from rap_lightning.evaluation.statistics import curve_spearman
@@ -31,7 +32,7 @@ class GoalSamples(AtIntervals):
 
     A line is ``{"step", "goal", "prompt", "response", "score", "tokens"}``; the score is null without a judge. Logged
     are ``samples/goal-G/score`` and ``.../tokens``, and ``samples/spearman``, the rank correlation of goals and mean
-    scores. Responses are sampled with the module's ``generation``.
+    scores. Responses are sampled with the module's ``generation``. Trackers get the lines as a table too.
 
     Args:
         judge: a function of (prompt, response), by import path, that gives the reward; by default none.
@@ -91,6 +92,8 @@ class GoalSamples(AtIntervals):
             {"goal": goal, "prompt": one.prompt, "response": one.text, "score": self._score(one), "tokens": one.tokens}
             for goal, samples in found.items() for one in samples
         ]  # fmt: skip
+        columns = ("goal", "prompt", "response", "score", "tokens")
+        log_table(trainer, "samples", columns, [[row[name] for name in columns] for row in rows])
         return rows, self._metrics(rows, trainer.global_step)
 
     def _score(self, sample: Sample) -> float | None:

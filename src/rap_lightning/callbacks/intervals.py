@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rap_lightning.atomic_write import atomic_file
 from rap_lightning.callbacks.goal_sampling import log_now
-from rap_lightning.callbacks.run_folder import run_folder
+from rap_lightning.callbacks.run_folder import run_folder, written_or_warned
 from rap_lightning.errors import ConfigError
 from rap_lightning.module import PreferenceModule
 from rap_lightning.training.run_state import ends_step
@@ -106,11 +106,19 @@ class AtIntervals(pl.Callback):
 
 
 def _append(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
+    """Append lines, all or none; on a full disk they are missing, with a warning."""
+    with written_or_warned(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size if path.is_file() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            if path.is_file():
+                os.truncate(path, size)
+            raise
 
 
 def _step_of(line: str) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -17,6 +20,15 @@ def run_folder(trainer: pl.Trainer) -> Path:
     logger = trainer.logger
     folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or trainer.default_root_dir
     return Path(folder)
+
+
+@contextmanager
+def written_or_warned(path: Path) -> Iterator[None]:
+    """Warn where the block can't write ``path``, and continue: a full disk must not end a run."""
+    try:
+        yield
+    except OSError as error:
+        rank_zero_warn(f"{path} was not written: {error.strerror or error}.")
 
 
 class ClaimedFolder(pl.Callback):

@@ -11,12 +11,13 @@ from typing import Any
 import lightning.pytorch as pl
 
 from rap_lightning import provenance
+from rap_lightning.callbacks.trackers import tracked
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.module import PreferenceModule
 
 
 def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-    """Return data and counts, method, hyperparameters, metrics so far, goal, versions; what is unknown is left out."""
+    """Return data and counts, method, hyperparameters, metrics so far, goal, tracked runs, versions, where known."""
     facts: dict[str, Any] = {"step": trainer.global_step, "versions": provenance.versions(), "seed": seed()}
     facts["metrics"] = {name: round(float(v), 6) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
     if isinstance(module, PreferenceModule):
@@ -34,13 +35,14 @@ def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]
         facts.setdefault("hyperparameters", {}).update(
             {"batch_size": data.batch_size, "max_length": data.max_length, "data_seed": data.seed}
         )
+    facts["trackers"] = tracked(trainer.loggers) if trainer.is_global_zero else []
     return {key: value for key, value in facts.items() if value not in (None, {}, [])}
 
 
 def name(path: str) -> dict[str, Any]:
     """Return the name of a data source or model as it may be published: of a local one the last part only."""
     local = os.path.exists(path) or path.startswith(("/", ".", "~"))
-    return {"name": Path(path).name or path if local else path, "local": local}
+    return {"name": Path(path).name or path if local else provenance.mask_keys(path), "local": local}
 
 
 def seed() -> int | None:

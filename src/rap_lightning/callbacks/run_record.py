@@ -15,18 +15,19 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import rap_lightning
 from rap_lightning import provenance
 from rap_lightning.atomic_write import atomic_file
-from rap_lightning.callbacks.run_folder import run_folder
+from rap_lightning.callbacks.run_folder import run_folder, written_or_warned
 from rap_lightning.callbacks.run_metadata import run_facts, seed
 from rap_lightning.callbacks.run_sessions import SESSIONS, Sessions
 from rap_lightning.callbacks.signals import Stopped
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.models.checkpoint.saved_policy import FACTS
 from rap_lightning.module import PreferenceModule
+from rap_lightning.training.guarded_loggers import lines_lost
 
 
 class RunRecord(pl.Callback):
@@ -108,11 +109,12 @@ class RunRecord(pl.Callback):
 
     def _write_run(self, trainer: pl.Trainer) -> None:
         ends = {"finished": self._finished, "stopped": self._stopped, "continues": self._sessions.record()}
+        if lost := lines_lost(trainer.loggers):
+            ends["log_lines_lost"] = lost
         run = {**self._origin, **ends, "facts": self._facts, "peak_memory": peak_memory()}
-        try:
-            _write(run_folder(trainer) / "run.json", run)
-        except OSError as error:  # a full disk must not end a run
-            rank_zero_warn(f"run.json was not written: {error.strerror or error}.")
+        path = run_folder(trainer) / "run.json"
+        with written_or_warned(path):
+            _write(path, run)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

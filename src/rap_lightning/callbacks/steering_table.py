@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rap_lightning.atomic_write import atomic_file
 from rap_lightning.callbacks.goal_sampling import Judge, log_now, parts_of_fit, sample_at_goals, score, tell_watchdog
-from rap_lightning.callbacks.run_folder import run_folder
+from rap_lightning.callbacks.run_folder import run_folder, written_or_warned
+from rap_lightning.callbacks.run_tracking import log_table
 from rap_lightning.errors import ConfigError
 
 FILE = "steering.json"
@@ -75,7 +77,7 @@ class SteeringTable(pl.Callback):
         self.after = {goal: [score for _, _, score in rows] for goal, rows in samples.items()}
         if trainer.is_global_zero:
             self._print(trainer, pl_module, samples)
-            self._write(run_folder(trainer) / FILE, samples)
+            self._write(trainer, run_folder(trainer) / FILE, samples)
 
     def _sample(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[float, list[tuple[str, str, float]]]:
         ours, data = parts_of_fit(trainer, module, "SteeringTable")
@@ -112,7 +114,9 @@ class SteeringTable(pl.Callback):
             )
         return other
 
-    def _write(self, path: Path, samples: dict[float, list[tuple[str, str, float]]]) -> None:
+    def _write(
+        self, trainer: pl.Trainer, path: Path, samples: dict[float, list[tuple[str, str, float]]]
+    ) -> None:  # fmt: skip
         rows = [
             {
                 "before": _figures(self.before[goal]), "after": _figures(self.after[goal]),
@@ -120,8 +124,13 @@ class SteeringTable(pl.Callback):
             }
             for goal in self.goals
         ]  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**self._settings(), "rows": rows}, indent=1) + "\n")
+        with written_or_warned(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as file:
+                file.write(json.dumps({**self._settings(), "rows": rows}, indent=1) + "\n")
+        columns = ("goal", "before", "after", "prompt", "response", "score")
+        cells = [[goal, fmean(self.before[goal]), fmean(self.after[goal]), *samples[goal][0]] for goal in self.goals]
+        log_table(trainer, "steering", columns, cells)
 
     def _print(self, trainer: pl.Trainer, module: Any, samples: dict[float, list[Any]]) -> None:
         options, count = module.generation, len(next(iter(samples.values())))

@@ -14,17 +14,17 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from rap_lightning import losses
 from rap_lightning.callbacks import (
@@ -39,17 +39,32 @@ from rap_lightning.callbacks import (
 )
 from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from rap_lightning.callbacks.run_folder import ClaimedFolder
+from rap_lightning.callbacks.run_tracking import RunTracking
+from rap_lightning.callbacks.trackers import (
+    BY_NAME,
+    Continued,
+    refuse_file_store,
+    require_installed,
+    tracker_of_class,
+)
 from rap_lightning.cli.config_files import configs_named, content_of
 from rap_lightning.cli.error_messages import LIBRARIES, ExplainsErrors, causes, check_nulls, raised_in
 from rap_lightning.cli.help_format import ReadableDefaultsHelp, arrange_trainer
 from rap_lightning.cli.parser_internals import prefer_own_short_names, start_new_classes_from_their_defaults
 from rap_lightning.datamodule import PreferenceDataModule
-from rap_lightning.distributed.consistency import flatten, model_files
+from rap_lightning.distributed.consistency import comparable, model_files, without_address
 from rap_lightning.distributed.deepspeed_checks import check_deepspeed_config
 from rap_lightning.distributed.rank_monitor import RankMonitor
 from rap_lightning.errors import ConfigError, UserError
 from rap_lightning.losses import PreferenceLoss
-from rap_lightning.models.checkpoint.read_checkpoint import all_checkpoints, newest_whole, refuse_damaged, run_key
+from rap_lightning.models.checkpoint.read_checkpoint import (
+    all_checkpoints,
+    newest_whole,
+    recorded,
+    refuse_damaged,
+    run_key,
+)
+from rap_lightning.models.checkpoint.saved_policy import FACTS
 from rap_lightning.models.references.base import Reference
 from rap_lightning.models.references.policy_copy import AdapterAsLoaded
 from rap_lightning.models.references.precomputed import Stored
@@ -57,12 +72,19 @@ from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.provenance import MASK, flatten, masked
 from rap_lightning.strategies import FSDP2, check_requested, check_resumes, check_size
 from rap_lightning.training.schedules import Schedule
 
 # jsonargparse knows a class by its short name once it has been imported
 CLASSES_BY_SHORT_NAME = (AdapterAsLoaded, Stored, Synchronised, FSDP2)
 OWN_BASES = (PreferenceLoss, Reference, GoalTemplate, Schedule, Judge)
+
+TrackerName = Literal["wandb", "mlflow", "tensorboard", "comet"]
+TRACK_HELP = (
+    "a tracker that gets metrics, hyperparameters and samples too, beside metrics.csv; repeatable. Its project and "
+    "address come from its environment variables, its files are in the run's folder; docs/tracking.md"
+)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
@@ -113,6 +135,7 @@ class PreferenceCLI(LightningCLI):
         parser.add_lightning_class_args(ExportHF, "export")
         parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_argument("--track", type=list[TrackerName], default=[], help=TRACK_HELP)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then check what is known without a model: the strategy, and the checkpoint to resume from."""
@@ -123,6 +146,8 @@ class PreferenceCLI(LightningCLI):
         command = self.config["subcommand"]
         options = self.config[command]
         check_nulls(self._parser(command), options)
+        take_secrets_from_environment(options, _notice)
+        _require_packages(options)
         check_deepspeed_config(options)
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning's default would unpickle, and so run, a local file's objects
@@ -165,6 +190,10 @@ class PreferenceCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Instantiate, and give the module the key by which its checkpoints are found again."""
+        self._given, self._continued = self.config, self._tracked_before()
+        self.config = self.config.clone()
+        for logger in _as_list(self.config[self.config["subcommand"]]["trainer"].get("logger")):
+            _continue(logger, self._continued)
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -172,8 +201,19 @@ class PreferenceCLI(LightningCLI):
         if isinstance(self.model, PreferenceModule):
             self.model.run_key = self._run_key
 
+    def _tracked_before(self) -> Continued:
+        """Return the tracked runs of the run that is resumed; none where another run's checkpoint is trained on."""
+        path = self.config[self.config["subcommand"]]["ckpt_path"]
+        if self.config["subcommand"] != "fit" or path is None or not Path(path).exists():
+            return Continued()
+        saved = recorded(Path(path))
+        if (saved.get("rap_lightning") or {}).get("run_key") != self._run_key:
+            return Continued()
+        return Continued((saved.get(FACTS) or {}).get("trackers") or (), int(saved.get("global_step") or 0))
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Add console output, the run record, checkpoint digests and a logger where the config names no others."""
+        """Add metrics.csv and trackers, console output, the run record and checkpoint digests."""
+        self.config = self._given  # config.yaml is of the options as given
         config = self.config_init[self.config["subcommand"]]["trainer"]
         callbacks, plugins = _as_list(config.get("callbacks")), _as_list(config.get("plugins"))
         if config.get("enable_progress_bar") is None and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -182,16 +222,16 @@ class PreferenceCLI(LightningCLI):
                 kwargs["enable_progress_bar"] = False
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        if config.get("logger") is None:
-            kwargs["logger"] = CSVLogger(config.get("default_root_dir") or "runs", name="")
         options = self.config[self.config["subcommand"]]
-        facts = flatten(options.as_dict())
+        kwargs["logger"] = _with_metrics_csv(_as_list(config.get("logger")), config.get("default_root_dir") or "runs")
+        facts = comparable(options.as_dict())
         if isinstance(self.model, PreferenceModule):
             facts |= model_files(self.model.policy_config.path)
         self.rank_monitor = RankMonitor(facts)
         kwargs["callbacks"] = [*callbacks, RunRecord(), WholeSteps(), WritePredictions(), self.rank_monitor]
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.insert(0, ClaimedFolder(trainer))  # type: ignore[attr-defined]
+        tracking = RunTracking(options["track"], flatten(masked(options.as_dict())), self._continued)
+        trainer.callbacks[:0] = [ClaimedFolder(trainer), tracking]  # type: ignore[attr-defined]
         check_size(trainer.strategy)
         check_resumes(trainer.strategy, options.get("ckpt_path"))
         self.rank_monitor.attach(trainer.strategy)
@@ -200,6 +240,87 @@ class PreferenceCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         with self.rank_monitor.reporting():
             super()._run_subcommand(subcommand)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml without secrets."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        super().__init__(parser, _masked_namespace(config), **options)
+
+
+def _masked_namespace(value: Any, name: str = "") -> Any:
+    """Return options with every secret replaced by ***, as ``provenance.masked`` does for plain values."""
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _masked_namespace(inner, f"{name}.{key}") for key, inner in vars(value).items()})
+    if isinstance(value, list):
+        return [_masked_namespace(inner, name) for inner in value]
+    return masked(value, name)
+
+
+def take_secrets_from_environment(options: Namespace, say: Callable[[str], None]) -> None:
+    """Let loggers read the keys that a saved config doesn't have (***) from the environment.
+
+    Raises:
+        ConfigError: another option is masked.
+    """
+    for logger in _as_list(options["trainer"].get("logger")):
+        arguments = logger.get("init_args") or {}
+        for name in [name for name, value in vars(arguments).items() if value == MASK]:
+            arguments[name] = None
+            say(
+                f"{name} of {logger['class_path'].rpartition('.')[2]} is not in the saved config: it is read from the "
+                "environment, as the tracker's package does (WANDB_API_KEY, COMET_API_KEY)"
+            )
+    hidden = [name for name, value in flatten(_plain(options)).items() if _has_mask(value)]
+    if hidden:
+        raise ConfigError(
+            f"{hidden[0]} is {MASK} in the config: a run's config.yaml is saved without keys and passwords. Give it "
+            f"again on the command line: --{hidden[0]} VALUE"
+        )
+
+
+def _plain(options: Namespace) -> dict[str, Any]:
+    """Return options with the list of loggers as a dict by number, so that each has a name."""
+    plain: dict[str, Any] = options.as_dict()
+    loggers = plain["trainer"].get("logger")
+    if isinstance(loggers, list):
+        plain["trainer"]["logger"] = {str(number): logger for number, logger in enumerate(loggers)}
+    return plain
+
+
+def _has_mask(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return any(_has_mask(inner) for inner in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and (value == MASK or f"://{MASK}@" in value)
+
+
+def _require_packages(options: Namespace) -> None:
+    """Raise ConfigError where the package of a tracker is missing."""
+    options["track"] = list(dict.fromkeys(options.get("track") or ()))  # in a config, and again on the command line
+    for name in options["track"]:
+        require_installed(BY_NAME[name], f"--track {name}")
+    for logger in _as_list(options["trainer"].get("logger")):
+        path = logger.get("class_path") if isinstance(logger, Namespace | dict) else None
+        if path and (tracker := tracker_of_class(path)) is not None:
+            require_installed(tracker, f"--trainer.logger {path.rpartition('.')[2]}")
+
+
+def _continue(logger: Any, continued: Continued) -> None:
+    """Give a logger the options by which it continues the tracked run of the run that is resumed; its own are kept."""
+    tracker = tracker_of_class(logger.get("class_path") or "") if isinstance(logger, Namespace) else None
+    arguments = logger.get("init_args") if tracker is not None else None
+    if tracker is not None and arguments is not None:
+        for name, value in continued.take(tracker).items():
+            if name in arguments and arguments[name] is None:
+                arguments[name] = value
+
+
+def _with_metrics_csv(loggers: list[Logger], root: str) -> list[Logger]:
+    """Return the loggers, the one of metrics.csv first: its folder is the run's."""
+    refuse_file_store(loggers)
+    first = next((logger for logger in loggers if isinstance(logger, CSVLogger)), None)
+    return [first or CSVLogger(root, name=""), *(logger for logger in loggers if logger is not first)]
 
 
 def run_key_of(options: Any) -> str:
@@ -214,7 +335,7 @@ def run_key_of(options: Any) -> str:
     policy = sections.get("model", {}).get("policy")
     for name in ("gradient_checkpointing", "activation_offloading", "compile") if isinstance(policy, dict) else ():
         policy.pop(name, None)  # memory and speed: changed after a run has run out of memory
-    content = json.dumps([sections, options.get("seed_everything")], sort_keys=True, default=str)
+    content = json.dumps([masked(sections), options.get("seed_everything")], sort_keys=True, default=without_address)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -235,7 +356,8 @@ def _notice(text: str) -> None:
 
 
 def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value] if value else []
+    """Return a list of one or many; of none for None and for true and false, which name nothing."""
+    return list(value) if isinstance(value, list) else [] if value is None or isinstance(value, bool) else [value]
 
 
 def _on_terminal() -> bool:
@@ -313,7 +435,17 @@ class _ParserOnlyCLI(_ParseOnlyCLI):
         """Run nothing."""
 
 
+def _appending(args: list[str]) -> list[str]:
+    """Make ``--track NAME`` repeatable: jsonargparse appends to a list with ``--track+``, and replaces it otherwise."""
+    return [
+        "--track+" if arg == "--track" and after[:1] not in ("[", "") else
+        arg.replace("--track=", "--track+=", 1) if arg.startswith("--track=") and arg[8:9] != "[" else arg
+        for arg, after in zip(args, [*args[1:], ""], strict=True)
+    ]  # fmt: skip
+
+
 def _cli_options(args: list[str]) -> dict[str, Any]:
+    args = _appending(args)
     sections = _sections_with_class(args)
     return {
         "model_class": PreferenceModule,
@@ -323,6 +455,7 @@ def _cli_options(args: list[str]) -> dict[str, Any]:
         "trainer_defaults": TRAINER_DEFAULTS,
         "seed_everything_default": 42,
         "auto_configure_optimizers": False,
+        "save_config_callback": SaveConfig,
         "save_config_kwargs": {"overwrite": True},
         # allow_abbrev: a misspelt option must not be taken for another
         "parser_class": TrainerParser,

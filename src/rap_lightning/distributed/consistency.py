@@ -17,6 +17,7 @@ import torch
 
 from rap_lightning.distributed.gather import gathered
 from rap_lightning.errors import ConfigError, join_some
+from rap_lightning.provenance import flatten, masked
 
 PACKAGES = ("rap-lightning", "torch", "transformers", "peft", "lightning")
 PATHS = ("config", "trainer.default_root_dir", "model.policy.path", "data.source", "model.reference.folder")
@@ -43,16 +44,18 @@ def model_files(path: str) -> dict[str, str]:
     }
 
 
-def flatten(options: Any, prefix: str = "") -> dict[str, str]:
-    """Nested options as short texts by dotted name (``model.loss.beta``), without those that may differ."""
-    if prefix in PATHS:
-        return {}
-    if not isinstance(options, dict):
-        return {prefix: re.sub(r" at 0x[0-9a-f]+", "", str(options))}  # the address of a default object
-    found: dict[str, str] = {}
-    for name, value in options.items():
-        found |= flatten(value, prefix if name == "init_args" else f"{prefix}.{name}".strip("."))
-    return found
+def without_address(value: Any) -> str:
+    """Return an option as text; a default function's would differ from process to process by its address."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+def comparable(options: dict[str, Any]) -> dict[str, str]:
+    """Nested options as short texts by dotted name (``model.loss.beta``), without secrets and those that may differ."""
+    return {
+        name: without_address(value)
+        for name, value in flatten(masked(options)).items()
+        if not f"{name}.".startswith(tuple(f"{path}." for path in PATHS))
+    }
 
 
 def difference(mine: dict[str, str], first: dict[str, str]) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from rap_lightning.batches.types import Batch, PairLogps
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses.base import over_ranks
+from rap_lightning.training.guarded_loggers import guard_loggers
 from rap_lightning.training.metrics import PairMetrics
 from rap_lightning.training.run_state import ends_step
 
@@ -79,8 +80,9 @@ class StepLogger(pl.Callback):
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Move to the front of the callbacks (a new list: Lightning is iterating over the old one)."""
+        """Move to the front of the callbacks (a new list: Lightning is iterating over the old one); guard loggers."""
         trainer.callbacks = [self, *(one for one in trainer.callbacks if one is not self)]  # type: ignore[attr-defined]
+        guard_loggers(trainer.loggers)
         self._whole_step, self._loaded = {}, None
 
     # -- one optimizer step ---------------------------------------------------------------------------------------

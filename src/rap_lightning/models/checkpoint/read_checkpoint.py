@@ -109,12 +109,17 @@ def all_checkpoints(root: Path) -> list[Path]:
 
 def run_key(path: Path) -> str | None:
     """Return ``PreferenceModule.run_key`` at the time a checkpoint was written; None where it isn't recorded."""
+    return recorded(path).get("rap_lightning", {}).get("run_key")  # type: ignore[no-any-return]
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds besides sharded tensors, read from disk when used; empty for a foreign file."""
     file = path / "meta.pt" if path.is_dir() else path
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return saved.get("rap_lightning", {}).get("run_key")  # type: ignore[no-any-return]
+        return saved if isinstance(saved, dict) else {}
     except Exception:  # a foreign file fails in whatever way its bytes happen to
-        return None
+        return {}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
