@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rap_lightning.distributed.consistency import difference, flatten, model_files
+from rap_lightning.distributed.consistency import comparable, difference, model_files
 
 
 def test_nodes_may_keep_model_data_and_store_in_other_places_however_the_classes_are_named() -> None:
@@ -21,18 +21,18 @@ def test_nodes_may_keep_model_data_and_store_in_other_places_however_the_classes
         ]
 
     for here, there in zip(options("/a"), options("/b"), strict=True):
-        assert difference(flatten(here), flatten(there)) == ""
+        assert difference(comparable(here), comparable(there)) == ""
 
 
 def test_anything_else_that_differs_is_named_with_both_values() -> None:
     mine, first = ({"data": {"init_args": {"batch_size": size}}, "model": {"loss": {"beta": 0.1}}} for size in (8, 4))
-    assert difference(flatten(mine), flatten(first)) == "data.batch_size (8 vs 4)"
+    assert difference(comparable(mine), comparable(first)) == "data.batch_size (8 vs 4)"
     many = {f"option-{n}": {"value": n} for n in range(6)}
-    assert difference(flatten(many), {}) == "option-0.value (0 vs None) and 5 more"
+    assert difference(comparable(many), {}) == "option-0.value (0 vs None) and 5 more"
 
 
 def test_where_a_process_holds_an_object_is_no_difference() -> None:
-    assert flatten({"data": {"goal": "<Goal object at 0x7f01>"}}) == flatten(
+    assert comparable({"data": {"goal": "<Goal object at 0x7f01>"}}) == comparable(
         {"data": {"goal": "<Goal object at 0x7fff>"}}
     )
 
