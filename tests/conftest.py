@@ -67,12 +67,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tokenizer(family: str) -> Any:
-    """A byte-level BPE tokenizer with the family's control tokens and chat template."""
+def make_tokenizer(family: str, spec: dict[str, Any] | None = None) -> Any:
+    """A byte-level BPE tokenizer with the control tokens and the chat template of a family, or of ``spec``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    spec = FAMILIES[family]
+    spec = spec or FAMILIES[family]
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -192,11 +192,11 @@ def encode(tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> tuple[
         return pairs, report, encoder
 
 
-def make_model(folder: Path, family: str = "chatml", **options: Any) -> Path:
+def make_model(folder: Path, family: str = "chatml", tokenizer: Any = None, **options: Any) -> Path:
     """A tiny Llama with random weights, saved beside its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = make_tokenizer(family)
+    tokenizer = tokenizer or make_tokenizer(family)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(

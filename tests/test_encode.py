@@ -6,7 +6,8 @@ import pytest
 
 from conftest import FAMILIES, make_tokenizer, pair_of, scored_rows
 from rap_lightning.batches import encode as encode_module
-from rap_lightning.batches.chat_renderer import ENDED, LOOKALIKE
+from rap_lightning.batches.chat_renderer import ENDED
+from rap_lightning.batches.control_tokens import LOOKALIKE
 from rap_lightning.batches.encode import BOUNDARY, Conversation, EncodedConversation, Encoder
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.goals import OverallGoal

@@ -52,8 +52,8 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
-        for path in partial.iterdir():
-            path.chmod(partial.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
+        for path in partial.rglob("*"):  # safetensors makes files that only their owner may read
+            path.chmod(partial.stat().st_mode & (0o777 if path.is_dir() else 0o666))
         refuse_non_empty(output)  # another process may have written it meanwhile
         if output.is_dir():
             output.rmdir()

@@ -124,6 +124,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         elif shuffle_buffer is not None:
             raise ConfigError("--data.shuffle_buffer has no effect without --data.streaming true; remove it.")
         predict.check(read.goal)
+        self.template = read.template
         self.sources, self.goal, self.rules, self.relabelling = read.sources, read.goal, read.rules, read.relabelling
         self.rewards, self.num_proc, self.seed = read.rewards, read.num_proc, read.seed
         self.rejected_weight, self.best_goal_weight = rejected_weight, best_goal_weight
@@ -154,7 +155,10 @@ class PreferenceDataModule(pl.LightningDataModule):
         policy = policy_of(self.trainer)
         if policy is None:
             raise ConfigError("PreferenceDataModule takes its tokenizer from a PreferenceModule; none is attached.")
-        return Encoder(policy.tokenizer, self.goal, self.max_length, self.max_prompt_length)
+        tokenizer = self.template.applied(policy.tokenizer)  # in place: export and sampling use the same one
+        encoder = Encoder(tokenizer, self.goal, self.max_length, self.max_prompt_length)
+        encoder.check_thinking(self.rules.thinking)
+        return encoder
 
     @property
     def pad_id(self) -> int:
@@ -276,9 +280,9 @@ class PreferenceDataModule(pl.LightningDataModule):
         report = DataReport(self._named(), f"{self.train_split} (first {FIRST_LOOK:,} pairs of the stream)")
         stream = stream_mixed(self.sources, self.train_split, self.rules, report, self.seed)
         pairs = list(islice(stream, FIRST_LOOK))
-        self._identity = DataIdentity.of_stream(pairs)
         self._unscored = any(math.isnan(pair.rewards[0]) for pair in pairs)
         rows = PairEncoder(self.encoder, self.relabelling)(pairs)
+        self._identity = DataIdentity.of_stream(pairs, rows)
         encoded = note_encoding(rows, report)
         self._in_stream = sum(encoded) if len(pairs) < FIRST_LOOK else sys.maxsize
         if not any(encoded):

@@ -464,6 +464,7 @@ class PreferenceModule(pl.LightningModule):
         checkpoint["rap_lightning"] = states | {
             "policy": build.recorded(self.policy_config),  # with which export loads the base model
             "goal": self.goal_record(),  # the template's text and scale
+            "chat_template": self.chat_template(),  # with which it was trained
             "digests": dict(self._digests),  # a resumed run must have the same base model, reference and adapter
             "run_key": self.run_key,  # by which --ckpt_path last finds this run's checkpoints
         }
@@ -500,6 +501,10 @@ class PreferenceModule(pl.LightningModule):
         except RuntimeError as error:
             facts = " ".join(line.strip() for line in str(error).splitlines()[:4])[:600]
             raise ConfigError(f"the checkpoint doesn't fit the policy {self.policy_config.path}: {facts}") from error
+
+    def chat_template(self) -> str | dict[str, str] | None:
+        """Return the chat template that the data were rendered with; None if the run has not used a tokenizer."""
+        return self.tokenizer.chat_template if "tokenizer" in vars(self) else None
 
     def goal_record(self) -> dict[str, Any] | None:
         """Return the data's goal template, with the numbers its scale was fitted to; None where there is none.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rap_lightning.batches.dataset import EncodedPairs
+from rap_lightning.batches.dataset import EncodedPairs, EncodedRow
 from rap_lightning.preferences.pairs import Pair
 
 
@@ -20,23 +20,32 @@ class DataIdentity:
         ids: digest of their ids, which are digests of their texts, in order.
         scores: digest of their rewards and goals, in order.
         streamed: they are read during training.
+        tokens: digest of their token ids: goals, tools, chat template and lengths decide these too.
     """
 
     pairs: int
     ids: str
     scores: str
     streamed: bool
+    tokens: str = ""
 
     @classmethod
     def of_table(cls, pairs: EncodedPairs) -> DataIdentity:
         """The identity of a training split that is read as a whole."""
-        return cls(len(pairs.table), pairs.digest("pair_id"), pairs.digest("rewards", "goals"), False)
+        return cls(
+            len(pairs.table),
+            pairs.digest("pair_id"),
+            pairs.digest("rewards", "goals"),
+            False,
+            pairs.digest("prompt_ids", "response_ids"),
+        )
 
     @classmethod
-    def of_stream(cls, first: Sequence[Pair]) -> DataIdentity:
+    def of_stream(cls, first: Sequence[Pair], rows: Sequence[EncodedRow]) -> DataIdentity:
         """The identity of a stream, by its first pairs: the others are not known before they are trained on."""
+        tokens = [(row.get("prompt_ids"), row.get("response_ids")) for row in rows]
         scores = [(pair.rewards, pair.attributes) for pair in first]
-        return cls(len(first), _digest([pair.id for pair in first]), _digest(scores), True)
+        return cls(len(first), _digest([pair.id for pair in first]), _digest(scores), True, _digest(tokens))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +61,9 @@ class DataIdentity:
             return f"it had {before.pairs:,} scored pairs, and there are {self.pairs:,} now"
         if before.ids != self.ids:
             return f"its {self.pairs:,} scored pairs had other texts or another order"
-        return f"its {self.pairs:,} scored pairs have the same texts, and had other rewards or goals"
+        if before.scores != self.scores:
+            return f"its {self.pairs:,} scored pairs have the same texts, and had other rewards or goals"
+        return f"its {self.pairs:,} scored pairs were encoded otherwise (tools, chat template or its switches, lengths)"
 
 
 def _digest(values: Sequence[Any]) -> str:

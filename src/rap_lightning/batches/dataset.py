@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from torch.utils.data import Dataset
 
-from rap_lightning.batches.encode import Conversation, Encoder
+from rap_lightning.batches.encode import Conversation, EncodedConversation, Encoder
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.data_report import DataReport
@@ -34,6 +34,7 @@ from rap_lightning.preferences.source_mix import copies
 
 FORMAT = 6
 """Part of the cache key: raise it when the columns of an encoded row change. (``Encoder.key`` covers its own code.)"""
+SAME = "both responses have the same tokens"
 ROWS = 250
 """Rows that are encoded at a time."""
 DIGESTED = 1000
@@ -74,6 +75,8 @@ class PairEncoder:
         """A row for each pair; ``dropped`` says why a pair can't be encoded, and most columns are then missing."""
         rows: list[EncodedRow] = []
         for pair, found in zip(pairs, self.encoder.encode([self._conversation(pair) for pair in pairs]), strict=True):
+            if not isinstance(found, BadRow) and _alike(found):
+                found = BadRow("chosen, rejected", SAME)
             if isinstance(found, BadRow):
                 rows.append({"place": pair.place, "dropped": found.reason, "column": found.column})
                 continue
@@ -101,6 +104,19 @@ class PairEncoder:
         columns = ("rejected", "chosen") if pair.exchanged else ("chosen", "rejected")
         return Conversation(pair.history, self.goal_texts(pair), pair.responses, columns, pair.tools)
 
+    def readable(self, pair: Pair) -> dict[int, tuple[str, str, str]]:
+        """Prompt, chosen and rejected response of each training pair as text of their ids, by origin.
+
+        Raises:
+            BadRow: the pair can't be encoded.
+        """
+        found, readable = self.encoder.encode_one(self._conversation(pair)), self.encoder.readable
+        first, second = map(readable, found.response_ids)
+        return {
+            origin: (readable(ids), *((second, first) if ORIGIN_TABLE[origin].chosen else (first, second)))
+            for origin, ids in zip(self.relabelling.origins_of(pair, self.encoder.goal), found.prompt_ids, strict=True)
+        }
+
     def goal_texts(self, pair: Pair) -> tuple[str | None, ...]:
         """What the pair's prompts ask for, in the order of ``prompt_ids``; None is the plain prompt."""
         return tuple(one.goal_text for one in self._relabelled(pair))
@@ -108,6 +124,12 @@ class PairEncoder:
     def _relabelled(self, pair: Pair) -> list[RelabelledPair]:
         goal = self.encoder.goal
         return [relabel(pair, goal, origin) for origin in self.relabelling.origins_of(pair, goal)]
+
+
+def _alike(found: EncodedConversation) -> bool:
+    """Whether two responses, of which nothing was cut, can't be told apart."""
+    first, second = found.response_ids
+    return first == second and not any(found.cut_responses)
 
 
 def features() -> Any:
@@ -247,12 +269,12 @@ def encode_pairs(
     )
     facts = table.select_columns(["place", "dropped", "column", "repaired", "cut_prompt", "cut_response"])
     keep = [index for index, encoded in enumerate(note_encoding(facts, report)) if encoded]
+    whole = EncodedPairs(table.select(keep), relabelling)
+    report.pairs, report.relabelled = len(keep), len(whole)
     incomplete = strict and len(keep) < len(table)
     if incomplete or not keep:
         what = "pairs that can't be encoded" if incomplete else "no pair is left to train on"
         raise DataError("\n".join([f"{report.source} (split {report.split}): {what}.", *report.lines()]))
-    whole = EncodedPairs(table.select(keep), relabelling)
-    report.pairs, report.relabelled = len(keep), len(whole)
     return whole
 
 

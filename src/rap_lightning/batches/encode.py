@@ -24,13 +24,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rap_lightning.batches import chat_renderer
-from rap_lightning.batches.chat_renderer import MARK, ChatRenderer, RenderedPrompt
+from rap_lightning.batches import chat_renderer, control_tokens
+from rap_lightning.batches.chat_renderer import ChatRenderer, RenderedPrompt
+from rap_lightning.batches.control_tokens import MARK
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences import rendering
+from rap_lightning.preferences import rendering, thoughts
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import BadRow, Message
 
@@ -172,6 +174,15 @@ class Encoder(ChatRenderer):
         text = self.render_prompt(history, goal_text).text
         return self._tokenize([text])[text]
 
+    def readable(self, ids: Sequence[int]) -> str:
+        """The text of token ids, with brackets around control tokens and thinking tags: ⟦<|im_end|>⟧."""
+        shown = set(self.special.values()) | set(self.tokenizer.convert_tokens_to_ids(list(self.tags or ())))
+        parts = []
+        for is_token, run in groupby(ids, lambda one: one in shown):
+            own = list(run)
+            parts += [f"⟦{self.tokenizer.decode(i)}⟧" for i in own] if is_token else [self.tokenizer.decode(own)]
+        return "".join(parts)
+
     def _render(self, conversation: Conversation) -> _Rendered:
         prompts = [self.render_prompt(conversation.history, t, conversation.tools) for t in conversation.goal_texts]
         repaired = [what for prompt in prompts for what in prompt.repaired]
@@ -290,5 +301,5 @@ class Encoder(ChatRenderer):
 @cache
 def _source_digest() -> str:
     """Digest of the files that decide which ids a conversation has."""
-    files = (__file__, chat_renderer.__file__, rendering.__file__)
+    files = (__file__, chat_renderer.__file__, control_tokens.__file__, rendering.__file__, thoughts.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()

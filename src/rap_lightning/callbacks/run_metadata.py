@@ -14,6 +14,7 @@ from rap_lightning import provenance
 from rap_lightning.callbacks.trackers import tracked
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.module import PreferenceModule
+from rap_lightning.preferences.template_options import defaults_of
 
 
 def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def _module_facts(trainer: pl.Trainer, module: PreferenceModule) -> dict[str, An
         "hyperparameters": {k: v for k, v in hyperparameters.items() if v is not None},
         "last_logged": {"step": module.step_logger.last.step, "values": dict(module.step_logger.last.values)},
         "goal": module.goal_record(),
+        "chat_template_kwargs": defaults_of(module.chat_template()),
     }
 
 

@@ -63,8 +63,11 @@ def evaluate(
     columns: dict[str, str] | None = None,
     outside_scale: Literal["error", "drop", "clip"] | None = None,
     bad_rows: Literal["drop", "error"] | None = None,
+    thinking: Literal["keep", "strip", "empty"] | None = None,
     num_proc: int | None = None,
     seed: int = 0,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> int:
@@ -125,8 +128,12 @@ def evaluate(
         columns: new names for columns, {theirs: ours}; {} renames none, whatever the run did.
         outside_scale: scores outside the goal's scale: error, drop such pairs or responses, or clip them.
         bad_rows: rows that can't be used: drop or error.
+        thinking: thoughts in the data's responses: keep, strip, or leave their tags empty; by default as in the run.
         num_proc: processes that read the data.
         seed: seed of the choice of prompts, of sampling and of the intervals.
+        chat_template: which of several named chat templates renders; by default the one called default.
+        chat_template_kwargs: values of the chat template's switches, as in {enable_thinking: false}; a model that fit
+            exported, or its checkpoint, has those of its training as defaults.
         revision: branch, tag or commit of the model on the Hub.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """

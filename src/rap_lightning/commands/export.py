@@ -100,6 +100,7 @@ def export(
         goal_in_template, base_model, card,
     )  # fmt: skip
     tokenizer = config.load_tokenizer()
+    tokenizer.chat_template = saved.record.get("chat_template") or tokenizer.chat_template
     if merge:
         _say("merging: the base model is loaded, and loaded again to compare what was written")
 

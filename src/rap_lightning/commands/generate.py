@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rap_lightning.commands.options import command_line
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.requested_goals import GoalOption
 from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.template_options import TemplateOptions
 
 
 def generate(
@@ -34,6 +35,8 @@ def generate(
     seed: int = 0,
     shard: str | None = None,
     processes: int = 1,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> int:
@@ -73,6 +76,9 @@ def generate(
         seed: seed of all sampling; the seed of each response is derived from it.
         shard: this process's part: 0/4 is the first of four. torchrun and srun set it automatically.
         processes: start this many processes on this machine, one per GPU if there are several.
+        chat_template: which of several named chat templates renders; by default the one called default.
+        chat_template_kwargs: values of the chat template's switches, as in {enable_thinking: false}; a model that fit
+            exported, or its checkpoint, has those of its training as defaults.
         revision: branch, tag or commit of the model on the Hub.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
@@ -91,7 +97,9 @@ def generate(
     options = goal if isinstance(goal, list) else [goal]
     check_template_options(template, goal_from, options)
     own, shards, rank = own_part(shard)
-    source = ModelSource(model, revision, trust_remote_code)
+    source = ModelSource(
+        model, revision, trust_remote_code, template=TemplateOptions(chat_template, chat_template_kwargs or {})
+    )
     generation = Generation(max_new_tokens, temperature, top_p, guidance, against, plausibility)
     goals = request_goals(options, source.record(goal_from), template, generation)
     found = read_prompts(prompts, split, column, limit)

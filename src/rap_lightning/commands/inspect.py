@@ -86,6 +86,8 @@ def inspect(
     target = _new_file(dropped)
     # without a tokenizer, nothing says whether a chat template renders tool calls
     read = ReadingOptions(source, rewards=None, tool_turns=tokenizer is not None, **reading)
+    if tokenizer is None and read.template:
+        raise ConfigError("--chat_template has no effect without --tokenizer (nor has chat_template_kwargs); name one.")
     encode = None if tokenizer is None else _pair_encoder(tokenizer, read, max_length)
     splits = [split] if split is not None else splits_among(read.sources)
     fitted = read.fit_on_training_split(splits)
@@ -143,7 +145,9 @@ def _pair_encoder(path: str, read: ReadingOptions, max_length: int) -> Encode:
     from rap_lightning.batches.dataset import PairEncoder
     from rap_lightning.batches.encode import Encoder
 
-    return PairEncoder(Encoder(load_tokenizer(path), read.goal, max_length), read.relabelling)
+    encoder = Encoder(read.template.applied(load_tokenizer(path)), read.goal, max_length)
+    encoder.check_thinking(read.rules.thinking)
+    return PairEncoder(encoder, read.relabelling)
 
 
 @dataclass(frozen=True)
@@ -228,22 +232,23 @@ def _print(inspected: _Inspected, max_length: int) -> None:
 def _print_examples(pairs: list[Pair], read: ReadingOptions, encode: Encode | None) -> None:
     for number, pair in enumerate(pairs, 1):
         print(f"\n== pair {number}: {visible(pair.place)}, id {pair.id}")
+        try:
+            encoded = {} if encode is None else encode.readable(pair)
+        except BadRow as problem:
+            print(f"   can't be encoded: {problem.reason}")
+            encoded = {}
         for origin in read.relabelling.origins_of(pair, read.goal):
             half = relabel(pair, read.goal, origin)
             print(f"-- {half.origin}" + (f", goal {half.goal}" if half.goal is not None else ""))
-            print(_indented(_rendered(half, read, encode)))
-            for name, text, reward in (("chosen", half.chosen, 0), ("rejected", half.rejected, 1)):
+            prompt, chosen, rejected = encoded.get(origin) or (_as_turns(half, read), half.chosen, half.rejected)
+            print(_indented(_short(prompt, 3 * SHOWN)))
+            for name, text, reward in (("chosen", chosen, 0), ("rejected", rejected, 1)):
                 print(f"   {name} (reward {half.rewards[reward]:g}):")
                 print(_indented(_short(text), "   | "))
 
 
-def _rendered(half: RelabelledPair, read: ReadingOptions, encode: Encode | None) -> str:
-    """The prompt as the chat template writes it, or without a tokenizer its turns."""
-    if encode is not None:
-        try:
-            return _short(encode.encoder.render_prompt(half.history, half.goal_text).plain_text, 3 * SHOWN)
-        except BadRow as problem:
-            return f"({problem.reason})"
+def _as_turns(half: RelabelledPair, read: ReadingOptions) -> str:
+    """The prompt's turns: without a tokenizer, nothing says how they are written."""
     before_user = read.goal is not None and read.goal.placement == "user"
     turns = with_goal(half.history, half.goal_text, "user" if before_user else "system")
     return "\n".join(f"[{turn['role']}] {_short(turn['content'])}" for turn in turns)

@@ -27,6 +27,7 @@ from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules, key_of
 from rap_lightning.preferences.source_mix import weighted
 from rap_lightning.preferences.sources import Source, fingerprint, having, local_path, splits_among
+from rap_lightning.preferences.template_options import TemplateOptions
 
 
 def relabel(
@@ -57,7 +58,9 @@ def relabel(
         raise ConfigError(f"{output} exists and is not empty. Name another folder, or remove it.")
     read = ReadingOptions(source, tool_turns=False, **reading)
     sources, rules, num_proc, seed = read.sources, read.rules, read.num_proc, read.seed
-    placement, system_shown = _placement(rules, tokenizer)
+    if tokenizer is None and read.template:
+        raise ConfigError("--chat_template has no effect without --tokenizer (nor has chat_template_kwargs); name one.")
+    placement, system_shown = _placement(rules, tokenizer, read.template)
     splits = [split] if split is not None else splits_among(sources)
     tables = {} if read.rewards is None else _rated(read.rewards, sources, splits, rules, num_proc)
     read.fit_on_training_split(splits, tables)
@@ -100,11 +103,13 @@ def _rated(
     return tables
 
 
-def _placement(rules: Rules, tokenizer: str | None) -> tuple[Literal["system", "user"], bool]:
+def _placement(
+    rules: Rules, tokenizer: str | None, template: TemplateOptions
+) -> tuple[Literal["system", "user"], bool]:
     asked = rules.goal.placement if rules.goal is not None else "auto"
     if tokenizer is None:
         return ("user" if asked == "user" else "system"), True
-    loaded = load_tokenizer(tokenizer)
+    loaded = template.applied(load_tokenizer(tokenizer))
     return resolve_placement(loaded, asked), shows_system(loaded)
 
 

@@ -119,6 +119,7 @@ def rounds(
     from rap_lightning.models.generation import Generation
     from rap_lightning.onpolicy.model_source import ModelSource
     from rap_lightning.onpolicy.prompt_set import read_prompts
+    from rap_lightning.onpolicy.round_fit import template_options
     from rap_lightning.onpolicy.run_rounds import RoundsPlan, run_rounds
 
     found = read_prompts(prompts, split, None, limit)
@@ -128,7 +129,7 @@ def rounds(
         raise ConfigError(f"{len(both):,} of the held-out prompts are among those that are trained on.")
     if not 1 <= parts <= len(found.histories):
         raise ConfigError(f"--parts must be from 1 to the number of prompts, {len(found.histories):,}; found {parts}")
-    initial = ModelSource(model, None, trust_remote_code)
+    initial = ModelSource(model, None, trust_remote_code, template=template_options(fit))
     if initial.is_checkpoint or initial.is_adapter:
         raise ConfigError("--model: rounds begin with a whole model; rap-lightning export --merge true makes one.")
     relabelling = Relabelling.of(relabel, goal, keep_original, seed, best_goal)

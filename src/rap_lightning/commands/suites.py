@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.requested_goals import GoalOption
 from rap_lightning.onpolicy.suites import MTBench, Suite
 from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.template_options import TemplateOptions
 
 
 def answer_suite(
@@ -27,6 +29,8 @@ def answer_suite(
     max_prompt_length: int | None = None,
     limit: int | None = None,
     seed: int = 0,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> int:
@@ -54,6 +58,9 @@ def answer_suite(
         max_prompt_length: truncate longer prompts, goal kept; by default only to what the model's context has room for.
         limit: at most this many questions (of each task).
         seed: seed of sampling.
+        chat_template: which of several named chat templates renders; by default the one called default.
+        chat_template_kwargs: values of the chat template's switches, as in {enable_thinking: false}; a model that fit
+            exported, or its checkpoint, has those of its training as defaults.
         revision: branch, tag or commit of the model on the Hub.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """
@@ -73,7 +80,9 @@ def answer_suite(
     if isinstance(suite, MTBench) and temperature is not None:
         raise ConfigError("--temperature has no effect with MTBench, whose categories have their own; leave it out.")
     check_template_options(template, goal_from, [goal])
-    source = ModelSource(model, revision, trust_remote_code)
+    source = ModelSource(
+        model, revision, trust_remote_code, template=TemplateOptions(chat_template, chat_template_kwargs or {})
+    )
     requested = resolve(goal, source.record(goal_from), template)
     suffix = "" if requested.printed is None else f"-goal-{requested.printed}"
     own = name or re.sub(r"[^\w.-]", "-", source.name + suffix)

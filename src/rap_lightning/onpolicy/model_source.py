@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.requested_goals import GoalRecord, read_goal_record, without_own_goal
+from rap_lightning.preferences.template_options import TemplateOptions
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rap_lightning.models.policy import Policy
     from rap_lightning.models.policy_config import PolicyConfig
 
+OWN_TEMPLATE = TemplateOptions()
 DIGEST_BYTES = 1 << 20
 """Bytes at either end of a weights file that enter its digest: training changes all of them."""
 WEIGHT_FILES = (".safetensors", ".json", ".jinja", ".bin", ".distcp", ".pt")
@@ -32,12 +34,14 @@ class ModelSource:
     """A model by its path: a folder, a Hub id, or a .ckpt that fit wrote. Error messages name it by ``option``."""
 
     def __init__(
-        self, path: str, revision: str | None = None, trust_remote_code: bool = False, option: str = "--model"
-    ) -> None:
+        self, path: str, revision: str | None = None, trust_remote_code: bool = False, option: str = "--model",
+        template: TemplateOptions = OWN_TEMPLATE,
+    ) -> None:  # fmt: skip
         self.path, self.revision, self.trust_remote_code, self.option = path, revision, trust_remote_code, option
         self.place = Path(path).expanduser()
         if revision is not None and self.place.exists():
             raise ConfigError("--revision has no effect on a local model; leave it out.")
+        self.template = template
         self._saved: SavedPolicy | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -72,9 +76,12 @@ class ModelSource:
         return self._tokenizer
 
     def fit_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer as fit does."""
+        """Load the tokenizer as fit does, with the chat template of a checkpoint's run."""
         with _naming(self.option):
-            return self._config(adapter=False).load_tokenizer()
+            tokenizer = self._config(adapter=False).load_tokenizer()
+            if self.is_checkpoint:  # what it was trained with, whatever is now in the base model's folder
+                tokenizer.chat_template = self._checkpoint().record.get("chat_template") or tokenizer.chat_template
+            return self.template.applied(tokenizer)
 
     def context(self) -> int:
         """Return the longest sequence in tokens, from the model's config and the tokenizer."""

@@ -203,7 +203,9 @@ def without_own_goal(tokenizer: PreTrainedTokenizerBase, record: GoalRecord | No
         return tokenizer
     own = tokenizer.chat_template
     for nothing in ("false", "none", "'none'"):
-        tokenizer.chat_template = "{%- set goal = " + nothing + " -%}" + own
+        unset = "{%- set goal = " + nothing + " -%}"
+        named = isinstance(own, dict)
+        tokenizer.chat_template = {name: unset + text for name, text in own.items()} if named else unset + own
         if not template_writes(tokenizer, record["best"]):
             return tokenizer
     raise ConfigError(

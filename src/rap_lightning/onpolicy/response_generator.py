@@ -174,6 +174,8 @@ class ResponseGenerator:
         }
         if generation.guidance:
             settings["against"] = sorted({goal.against.text or "" for goal in goals if goal.against is not None})
+        if encoder is None and self.model.template.kwargs:
+            settings["chat_template_kwargs"] = dict(self.model.template.kwargs)
         if encoder is not None:
             template = digest_of(encoder.tokenizer.chat_template)
             settings["prompts"] = {"template": template, "max_prompt_length": encoder.max_prompt_length}

@@ -12,6 +12,7 @@ import yaml
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.jsonl_ledger import write_atomically
+from rap_lightning.preferences.template_options import TemplateOptions
 
 SET_BY_ROUND = {"path": "the round's policy", "source": "the round's pairs", "goal": "the round's goal.yaml"}
 
@@ -41,6 +42,12 @@ def fit_config(
     if own_policy.get("lora"):
         config.setdefault("export", {})["merge"] = True  # the next round's policy must be a whole model
     return config
+
+
+def template_options(fit: dict[str, Any]) -> TemplateOptions:
+    """Return which chat template the options of fit name, so that the first round generates with it too."""
+    data = _arguments(copy.deepcopy(fit), "data")
+    return TemplateOptions(data.get("chat_template"), data.get("chat_template_kwargs") or {})
 
 
 def _refuse(section: str, options: dict[str, Any], names: tuple[str, ...]) -> None:

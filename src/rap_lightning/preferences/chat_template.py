@@ -20,7 +20,7 @@ from rap_lightning.preferences.rendering import SEPARATOR
 BEGIN = "{#- rap-lightning: a goal in the prompt."
 END = "{#- rap-lightning: the model's own chat template follows. -#}"
 # an empty expression at the end: the end of a block or comment would remove a newline at the start of the own template
-_SEAM = '{{- "" }}'
+SEAM = '{{- "" }}'
 
 
 def bake(template: str, goal: Mapping[str, Any], placement: Literal["system", "user"], *, system_shown: bool) -> str:
@@ -30,7 +30,7 @@ def bake(template: str, goal: Mapping[str, Any], placement: Literal["system", "u
         ConfigError: the model's template uses a variable named ``goal``.
     """
     own = unbaked(template)
-    if "goal" in _variables(own):
+    if "goal" in (variables_of(own) or ()):
         raise ConfigError(
             "the model's chat template already has a variable named 'goal', so that name can't be used to ask for a "
             "goal. Leave the template as it is: --goal_in_template false"
@@ -50,7 +50,7 @@ def bake(template: str, goal: Mapping[str, Any], placement: Literal["system", "u
         _set("rap_gap", SEPARATOR),
         SPLIT,
         *rewrite,
-        END + _SEAM,
+        END + SEAM,
     ]
     prefix = "\n".join(parts)
     if unbaked(prefix):
@@ -64,7 +64,7 @@ def unbaked(template: str) -> str:
     """Return the model's own chat template, with which training and prediction render."""
     if not template.startswith(BEGIN):
         return template
-    _, _, own = template.partition(END + _SEAM)
+    _, _, own = template.partition(END + SEAM)
     return own
 
 
@@ -122,8 +122,8 @@ def _literal(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _variables(template: str) -> set[str]:
-    """Return the names that a template reads from its context; none if it uses tags that plain Jinja doesn't have."""
+def variables_of(template: str) -> set[str] | None:
+    """Return the names that a template reads from its context; None if it uses tags that plain Jinja doesn't have."""
     import jinja2
     from jinja2 import meta
 
@@ -131,7 +131,7 @@ def _variables(template: str) -> set[str]:
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except jinja2.TemplateError:
-        return set()
+        return None
     return set(meta.find_undeclared_variables(tree))
 
 

@@ -6,6 +6,7 @@ that can't be used raise :class:`BadRow`. The ``read_*`` functions validate sing
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rap_lightning.preferences.hashing import hash_pair, hash_text, hash_turns
+from rap_lightning.preferences.thoughts import join_thoughts, split_thoughts
 
 Message = dict[str, Any]
 """One turn: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``, with ``tool_calls`` if it calls a
-tool."""
+tool, and ``reasoning_content`` if it has thoughts."""
 
 ROLES = ("system", "user", "assistant")
+FIELDS = frozenset({"role", "content", "tool_calls"})
+TOOL_FIELDS = frozenset({"name", "tool_call_id"})
+"""Fields of messages that are read, the latter where a tool is called or answers."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names under which messages hold their thoughts."""
 INVISIBLE = frozenset("\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff")
 SURROGATE = re.compile("[\ud800-\udfff]")
 NUMBERS = (
@@ -207,22 +214,80 @@ def read_messages(value: Any, column: str) -> list[Message]:
         if not isinstance(turn, dict):
             reason = f"{_kind(turn)} where a message with role and content is expected"
             raise BadRow(f"{column}[{i}]", reason, turn, stops=turn is not None)
-        role, calls = turn.get("role"), turn.get("tool_calls")
+        where = f"{column}[{i}]"
+        role, calls = turn.get("role"), _read_calls(turn.get("tool_calls"), f"{where}.tool_calls")
         if role not in ROLES and role != "tool":
-            raise BadRow(f"{column}[{i}].role", "a role that is none of system, user, assistant, tool", role)
+            raise BadRow(f"{where}.role", "a role that is none of system, user, assistant, tool", role)
         content = turn.get("content")
         if content is None and calls:
             content = ""
+        if isinstance(content, list):
+            content = _join_parts(content, f"{where}.content")
         if type(content) is not str or not content.isascii():  # most texts are ASCII, and need no look
-            content = read_text(content, f"{column}[{i}].content")
+            content = read_text(content, f"{where}.content")
         message: Message = {"role": role, "content": content}
         if calls:
             message["tool_calls"] = calls
         if role == "tool" or calls:
-            message |= {name: turn[name] for name in ("name", "tool_call_id") if turn.get(name)}
+            message |= {name: turn[name] for name in sorted(TOOL_FIELDS) if turn.get(name)}
+        if role == "assistant" and len(turn) > 2 and (thoughts := read_thoughts(turn, where)):
+            message["reasoning_content"] = thoughts
         turns.append(message)
     _check_order(turns, column)
     return turns
+
+
+def _join_parts(parts: Sequence[Any], column: str) -> str:
+    """Return the text of content that is a list of parts, ``{"type": "text", "text": ...}``."""
+    texts = []
+    for i, part in enumerate(parts):
+        if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            part = part["text"]
+        if not isinstance(part, str):
+            raise BadRow(f"{column}[{i}]", "a part of the content that is not text", part)
+        texts.append(part)
+    return "".join(texts)
+
+
+def read_thoughts(fields: Mapping[str, Any], column: str) -> str:
+    """Return the thoughts of a message or a response, from the field that holds them; empty without any."""
+    for name in REASONING:
+        if (value := fields.get(name)) is not None:
+            text = read_text(value, f"{column}.{name}")
+            if not is_blank(text):
+                return text
+    return ""
+
+
+def with_thoughts(thoughts: str, content: str, column: str) -> str:
+    """Return a response with its thoughts before it, which it may have there already."""
+    inside, _ = split_thoughts(content)
+    if not thoughts:
+        return content
+    if inside is not None and inside.strip() and inside.strip() != thoughts.strip():
+        raise BadRow(column, "thoughts in a field, and others in the content")
+    return content if inside is not None and inside.strip() else join_thoughts(thoughts, split_thoughts(content)[1])
+
+
+def _read_calls(calls: Any, column: str) -> list[dict[str, Any]]:
+    """Return tool calls; arguments that are JSON text, as APIs send them, become what they hold."""
+    if not calls:
+        return []
+    if not isinstance(calls, list):
+        raise BadRow(column, "not a list of tool calls", calls)
+    found = []
+    for i, call in enumerate(calls):
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise BadRow(f"{column}[{i}]", "a tool call without a function's name", call)
+        if isinstance(inner.get("arguments"), str):
+            try:
+                inner = inner | {"arguments": json.loads(inner["arguments"])}
+            except (ValueError, RecursionError) as error:
+                where = f"{column}[{i}].arguments"
+                raise BadRow(where, "arguments of a tool call that are not JSON", inner["arguments"]) from error
+        found.append(call | {"function": inner} if "function" in call else inner)
+    return found
 
 
 def _check_order(turns: Sequence[Message], column: str) -> None:
@@ -249,7 +314,7 @@ def split_response(turns: list[Message], column: str) -> tuple[list[Message], st
         raise BadRow(where, "the response is a tool call, not text")
     if is_blank(last["content"]):
         raise BadRow(f"{where}.content", "an empty response", last["content"])
-    return history, str(last["content"])
+    return history, with_thoughts(last.get("reasoning_content", ""), str(last["content"]), where)
 
 
 def _kind(value: Any) -> str:

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ JSON = json.JSONDecoder(strict=False)  # accepts unescaped control characters in
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file"}
 
+
+OF_TOOLS = re.compile(r"\b(tools|tool_calls|function|parameters|arguments): (list|struct|large_list)")
+"""Columns that hold tools or calls, by the names in their Arrow type."""
 
 ParsedRow = dict[str, Any] | BadRow
 """A row, or why it can't be read."""
@@ -58,13 +62,47 @@ class Chunk:
                 if line.strip():
                     yield number, parse_line(line, number)
             return
-        values = self.payload if isinstance(self.payload, list) else self.payload.to_pylist()
+        values = self.payload if isinstance(self.payload, list) else unpadded(self.payload)
         for number, value in enumerate(values, self.first):
             yield number, as_object(value)
 
     def head(self, count: int) -> Chunk:
         part = self.payload[:count] if isinstance(self.payload, list) else self.payload.slice(0, count)
         return replace(self, payload=part)
+
+
+def unpadded(batch: Any) -> list[dict[str, Any]]:
+    """Return the rows of a record batch, with tools and calls as they were before Arrow stored them.
+
+    In Arrow all structs of a column have the same fields: what one tool or call has not is null in it. Those nulls are
+    left out. A null in a list is the data's own, and so is a ``default`` of null where the type allows it.
+    """
+    padded = [field.name for field in batch.schema if OF_TOOLS.search(f"{field.name}: {field.type}")]
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    for row in rows if padded else ():
+        row |= {name: _without_nulls(row[name]) for name in padded}
+    return rows
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if "default" in value and value["default"] is None and _nullable(kept):
+        kept["default"] = None
+    return kept
+
+
+def _nullable(schema: dict[str, Any]) -> bool:
+    """Return whether a JSON schema allows null."""
+    kinds = schema.get("type")
+    options = [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]
+    return (
+        bool(schema.get("nullable")) or kinds == "null" or (isinstance(kinds, list) and "null" in kinds)
+        or any(isinstance(one, dict) and _nullable(one) for one in options)
+    )  # fmt: skip
 
 
 def parse_line(line: bytes, number: int) -> ParsedRow:

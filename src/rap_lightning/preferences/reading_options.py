@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
@@ -19,6 +19,8 @@ from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.selection import Selection
 from rap_lightning.preferences.sources import Source, as_sources, having
+from rap_lightning.preferences.template_options import TemplateOptions
+from rap_lightning.preferences.thoughts import Thinking
 
 
 class ReadingOptions:
@@ -51,6 +53,11 @@ class ReadingOptions:
         columns: new names for columns, {theirs: ours}, as in {chosen_score: score_chosen}.
         num_proc: processes that read and tokenise; by default one.
         seed: of the half that relabel half takes, of what weights draw, and of the order in which pairs are trained on.
+        thinking: thoughts in responses, between <think> and </think> or in a field reasoning_content: keep them,
+            strip them, or leave the tags empty.
+        chat_template: which of several named chat templates renders; by default the one called default.
+        chat_template_kwargs: values of the chat template's switches, as in {enable_thinking: false}. Everything that
+            renders has them, and the exported template has them as its defaults.
         tool_turns: keep conversations with tool calls; without a chat template that shows them they can't be used.
     """
 
@@ -72,14 +79,19 @@ class ReadingOptions:
         columns: dict[str, str] | None = None,
         num_proc: int | None = None,
         seed: int = 42,
+        thinking: Thinking = "keep",
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         tool_turns: bool = True,
     ) -> None:
         self.rewards, self.goal = rewards, rated_goal(rewards, goal)
         self.sources, self.num_proc, self.seed = as_sources(source), num_proc, seed
+        self.template = TemplateOptions(chat_template, chat_template_kwargs or {})
         self.relabelling = Relabelling.of(relabel, self.goal, keep_original, seed, best_goal)
         self.rules = Rules(
-            self.goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns
-        )
+            self.goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns,
+            thinking=thinking,
+        )  # fmt: skip
 
     def fit_on_training_split(self, splits: Sequence[str], rewards: Mapping[str, RewardTable] | None = None) -> bool:
         """Fit the goal's scale on the training split, or on the only split; returns whether the scale needed that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,36 @@ def render(
         list(messages), tokenize=False, add_generation_prompt=generation_prompt, **options
     )
     return str(text)
+
+
+def template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokenizer's chat templates: one, or several with names."""
+    found = tokenizer.chat_template
+    return [] if not found else list(found.values()) if isinstance(found, dict) else [found]
+
+
+def lost_texts(texts: Sequence[str], written: str) -> list[str]:
+    """Return those of the texts that a chat template has not written, each in a place of its own.
+
+    Whitespace doesn't count, which templates strip, and a text may be escaped as in JSON.
+    """
+    lost = []
+    rest, squeezed = written, ""
+    for text in sorted(texts, key=len, reverse=True):  # or a short text would take its place within a longer one
+        if not (own := text.strip()):
+            continue
+        if own in rest:
+            rest = rest.replace(own, "\n", 1)
+            continue
+        squeezed = squeezed or _squeezed(written)
+        escaped = json.dumps(own, ensure_ascii=False)[1:-1]
+        if _squeezed(own) not in squeezed and _squeezed(escaped) not in squeezed:
+            lost.append(text)
+    return lost
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def shows_system(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -15,12 +15,13 @@ from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.formats import RowFormat
 from rap_lightning.preferences.formats.base import Row
 from rap_lightning.preferences.hashing import hash_text, hash_turns
-from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, make_pair
+from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, is_blank, make_pair
 from rap_lightning.preferences.readers import ROWS, Chunk
 from rap_lightning.preferences.relabelling import is_tie, repeats_best
 from rap_lightning.preferences.rewards import CONTRADICTED
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.selection import BestVsRandom
+from rap_lightning.preferences.thoughts import Thinking, never_end, split_thoughts, treated
 
 EXCHANGED = "score_chosen below score_rejected, exchanged so that the higher reward wins"
 TIE = "tie: both scores print as the same goal"
@@ -77,6 +78,8 @@ def judged_rows(
             for row in group:
                 report.unread.update(row_format.unread(row))
             judged = row_format.read_row(group)
+            if rules.thinking != "keep":
+                judged = _treat_thoughts(judged, rules.thinking, place, report)
             if len(judged.responses) < 2:
                 raise _too_few(judged.left_out)
             if rules.rewards is not None:
@@ -85,6 +88,31 @@ def judged_rows(
             _note_bad_row(problem, place, rules, report)
             continue
         yield place, len(group), judged
+
+
+def _treat_thoughts(judged: Judged, thinking: Thinking, place: str, report: DataReport) -> Judged:
+    """Return a conversation whose responses have their thoughts removed, or no longer in their tags.
+
+    Raises:
+        BadRow: one of the two responses of a pair can't be used then.
+    """
+    good, bad, seen = list[Response](), list[BadRow](), set[str]()
+    for response in judged.responses:
+        text = treated(response.text, thinking)
+        if never_end(text):
+            bad.append(BadRow(response.column, "thoughts that never end, so that there is no answer"))
+        elif is_blank(split_thoughts(text)[1]):
+            bad.append(BadRow(response.column, "a response of thoughts alone"))
+        elif text.strip() in seen:
+            bad.append(BadRow(response.column, f"the same answer as another response (thinking {thinking})"))
+        else:
+            good.append(replace(response, text=text))
+        seen.add(text.strip())
+    if bad and judged.paired:
+        raise bad[0]
+    if any(a.text != b.text for a, b in zip(good, judged.responses, strict=False)):
+        report.note("noted", f"thoughts of responses: thinking {thinking}", place, "responses")
+    return replace(judged, responses=good, left_out=[*judged.left_out, *bad])
 
 
 def in_groups(chunks: Iterable[Chunk], row_format: RowFormat, columns: dict[str, str] | None) -> Iterator[Rows]:

@@ -18,6 +18,7 @@ from rap_lightning.preferences.hashing import describe_object, hash_code
 from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.selection import BestVsRandom, Selection
+from rap_lightning.preferences.thoughts import Thinking
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Rules:
         goal: the goal template; None for plain pairs, which need no scores.
         rewards: a judge's rewards, which replace the scores of the data.
         blind: ignore the scores of the data, because a judge will replace them.
+        thinking: what becomes of thoughts in responses.
     """
 
     goal: GoalTemplate | None = field(default_factory=OverallGoal)
@@ -44,6 +46,7 @@ class Rules:
     tool_turns: bool = False
     rewards: RewardTable | None = None
     blind: bool = False
+    thinking: Thinking = "keep"
 
     def __post_init__(self) -> None:
         for option, least in (("outside_scale", "error"), ("ties", "drop")):
@@ -76,7 +79,7 @@ class Rules:
         """Return rules that read the same rows without their scores, and select, filter and relabel nothing."""
         return Rules(
             None, Relabelling("none"), bad_rows=self.bad_rows, format=self.format, columns=self.columns,
-            tool_turns=self.tool_turns, blind=True,
+            tool_turns=self.tool_turns, blind=True, thinking=self.thinking,
         )  # fmt: skip
 
     def describe(self) -> str:
@@ -87,7 +90,7 @@ class Rules:
         adapter = self.format if known else hash_code(adapter_of(self.format))
         options = (
             self.relabelling, self.ties, selection, self.filters.describe(), self.outside_scale, self.bad_rows, adapter,
-            self.columns, self.tool_turns,
+            self.columns, self.tool_turns, self.thinking,
         )  # fmt: skip
         rewards = self.rewards.describe() if self.rewards is not None else None
         return repr((goal, options, rewards, self.blind))

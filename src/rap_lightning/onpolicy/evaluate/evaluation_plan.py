@@ -28,6 +28,7 @@ from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.scales import LinearScale
 from rap_lightning.preferences.sources import Source, as_sources, having, splits_among
+from rap_lightning.preferences.template_options import TemplateOptions
 
 if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
@@ -143,7 +144,8 @@ def make_plan(
     model: str, source: str | list[Source], *, judge: Judge | None = None, output: str | None = None,
     base: str | None = None, parts: list[Part] | None = None, goals: list[float | Literal["none"]] | None = None,
     template: GoalTemplate | None = None, goal_from: str | None = None, engine: Engine | None = None,
-    revision: str | None = None, trust_remote_code: bool = False, **given: Any,
+    revision: str | None = None, trust_remote_code: bool = False, chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None, **given: Any,
 ) -> EvaluationPlan:  # fmt: skip
     """Return the plan for the options of the command that the user gave."""
     from rap_lightning.models.generation import Generation
@@ -152,7 +154,8 @@ def make_plan(
         if name in given and given[name] < lowest:
             raise ConfigError(f"--{name} must be at least {lowest}, found {given[name]}")
     check_template_options(template, goal_from, ())
-    one = ModelSource(model, revision, trust_remote_code)
+    asked = TemplateOptions(chat_template, chat_template_kwargs or {})
+    one = ModelSource(model, revision, trust_remote_code, template=asked)
     known = template
     if template is None and (record := one.record(goal_from)) is not None:
         known = template_of(record)

@@ -110,7 +110,8 @@ def start_folder(run: Path) -> Path:
 
 
 READ_OPTIONS: dict[str, Any] = {
-    "format": Rules.format, "columns": Rules.columns, "outside_scale": Rules.outside_scale, "bad_rows": Rules.bad_rows
+    "format": Rules.format, "columns": Rules.columns, "outside_scale": Rules.outside_scale, "bad_rows": Rules.bad_rows,
+    "thinking": Rules.thinking,
 }  # fmt: skip
 """The options that say how rows are read, with their defaults."""
 

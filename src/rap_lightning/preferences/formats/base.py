@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from rap_lightning.preferences.formats.context_columns import CONTEXT_COLUMNS, with_context
-from rap_lightning.preferences.pairs import BadRow, Judged, read_number, shown
+from rap_lightning.preferences.pairs import FIELDS, REASONING, TOOL_FIELDS, BadRow, Judged, read_number, shown
 
 Row = dict[str, Any]
 Adapter = Callable[[Row], Row | None]
+MESSAGES = frozenset({"prompt", "chosen", "rejected", "conversations"})
+READ = FIELDS.union(REASONING, {"from", "value"})
 SHOWN = 160  # characters of a row for which an adapter failed
 
 
@@ -63,8 +65,15 @@ class RowFormat(ABC):
         return replace(judged, history=tuple(with_context(judged.history, rows[0])))
 
     def unread(self, row: Row) -> Collection[str]:
-        """Return the columns of a row that have no effect."""
-        return row.keys() - self._known
+        """Return the columns of a row, and the fields of its messages, that have no effect."""
+        unread = set(row.keys() - self._known)
+        for name in MESSAGES & row.keys():
+            turns = row[name] if isinstance(row[name], list) else [row[name]]
+            for turn in turns:
+                if isinstance(turn, dict) and len(turn) > 2:
+                    read = READ | TOOL_FIELDS if turn.get("role") == "tool" or turn.get("tool_calls") else READ
+                    unread |= {f"{name}[].{key}" for key in turn.keys() - read if turn[key] is not None}
+        return unread
 
     @abstractmethod
     def read(self, rows: Sequence[Row]) -> Judged:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rap_lightning.preferences.formats.base import Row, RowFormat
 from rap_lightning.preferences.formats.scored_pairs import as_turns, spoken_turns, tools_of
-from rap_lightning.preferences.pairs import BadRow, Judged, Response, is_blank, read_text
+from rap_lightning.preferences.pairs import BadRow, Judged, Response, is_blank, read_text, read_thoughts, with_thoughts
 
 TEXT_NAMES = ("response", "text", "content", "answer", "completion")
 SCORE_NAMES = ("overall_score", "score", "reward", "rating")
@@ -47,6 +47,7 @@ class ScoredCompletions(RowFormat):
         fields = an_object(entry, where)
         text_name = next((name for name in TEXT_NAMES if name in fields), TEXT_NAMES[0])
         text = response_text(fields.get(text_name), f"{where}.{text_name}")
+        text = with_thoughts(read_thoughts(fields, where), text, f"{where}.{text_name}")
         score_name = next((name for name in SCORE_NAMES if name in fields), SCORE_NAMES[0])
         attributes = self.wanted(fields["scores"] if isinstance(fields.get("scores"), dict) else fields, where)
         if attributes and score_name not in fields:

@@ -174,4 +174,8 @@ def tools_of(row: Row) -> str | None:
             raise BadRow("tools", "neither a list of tools nor JSON text of one", tools) from error
     if not isinstance(tools, list):
         raise BadRow("tools", "not a list of tools", tools)
-    return json.dumps(tools)
+    for i, tool in enumerate(tools):
+        inner = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise BadRow(f"tools[{i}]", "a tool without a name", tool)
+    return json.dumps(tools, ensure_ascii=False)
