@@ -141,7 +141,9 @@ class PreferenceModule(pl.LightningModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
+        """The policy's tokenizer; that of the adapter which training continues, if it has one."""
+        if (adapter := self.policy_config.adapter_with_tokenizer()) is not None:
+            rank_zero_info(f"tokenizer and chat template are those of the adapter {adapter}")
         return self.policy_config.load_tokenizer()
 
     @property

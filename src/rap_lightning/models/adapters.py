@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+BESIDE = ("adapter_*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
+"""Files of an adapter on the Hub that are downloaded."""
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+EMBEDDINGS = re.compile(r"\b(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|output_layer)\.weight$")
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
 
@@ -28,7 +33,7 @@ def adapter_folder(path: str, revision: str | None = None) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(path, revision=revision, allow_patterns=["adapter_*"]))
+            folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(BESIDE)))
         except Exception as error:  # the Hub's client raises many types for a wrong name or a missing connection
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"adapter {path}: no such folder, and the Hub has none: {reason}") from error
@@ -44,6 +49,30 @@ def adapter_folder(path: str, revision: str | None = None) -> Path:
             )
         raise ConfigError(f"adapter {path}: {CONFIG} is there, but no {WEIGHTS}.")
     return folder
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether the folder of an adapter holds a tokenizer of its own."""
+    return any((folder / name).is_file() for name in TOKENIZER)
+
+
+def own_template(folder: Path) -> str | None:
+    """Return the chat template that an adapter's folder holds without a tokenizer."""
+    file = folder / "chat_template.jinja"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def embedding_rows(folder: Path) -> int | None:
+    """Return the rows of the embeddings that an adapter brings, for tokens that were added; None without any."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            names = [name for name in file.keys() if EMBEDDINGS.search(name)]  # noqa: SIM118 (not a dict)
+            rows = {file.get_slice(name).get_shape()[0] for name in names}
+    except (SafetensorError, OSError):
+        return None  # `attach` reads it again, and says what is wrong
+    return max(rows, default=None)
 
 
 def adapter_digest(path: str, revision: str | None = None) -> str:
@@ -86,6 +115,12 @@ def attach(model: PreTrainedModel, path: str, revision: str | None, base: str, *
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ConfigError(f"adapter {path}: expected a LoRA adapter (DoRA and rsLoRA among them), found {kind}.")
     _refuse_other_base(config.base_model_name_or_path, base, path)
+    tied = [name for name in config.modules_to_save or () if EMBEDDINGS.search(f"{name}.weight")]
+    if tied and model.config.get_text_config().tie_word_embeddings:
+        raise ConfigError(
+            f"adapter {path} has weights of its own for {', '.join(tied)} (modules_to_save), which {base} ties to its "
+            "other embedding. Merge the adapter into the base model, and train that."
+        )
     config.inference_mode = False
     config.init_lora_weights = True  # PiSSA and others would change the base again
     if not dropout:
@@ -98,6 +133,11 @@ def attach(model: PreTrainedModel, path: str, revision: str | None, base: str, *
         raise ConfigError(f"adapter {path} doesn't fit the model at {base}: {facts}") from error
     expected, unknown = set(get_peft_model_state_dict(adapted)), list(result.unexpected_keys)
     missing = sorted(expected - set(state))
+    if beside := sorted(name for name in set(state) - expected - set(unknown) if EMBEDDINGS.search(name)):
+        raise ConfigError(
+            f"adapter {path} holds {', '.join(beside)}, which its config doesn't name as trained, so that an export "
+            "would leave it out. Add it to modules_to_save, or merge the adapter into the base model and train that."
+        )
     if missing or unknown:
         raise ConfigError(
             f"adapter {path} doesn't fit the model at {base}: "

@@ -137,9 +137,15 @@ def resize_embeddings(model: PreTrainedModel, tokens: int, path: str) -> None:
                     layer.bias[rows:] = layer.bias[:rows].float().mean().to(layer.bias.dtype)
 
 
-def refuse_too_few_embeddings(model: PreTrainedModel, tokens: int, path: str) -> None:
+def refuse_too_few_embeddings(model: PreTrainedModel, tokens: int, path: str, adapter: str | None = None) -> None:
     """Raise ConfigError where the tokenizer has tokens that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
+    if rows < tokens and adapter is not None:
+        raise ConfigError(
+            f"adapter {adapter}: its tokenizer has {tokens:,} tokens, and it brings no embeddings for those beyond the "
+            f"{rows:,} of {path}. Save the adapter with its embeddings (save_embedding_layers=True), or remove the "
+            "tokenizer's files from its folder."
+        )
     if rows < tokens:
         raise ConfigError(
             f"{path}: the tokenizer has {tokens:,} tokens and the model {rows:,} embeddings. Set "

@@ -27,6 +27,14 @@ INVERTIBLE_CAP = 40.0  # soft cap up to which z can be recovered from e^(z - max
 ROWS_IN_CACHE = 8  # of logits, on a CPU: 1.5 MB at 49,152 tokens, 8 MB at 256,000
 
 
+def _active(layer: Any) -> Any:
+    """Return the output layer that computes: an adapter may have a copy of its own (modules_to_save)."""
+    if isinstance(layer, nn.Linear) or not hasattr(layer, "modules_to_save"):
+        return layer
+    off = layer.disable_adapters or not layer.active_adapters
+    return layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
+
+
 class Head:
     """An output layer: hidden states h become logits softcap(scale * (h W^T + b)).
 
@@ -47,11 +55,11 @@ class Head:
         Raises:
             ConfigError: the head isn't a plain linear layer (an adapter on it, say).
         """
-        layer, config = model.get_output_embeddings(), model.config.get_text_config()
+        layer, config = _active(model.get_output_embeddings()), model.config.get_text_config()
         if not isinstance(layer, nn.Linear) or hasattr(layer, "base_layer"):
             raise ConfigError(
                 f"{type(model).__name__}: expected a plain linear output layer, found {type(layer).__name__}. "
-                "Leave the output layer out of the adapter's target_modules."
+                "Leave the output layer out of the adapter's target_modules and trainable tokens."
             )
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)

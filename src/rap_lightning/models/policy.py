@@ -129,7 +129,7 @@ class Policy(nn.Module):
 
 def of_adapter(name: str) -> bool:
     """Return whether a parameter of this name belongs to the adapter, trained or frozen, and not to the base model."""
-    return ".lora_" in name
+    return ".lora_" in name or ".modules_to_save." in name
 
 
 def decoder_layers(policy: Policy) -> list[nn.Module]:

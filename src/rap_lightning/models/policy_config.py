@@ -10,6 +10,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -151,17 +152,33 @@ class PolicyConfig:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer of ``path``.
+        """Load the tokenizer of the adapter that is continued, where it has one, or else that of ``path``.
 
         Raises:
             ConfigError: it can't be loaded.
         """
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = restore_own_template(
-            load_pretrained("tokenizer", self.path, AutoTokenizer.from_pretrained, self.hub_options())
+        folder = None if self.adapter is None else adapters.adapter_folder(self.adapter, self.adapter_revision)
+        own = folder is not None and adapters.has_tokenizer(folder)
+        load, base = AutoTokenizer.from_pretrained, self.hub_options()
+        options = {"trust_remote_code": self.trust_remote_code} if own else base
+        tokenizer: PreTrainedTokenizerBase = load_pretrained(
+            "tokenizer", str(folder) if own else self.path, load, options
         )
-        return tokenizer
+        if folder is not None and not own:
+            tokenizer.chat_template = adapters.own_template(folder) or tokenizer.chat_template
+        elif own and tokenizer.chat_template is None:
+            tokenizer.chat_template = load_pretrained("tokenizer", self.path, load, base).chat_template
+        restored: PreTrainedTokenizerBase = restore_own_template(tokenizer)
+        return restored
+
+    def adapter_with_tokenizer(self) -> Path | None:
+        """Return the folder of the adapter that is continued, where it holds a tokenizer or a chat template."""
+        if self.adapter is None:
+            return None
+        folder = adapters.adapter_folder(self.adapter, self.adapter_revision)
+        return folder if adapters.has_tokenizer(folder) or adapters.own_template(folder) else None
 
     def load_config(self) -> PretrainedConfig:
         """Load the model's config, with dropout off unless asked for.
@@ -214,10 +231,14 @@ class PolicyConfig:
         if not self.dropout:
             silence_dropout_layers(model)
         tokens = len(self.load_tokenizer())
+        if self.adapter is not None:
+            rows = adapters.embedding_rows(adapters.adapter_folder(self.adapter, self.adapter_revision))
+            if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(rows, mean_resizing=False)  # `attach` fills them from the adapter
         if self.resize_embeddings:
             alterations.resize_embeddings(model, tokens, self.path)
         else:
-            alterations.refuse_too_few_embeddings(model, tokens, self.path)
+            alterations.refuse_too_few_embeddings(model, tokens, self.path, self.adapter)
         return model
 
     def load_initial(self, dtype: torch.dtype) -> PreTrainedModel | PeftModel:

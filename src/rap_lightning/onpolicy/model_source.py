@@ -78,7 +78,7 @@ class ModelSource:
     def fit_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer as fit does, with the chat template of a checkpoint's run."""
         with _naming(self.option):
-            tokenizer = self._config(adapter=False).load_tokenizer()
+            tokenizer = self._config().load_tokenizer()
             if self.is_checkpoint:  # what it was trained with, whatever is now in the base model's folder
                 tokenizer.chat_template = self._checkpoint().record.get("chat_template") or tokenizer.chat_template
             return self.template.applied(tokenizer)
@@ -131,13 +131,13 @@ class ModelSource:
         found = json.loads((self.place / "adapter_config.json").read_text(encoding="utf-8"))
         return str(found["base_model_name_or_path"])
 
-    def _config(self, *, adapter: bool = True) -> PolicyConfig:
+    def _config(self) -> PolicyConfig:
         from rap_lightning.models.checkpoint.saved_policy import config_of
         from rap_lightning.models.policy_config import PolicyConfig
 
         if self.is_checkpoint:
             return config_of(self.trained_from(), self.place, trust_remote_code=self.trust_remote_code)
-        if self.is_adapter and adapter:
+        if self.is_adapter:
             return PolicyConfig(self.adapter_base(), adapter=self.path, trust_remote_code=self.trust_remote_code)
         return PolicyConfig(self.path, self.revision, trust_remote_code=self.trust_remote_code)
 
