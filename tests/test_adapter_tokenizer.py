@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_tokenizer
+from conftest import make_tokenizer, scored_rows, write_jsonl
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.hf_export import export, full_state, merge
 from rap_lightning.models.policy_config import PolicyConfig
@@ -69,7 +70,12 @@ def test_the_chat_template_beside_an_adapter_is_used_and_exported(
     assert PolicyConfig(str(tiny), adapter=str(plain)).load_tokenizer().chat_template == own
 
 
-def test_tokens_added_by_an_adapter_have_its_embeddings(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+def test_tokens_added_by_an_adapter_have_its_embeddings(tiny: Path, tmp_path: Path) -> None:
+    pairs_folder = tmp_path / "pairs"
+    pairs_folder.mkdir()
+    for name, count in (("train", 8), ("test", 4)):
+        rows = json.loads(json.dumps(scored_rows(count)).replace(" yes", " plumplum"))
+        write_jsonl(pairs_folder / f"{name}.jsonl", rows)
     folder = peft_adapter(tmp_path / "a", tiny, tokens=2)
     tokenizer = make_tokenizer("chatml")
     tokenizer.add_tokens(["plumplum", "pearpear"])
