@@ -11,8 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from importlib import metadata
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
