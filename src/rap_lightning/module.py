@@ -374,13 +374,14 @@ class PreferenceModule(pl.LightningModule):
         if (data := data_of(self.trainer)) is not None:
             checks.check_data(self.loss, data)
         sharding = build.sharding_of(self.trainer, self.device_mesh)
-        self.policy = build.build_policy(self.policy_config, self.trainer, sharding)
+        dtype, reference_dtype = build.weight_dtypes(self.policy_config, self.trainer, sharding)
+        self.policy = build.build_policy(self.policy_config, self.trainer, sharding, dtype)
         self._digests = build.digests_of(self.policy, self.policy_config)
         after = "" if self.warm_up is None else f", after {self.warm_up.steps} steps of SFT"
         rank_zero_info(f"loss: {self.loss}{after}; reference: {type(self.reference).__name__}")
         if sharding is not None:
             self.reference.shard(sharding)
-        self.reference.load(self.policy_config, self.policy_config.resolve_dtype())
+        self.reference.load(self.policy_config, reference_dtype)
         if (digest := self.reference.digest(self.policy_config, self._digests["base"])) is not None:
             self._digests["reference"] = digest
         self.reference.follow(self.policy, 0)

@@ -132,13 +132,13 @@ def of_adapter(name: str) -> bool:
     return ".lora_" in name or ".modules_to_save." in name
 
 
-def decoder_layers(policy: Policy) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the blocks that the model repeats: the longest list of modules that is in no other such list.
 
     Lists inside of another one are the experts of a mixture. On 35 architectures of transformers 5.24 these are the
     layers that its own (private) lists for sharding name.
     """
-    lists = [(name, module) for name, module in policy.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [one for name, one in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     return list(max(outer, key=len, default=[]))
 

@@ -19,7 +19,7 @@ from torch import nn
 from rap_lightning.errors import ConfigError
 from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now
-from rap_lightning.models.policy import Policy, compile_layers
+from rap_lightning.models.policy import Policy, compile_layers, decoder_layers
 from rap_lightning.models.pretrained import OtherWeights, load_pretrained, load_weights
 from rap_lightning.preferences.chat_template import restore_own_template
 
@@ -65,10 +65,13 @@ class PolicyConfig:
     Args:
         path: a Hugging Face folder or Hub id of a causal LM with a chat template.
         revision: branch, tag or commit on the Hub.
-        dtype: of the loaded weights; by default float32, or bfloat16 with ``--trainer.precision bf16-true``.
+        dtype: of the loaded weights; by default float32, or bfloat16 with ``--trainer.precision bf16-true``. On a GPU
+            with ``bf16-mixed``, weights that are never trained and computed with in bfloat16 anyway (an adapter's base
+            model; a live reference beside it, or under FSDP2) are bfloat16 by default.
         attn_implementation: "sdpa", "eager", "flash_attention_2", ...; transformers' own choice by default.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them; by default for
-            models of a billion parameters and more.
+            models of a billion parameters and more. A number n does so in every n-th layer only: 2 keeps half of the
+            activations and computes half of them again.
         activation_offloading: keep activations in pinned host memory between forward and backward pass; for GPUs that
             are short of memory, slower unless the bus is fast. Needs a GPU.
         compile: compile the decoder layers with torch.compile, once for all lengths. It pays only after some steps:
@@ -95,7 +98,7 @@ class PolicyConfig:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     attn_implementation: str | None = None
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | int | None = None
     activation_offloading: bool = False
     compile: bool = False
     dropout: bool = False
@@ -113,6 +116,11 @@ class PolicyConfig:
             raise ConfigError(
                 "--model.policy.activation_offloading has no effect without a GPU, whose memory it would save. "
                 "Leave it out, or use --model.policy.gradient_checkpointing true."
+            )
+        if self.gradient_checkpointing is not None and self.gradient_checkpointing < 0:
+            raise ConfigError(
+                "--model.policy.gradient_checkpointing is true, false, or n for every n-th layer; found "
+                f"{self.gradient_checkpointing}"
             )
         alterations.check_patterns(self.freeze)
         if self.rope is not None:
@@ -260,22 +268,17 @@ class PolicyConfig:
             model: what ``load_initial`` returns, if it was called already.
         """
         model = self.load_initial(dtype) if model is None else model
-        checkpoints = self.gradient_checkpointing
-        if checkpoints is None:
-            checkpoints = model.num_parameters() >= CHECKPOINTING_FROM
-        if checkpoints:
-            causal_lm = model.get_base_model() if self.adapter is not None else model
-            config = causal_lm.config.get_text_config()
-            # The forward pass runs within `forest_attention`, and the recomputation long after that block has ended: it
-            # must find the attention that its forward pass had.
-            contexts = lambda: (nullcontext(), attention_as_now(config))  # noqa: E731
-            causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        every = self.gradient_checkpointing
+        if every is None:
+            every = model.num_parameters() >= CHECKPOINTING_FROM
+        if every:
+            _checkpoint_activations(model.get_base_model() if self.adapter is not None else model, int(every))
         if self.lora is not None:
             model = _with_new_adapter(model, self.lora)
         if self.freeze:
             alterations.freeze(model, self.freeze)
         policy = Policy(model, offload=self.activation_offloading)
-        policy.checkpoints = checkpoints
+        policy.checkpoints = bool(every)
         if self.compile:
             compile_layers(policy)
         policy.train()
@@ -284,6 +287,53 @@ class PolicyConfig:
     def resolve_dtype(self) -> torch.dtype:
         """Return ``dtype``, or the default one of the precision plugin that is active in ``configure_model``."""
         return DTYPES[self.dtype] if self.dtype else torch.get_default_dtype()
+
+    def loading_dtypes(
+        self, default: torch.dtype, *, mixed: bool, gather: torch.dtype | None
+    ) -> tuple[torch.dtype, torch.dtype]:
+        """Return the dtypes in which the policy and a live reference are loaded.
+
+        Weights that no optimizer updates need no float32 copy if the policy computes with the same weights in bfloat16:
+        then policy and reference agree to the last bit as before. A policy that is trained in full and not sharded
+        computes with some float32 weights (embeddings, norms), and so must its reference.
+
+        Args:
+            default: what :meth:`resolve_dtype` returns.
+            mixed: whether the run is bf16-mixed on an accelerator.
+            gather: dtype in which a sharding strategy gathers weights, if it changes it.
+        """
+        if self.dtype is not None or not mixed:
+            return default, default
+        # peft keeps the adapter itself in float32. DoRA divides by norms of the base's weights: in bfloat16 they would
+        # be rounded, and the policy would not start as its reference.
+        if self.adapts and not (self.lora is not None and self.lora.use_dora):
+            return torch.bfloat16, torch.bfloat16
+        return default, gather or default
+
+
+def _checkpoint_activations(causal_lm: PreTrainedModel, every: int) -> None:
+    """Compute the activations of every n-th layer again in the backward pass.
+
+    Raises:
+        ConfigError: the model's code has no switch for each layer.
+    """
+    config = causal_lm.config.get_text_config()
+    # The forward pass runs within `forest_attention`, and the recomputation long after that block has ended: it must
+    # find the attention that its forward pass had.
+    contexts = lambda: (nullcontext(), attention_as_now(config))  # noqa: E731
+    newer = "activation_checkpointing_enable"  # from transformers 5.24 on, where the other name warns
+    enable = getattr(causal_lm, newer if hasattr(causal_lm, newer) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False, "context_fn": contexts})
+    if every == 1:
+        return
+    layers = decoder_layers(causal_lm)
+    if not layers or not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
+        raise ConfigError(
+            f"--model.policy.gradient_checkpointing {every}: {type(causal_lm).__name__} checkpoints all of its layers "
+            "or none. Use true."
+        )
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % every == 0  # type: ignore[assignment]
 
 
 def silence_dropout(config: Any) -> None:

@@ -33,8 +33,19 @@ def sharding_of(trainer: pl.Trainer, mesh: DeviceMesh | None) -> Sharding | None
     return asked if isinstance(asked, Sharding) else Sharding(mesh["data_parallel"])
 
 
-def build_policy(config: PolicyConfig, trainer: pl.Trainer, sharding: Sharding | None) -> Policy:
-    """Load the policy and compare its log-probabilities with the model's own logits.
+def weight_dtypes(
+    config: PolicyConfig, trainer: pl.Trainer, sharding: Sharding | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtypes in which the policy and a live reference are loaded."""
+    on_accelerator = trainer.strategy.root_device.type != "cpu"
+    return config.loading_dtypes(
+        config.resolve_dtype(), mixed=on_accelerator and trainer.precision_plugin.precision == "bf16-mixed",
+        gather=None if sharding is None else sharding.gather,
+    )  # fmt: skip
+
+
+def build_policy(config: PolicyConfig, trainer: pl.Trainer, sharding: Sharding | None, dtype: torch.dtype) -> Policy:
+    """Load the policy in ``dtype`` and compare its log-probabilities with the model's own logits.
 
     Raises:
         ConfigError: the dtype contradicts the precision, the weights are quantised and would all be trained, or the
@@ -42,7 +53,7 @@ def build_policy(config: PolicyConfig, trainer: pl.Trainer, sharding: Sharding |
     """
     if not config.adapts:
         refuse_quantised(config.load_config(), config.path)
-    dtype, plugin = config.resolve_dtype(), trainer.precision_plugin
+    plugin = trainer.precision_plugin
     checks.check_precision(plugin, config, dtype)
     if sharding is not None:
         policy, whole = load_sharded(config, dtype, sharding, trained=True)
@@ -67,6 +78,10 @@ def build_policy(config: PolicyConfig, trainer: pl.Trainer, sharding: Sharding |
         f"policy: {config.path}, {sum(p.numel() for p in policy.parameters()):,} parameters, "
         f"{sum(p.numel() for p in trainable):,} trainable, {dtype}; head checked to {difference:.1e} nats"
     )
+    if dtype != config.resolve_dtype():
+        rank_zero_info(
+            "weights that are not trained are held in bfloat16; --model.policy.dtype float32 keeps them in float32"
+        )
     if any(p.dtype == torch.bfloat16 for p in trainable):
         rank_zero_warn(
             "Trainable weights are bfloat16: updates smaller than 1/256 of a weight are rounded away, so small "

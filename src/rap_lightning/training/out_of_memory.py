@@ -73,7 +73,7 @@ def advice(
         options.append("--data.token_budget N, at least the longest pair (the same gradients in smaller passes)")
     elif data is not None and data.batch_size > 1:
         options.append("a smaller --data.batch_size with more --trainer.accumulate_grad_batches")
-    if not config.gradient_checkpointing and policy is not None and not policy.checkpoints:
+    if policy is not None and (not policy.checkpoints or int(config.gradient_checkpointing or 1) > 1):
         options.append("--model.policy.gradient_checkpointing true")
     if isinstance(reference, Frozen):
         options.append("--model.reference Stored (no second model beside the policy)")
