@@ -137,7 +137,7 @@ def test_prompts_are_found_in_rows_where_responses_share_them() -> None:
         input_ids=t([ids]), position_ids=t([positions]), attention_mask=torch.ones(1, len(ids)), forest=None,
         predict_from=t(predict_from), target=t(target), segment=t(segment), lengths=t([2, 1, 1, 3]),
         rewards=torch.zeros(2, 2), goal_rewards=torch.zeros(2), origin=t([0, 0]), weights=torch.ones(2),
-        step_pairs=2, loss_weights=torch.ones(2), step_weight=2.0, digests=(),
+        fillers=0, step_pairs=2, loss_weights=torch.ones(2), step_weight=2.0, digests=(),
         pair_ids=("a", "b"), goals=(None, None),
     )  # fmt: skip
     other = unrelated(batch)

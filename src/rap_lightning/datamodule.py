@@ -34,7 +34,7 @@ from rap_lightning.batches.prompts import (
 )
 from rap_lightning.batches.sampler import Packing, StepSampler
 from rap_lightning.batches.stream import StepShape, StreamedPairs
-from rap_lightning.batches.types import PromptBatch
+from rap_lightning.batches.types import PromptBatch, copies_at_once
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.generation import Generation
 from rap_lightning.models.judge_rewards import judge_rewards
@@ -83,7 +83,8 @@ class PreferenceDataModule(pl.LightningDataModule):
             trainer.accumulate_grad_batches times the number of devices.
         token_budget: tokens, padding included, in one forward pass: a batch with more is split into several passes,
             which changes memory and speed and nothing else. By default a batch is one forward pass.
-        num_workers: processes that prepare batches; 0 prepares them in the main process.
+        num_workers: processes that prepare batches; 0 prepares them in the main process. By default 2 for each GPU (1
+            for a stream, which every one of them reads), so that a GPU doesn't wait for its batches, and 0 without one.
         allow_changed: resume from a checkpoint though the training data have changed since: the run continues at the
             same place in the epoch. By default that is refused, because pairs would be repeated or left out. Of a
             stream, the first 1,000 pairs are compared.
@@ -107,7 +108,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         layout: Literal["auto", "padded", "packed", "tree"] = "auto",
         batch_size: int = 4,
         token_budget: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         allow_changed: bool = False,
         predict: PredictPrompts = PredictPrompts(),  # noqa: B008 (jsonargparse wants an instance)
         **reading: Any,
@@ -375,7 +376,18 @@ class PreferenceDataModule(pl.LightningDataModule):
         # Workers must not take their seeds from the run's own generator: a resumed run restores that one's state.
         generator = torch.Generator().manual_seed(self.seed)
         collate = Collate(self.layout, self.pad_id)
-        return PairLoader(pairs, collate, position, sampler, num_workers=self.num_workers, generator=generator)
+        return PairLoader(pairs, collate, position, sampler, generator=generator, **self._feeding(pairs))
+
+    def _feeding(self, pairs: EncodedPairs | StreamedPairs) -> dict[str, Any]:
+        """Return the DataLoader's options that keep a device supplied: workers that stay, and page-locked batches."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        feeds, streamed = copies_at_once(device), isinstance(pairs, StreamedPairs)
+        workers = self.num_workers
+        if workers is None:
+            workers = (1 if streamed else 2) if feeds else 0
+        # Workers of a stream start with each epoch: they hold a copy of it, and it is told where to begin.
+        stay = feeds and workers > 0 and not streamed
+        return {"num_workers": workers, "persistent_workers": stay, "pin_memory": feeds}
 
     def _step_shape(self) -> StepShape:
         trainer = self.trainer

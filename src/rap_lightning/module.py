@@ -240,7 +240,7 @@ class PreferenceModule(pl.LightningModule):
         if "tokens" in self.active_loss.requires:
             return self._pair_logps(batch, self.reference.token_logps(self.policy, batch), more)
         logps = self.reference.logps(self.policy, batch)
-        return PairLogps.from_segments(logps, batch.lengths, weights=batch.weights, unrelated=more)
+        return PairLogps.from_segments(logps, batch.lengths, weights=_weights(batch), unrelated=more)
 
     def _pair_logps(
         self, batch: Batch, token_logps: Tensor, other: Tensor | None, collisions: Tensor | None = None
@@ -248,7 +248,7 @@ class PreferenceModule(pl.LightningModule):
         sums = sum_by_segment(token_logps, batch.segment, len(batch.lengths))
         keeps_tokens = "tokens" in self.active_loss.requires
         tokens = TokenLogps.of(token_logps, batch.segment, collisions) if keeps_tokens else None
-        return PairLogps.from_segments(sums, batch.lengths, weights=batch.weights, tokens=tokens, unrelated=other)
+        return PairLogps.from_segments(sums, batch.lengths, weights=_weights(batch), tokens=tokens, unrelated=other)
 
     def pair_losses(
         self, policy: PairLogps, reference: PairLogps | None, rewards: PairRewards
@@ -287,7 +287,8 @@ class PreferenceModule(pl.LightningModule):
         """
         if self._norm is None:
             norm: Any = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-            self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded: a DTensor
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded: a DTensor
+            self._norm = norm.to(self.device)  # gradients that are offloaded are on the host
         assert self._norm is not None
         return self._norm
 
@@ -519,3 +520,8 @@ class PreferenceModule(pl.LightningModule):
             return None
         record: dict[str, Any] = data.goal.record()
         return record if data.relabelling.conditioned else record | {"trained": False}
+
+
+def _weights(batch: Batch) -> Tensor | None:
+    """Return the weights of pairs for losses that compare pairs; None where all are 1, which needs no look at them."""
+    return batch.weights if batch.fillers else None

@@ -102,6 +102,7 @@ def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id
         goal_rewards=torch.tensor([e.goal_reward for e in examples], dtype=torch.float32),
         origin=torch.tensor([e.origin for e in examples]),
         weights=torch.tensor(plan.weights, dtype=torch.float32),
+        fillers=sum(weight == 0 for weight in plan.weights),
         step_pairs=plan.step_pairs,
         loss_weights=torch.tensor(plan.loss_weights, dtype=torch.float32),
         step_weight=plan.step_weight,
@@ -121,7 +122,8 @@ def lay_out_responses(responses: Sequence[tuple[Sequence[int], Sequence[int]]], 
     nothing = torch.zeros(0)
     return Batch(
         **_indexed(LAYOUTS["padded"], sequences, prompts, pad_id),
-        rewards=nothing, goal_rewards=nothing, origin=nothing, weights=nothing, step_pairs=0, loss_weights=nothing,
+        rewards=nothing, goal_rewards=nothing, origin=nothing, weights=nothing, fillers=0, step_pairs=0,
+        loss_weights=nothing,
         step_weight=0.0, digests=(), pair_ids=(), goals=(),
     )  # fmt: skip
 

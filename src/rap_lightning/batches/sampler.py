@@ -184,4 +184,4 @@ class StepSampler(DistributedSampler[BatchPlan]):
         if not self.shuffle:
             return list(range(self.size))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(self.size, generator=generator).tolist()
+        return torch.randperm(self.size, generator=generator, device="cpu").tolist()

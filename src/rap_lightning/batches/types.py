@@ -27,11 +27,28 @@ def split_segments(values: T) -> tuple[T, T]:
     return values[0::RESPONSES], values[1::RESPONSES]
 
 
-class _Movable:
-    """Applies a function to every tensor of a dataclass; Lightning calls ``to`` on batches that have it."""
+def copies_at_once(device: torch.device) -> bool:
+    """Return whether the host need not wait for its copies to the device (CUDA and its like).
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+    On MPS such a copy may read memory that has changed since (https://github.com/pytorch/pytorch/issues/83015).
+    """
+    return device.type not in ("cpu", "mps")
+
+
+class _Movable:
+    """Applies a function to every tensor of a dataclass.
+
+    Lightning calls ``to`` on batches that have it, and torch's DataLoader ``pin_memory``.
+    """
+
+    def to(self, device: torch.device | str) -> Self:
+        """Copy to the device; the host waits only for a copy that comes back to it."""
+        target = torch.device(device)
+        return self.map(lambda tensor: tensor.to(target, non_blocking=copies_at_once(target)))
+
+    def pin_memory(self) -> Self:
+        """Copy to page-locked memory, from which a GPU copies while the host goes on."""
+        return self.map(lambda tensor: tensor.pin_memory())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
@@ -93,6 +110,7 @@ class Batch(_Movable):
         goal_rewards: [B] float32, the reward that the prompt asks for, in the same units; nan where it asks for none.
         origin: [B] int64, index into :data:`rap_lightning.preferences.relabelling.ORIGINS`.
         weights: [B] float32, 1 for a pair and 0 for one that only fills a rank's last batch.
+        fillers: how many pairs have weight 0; known on the host, so that a step need not ask the device.
         step_pairs: pairs of weight 1 in the whole optimizer step, over all ranks and accumulated batches.
         loss_weights: [B] float32, weight of a pair's loss in the mean over the step: ``weights``, unless the data
             module weighs pairs by origin. Logged means do not use them.
@@ -114,6 +132,7 @@ class Batch(_Movable):
     goal_rewards: Tensor
     origin: Tensor
     weights: Tensor
+    fillers: int
     step_pairs: int
     loss_weights: Tensor
     step_weight: float
@@ -150,9 +169,10 @@ class TokenLogps:
     def of(cls, logps: Tensor, segment: Tensor, log_collisions: Tensor | None = None) -> TokenLogps:
         """From a batch's flat order, in which the tokens of a response are consecutive."""
         index = torch.arange(len(segment), device=segment.device)
-        responses = int(segment.max()) + 1 if len(segment) else 0
-        first = index.new_full((responses,), len(index)).scatter_reduce(0, segment, index, "amin")
-        return cls(logps, segment, index - first[segment], log_collisions)
+        begins = torch.ones_like(segment, dtype=torch.bool)
+        begins[1:] = segment[1:] != segment[:-1]
+        first = torch.where(begins, index, 0).cummax(0).values  # of the token's response, without asking for its number
+        return cls(logps, segment, index - first, log_collisions)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Guard(pl.Callback):
         # a gradient scaler (16-mixed) produces infinite gradients now and then, and skips such steps by itself
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         bad_gradient = torch.zeros_like(bad_losses) if scaled else ~pl_module.gradient_norm().isfinite()
+        # a plain step's one wait for the device: before the weights change, which could not be taken back
         losses, gradient = over_ranks(torch.stack((bad_losses, bad_gradient)).float()).tolist()
         if not losses and not gradient:
             self._in_a_row = 0

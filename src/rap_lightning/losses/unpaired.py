@@ -43,7 +43,7 @@ class BCO(PreferenceLoss):
         chosen, rejected = self.implicit_rewards(policy, reference)
         if self.training:
             rewards = torch.cat((chosen[live(policy)], rejected[live(policy)])).detach().to(self.totals)
-            seen = torch.stack((rewards.sum(), rewards.new_tensor(len(rewards))))
+            seen = torch.stack((rewards.sum(), rewards.new_full((), len(rewards))))
             self._pending = seen if self._pending is None else self._pending + seen
         return -F.logsigmoid(chosen - self.delta) - F.logsigmoid(self.delta - rejected)
 
@@ -105,5 +105,5 @@ class KTO(PreferenceLoss):
         if len(pairs) < 2:  # nothing unrelated: this rank adds nothing, but must join the sum over ranks
             pairs = pairs[:0]
         ratios = (policy.unrelated - reference.unrelated).reshape(-1, 2)[pairs]
-        total, count = over_ranks(torch.stack((ratios.sum(), ratios.new_tensor(ratios.numel()))))
+        total, count = over_ranks(torch.stack((ratios.sum(), ratios.new_full((), ratios.numel()))))
         return (total / count.clamp(min=1)).clamp(min=0)  # type: ignore[no-any-return]

@@ -175,7 +175,7 @@ def _compare(one: Tensor, other: Tensor, bound: float, what: str) -> float:
 @torch.no_grad()
 def _logits(model: Any, vocabulary: int) -> Tensor:
     """Return [4, 32, V] float32 logits of fixed random tokens."""
-    ids = torch.randint(vocabulary, (4, 32), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary, (4, 32), generator=torch.Generator().manual_seed(0), device="cpu")
     logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
     return logits.float()
 

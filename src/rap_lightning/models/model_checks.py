@@ -37,8 +37,8 @@ def check_head(policy: Policy) -> float:
     batch = Batch(
         input_ids=ids, position_ids=torch.arange(8, device=device)[None], attention_mask=torch.ones_like(ids),
         forest=None, predict_from=places, target=ids[0, 1:], segment=places * 0, lengths=places[:1],
-        rewards=places[:0], goal_rewards=places[:0], origin=places[:0], weights=places[:0], step_pairs=0,
-        loss_weights=places[:0], step_weight=0.0, digests=(), pair_ids=(), goals=(),
+        rewards=places[:0], goal_rewards=places[:0], origin=places[:0], weights=places[:0], fillers=0,
+        step_pairs=0,         loss_weights=places[:0], step_weight=0.0, digests=(), pair_ids=(), goals=(),
     )  # fmt: skip
     with torch.no_grad(), evaluating(policy):
         ours = policy(batch)
@@ -83,7 +83,8 @@ def check_sharing(policy: Policy) -> str | None:
         except Exception as error:  # a model's own code fails in its own way on an attention it doesn't know
             if error in seen.failures or isinstance(error, torch.OutOfMemoryError):
                 raise  # ours failed, or the device: that says nothing about the model
-            return f"its attention can't be replaced ({type(error).__name__})"
+            reason = (str(error).strip().splitlines() or [""])[0]
+            return f"its attention can't be replaced ({type(error).__name__}: {reason})"
     policy.attention = sorted(map(str, seen.paths))
     difference, declared = float((together - apart).abs().max()), declared_windows(config)
     if not difference <= (EXACT if dtypes == {torch.float32} else ROUNDED):
@@ -98,10 +99,11 @@ def _forest_batch(config: Any) -> Batch:
     """Return three random pairs as trees; prompts are longer than the model's attention window, if it is short."""
     long = max([w for w in declared_windows(config) if w <= 512], default=0)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (4, long + 40), generator=generator).tolist()
+    ids = torch.randint(config.vocab_size, (4, long + 40), generator=generator, device="cpu").tolist()
     examples = [
         Example("", 0, None, (0.0, 0.0), ids[0][: long + 24], ids[1][:9], ids[2][:7]),
         Example("", 0, None, (0.0, 0.0), ids[0][: long + 20] + ids[1][:6], ids[2][:5], ids[3][:11]),
         Example("", 0, None, (0.0, 0.0), ids[3][:20], ids[0][:5], ids[1][:8]),
     ]
-    return lay_out(LAYOUTS["tree"], examples, BatchPlan((0, 1, 2), (1.0,) * 3, 3, ((0, 1, 2),)), pad_id=0)
+    with torch.device("cpu"):  # Lightning calls configure_model where a new tensor is on the GPU; batches are made here
+        return lay_out(LAYOUTS["tree"], examples, BatchPlan((0, 1, 2), (1.0,) * 3, 3, ((0, 1, 2),)), pad_id=0)

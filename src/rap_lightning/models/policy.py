@@ -18,6 +18,7 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.models.activation_offload import activations_on_host
 from rap_lightning.models.attention import forest_attention
 from rap_lightning.models.logps import Head, sum_by_segment
+from rap_lightning.models.private_api import one_sequence_per_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,11 +101,15 @@ class Policy(nn.Module):
         return self._hidden_by_path(batch, batch.forest)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Tensor:
-        """Return the last layer's hidden states, [R, T, D], of ids and positions [R, T] int64."""
+        """Return the last layer's hidden states, [R, T, D], of ids and positions [R, T] int64.
+
+        Each row is one sequence, unless ``options`` describe a forest.
+        """
         body = self.causal_lm.base_model
-        output: Tensor = body(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, **options
-        ).last_hidden_state
+        with one_sequence_per_row():
+            output: Tensor = body(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, **options
+            ).last_hidden_state
         return output
 
     def _hidden_by_path(self, batch: Batch, forest: Forest) -> Tensor:

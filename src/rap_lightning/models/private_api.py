@@ -84,6 +84,23 @@ def use_attention(config: Any, name: str | None) -> Iterator[None]:
         config._attn_implementation = before
 
 
+@contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Keep models from looking for several sequences in a row without an attention mask, within a block.
+
+    transformers compares all position ids with each other at every forward pass, and waits for the device to know the
+    result (``masking_utils.find_packed_sequence_indices``); no argument of a model says that there is nothing to find.
+    """
+    from transformers import masking_utils
+
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
+
+
 def is_stateful(model: Any) -> bool:
     """Return whether a model keeps a recurrent state beside keys and values; transformers has no public name for it."""
     return bool(getattr(model, "_is_stateful", False))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from rap_lightning.batches.types import Batch, PairLogps
+from rap_lightning.losses.base import over_ranks
 from rap_lightning.preferences.relabelling import ORIGINS
 
 NAMES = (
@@ -39,7 +40,7 @@ class PairMetrics(Metric):
     token_count: Tensor
 
     def __init__(self, terms: Iterable[str] = ()) -> None:
-        super().__init__(compute_with_cache=False)
+        super().__init__(compute_with_cache=False, sync_on_compute=False)
         self.terms = tuple(terms)
         self.names = NAMES + tuple(f"loss/{term}" for term in self.terms)
         # float64: an epoch's sum of log-probabilities outgrows float32
@@ -79,12 +80,17 @@ class PairMetrics(Metric):
         self.counts.index_add_(0, batch.origin, weights)
         self.token_count += batch.tokens
 
-    def compute(self) -> dict[str, float]:
-        """Return name to mean over all ranks; every rank must call it.
+    def totals(self) -> Tensor:
+        """Return the sums over all ranks as one flat float64 tensor, for :meth:`means`; every rank must call it."""
+        return over_ranks(torch.cat((self.sums.flatten(), self.counts, self.token_count[None].to(self.sums))))
+
+    def means(self, totals: Tensor) -> dict[str, float]:
+        """Return name to mean, of what :meth:`totals` returned, on the host.
 
         Origins without pairs are left out. Before the first pair the result is empty.
         """
-        sums, counts = self.sums.cpu(), self.counts.cpu()
+        flat, counts, tokens = totals.split([self.sums.numel(), len(ORIGINS), 1])
+        sums = flat.view(self.sums.shape)
         result: dict[str, float] = {}
         if not counts.sum():
             return result
@@ -95,8 +101,12 @@ class PairMetrics(Metric):
                 if counts[i]:
                     result |= {f"{n}/{origin}": float(v) for n, v in zip(self.names, sums[i] / counts[i], strict=True)}
         result["pairs"] = float(counts.sum())
-        result["tokens"] = float(self.token_count)
+        result["tokens"] = float(tokens)
         return result
+
+    def compute(self) -> dict[str, float]:
+        """Return name to mean over all ranks, copied from the device at once; every rank must call it."""
+        return self.means(self.totals().cpu())
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Take over sums of an earlier ``state_dict``.

@@ -73,7 +73,8 @@ class StepLogger(pl.Callback):
         self.last = LoggedStep(0, {})
         self._warm_up_steps = warm_up_steps
         self._began = self._paused = 0.0  # of the window, and of the current pause
-        self._grad_norm = self._lr = math.nan
+        self._lr = math.nan
+        self._grad_norm: Tensor | None = None  # where the step was due and not skipped
         # A run may be saved between two optimizer steps, with batches of an unfinished one in the sums. The resumed run
         # repeats those batches, so the checkpoint gets the state as of the last whole step.
         self._whole_step: dict[str, Any] = {}
@@ -100,12 +101,12 @@ class StepLogger(pl.Callback):
         """Keep the step's learning rate (the scheduler steps before the log) and, where due, the unclipped norm."""
         self._lr = optimizer.param_groups[0]["lr"]
         if self._due(trainer, trainer.global_step + 1):
-            self._grad_norm = float(cast(LoggedModule, pl_module).gradient_norm())
+            self._grad_norm = cast(LoggedModule, pl_module).gradient_norm()
 
     def skip_step(self) -> None:
         """Take the forward passes of this step out of the window again."""
         self.metrics["fit"].resume(self._whole_step["window"])
-        self._grad_norm = math.nan
+        self._grad_norm = None
 
     def mark_step(self) -> None:
         """Remember the state as of a whole step, for checkpoints and for ``skip_step``."""
@@ -132,15 +133,19 @@ class StepLogger(pl.Callback):
         return step in (1, self._warm_up_steps) or step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _log_window(self, trainer: pl.Trainer, module: pl.LightningModule, *, at_end: bool = False) -> None:
-        values = self.metrics["fit"].compute()
-        self.metrics["fit"].reset()
+        metrics = self.metrics["fit"]
+        totals = metrics.totals()
+        norm = totals.new_full((), math.nan) if self._grad_norm is None else self._grad_norm.to(totals)
+        *_, grad_norm = numbers = torch.cat((totals, norm[None])).cpu()  # one copy for all that is logged
+        values = metrics.means(numbers[:-1])
+        metrics.reset()
         if not values:  # all of its steps were skipped
             return
         seconds, self._began = time.perf_counter() - self._began, time.perf_counter()
         pairs, tokens = values.pop("pairs"), values.pop("tokens")
         values |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds, "lr": self._lr}
         if not at_end:  # the norm was taken at a step that was due, and the last one was not
-            values["grad_norm"] = self._grad_norm
+            values["grad_norm"] = float(grad_norm)
         self.last = LoggedStep(trainer.global_step, values)
         self._log(trainer, module, values, on_bar=not at_end)  # Lightning's own log is closed at the end of fit
         self.mark_step()
@@ -171,9 +176,12 @@ class StepLogger(pl.Callback):
     ) -> None:  # fmt: skip
         named = {prefix + name: value for name, value in values.items()}
         if on_bar:
+            # Lightning copies numbers to the device one by one, and a progress bar reads each of them back at every
+            # step. Tensors on the host stay there.
+            on_host = {name: torch.tensor(value, device="cpu") for name, value in named.items()}
             bar = {prefix + name for name in BAR_METRICS}
-            module.log_dict({n: v for n, v in named.items() if n in bar}, prog_bar=True, logger=False)
-            module.log_dict({n: v for n, v in named.items() if n not in bar}, logger=False)
+            module.log_dict({n: v for n, v in on_host.items() if n in bar}, prog_bar=True, logger=False)
+            module.log_dict({n: v for n, v in on_host.items() if n not in bar}, logger=False)
         for logger in trainer.loggers:  # not through log_dict, which would number these by batches, one too low
             logger.log_metrics(named, step=cast(LoggedModule, module).steps_done)
             logger.save()
@@ -220,15 +228,17 @@ class StepLogger(pl.Callback):
                     f"the checkpoint is from a run with another loss: {error}. Resume with the loss of that run."
                 ) from error
             self._began -= loaded["seconds"]
-            self._grad_norm, self._lr = loaded["grad_norm"], loaded["lr"]
+            self._grad_norm, self._lr = torch.tensor(loaded["grad_norm"], device="cpu"), loaded["lr"]
         self._loaded = None
         self.mark_step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window as of the last whole step, its sums over all ranks; every rank must call it."""
-        if not self._whole_step:
+        if not (state := dict(self._whole_step)):
             return {}
-        return self._whole_step | {"window": {n: over_ranks(v) for n, v in self._whole_step["window"].items()}}
+        state["window"] = {name: over_ranks(value) for name, value in state["window"].items()}
+        norm = state["grad_norm"]
+        return state | {"grad_norm": math.nan if norm is None else float(norm)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: validation before that must not change it."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rap_lightning.batches.types import Batch
+from rap_lightning.batches.types import Batch, copies_at_once
 from rap_lightning.distributed.fsdp2 import Sharding
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.adapters import adapter_digest
@@ -156,7 +156,8 @@ class Stored(Reference):
             ) from error
         if not values:
             raise ConfigError("the reference Stored has the data's own responses only: use Frozen, or AdaptersOff.")
-        return torch.from_numpy(np.concatenate(values)).to(batch.target.device)
+        device = batch.target.device  # copied without waiting for the forward pass that is under way there
+        return torch.from_numpy(np.concatenate(values)).to(device, non_blocking=copies_at_once(device))
 
     def _opened(self, policy: Policy, precision: str) -> LogpStore:
         assert self._config is not None, "load comes first"

@@ -25,7 +25,8 @@ class SeededSampling:
 
     def __init__(self, seeds: Sequence[int], width: int, steps: int, temperature: float, top_p: float) -> None:
         self.width, self.temperature, self.top_p = width, temperature, top_p
-        rows = [torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        rows = [torch.rand(steps, generator=one, dtype=torch.float64, device="cpu") for one in generators]
         self.draws = torch.stack(rows)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""Training on a GPU, as far as a CPU can show it: see ``simulated_gpu`` for what is real and what is not."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
+from rap_lightning.callbacks import Guard
+from rap_lightning.losses import DPO
+from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.frozen import Frozen
+from rap_lightning.models.references.precomputed import Stored
+from rap_lightning.training.schedules import ConstantWithWarmup
+
+REFERENCES = {"frozen": Frozen, "stored": Stored, "off": AdaptersOff}
+CASES = [
+    ("tree", "frozen"), ("tree", "stored"), ("tree", "off"), ("packed", "off"), ("padded", "frozen"),
+]  # fmt: skip
+STEPS, LOGGED = 6, 3
+
+
+def _fitted(folder: Path, layout: str, reference: str, **trainer: Any) -> Any:
+    made = Stored(folder=str(folder / "store")) if reference == "stored" else REFERENCES[reference]()
+    module, data = build(
+        folder.parent / "model", folder.parent / "train.jsonl", lora=reference == "off", reference=made, layout=layout,
+        loss=DPO(0.5), optimizer=sgd, schedule=ConstantWithWarmup(),
+    )  # fmt: skip
+    runner = make_trainer(
+        folder, max_steps=STEPS, log_every_n_steps=LOGGED, callbacks=[Guard()], gradient_clip_val=1.0,
+        val_check_interval=None, limit_val_batches=0, **trainer,
+    )  # fmt: skip
+    return module, data, runner
+
+
+def _on_the_device(folder: str) -> None:
+    """Fit every case on the simulated device; each step's meetings of host and device go into a file."""
+    import dataclasses
+
+    import simulated_gpu
+
+    multiprocessing.set_start_method("fork", force=True)  # for data workers
+    torch.set_num_threads(1)
+    kept = simulated_gpu.register()
+    for layout, reference in CASES:
+        path = Path(folder) / f"{layout}-{reference}"
+        found: dict[str, Any] = {}
+        try:
+            with simulated_gpu.Constructors():
+                module, data, trainer = _fitted(
+                    path, layout, reference, strategy=simulated_gpu.OneDevice(), accelerator="auto"
+                )
+                steps, loop = [], trainer.fit_loop.epoch_loop
+                advance = loop.advance
+
+                def counted(*args: Any, steps: Any = steps, advance: Any = advance) -> None:
+                    simulated_gpu.meetings.clear()
+                    advance(*args)
+                    steps.append([dataclasses.asdict(one) for one in simulated_gpu.meetings])
+
+                loop.advance = counted
+                trainer.fit(module, data)
+                loader = data.train_dataloader()
+                found = {
+                    "steps": steps, "loss": module.step_logger.last.values["loss"],
+                    "device": str(next(module.policy.parameters()).device), "shares": module.policy.shares,
+                    "workers": loader.num_workers, "stay": loader.persistent_workers, "pinned": loader.pin_memory,
+                }  # fmt: skip
+        except BaseException:
+            found = {"error": traceback.format_exc()}
+        path.with_suffix(".json").write_text(json.dumps(found))
+    del kept
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def fits(process_server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    """Of each case: what a fit on the simulated device did."""
+    folder = tmp_path_factory.mktemp("device")
+    make_model(folder / "model")
+    write_jsonl(folder / "train.jsonl", scored_rows(23))
+    process = process_server.Process(target=_on_the_device, args=(str(folder),))
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0
+    found = {case: json.loads((folder / f"{case[0]}-{case[1]}.json").read_text()) for case in CASES}
+    return found | {("", "folder"): {"folder": str(folder)}}
+
+
+@pytest.mark.parametrize(("layout", "reference"), CASES)
+def test_a_fit_inside_a_device_context_equals_one_on_the_cpu(layout: str, reference: str, fits: Any) -> None:
+    """Lightning builds the model where every new tensor is on the device: nothing there may rely on the host."""
+    found = fits[layout, reference]
+    assert "error" not in found, found["error"]
+    assert found["device"] == "simgpu:0"
+    assert found["shares"], "a check that fails for another reason than the model's must not turn sharing off"
+    folder = Path(fits["", "folder"]["folder"]) / f"cpu-{layout}-{reference}"
+    module, data, trainer = _fitted(folder, layout, reference)
+    trainer.fit(module, data)
+    assert found["loss"] == pytest.approx(module.step_logger.last.values["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("layout", "reference"), CASES)
+def test_a_plain_step_waits_for_the_device_once(layout: str, reference: str, fits: Any) -> None:
+    steps = fits[layout, reference]["steps"]
+    assert len(steps) == STEPS
+    for number, meetings in enumerate(steps[1:], 2):  # at the first, policy and reference are compared
+        waits = [one["place"] for one in meetings if one["waits"]]
+        logs = ["step_logger.py:_log_window"] if number % LOGGED == 0 else []
+        assert waits == ["guard.py:on_before_optimizer_step", *logs], (number, waits)
+
+
+@pytest.mark.parametrize(("layout", "reference"), CASES)
+def test_batches_are_prepared_by_workers_and_copied_from_pinned_memory(layout: str, reference: str, fits: Any) -> None:
+    found = fits[layout, reference]
+    assert (found["workers"], found["stay"], found["pinned"]) == (2, True, True)
+    for meetings in found["steps"]:
+        batches = [one for one in meetings if one["place"].startswith("types.py")]
+        assert len(batches) >= 10
+        assert all(one["pinned"] and not one["waits"] and not one["to_host"] for one in batches)
