@@ -42,6 +42,7 @@ from rap_lightning.batches.loader import PairLoader
 from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBatch, TokenLogps
 from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.distributed.deepspeed_checks import check_deepspeed_trainer
+from rap_lightning.distributed.fsdp2 import sum_replicas
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO, SFT, PreferenceLoss
 from rap_lightning.losses.contract import check_loss
@@ -53,7 +54,7 @@ from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references.base import Reference
 from rap_lightning.training import build, checks, out_of_memory
 from rap_lightning.training.protocols import data_of
-from rap_lightning.training.run_state import RunState, rescale_progress, step_size
+from rap_lightning.training.run_state import RunState, ends_step, rescale_progress, step_size
 from rap_lightning.training.schedules import CosineWithWarmup, Schedule
 from rap_lightning.training.step_logger import Split, StepLogger
 from rap_lightning.training.warm_up import WarmUp
@@ -182,6 +183,8 @@ class PreferenceModule(pl.LightningModule):
             self.passes, self._norm = [], None
         self._batch = batch
         *first, last = batch
+        assert self.policy is not None, "configure_model comes first"
+        sum_replicas(self.policy, False)
         for part in first:
             with out_of_memory.explained(self._doing("forward pass")):
                 loss = self._share_of_step(part)
@@ -189,6 +192,7 @@ class PreferenceModule(pl.LightningModule):
             # ranks only in the backward pass that follows training_step, when .grad holds the sum over all parts
             with torch.autocast(self.device.type, enabled=False):
                 trainer.strategy.backward(loss, None)
+        sum_replicas(self.policy, ends_step(trainer, batch_idx))
         # Lightning divides what training_step returns by accumulate_grad_batches. The share is already one of the whole
         # step (an epoch's last step may have fewer batches), so undo the division
         with out_of_memory.explained(self._doing("forward pass")):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -104,6 +105,9 @@ class FSDP2(ModelParallelStrategy):
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.root_device))
+            if isinstance(module, LightningModule):
+                # Where it computes: ``device`` follows ``to``, which would move the weights. Lightning 2.6 has no setter.
+                module._device = self.root_device
 
     # -- checkpoints: of an adapter, the adapter alone ------------------------------------------------------------
 

@@ -63,6 +63,16 @@ def shard(policy: Policy, sharding: Sharding) -> None:
     policy.computes_on = sharding.compute_device
 
 
+def sum_replicas(policy: Policy, wanted: bool) -> None:
+    """Say whether the next backward pass adds up gradients over replicas, which hold each part once (HSDP).
+
+    Within a replica gradients are reduced at every backward pass; over replicas they only need to be at a step's last.
+    Without replicas it has no effect.
+    """
+    if isinstance(policy, FSDPModule):
+        policy.set_requires_all_reduce(wanted)
+
+
 def reshard(policy: Policy) -> None:
     """Free gathered weights after a forward pass without a backward one.
 

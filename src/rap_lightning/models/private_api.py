@@ -1,6 +1,6 @@
-"""Private names of torch and transformers that have no public counterpart, each with its reason.
+"""Private names of torch, transformers and peft that have no public counterpart, each with its reason.
 
-Last checked with torch 2.13 and transformers 5.24. Everything else under ``models`` and ``distributed`` uses public
+Last checked with torch 2.13, transformers 5.24 and peft 0.21. Everything else under ``models`` and ``distributed`` uses public
 names.
 """
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # `F.scaled_dot_product_attention` picks this kernel on CPUs, but doesn't return its log-sum-exp, without which
 # attention over parts of the keys can't be merged; FlexAttention, which does return it, has no backward pass on CPUs.
@@ -99,6 +99,16 @@ def one_sequence_per_row() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = before
+
+
+def uses_adapter(module: nn.Module) -> bool:
+    """Return whether this is a layer with an adapter that takes part in ``forward``."""
+    return module.__dict__.get("_disable_adapters", getattr(type(module), "_disable_adapters", None)) is False
+
+
+def skip_adapter(layer: nn.Module, skipped: bool) -> None:
+    """Set what peft's layers look at in ``forward``; the public ``enable_adapters`` sets gradients too."""
+    layer.__dict__["_disable_adapters"] = skipped
 
 
 def is_stateful(model: Any) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import Policy, evaluating
+from rap_lightning.models.policy import Policy, adapters_off, evaluating
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references.base import Reference
 
@@ -38,9 +38,5 @@ class AdaptersOff(Reference):
     @torch.no_grad()
     def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
         """Run one forward pass with the adapter disabled."""
-        frozen = [p for p in policy.parameters() if not p.requires_grad]
-        with evaluating(policy), policy.model.disable_adapter():
-            logps: Tensor = policy(batch)
-        for p in frozen:  # peft makes all parameters of an adapter trainable when it enables it again
-            p.requires_grad_(False)
-        return logps
+        with evaluating(policy), adapters_off(policy):
+            return policy(batch)  # type: ignore[no-any-return]

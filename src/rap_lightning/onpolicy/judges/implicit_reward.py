@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.policy import adapters_off
 from rap_lightning.onpolicy.judges.model_judge import BatchJudge, EncodedResponse, ModelJudge, response_logps
 from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.preferences.judge import Verdict
@@ -60,7 +61,7 @@ class ImplicitReward(ModelJudge):
             if reference is not None:
                 base = response_logps(reference, batch)
             else:
-                with policy.model.disable_adapter():
+                with adapters_off(policy):
                     base = response_logps(policy, batch)
             return [
                 Verdict(one.item.id, self.beta * (a - b), notes={"logratio": a - b, "tokens": len(one.response)})
