@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -13,25 +14,30 @@ import pytest
 import torch
 
 from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
+from rap_lightning.batches.types import PairLogps
 from rap_lightning.callbacks import Guard
-from rap_lightning.losses import DPO
+from rap_lightning.losses import AOT, BCO, DPO, KTO, WPO, MarginDPO
 from rap_lightning.models.references.adapters_off import AdaptersOff
 from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.precomputed import Stored
+from rap_lightning.strategies import FSDP2
 from rap_lightning.training.schedules import ConstantWithWarmup
 
 REFERENCES = {"frozen": Frozen, "stored": Stored, "off": AdaptersOff}
+LOSSES = {"DPO": DPO, "AOT": AOT, "KTO": KTO, "WPO": WPO, "MarginDPO": MarginDPO}
 CASES = [
-    ("tree", "frozen"), ("tree", "stored"), ("tree", "off"), ("packed", "off"), ("padded", "frozen"),
+    ("tree", "frozen", "DPO"), ("tree", "stored", "AOT"), ("tree", "off", "WPO"), ("packed", "off", "MarginDPO"),
+    ("padded", "frozen", "KTO"),
 ]  # fmt: skip
+"""Each layout, each reference, and losses that sort the batch, pair it anew, look at tokens, and need rewards."""
 STEPS, LOGGED = 6, 3
 
 
-def _fitted(folder: Path, layout: str, reference: str, **trainer: Any) -> Any:
+def _fitted(folder: Path, layout: str, reference: str, loss: str, **trainer: Any) -> Any:
     made = Stored(folder=str(folder / "store")) if reference == "stored" else REFERENCES[reference]()
     module, data = build(
         folder.parent / "model", folder.parent / "train.jsonl", lora=reference == "off", reference=made, layout=layout,
-        loss=DPO(0.5), optimizer=sgd, schedule=ConstantWithWarmup(),
+        loss=LOSSES[loss](), optimizer=sgd, schedule=ConstantWithWarmup(),
     )  # fmt: skip
     runner = make_trainer(
         folder, max_steps=STEPS, log_every_n_steps=LOGGED, callbacks=[Guard()], gradient_clip_val=1.0,
@@ -42,21 +48,18 @@ def _fitted(folder: Path, layout: str, reference: str, **trainer: Any) -> Any:
 
 def _on_the_device(folder: str) -> None:
     """Fit every case on the simulated device; each step's meetings of host and device go into a file."""
-    import dataclasses
-
     import simulated_gpu
 
     multiprocessing.set_start_method("fork", force=True)  # for data workers
     torch.set_num_threads(1)
     kept = simulated_gpu.register()
-    for layout, reference in CASES:
-        path = Path(folder) / f"{layout}-{reference}"
+    for case in CASES:
+        path = Path(folder) / "-".join(case)
         found: dict[str, Any] = {}
         try:
             with simulated_gpu.Constructors():
-                module, data, trainer = _fitted(
-                    path, layout, reference, strategy=simulated_gpu.OneDevice(), accelerator="auto"
-                )
+                device = {"strategy": simulated_gpu.OneDevice(), "accelerator": "auto"}
+                module, data, trainer = _fitted(path, *case, **device)
                 steps, loop = [], trainer.fit_loop.epoch_loop
                 advance = loop.advance
 
@@ -76,12 +79,46 @@ def _on_the_device(folder: str) -> None:
         except BaseException:
             found = {"error": traceback.format_exc()}
         path.with_suffix(".json").write_text(json.dumps(found))
+    try:
+        with simulated_gpu.Constructors():
+            found = _offloaded(Path(folder) / "offload", simulated_gpu.DEVICE)
+    except BaseException:
+        found = {"error": traceback.format_exc()}
+    (Path(folder) / "offload.json").write_text(json.dumps(found))
     del kept
     os._exit(0)
 
 
+def _offloaded(folder: Path, device: str) -> dict[str, Any]:
+    """Place a module as fsdp2 with ``cpu_offload`` does, and let guard and metrics see a batch of the device."""
+
+    class Offloading(FSDP2):
+        root_device = torch.device(device)  # type: ignore[assignment]
+
+    module, data = build(
+        folder.parent / "model", folder.parent / "train.jsonl", loss=BCO(), optimizer=sgd, schedule=ConstantWithWarmup()
+    )
+    trainer = make_trainer(folder, max_steps=1)
+    trainer.fit(module, data)  # for its gradients, which stay on the host
+    strategy = Offloading(cpu_offload=True)
+    strategy.model = module
+    strategy.model_to_device()
+    (one,) = module.passes
+    batch, losses = one.batch.to(device), one.losses.to(device)
+    module.passes, module._norm = [dataclasses.replace(one, batch=batch, losses=losses)], None
+    Guard().on_before_optimizer_step(trainer, module, trainer.optimizers[0])
+    policy = PairLogps.from_segments(torch.zeros(8, device=device), batch.lengths)
+    module.step_logger.add("fit", losses, (losses, losses), policy, batch, {})
+    return {
+        "weights": sorted({str(p.device) for p in module.parameters()}),
+        "buffers": sorted({str(one.device) for one in module.buffers()}),
+        "computes": [str(module.device), str(module.gradient_norm().device)],
+        "loss": module.step_logger.metrics["fit"].compute()["loss"], "expected": float(losses.mean()),
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def fits(process_server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+def fits(process_server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]]:
     """Of each case: what a fit on the simulated device did."""
     folder = tmp_path_factory.mktemp("device")
     make_model(folder / "model")
@@ -90,26 +127,25 @@ def fits(process_server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[
     process.start()
     process.join(240)
     assert process.exitcode == 0
-    found = {case: json.loads((folder / f"{case[0]}-{case[1]}.json").read_text()) for case in CASES}
-    return found | {("", "folder"): {"folder": str(folder)}}
+    found = {case: json.loads((folder / f"{'-'.join(case)}.json").read_text()) for case in CASES}
+    return found | {"folder": folder, "offload": json.loads((folder / "offload.json").read_text())}
 
 
-@pytest.mark.parametrize(("layout", "reference"), CASES)
-def test_a_fit_inside_a_device_context_equals_one_on_the_cpu(layout: str, reference: str, fits: Any) -> None:
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_fit_inside_a_device_context_equals_one_on_the_cpu(case: Any, fits: Any) -> None:
     """Lightning builds the model where every new tensor is on the device: nothing there may rely on the host."""
-    found = fits[layout, reference]
+    found = fits[case]
     assert "error" not in found, found["error"]
     assert found["device"] == "simgpu:0"
     assert found["shares"], "a check that fails for another reason than the model's must not turn sharing off"
-    folder = Path(fits["", "folder"]["folder"]) / f"cpu-{layout}-{reference}"
-    module, data, trainer = _fitted(folder, layout, reference)
+    module, data, trainer = _fitted(fits["folder"] / f"cpu-{'-'.join(case)}", *case)
     trainer.fit(module, data)
     assert found["loss"] == pytest.approx(module.step_logger.last.values["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("layout", "reference"), CASES)
-def test_a_plain_step_waits_for_the_device_once(layout: str, reference: str, fits: Any) -> None:
-    steps = fits[layout, reference]["steps"]
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_plain_step_waits_for_the_device_once(case: Any, fits: Any) -> None:
+    steps = fits[case]["steps"]
     assert len(steps) == STEPS
     for number, meetings in enumerate(steps[1:], 2):  # at the first, policy and reference are compared
         waits = [one["place"] for one in meetings if one["waits"]]
@@ -117,11 +153,20 @@ def test_a_plain_step_waits_for_the_device_once(layout: str, reference: str, fit
         assert waits == ["guard.py:on_before_optimizer_step", *logs], (number, waits)
 
 
-@pytest.mark.parametrize(("layout", "reference"), CASES)
-def test_batches_are_prepared_by_workers_and_copied_from_pinned_memory(layout: str, reference: str, fits: Any) -> None:
-    found = fits[layout, reference]
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_batches_are_prepared_by_workers_and_copied_from_pinned_memory(case: Any, fits: Any) -> None:
+    found = fits[case]
     assert (found["workers"], found["stay"], found["pinned"]) == (2, True, True)
     for meetings in found["steps"]:
         batches = [one for one in meetings if one["place"].startswith("types.py")]
         assert len(batches) >= 10
         assert all(one["pinned"] and not one["waits"] and not one["to_host"] for one in batches)
+
+
+def test_with_offloaded_weights_everything_else_meets_on_the_device(fits: Any) -> None:
+    found = fits["offload"]
+    assert "error" not in found, found["error"]
+    assert found["weights"] == ["cpu"]
+    assert found["buffers"] == ["simgpu:0"]
+    assert found["computes"] == ["simgpu:0", "simgpu:0"], "of the module, and of the norm of gradients on the host"
+    assert found["loss"] == pytest.approx(found["expected"], rel=1e-6)

@@ -169,6 +169,20 @@ class PreferenceModule(pl.LightningModule):
 
     # -- one optimizer step ---------------------------------------------------------------------------------------
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Do what needs a batch's numbers while they are on the host: on a GPU each look at them waits for the device.
+
+        Raises:
+            DataError: the loss needs rewards, and a pair has none.
+        """
+        if isinstance(batch, PromptBatch):
+            return batch
+        for part in batch:
+            checks.check_rewards(self.active_loss, part)
+        if "unrelated" in self.active_loss.requires:
+            return tuple(dataclasses.replace(part, unrelated=unrelated(part)) for part in batch)
+        return batch
+
     def training_step(self, batch: tuple[Batch, ...], batch_idx: int) -> Tensor:
         """Return the batch's share of the step's loss, [].
 
@@ -214,10 +228,13 @@ class PreferenceModule(pl.LightningModule):
     def pair_step(self, batch: Batch, split: Split) -> Tensor:
         """Return the loss of each pair, [B] float32, and add the batch to the means that are logged."""
         loss = self.active_loss
-        other = unrelated(batch) if "unrelated" in loss.requires else None
+        other = (
+            batch.unrelated
+        )  # which on_before_batch_transfer has added, unless this is called with a batch of one's own
+        if other is None and "unrelated" in loss.requires:
+            other = unrelated(batch)
         policy = self._policy_logps(batch, other)
         reference = self._reference_logps(batch, other) if "reference" in loss.requires else None
-        checks.check_rewards(loss, batch)
         rewards = PairRewards(batch.rewards[:, 0], batch.rewards[:, 1], batch.goal_rewards)
         losses, implicit = self.pair_losses(policy, reference, rewards)
         self.step_logger.add(split, losses, implicit, policy, batch, loss.terms())

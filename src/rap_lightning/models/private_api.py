@@ -1,7 +1,7 @@
 """Private names of torch, transformers and peft that have no public counterpart, each with its reason.
 
-Last checked with torch 2.13, transformers 5.24 and peft 0.21. Everything else under ``models`` and ``distributed`` uses public
-names.
+Last checked with torch 2.13, transformers 5.24 and peft 0.21. Everything else under ``models`` and ``distributed`` uses
+public names.
 """
 
 from __future__ import annotations
