@@ -39,7 +39,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rap_lightning.batches.loader import PairLoader
-from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBatch, TokenLogps
+from rap_lightning.batches.types import Batch, PairLogps, PairRewards, PromptBatch, TokenLogps, copies_at_once
 from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.distributed.deepspeed_checks import check_deepspeed_trainer
 from rap_lightning.distributed.fsdp2 import sum_replicas
@@ -169,7 +169,7 @@ class PreferenceModule(pl.LightningModule):
 
     # -- one optimizer step ---------------------------------------------------------------------------------------
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def before_transfer(self, batch: Any) -> Any:
         """Do what needs a batch's numbers while they are on the host: on a GPU each look at them waits for the device.
 
         Raises:
@@ -179,9 +179,12 @@ class PreferenceModule(pl.LightningModule):
             return batch
         for part in batch:
             checks.check_rewards(self.active_loss, part)
-        if "unrelated" in self.active_loss.requires:
-            return tuple(dataclasses.replace(part, unrelated=unrelated(part)) for part in batch)
-        return batch
+        if "unrelated" not in self.active_loss.requires:
+            return batch
+        others = [unrelated(part) for part in batch]
+        if copies_at_once(self.trainer.strategy.root_device):
+            others = [other.pin_memory() for other in others]
+        return tuple(dataclasses.replace(part, unrelated=other) for part, other in zip(batch, others, strict=True))
 
     def training_step(self, batch: tuple[Batch, ...], batch_idx: int) -> Tensor:
         """Return the batch's share of the step's loss, [].
@@ -388,8 +391,9 @@ class PreferenceModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Load policy and reference, once, on every rank; shard them where the strategy brings a device mesh."""
         # "-true" precisions would round a batch's rewards and weights. Lightning's conversion would fail first: it
-        # refuses frozen dataclasses. Token ids need no converting.
-        self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        # refuses frozen dataclasses. Token ids need no converting. The hook on_before_batch_transfer comes right after
+        # it, but Lightning warns of a module that has one beside a data module.
+        self.trainer.precision_plugin.convert_input = self.before_transfer  # type: ignore[method-assign]
         if self.policy is not None:
             return
         check_deepspeed_trainer(self.trainer)
