@@ -2,6 +2,7 @@
 
 One optimizer step, as Lightning calls it (A batches are accumulated; ``training_step`` takes relabelled pairs)::
 
+    before_transfer(batch)                  each batch on the host; Lightning then copies it to the device
     for batch in the step's first A - 1 batches:
         training_step(batch)               gradients are zeroed at the first one; see "parts" there
             _share_of_step(part)           its share of the mean over all pairs of the step
@@ -231,9 +232,7 @@ class PreferenceModule(pl.LightningModule):
     def pair_step(self, batch: Batch, split: Split) -> Tensor:
         """Return the loss of each pair, [B] float32, and add the batch to the means that are logged."""
         loss = self.active_loss
-        other = (
-            batch.unrelated
-        )  # which on_before_batch_transfer has added, unless this is called with a batch of one's own
+        other = batch.unrelated  # added by before_transfer, unless this is called with a batch of one's own
         if other is None and "unrelated" in loss.requires:
             other = unrelated(batch)
         policy = self._policy_logps(batch, other)
@@ -393,7 +392,7 @@ class PreferenceModule(pl.LightningModule):
         # "-true" precisions would round a batch's rewards and weights. Lightning's conversion would fail first: it
         # refuses frozen dataclasses. Token ids need no converting. The hook on_before_batch_transfer comes right after
         # it, but Lightning warns of a module that has one beside a data module.
-        self.trainer.precision_plugin.convert_input = self.before_transfer  # type: ignore[method-assign]
+        self.trainer.precision_plugin.convert_input = self.before_transfer  # type: ignore[method-assign, assignment]
         if self.policy is not None:
             return
         check_deepspeed_trainer(self.trainer)
