@@ -67,7 +67,7 @@ def test_a_step_asks_the_device_for_no_number(layout: str, lora: bool, checkpoin
     assert trained
     assert all(p.grad is not None and p.grad.is_meta for p in trained)
     assert torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).is_meta
-    rewards = PairRewards(batch.rewards[:, 0], batch.rewards[:, 1], batch.origin != 0)
+    rewards = PairRewards(batch.rewards[:, 0], batch.rewards[:, 1], batch.goal_rewards)
     frozen = _pair_logps(batch, reference, collisions.detach(), more)
     # a loss sees log-probabilities, and nothing of how they were computed: all of them once for each layout
     for kind in [DPO] if lora or checkpointing else LOSSES:

@@ -38,7 +38,7 @@ def check_head(policy: Policy) -> float:
         input_ids=ids, position_ids=torch.arange(8, device=device)[None], attention_mask=torch.ones_like(ids),
         forest=None, predict_from=places, target=ids[0, 1:], segment=places * 0, lengths=places[:1],
         rewards=places[:0], goal_rewards=places[:0], origin=places[:0], weights=places[:0], fillers=0,
-        step_pairs=0,         loss_weights=places[:0], step_weight=0.0, digests=(), pair_ids=(), goals=(),
+        step_pairs=0, loss_weights=places[:0], step_weight=0.0, digests=(), pair_ids=(), goals=(),
     )  # fmt: skip
     with torch.no_grad(), evaluating(policy):
         ours = policy(batch)
