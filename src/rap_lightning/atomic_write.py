@@ -15,17 +15,20 @@ from rap_lightning.errors import ConfigError
 
 
 @contextmanager
-def atomic_file(path: Path, mode: str = "w", *, partial: Path | None = None) -> Iterator[IO[Any]]:
+def atomic_file(
+    path: Path, mode: str = "w", *, partial: Path | None = None, errors: str | None = None
+) -> Iterator[IO[Any]]:
     """Open a file that takes the place of ``path`` when the block succeeds, and is removed when it fails.
 
     Args:
         path: what was there before stays until then.
         mode: for text (UTF-8) or bytes.
         partial: the other name; by default one of this process, so that several may write the same file.
+        errors: how ``open`` handles text that UTF-8 can't encode.
     """
     partial = partial or path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        with _open_new(partial, mode, errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -34,6 +37,14 @@ def atomic_file(path: Path, mode: str = "w", *, partial: Path | None = None) -> 
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _open_new(path: Path, mode: str, errors: str | None) -> IO[Any]:
+    """Open a file that nobody else has made: in a shared folder, a link of that name could lead anywhere."""
+    path.unlink(missing_ok=True)  # what a killed process left
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    text = "b" not in mode
+    return os.fdopen(os.open(path, flags, 0o666), mode, encoding="utf-8" if text else None, errors=errors)
 
 
 @contextmanager

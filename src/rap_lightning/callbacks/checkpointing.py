@@ -192,7 +192,7 @@ class Checkpoints(ModelCheckpoint):
         module = trainer.lightning_module
         if not isinstance(module, PreferenceModule) or module.policy is None:
             return
-        broken = not_finite(module.policy)
+        broken = not_finite(module.policy, trained=True)
         if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
             error = NotFinite(
                 f"checkpoint {filepath} is not written: weights are not finite: {', '.join(broken[:3])} "

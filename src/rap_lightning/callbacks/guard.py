@@ -82,7 +82,7 @@ class Guard(pl.Callback):
     def _message(self, trainer: pl.Trainer, module: PreferenceModule) -> tuple[str, bool]:
         """Return what is not finite, and whether that includes weights; the same text on every rank."""
         assert module.policy is not None, "training builds the policy"
-        found = gathered((not_finite(module.policy), _offending(module.passes), _names(module)))
+        found = gathered((not_finite(module.policy, trained=True), _offending(module.passes), _names(module)))
         step = trainer.global_step + 1
         weights = sorted({text for texts, _, _ in found for text in texts})
         if weights:

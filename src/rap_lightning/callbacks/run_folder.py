@@ -6,10 +6,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+
+from rap_lightning.errors import ConfigError
+
+ROOM = 1 << 16
+"""Bytes that a run's folder must have room for: config, record and the first metrics."""
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -66,11 +72,28 @@ class _Claim:
 
     def __call__(self) -> int:
         version = self.next()
-        while self.trainer.is_global_zero:
+        while self.trainer.is_global_zero and not self._created(self.root / f"version_{version}"):
+            version += 1
+        return version
+
+    def _created(self, folder: Path) -> bool:
+        """Create the folder and a file in it; return False where another run has created the folder.
+
+        Raises:
+            ConfigError: nothing can be written there, so the run would train and leave nothing.
+        """
+        try:
             self.root.mkdir(parents=True, exist_ok=True)
             try:
-                os.mkdir(self.root / f"version_{version}")
-                break
+                os.mkdir(folder)
             except FileExistsError:
-                version += 1
-        return version
+                return False
+            with TemporaryFile(dir=folder) as file:
+                file.write(b"0" * ROOM)
+                file.flush()
+            return True
+        except OSError as error:
+            raise ConfigError(
+                f"the run's folder {folder} can't be written: {error.strerror}. Name another one with "
+                "--trainer.default_root_dir (or the logger's save_dir), or make room there."
+            ) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import atexit
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import yaml
@@ -32,12 +34,50 @@ def content_of(path: str) -> dict[str, Any]:
 def read_yaml(path: str) -> tuple[Any, str]:
     """The content of a YAML file, and why it can't be read."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8")), ""
+        return load_unique(Path(path).read_text(encoding="utf-8")), ""
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         return None, (f"line {mark.line + 1}, column {mark.column + 1}: " if mark else "") + str(error.problem)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         return None, str(error).splitlines()[0]
+
+
+def load_unique(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
+    """Load YAML, in which the last of two equal keys would silently win.
+
+    Raises:
+        yaml.MarkedYAMLError: a mapping has a key twice.
+    """
+    if text.count(":") > 1:
+        _refuse_duplicates(yaml.compose(text, yaml.SafeLoader))
+    return load(text)
+
+
+def _refuse_duplicates(node: Any) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for name, value in node.value:
+            if isinstance(name, yaml.ScalarNode) and (name.tag, name.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {name.value} is there twice", problem_mark=name.start_mark)
+            seen.add((name.tag, str(name.value)))
+            _refuse_duplicates(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_duplicates(value)
+
+
+def copy_pipes(args: Sequence[str]) -> list[str]:
+    """Return the arguments with configs that can be read only once, such as ``-c <(...)``, as temporary files."""
+    copied = list(args)
+    for path in configs_named(args):
+        if not Path(path).is_fifo():
+            continue
+        with NamedTemporaryFile("w", prefix="config-", suffix=".yaml", encoding="utf-8", delete=False) as file:
+            file.write(Path(path).read_text(encoding="utf-8", errors="replace"))
+        atexit.register(Path(file.name).unlink, missing_ok=True)
+        place = next(i for i, arg in enumerate(copied) if arg in (path, f"--config={path}", f"-c={path}"))
+        copied[place] = copied[place].removesuffix(path) + file.name
+    return copied
 
 
 def where(key: str, args: Sequence[str]) -> str:

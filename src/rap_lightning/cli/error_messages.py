@@ -12,13 +12,15 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import SequenceMatcher, get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import set_parsing_settings
+import yaml
+from jsonargparse import get_loader, set_loader, set_parsing_settings
 
-from rap_lightning.cli.config_files import configs_named, read_yaml, where
+from rap_lightning.cli.config_files import configs_named, load_unique, read_yaml, where
 from rap_lightning.cli.parser_internals import (
     Fault,
     actions_of,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     _Parser = argparse.ArgumentParser
 else:
     _Parser = object
+
+set_loader("yaml", partial(load_unique, load=get_loader("yaml")), exceptions=(yaml.YAMLError,))
 
 LIBRARIES = ("rap_lightning", "lightning", "jsonargparse", "argparse", "yaml", "torch", "transformers", "inspect")
 MOST_LISTED = 12

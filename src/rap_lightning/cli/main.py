@@ -5,6 +5,7 @@ It answers --help and --version itself, for importing torch and Lightning takes 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
@@ -13,6 +14,9 @@ from pickle import UnpicklingError
 from rap_lightning import __version__
 from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
 from rap_lightning.errors import UserError, print_error
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+"""Reasons of the system that a user can remove; the name of the file says where."""
 
 HELP = f"""rap-lightning {__version__}: reward-augmented preference alignment on Lightning
 
@@ -110,9 +114,14 @@ def _main(args: list[str]) -> None:
 
     adapt_to_terminal()
     try:
+        from rap_lightning.cli.config_files import copy_pipes
         from rap_lightning.commands.configs import refuse_absent
 
         refuse_absent(args)
+        if (copied := copy_pipes(args)) != args:
+            if args == sys.argv[1:]:
+                sys.argv[1:] = copied  # processes of other devices are started with these
+            args = copied
         if args[0] in TRAINER_COMMANDS:
             from rap_lightning.cli.trainer_cli import run
 
@@ -130,6 +139,11 @@ def _main(args: list[str]) -> None:
     except UnpicklingError as error:
         reason = str(error).splitlines()[0]
         sys.exit(_fail(f"refused to load the checkpoint, which holds more than plain values and tensors: {reason}"))
+    except OSError as error:
+        if error.errno not in UNWRITABLE or error.filename is None:
+            raise
+        advice = "Make room there, let this user write to it, or name another place."
+        sys.exit(_fail(f"{error.filename} can't be written or read: {error.strerror}. {advice}"))
     except Exception as error:
         if not _is_from_lightning(error):
             raise

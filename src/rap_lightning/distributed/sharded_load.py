@@ -21,7 +21,7 @@ from rap_lightning.distributed.fsdp2 import Sharding, shard
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig, silence_dropout_layers
-from rap_lightning.models.pretrained import unexpected_weights
+from rap_lightning.models.pretrained import check_generation_config, unexpected_weights
 from rap_lightning.models.private_api import save_under_own_names, skip_initialization
 
 INDEX = "model.safetensors.index.json"
@@ -96,6 +96,7 @@ def blank_model(config: PolicyConfig, dtype: torch.dtype) -> tuple[Any, str]:
         silence_dropout_layers(model)
     model.tie_weights()
     try:
+        check_generation_config(config.path)
         model.generation_config = GenerationConfig.from_pretrained(config.path, revision=config.revision)
     except OSError:
         pass  # a model without such a file keeps its own defaults

@@ -88,11 +88,16 @@ def same_base(one: str, other: str) -> bool:
 
 
 @torch.no_grad()
-def not_finite(policy: Policy) -> list[str]:
-    """Return the trained parameters with infinite or NaN values, and how many; of sharded ones this rank's part."""
+def not_finite(policy: Policy, *, trained: bool = False) -> list[str]:
+    """Return the parameters with infinite or NaN values, and how many; of sharded ones this rank's part.
+
+    Args:
+        policy: whose weights.
+        trained: only those that are trained.
+    """
     found = []
     for name, p in policy.named_parameters():
         local = p.to_local() if isinstance(p, DTensor) else p
-        if p.requires_grad and not local.isfinite().all():
+        if (p.requires_grad or not trained) and not local.isfinite().all():
             found.append(f"{name} ({int((~local.isfinite()).sum()):,} of {local.numel():,} values)")
     return found

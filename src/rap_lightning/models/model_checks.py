@@ -5,6 +5,7 @@ No list of names says which models work: each is compared with itself on a few t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from rap_lightning.batches.dataset import Example
 from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, join_some
 from rap_lightning.models.attention import Seen, declared_windows, forest_attention
+from rap_lightning.models.digests import not_finite
 from rap_lightning.models.logps import Head
 from rap_lightning.models.policy import Policy, evaluating
 
@@ -45,6 +47,13 @@ def check_head(policy: Policy) -> float:
         logits = policy.gathered(lambda: policy.causal_lm(input_ids=ids, use_cache=False).logits)[0, :-1]
         theirs = logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     difference = float((ours - theirs).abs().max())
+    if not math.isfinite(difference):
+        names = not_finite(policy)
+        raise ConfigError(
+            f"the model at {policy.causal_lm.config.name_or_path} gives log-probabilities that are not numbers: "
+            f"{f'not finite: {join_some(names)}' if names else f'{ours.dtype} overflows in it'}. "
+            "Restore its files, or load it in float32 or bfloat16."
+        )
     if not difference <= (EXACT if ours.dtype == logits.dtype else ROUNDED):
         raise ConfigError(
             f"{type(policy.causal_lm).__name__}: response log-probabilities differ by {difference:.3g} nats from those "

@@ -6,6 +6,7 @@ them, and ignores those that the model has no place for; it only prints a table.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -70,6 +71,7 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
     """
     from safetensors import SafetensorError
 
+    check_generation_config(path)
     try:
         # with `ignore_mismatched_sizes`, shapes are returned and can be named instead of raising a bare RuntimeError
         model, found = factory.from_pretrained(
@@ -93,7 +95,32 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
             f"{facts}. transformers would draw missing ones at random and ignore unexpected ones. Restore the files, "
             "or correct config.json (number of layers, tie_word_embeddings, architecture)."
         )
+    if broken := [name for name, p in model.named_parameters() if not _finite(p)]:
+        raise OtherWeights(
+            f"{option} {path}: {len(broken)} weights have values that are infinite or not a number ({join_some(broken)}"
+            "). The files are damaged, or of a run that diverged. Use others."
+        )
     return model
+
+
+def _finite(values: torch.Tensor) -> bool:
+    """Return whether all values are numbers, by their extremes: that takes no copy of them."""
+    if values.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not values.numel():
+        return True
+    return all(bool(one.isfinite()) for one in values.detach().aminmax())
+
+
+def check_generation_config(path: str) -> None:
+    """Raise ValueError for a generation config that is no JSON object; transformers ignores what isn't JSON."""
+    file = Path(path) / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} is not JSON: {error}. Restore or remove it.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name} holds {type(found).__name__} instead of options. Restore or remove it.")
 
 
 def unexpected_weights(model: Any, names: Iterable[str]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from rap_lightning.atomic_write import atomic_file
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy.jsonl_ledger import write_atomically, write_json, write_lines
 from rap_lightning.onpolicy.model_source import ModelSource
@@ -110,7 +111,6 @@ def write_view(pairs: Path, rules: Rules, policy: ModelSource, output: Path) -> 
     """Write the relabelled pairs as training sees them, for inspection: messages, goals, origins."""
     tokenizer = policy.tokenizer()
     placement = resolve_placement(tokenizer, rules.goal.placement if rules.goal is not None else "auto")
-    partial = output.with_name(f".{output.name}.partial")
     read = list(read_pairs(Source(str(pairs)), "train", rules, DataReport(pairs.name, "train"), progress=False))
-    write_parquet(partial, [relabelled_batch(read, rules, placement, shows_system(tokenizer))])
-    partial.rename(output)
+    with atomic_file(output, "wb") as file:
+        write_parquet(file, [relabelled_batch(read, rules, placement, shows_system(tokenizer))])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rap_lightning.atomic_write import atomic_file
 from rap_lightning.preferences.pairs import BadRow, Pair
 
 KINDS = {
@@ -216,13 +217,11 @@ def merge_spans(one: Span | None, other: Span | None) -> Span | None:
 
 def write_rows(path: Path, reports: Iterable[DataReport]) -> int:
     """Write the rows that reports noted as JSON lines; return their number. The file appears once it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
     count = 0
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with atomic_file(path, errors="backslashreplace") as file:
         for report in reports:
             of = {"source": report.source, "split": report.split}
             rows = report.rows or []
             file.writelines(json.dumps(of | row, ensure_ascii=False) + "\n" for row in rows)
             count += len(rows)
-    partial.replace(path)
     return count

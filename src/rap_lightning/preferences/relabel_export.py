@@ -6,8 +6,9 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+from rap_lightning.atomic_write import atomic_file
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.relabelling import relabel
 from rap_lightning.preferences.rendering import with_goal
@@ -30,6 +31,8 @@ class ShardedFolder:
 
     def open(self) -> int:
         """Create or resume the folder; return how many shards it has."""
+        if self.partial.is_symlink():  # in a shared folder, it could lead anywhere
+            self.partial.unlink()
         manifest = self.partial / MANIFEST
         if manifest.is_file() and json.loads(manifest.read_text())["key"] == self.key:
             return len(list(self.partial.glob("*.parquet")))
@@ -43,9 +46,8 @@ class ShardedFolder:
 
     def write(self, name: str, batches: Iterable[Any]) -> None:
         """Write one shard, which appears once it is complete."""
-        unfinished = self.partial / f"{name}.unfinished"
-        write_parquet(unfinished, batches)
-        unfinished.rename(self.partial / name)
+        with atomic_file(self.partial / name, "wb") as file:
+            write_parquet(file, batches)
 
     def close(self, card: str) -> None:
         """Add the card, and move the folder to its final name."""
@@ -56,11 +58,11 @@ class ShardedFolder:
         self.partial.rename(self.output)
 
 
-def write_parquet(path: Path, batches: Iterable[Any]) -> None:
+def write_parquet(file: IO[bytes], batches: Iterable[Any]) -> None:
     """Write record batches with the columns of :func:`schema`."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetWriter(path, schema(), compression="zstd", compression_level=1) as writer:
+    with pq.ParquetWriter(file, schema(), compression="zstd", compression_level=1) as writer:
         for batch in batches:
             writer.write_batch(batch)
 
