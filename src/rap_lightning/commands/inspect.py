@@ -10,11 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rap_lightning.commands.goal_table import check_options, print_probes, probe_goals
 from rap_lightning.commands.options import load_tokenizer
 from rap_lightning.commands.options import run as run_function
 from rap_lightning.errors import ConfigError, DataError, print_error
 from rap_lightning.preferences.data_report import DataReport, write_rows
 from rap_lightning.preferences.data_stats import PairStatistics
+from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import BadRow, Pair
 from rap_lightning.preferences.read_pairs import read_pairs, unreached_goal_note
 from rap_lightning.preferences.reading_options import ReadingOptions
@@ -49,6 +51,9 @@ def inspect(
     examples: int | None = None,
     dropped: str | None = None,
     json: bool = False,
+    model: str | None = None,
+    goals: list[GoalTemplate] | None = None,
+    probe_pairs: int | None = None,
     **reading: Any,
 ) -> int:
     """Show what would be trained on: rows kept and dropped with reasons, rewards, gaps, lengths, two pairs as
@@ -71,8 +76,17 @@ def inspect(
         dropped: a file to write (json lines) that lists every row left out, repaired, cut or noted: file, line or row,
             column and reason.
         json: print one JSON document for machines instead of tables.
+        model: folder or Hub id of the model to train, in the place of tokenizer; with it, some pairs tell whether the
+            model reads goals: how far its margins move between a pair's two goals, and how much of plain DPO's gradient
+            is left where the two halves of a pair meet. A 135M model takes a minute or two on a CPU.
+        goals: goal templates that are probed on the same pairs instead of that of goal, to compare texts and
+            placements.
+        probe_pairs: pairs that are probed, those with the widest gaps of four times as many; by default 12.
         reading: how rows become pairs.
     """
+    if model is not None and tokenizer is not None:
+        raise ConfigError("--tokenizer has no effect with --model, which has one; remove one of the two.")
+    tokenizer = tokenizer or model
     if max_length is not None and tokenizer is None:
         raise ConfigError("--max_length has no effect without --tokenizer, which says what a token is.")
     if examples is not None and json:
@@ -88,6 +102,7 @@ def inspect(
     read = ReadingOptions(source, rewards=None, tool_turns=tokenizer is not None, **reading)
     if tokenizer is None and read.template:
         raise ConfigError("--chat_template has no effect without --tokenizer (nor has chat_template_kwargs); name one.")
+    check_options(model, goals, probe_pairs, read.goal)
     encode = None if tokenizer is None else _pair_encoder(tokenizer, read, max_length)
     splits = [split] if split is not None else splits_among(read.sources)
     fitted = read.fit_on_training_split(splits)
@@ -109,10 +124,15 @@ def inspect(
     faulty = any(report.faults for report in reports)
     empty = [f"{report.source} (split {report.split})" for report in reports if not report.pairs]
     listed = write_rows(target, reports) if target is not None else 0
+    probes = []
+    if model is not None and not faulty and reports and reports[0].pairs:
+        probes = probe_goals(model, goals, probe_pairs, read, splits[0], max_length)
     if json:
         documents = [{**one.report.as_dict(), "figures": one.statistics.as_dict()} for one in inspected]
         scale = read.goal.record()["scale"] if read.goal is not None else None
         found = {"splits": documents, "scale": scale, "notes": notes, "faults": faulty or bool(empty)}
+        if probes:
+            found["probes"] = [one.as_dict() for one in probes]
         print(jsonlib.dumps(found, ensure_ascii=False))
         return int(faulty or bool(empty))
     if fitted and read.goal is not None:
@@ -121,6 +141,8 @@ def inspect(
         print("every pair is shown once; the sources' weights apply in training")
     for name, note in notes.items():
         print(f"{name}: {note}")
+    if probes:
+        print_probes(probes)
     if target is not None:
         print(f"{dropped}: {listed:,} rows listed")
     if faulty:

@@ -1,0 +1,158 @@
+"""The probe: how far margins move between a pair's two goals, and which gradient is left where its halves meet."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import pairs_of, run_command, scored_rows, write_jsonl
+from rap_lightning.batches.encode import Encoder
+from rap_lightning.errors import DataError
+from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
+from rap_lightning.training.goal_probe import (
+    GoalProbe,
+    advice,
+    encode_halves,
+    load_policy,
+    mean_shift,
+    measure_margins,
+    probe_goal,
+    sample_pairs,
+)
+
+
+class Silent(GoalTemplate):
+    """The same text under every goal."""
+
+    def text(self, goal: float) -> str:  # type: ignore[override]
+        return "Answer well."
+
+
+def wide_rows(count: int) -> list[dict[str, Any]]:
+    rows = scored_rows(count)
+    for number, row in enumerate(rows):
+        row["score_chosen"], row["score_rejected"] = 9.5, 2.0 + number / count
+    return rows
+
+
+def test_the_gradient_that_is_left_is_that_of_full_sequences_by_another_route(tiny: Path) -> None:
+    """Log-probs from the model's own logits, gradients of B alone."""
+    pairs, _ = pairs_of(wide_rows(3))
+    policy, tokenizer, goal = (
+        load_policy(str(tiny), torch.float64),
+        PolicyConfig(str(tiny)).load_tokenizer(),
+        OverallGoal(),
+    )
+    found = probe_goal(policy, goal, pairs, tokenizer, 512)
+    b = [p for name, p in policy.named_parameters() if "lora_B" in name]
+    encoder, total, shares, shifts = Encoder(tokenizer, goal, 512), [0.0, 0.0], [], []
+    for high, low in encode_halves(pairs, encoder):
+        gradients, margins = [], []
+        for prompt in (high.prompt_ids, low.prompt_ids):
+            logps = []
+            for response in (high.chosen_ids, high.rejected_ids):
+                ids = torch.tensor([[*prompt, *response]])
+                logits = policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                logps.append(logits.gather(1, torch.tensor(response)[:, None]).sum())
+            margins.append(logps[0] - logps[1])
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(margins[-1], b)]))
+        shifts.append(float((margins[0] - margins[1]).detach()))
+        shares.append(float((gradients[0] - gradients[1]).norm() / (gradients[0].norm() + gradients[1].norm())))
+        total = [t + g for t, g in zip(total, gradients, strict=True)]
+    assert found.shift.value == pytest.approx(sum(shifts) / 3, abs=1e-5)
+    assert found.left == pytest.approx(sum(shares) / 3, rel=1e-4)
+    assert found.left_of_mean == pytest.approx(
+        float((total[0] - total[1]).norm() / sum(t.norm() for t in total)), rel=1e-4
+    )
+    assert 0 < found.left_of_mean < 1
+    halves = encode_halves(pairs, encoder)
+    assert measure_margins(policy, halves, 0) == pytest.approx(shifts, abs=1e-5), "the cheap way is the same shift"
+
+
+def test_the_same_pairs_are_probed_whatever_their_order() -> None:
+    pairs, _ = pairs_of(scored_rows(60))
+    drawn = sample_pairs(pairs, 5, 1)
+    assert drawn == sample_pairs(reversed(pairs), 5, 1)
+    assert drawn != sample_pairs(pairs, 5, 2)
+    gaps = sorted(pair.rewards[0] - pair.rewards[1] for pair in pairs)
+    assert min(pair.rewards[0] - pair.rewards[1] for pair in drawn) > gaps[len(gaps) // 2], "wide ones"
+
+
+def test_advice_names_what_helps_only_where_goals_are_not_read() -> None:
+    shift = mean_shift([0.1, 0.2, 0.3])
+    assert shift.value == pytest.approx(0.2)
+    assert shift.low is not None
+    assert shift.high is not None
+    assert shift.low < 0.2 < shift.high
+    blind, sees = (GoalProbe(name, 3, shift, share, share) for name, share in (("Blind", 0.03), ("Sees", 0.6)))
+    assert "hardly reads goals: 3.0%" in advice([blind])
+    for word in ("--goals", "warm_up", "AdapterStrength"):
+        assert word in advice([blind])
+    assert (
+        advice([blind, sees])
+        == "The model reads goals: 60.0% of plain DPO's gradient is left with Sees; train with it."
+    )
+
+
+def test_inspect_prints_a_line_for_each_template(tiny: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "rows.jsonl", wide_rows(16))
+    goals = json.dumps(["OverallGoal", {"class_path": "OverallGoal", "init_args": {"placement": "user"}}])
+    ask = ["inspect", "--source", str(source), "--model", str(tiny), "--probe_pairs", "3", "--examples", "0"]
+    shown = run_command(*ask, "--goals", goals)
+    assert shown.returncode == 0, shown.stderr
+    assert "OverallGoal, user" in shown.stdout
+    assert "of plain DPO's gradient is left" in shown.stdout
+    shown = run_command(*ask[:-2], "--json")
+    assert shown.returncode == 0, shown.stderr
+    (one,) = json.loads(shown.stdout)["probes"]
+    assert (one["goal"], one["pairs"]) == ("OverallGoal", 3)
+    assert 0 < one["left"] <= 1
+    assert math.isfinite(one["shift"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--goal", "null", "--model", "MODEL"], "--goal null states none"),
+        (["--goals", "[OverallGoal]"], "--goals has no effect without --model"),
+        (["--probe_pairs", "3"], "--probe_pairs has no effect without --model"),
+        (["--model", "MODEL", "--tokenizer", "MODEL"], "--tokenizer has no effect with --model"),
+        (["--model", "MODEL", "--goals", "[]"], "--goals is an empty list"),
+        (["--model", "MODEL", "--probe_pairs", "1"], "at least 2"),
+        (["--model", "MODEL", "--goals", "[test_goal_probe.Silent]"], "states the same goal for both responses"),
+        (["--model", "MODEL", "--max_length", "20"], "No pair is left"),
+        (
+            ["--model", "MODEL", "--goals", '[{"class_path": "AttributeGoal", "init_args": {"attributes": ["kind"]}}]'],
+            "AttributeGoal states kind, which",
+        ),
+    ],
+)
+def test_a_probe_that_can_say_nothing_is_refused_in_a_sentence(
+    more: list[str], message: str, tiny: Path, tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "rows.jsonl", wide_rows(6))
+    args = ["inspect", "--source", str(source), "--examples", "0", *(str(tiny) if a == "MODEL" else a for a in more)]
+    shown = run_command(*args)
+    assert shown.returncode in (1, 2)
+    assert message in " ".join(shown.stderr.split()), shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
+def test_a_template_without_room_for_a_response_says_so(tiny: Path) -> None:
+    pairs, _ = pairs_of(wide_rows(3))
+    encoder = Encoder(PolicyConfig(str(tiny)).load_tokenizer(), OverallGoal(), 20)
+    with pytest.raises(DataError, match="OverallGoal: no pair can be encoded: "):
+        encode_halves(pairs, encoder)
+
+
+def test_data_without_scores_have_nothing_to_probe(tiny: Path, tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if not k.startswith("score")} for row in wide_rows(6)]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    shown = run_command("inspect", "--source", source, "--model", tiny)
+    assert shown.returncode in (1, 2)
+    assert "score" in shown.stderr
+    assert "Traceback" not in shown.stderr
