@@ -371,3 +371,62 @@ def test_policy_is_a_module_whose_head_runs_inside_forward(tiny: Path) -> None:
         Head.token_logps = original  # type: ignore[method-assign]
     assert inside == [True]
     assert isinstance(policy, Policy)
+
+
+def test_an_accelerator_computes_a_gibibyte_of_logits_at_a_time_in_whole_tiles() -> None:
+    meta = torch.device("meta")
+    for vocabulary, rows in ((128_256, 2048), (256_000, 1024), (49_152, 5376), (3_000_000, 128)):
+        first, *_, last = logps._chunks(10_000, vocabulary, torch.float32, meta)
+        assert first == slice(0, rows)
+        assert last.stop == 10_000
+    chunks: list[int] = []
+    made = torch.zeros(3000, 4, dtype=torch.bfloat16, device=meta)
+    with pytest.MonkeyPatch.context() as patch:
+        original = logps._logits
+        patch.setattr(logps, "_logits", lambda *args: chunks.append(len(args[0])) or original(*args))
+        weight = torch.zeros(128_256, 4, dtype=torch.bfloat16, device=meta, requires_grad=True)
+        target = torch.zeros(3000, dtype=torch.int64, device=meta)
+        Head(weight, None).token_logps(made, target).sum().backward()
+        Head(weight, None).log_collisions(made)
+    assert chunks == [2048, 952] * 3
+
+
+def mixed_product(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+    """What torch.mm does on CUDA: bfloat16 factors, sums in float32 that are not rounded."""
+    assert (a.dtype, b.dtype, out_dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    return a.float() @ b.float()
+
+
+def test_bfloat16_logits_are_summed_in_float32_where_the_device_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 64).bfloat16().requires_grad_()
+    weight = (torch.randn(1000, 64) * 0.5).bfloat16().requires_grad_()
+    target, up = torch.randint(1000, (300,)), torch.randn(300)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    table = (exact[0] @ exact[1].T).log_softmax(-1)
+    truth = table[torch.arange(300), target]
+    expected = torch.autograd.grad(truth, exact, up.double())
+    head = Head(weight, None)
+    rounded = float((head.token_logps(hidden, target) - truth).detach().abs().mean())
+
+    add, multiply = torch.addmm, torch.mm
+
+    def add_mixed(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: int, out: torch.Tensor, **more: Any):  # type: ignore[no-untyped-def]
+        return add(total, a.float(), b.float(), beta=beta, out=out) if more else add(total, a, b, beta=beta, out=out)
+
+    monkeypatch.setattr(logps, "multiplies_into_float32", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", lambda a, b, **more: mixed_product(a, b, **more) if more else multiply(a, b))
+    monkeypatch.setattr(torch, "addmm", add_mixed)
+    monkeypatch.setattr(logps, "CHUNK_BYTES", 128 * 1000 * 4)
+    for kept in (0, 2**30):
+        monkeypatch.setattr(logps, "KEPT_BYTES", kept)
+        logps_now = head.token_logps(hidden, target)
+        assert float((logps_now - truth).detach().abs().mean()) < 1e-5 < 1e-3 < rounded
+        for ours, theirs in zip(torch.autograd.grad(logps_now, (hidden, weight), up), expected, strict=True):
+            assert float((ours - theirs).norm() / theirs.norm()) < 4e-3  # half a unit in the last place of bfloat16
+
+
+def test_a_device_that_does_not_multiply_into_float32_is_found_by_trying() -> None:
+    """CPUs can't, in torch 2.13."""
+    assert not logps.multiplies_into_float32(torch.device("cpu"), torch.bfloat16)
+    assert not logps.multiplies_into_float32(torch.device("meta"), torch.bfloat16)

@@ -28,6 +28,7 @@ from rap_lightning.batches.types import Forest
 from rap_lightning.models import blockwise_attention, flex_attention, masked_attention, varlen_attention
 from rap_lightning.models.attention_check import passes
 from rap_lightning.models.attention_choice import Choice, Demand, Machine, choices
+from rap_lightning.models.autocast import autocast_dtype
 from rap_lightning.models.masked_attention import AttentionCall
 from rap_lightning.models.private_api import attention_implementation, use_attention
 
@@ -100,10 +101,9 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Compute attention as transformers calls it: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
     # kernels take one dtype; under autocast a model that rotates in float32 passes float32 queries and bfloat16 values
-    device = query.device.type
     dtype = value.dtype
-    if dtype == torch.float32 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if dtype == torch.float32:
+        dtype = autocast_dtype(query.device) or dtype
     call = AttentionCall(
         query.to(dtype), key.to(dtype), value.to(dtype), forest,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -11,17 +11,21 @@ the backward pass; the others are computed again.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.autocast import autocast_dtype, without_autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_BYTES = 256 * 2**20  # float32 logits computed at a time
+CHUNK_BYTES = 256 * 2**20  # float32 logits computed at a time on a CPU
+ACCELERATOR_CHUNK_BYTES = 2**30  # and elsewhere: each chunk's backward pass reads and writes the whole gradient of W
+TILE = 128  # rows of a GPU's matrix product; a chunk of 523 rows would take the time of 640
 KEPT_BYTES = 512 * 2**20  # float32 logits that one forward pass may keep for its backward pass
 INVERTIBLE_CAP = 40.0  # soft cap up to which z can be recovered from e^(z - max): e^-80 is far from underflow
 ROWS_IN_CACHE = 8  # of logits, on a CPU: 1.5 MB at 49,152 tokens, 8 MB at 256,000
@@ -83,7 +87,7 @@ class Head:
         wide = torch.float64 if compute == torch.float64 else torch.float32
         cast = self.weight.to(compute)
         found = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        for part in _chunks(len(hidden), self.weight.shape[0], wide):
+        for part in _chunks(len(hidden), self.weight.shape[0], wide, hidden.device):
             logits = _logits(hidden[part], cast, self.bias, self.scale, self.softcap, compute, wide)
             log_z = torch.logsumexp(logits, -1)
             found[part] = torch.logsumexp(2 * logits, -1) - 2 * log_z
@@ -91,9 +95,7 @@ class Head:
 
     def _compute_dtype(self, hidden: Tensor) -> torch.dtype:
         """The dtype of the matrix products: autocast's, or the weight's. Logits are float32 (float64) either way."""
-        if torch.is_autocast_enabled(hidden.device.type):
-            return torch.get_autocast_dtype(hidden.device.type)
-        return self.weight.dtype
+        return autocast_dtype(hidden.device) or self.weight.dtype
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -121,7 +123,7 @@ class _TokenLogps(torch.autograd.Function):
         top, total = torch.empty_like(logps), torch.empty_like(logps)
         kept: dict[int, Tensor] = {}
         room = KEPT_BYTES if keep and (softcap is None or softcap <= INVERTIBLE_CAP) else 0
-        for number, part in enumerate(_chunks(len(hidden), weight.shape[0], wide)):
+        for number, part in enumerate(_chunks(len(hidden), weight.shape[0], wide, hidden.device)):
             logits = _logits(hidden[part], cast, bias, scale, softcap, compute, wide)
             logps[part] = logits.gather(-1, target[part, None])[:, 0]
             _exponentiate(logits, top[part], total[part])
@@ -139,13 +141,13 @@ class _TokenLogps(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = total.dtype
         # dtypes are chosen here, also where an autocast region is open around the backward pass
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             cast = weight.to(ctx.compute)
             grad_hidden = torch.empty_like(hidden) if need_hidden else None
             grad_weight = torch.empty(weight.shape, dtype=wide, device=weight.device) if need_weight else None
             grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if need_bias else None
             factor = grad * (-ctx.scale / total)
-            parts = _chunks(len(hidden), weight.shape[0], wide)
+            parts = _chunks(len(hidden), weight.shape[0], wide, hidden.device)
             if grad_weight is not None and not parts:
                 grad_weight.zero_()
             for number, part in enumerate(parts):
@@ -162,7 +164,7 @@ class _TokenLogps(torch.autograd.Function):
                     grad_bias += factor[part] @ slopes
                 slopes = slopes.to(ctx.compute)
                 if grad_hidden is not None:
-                    grad_hidden[part] = ((slopes @ cast).to(wide) * rows).to(hidden.dtype)
+                    grad_hidden[part] = (_product(slopes, cast, wide) * rows).to(hidden.dtype)
                 if grad_weight is not None:
                     scaled = (hidden[part].to(wide) * rows).to(ctx.compute)
                     _add_product(grad_weight, slopes.T, scaled, first=number == 0)
@@ -196,7 +198,7 @@ def _exponentiate(logits: Tensor, top: Tensor, total: Tensor | None) -> None:
 
 def _slope_of_cap(logits: Tensor, softcap: float | None) -> Tensor | None:
     """Return the derivative of the soft cap at capped logits: 1 - (z / c)^2."""
-    return None if softcap is None else 1 - (logits / softcap) ** 2
+    return None if softcap is None else (logits / softcap).square_().neg_().add_(1)
 
 
 def _to_slopes(powers: Tensor, total: Tensor, target: Tensor, cap: Tensor | None) -> Tensor:
@@ -206,20 +208,54 @@ def _to_slopes(powers: Tensor, total: Tensor, target: Tensor, cap: Tensor | None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """Add a @ b to ``total``, in place where the dtypes are equal, which saves a copy of the head's weight.
+    """Add a @ b to ``total``, in place where the product can have its dtype, which saves a copy of the head's weight.
 
     At ``first`` the total is overwritten. bfloat16 products are summed in the total's float32.
     """
+    beta = 0 if first else 1
     if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif multiplies_into_float32(a.device, a.dtype) and total.dtype == torch.float32:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
     elif first:
         total.copy_(a @ b)
     else:
         total += a @ b
 
 
-def _chunks(count: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (vocabulary * dtype.itemsize))
+def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """Return a @ b in ``wide``; where the device can, without rounding the sums to the operands' bfloat16 before.
+
+    A logit of 20 is rounded by up to 0.06 in bfloat16, and its log-probability with it.
+    """
+    if wide == torch.float32 and multiplies_into_float32(a.device, a.dtype):
+        product: Tensor = torch.mm(a, b, out_dtype=wide)
+        return product
+    return (a @ b).to(wide)
+
+
+@cache
+def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a device multiplies half-precision matrices into float32: torch 2.8 and newer, on CUDA. Tried."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    with without_autocast(device):
+        try:
+            a = torch.ones(16, 16, dtype=dtype, device=device)
+            total = torch.full((16, 16), torch.nan, device=device)
+            torch.addmm(total, a, a.T, beta=0, out_dtype=torch.float32, out=total)
+            torch.addmm(total, a, a.T, beta=1, out_dtype=torch.float32, out=total)
+            total += torch.mm(a, a, out_dtype=torch.float32)
+        except (RuntimeError, TypeError):  # no kernel, or an older torch that doesn't know the argument
+            return False
+        return bool((total == 48).all())
+
+
+def _chunks(count: int, vocabulary: int, dtype: torch.dtype, device: torch.device | None = None) -> list[slice]:
+    row = vocabulary * dtype.itemsize
+    size = max(1, CHUNK_BYTES // row)
+    if device is not None and device.type != "cpu":
+        size = max(TILE, ACCELERATOR_CHUNK_BYTES // row // TILE * TILE)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -227,13 +263,13 @@ def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
     compute: torch.dtype, wide: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    logits = (hidden.to(compute) @ weight.T).to(wide)
+    logits = _product(hidden.to(compute), weight.T, wide)
     if bias is not None:
         logits += bias.to(wide)
     if scale != 1.0:
         logits *= scale
     if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+        logits.div_(softcap).tanh_().mul_(softcap)
     return logits
 
 
