@@ -398,6 +398,8 @@ class PreferenceModule(pl.LightningModule):
         check_deepspeed_trainer(self.trainer)
         if (data := data_of(self.trainer)) is not None:
             checks.check_data(self.loss, data)
+            checks.check_attention(self.policy_config, data.layout)
+        checks.check_flash(self.policy_config, self.trainer.strategy.root_device, self.trainer.precision_plugin)
         sharding = build.sharding_of(self.trainer, self.device_mesh)
         dtype, reference_dtype = build.weight_dtypes(self.policy_config, self.trainer, sharding)
         self.policy = build.build_policy(self.policy_config, self.trainer, sharding, dtype)

@@ -74,6 +74,8 @@ from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.provenance import MASK, flatten, masked
 from rap_lightning.strategies import FSDP2, check_requested, check_resumes, check_size
+from rap_lightning.training.checks import check_attention
+from rap_lightning.training.protocols import PreferenceData
 from rap_lightning.training.schedules import Schedule
 
 # jsonargparse knows a class by its short name once it has been imported
@@ -200,6 +202,8 @@ class PreferenceCLI(LightningCLI):
             raise unwrap_user_error(error) from error
         if isinstance(self.model, PreferenceModule):
             self.model.run_key = self._run_key
+            if isinstance(self.datamodule, PreferenceData):
+                check_attention(self.model.policy_config, self.datamodule.layout)  # before data are downloaded
 
     def _tracked_before(self) -> Continued:
         """Return the tracked runs of the run that is resumed; none where another run's checkpoint is trained on."""

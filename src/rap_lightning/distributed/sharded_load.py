@@ -89,6 +89,8 @@ def blank_model(config: PolicyConfig, dtype: torch.dtype) -> tuple[Any, str]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, **options)
     except (ValueError, ImportError) as error:
+        if config.attn_implementation and "attention" in str(error).lower():
+            raise config.no_such_attention(error) from error
         raise ConfigError(
             f"--model.policy.path {config.path}: no model can be built from its config: {error}"
         ) from error

@@ -9,6 +9,8 @@ layer's options and the machine:
 - ``flex``, on GPUs, for soft caps, sliding windows shorter than a sequence, and float32: FlexAttention, compiled;
 - ``mask``, the rest: on CPUs, windows, soft caps and sinks; dropout everywhere. On a GPU it warns of what it costs.
 
+Sequences that share nothing are left to the model's own attention where that is flash attention (:func:`packs_itself`).
+
 On a device other than a CPU a path is compared with ``mask`` before its first use (:mod:`attention_check`).
 """
 
@@ -77,6 +79,31 @@ def forest_attention(config: Any, seen: Seen | None = None) -> AbstractContextMa
     # a compiler of layers must not unroll the kernel calls, which differ from forest to forest
     AttentionInterface.register(NAME, torch.compiler.disable(partial(_attention, seen=seen)))
     return use_attention(config, NAME)
+
+
+def is_flash(implementation: str | None) -> bool:
+    """Return whether this ``attn_implementation`` takes packed sequences by their lengths, without a mask.
+
+    These are transformers' ``flash_attention_2`` and newer, and kernels of the Hub like kernels-community/flash-attn2.
+    """
+    return "flash" in (implementation or "")
+
+
+def packs_itself(config: Any, forest: Forest) -> bool:
+    """Return whether the model's own attention can compute a forest: flash attention, and no sequences that share."""
+    return is_flash(attention_implementation(config)) and all(stop == end for _, stop, end in forest.runs)
+
+
+def sequence_lengths(forest: Forest) -> dict[str, Any]:
+    """Return the keyword arguments by which transformers' flash attention tells packed sequences apart.
+
+    Without them it looks for restarts in the position ids in each layer, and waits for the device to find them.
+    """
+    rows = varlen_attention.parts(forest)[0].queries
+    return {
+        "cu_seq_lens_q": rows.ends, "cu_seq_lens_k": rows.ends,
+        "max_length_q": rows.longest, "max_length_k": rows.longest,
+    }  # fmt: skip
 
 
 def attention_as_now(config: Any) -> AbstractContextManager[None]:

@@ -16,10 +16,11 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError, join_some
-from rap_lightning.models.attention import Seen, declared_windows, forest_attention
+from rap_lightning.models.attention import Seen, declared_windows, forest_attention, is_flash
 from rap_lightning.models.digests import not_finite
 from rap_lightning.models.logps import Head
 from rap_lightning.models.policy import Policy, evaluating
+from rap_lightning.models.private_api import attention_implementation
 
 EXACT, ROUNDED = 1e-3, 0.25
 """Nats by which two computations may differ, in float32 and in bfloat16, which rounds logits to 2^-8 of their size."""
@@ -72,9 +73,7 @@ def check_sharing(policy: Policy) -> str | None:
         Why sequences can't share a forward pass, or None where they can.
     """
     config = policy.causal_lm.config.get_text_config()
-    with torch.device("cpu"):  # the caller may be within `with device:`, and random numbers are drawn on the host
-        batch = _forest_batch(config)
-    batch, seen = batch.to(policy.device), Seen()
+    batch, seen = _forest_batch(config).to(policy.device), Seen()
     assert batch.forest is not None, "a tree"
     dtypes = set[torch.dtype]()
 
@@ -101,11 +100,34 @@ def check_sharing(policy: Policy) -> str | None:
     if not declared <= seen.windows:
         return f"it attends within {max(declared - seen.windows):,} tokens in a way of its own"
     policy.shares = True
+    if is_flash(own := attention_implementation(config)):
+        _check_own_packing(policy, str(own))
+        policy.attention = [f"{own} for packed", *policy.attention]
     return None
 
 
-def _forest_batch(config: Any) -> Batch:
-    """Return three random pairs as trees; prompts are longer than the model's attention window, if it is short."""
+def _check_own_packing(policy: Policy, implementation: str) -> None:
+    """Compare packed sequences in the model's own flash attention with the same ones one at a time.
+
+    Raises:
+        ConfigError: they differ by more than rounding.
+    """
+    batch = _forest_batch(policy.causal_lm.config.get_text_config(), "packed").to(policy.device)
+    with torch.no_grad(), evaluating(policy):
+        together = policy(batch)
+        policy.shares = False
+        apart = policy(batch)
+        policy.shares = True
+    difference = float((together - apart).abs().max())
+    if not difference <= ROUNDED:
+        raise ConfigError(
+            f"--model.policy.attn_implementation {implementation}: packed sequences change each other's "
+            f"log-probabilities, by up to {difference:.2g} nats. Leave it out."
+        )
+
+
+def _forest_batch(config: Any, layout: str = "tree") -> Batch:
+    """Return three random pairs in one row; prompts are longer than the model's attention window, if it is short."""
     long = max([w for w in declared_windows(config) if w <= 512], default=0)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (4, long + 40), generator=generator, device="cpu").tolist()
@@ -115,4 +137,4 @@ def _forest_batch(config: Any) -> Batch:
         Example("", 0, None, (0.0, 0.0), ids[3][:20], ids[0][:5], ids[1][:8]),
     ]
     with torch.device("cpu"):  # Lightning calls configure_model where a new tensor is on the GPU; batches are made here
-        return lay_out(LAYOUTS["tree"], examples, BatchPlan((0, 1, 2), (1.0,) * 3, 3, ((0, 1, 2),)), pad_id=0)
+        return lay_out(LAYOUTS[layout], examples, BatchPlan((0, 1, 2), (1.0,) * 3, 3, ((0, 1, 2),)), pad_id=0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rap_lightning.batches.types import Batch, Forest
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.activation_offload import activations_on_host
-from rap_lightning.models.attention import forest_attention
+from rap_lightning.models.attention import forest_attention, packs_itself, sequence_lengths
 from rap_lightning.models.logps import Head, sum_by_segment
 from rap_lightning.models.private_api import one_sequence_per_row, skip_adapter, uses_adapter
 
@@ -96,7 +96,10 @@ class Policy(nn.Module):
             # its fastest kernel
             return self.hidden(batch.input_ids, batch.position_ids)
         if self.shares:
-            with forest_attention(self.causal_lm.config.get_text_config()):
+            config = self.causal_lm.config.get_text_config()
+            if packs_itself(config, batch.forest):
+                return self.hidden(batch.input_ids, batch.position_ids, **sequence_lengths(batch.forest))
+            with forest_attention(config):
                 return self.hidden(batch.input_ids, batch.position_ids, forest=batch.forest)
         return self._hidden_by_path(batch, batch.forest)
 

@@ -68,7 +68,9 @@ class PolicyConfig:
         dtype: of the loaded weights; by default float32, or bfloat16 with ``--trainer.precision bf16-true``. On a GPU
             with ``bf16-mixed``, weights that are never trained and computed with in bfloat16 anyway (an adapter's base
             model; a live reference beside it, or under FSDP2) are bfloat16 by default.
-        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; transformers' own choice by default.
+        attn_implementation: the model's own attention, which computes ``--data.layout padded`` ("sdpa", "eager", ...)
+            and, where it is flash attention ("flash_attention_2", "flash_attention_3"), ``packed``; transformers' own
+            choice by default. ``tree`` has attention of its own.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them; by default for
             models of a billion parameters and more. A number n does so in every n-th layer only: 2 keeps half of the
             activations and computes half of them again.
@@ -231,10 +233,7 @@ class PolicyConfig:
             raise
         except ConfigError as error:
             if self.attn_implementation and re.search("attn|attention", str(error), re.IGNORECASE):
-                raise ConfigError(
-                    f"--model.policy.attn_implementation {self.attn_implementation}: this model or this machine has no "
-                    f"such attention: {str(error.__cause__).splitlines()[0]} Leave it out for transformers' own choice."
-                ) from error
+                raise self.no_such_attention(error.__cause__) from error
             raise
         if not self.dropout:
             silence_dropout_layers(model)
@@ -248,6 +247,14 @@ class PolicyConfig:
         else:
             alterations.refuse_too_few_embeddings(model, tokens, self.path, self.adapter)
         return model
+
+    def no_such_attention(self, error: BaseException | None) -> ConfigError:
+        """Return the error to raise where transformers refuses ``attn_implementation``."""
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return ConfigError(
+            f"--model.policy.attn_implementation {self.attn_implementation}: this model or this machine has no "
+            f"such attention: {reason} Leave it out for transformers' own choice."
+        )
 
     def load_initial(self, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
         """Load the causal LM that training starts from: with the adapter that it continues, if any.

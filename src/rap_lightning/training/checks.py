@@ -25,6 +25,7 @@ from rap_lightning.batches.loader import PairLoader
 from rap_lightning.batches.types import Batch, PairLogps
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import PreferenceLoss
+from rap_lightning.models.attention import is_flash
 from rap_lightning.models.digests import same_base
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references.adapters_off import AdaptersOff
@@ -118,6 +119,32 @@ def check_data(loss: PreferenceLoss, data: PreferenceData) -> None:
     if "rewards" in loss.requires and not data.has_rewards:
         raise ConfigError(
             f"{name} needs the judge's rewards, and the data have none. Use another loss, or scored data."
+        )
+
+
+def check_attention(config: PolicyConfig, layout: str) -> None:
+    """Refuse an ``attn_implementation`` that the layout replaces."""
+    asked = config.attn_implementation
+    if asked is None or layout == "padded" or (layout == "packed" and is_flash(asked)):
+        return
+    instead = "" if layout == "packed" else " (or packed, with flash attention)"
+    raise ConfigError(
+        f"--model.policy.attn_implementation {asked} has no effect with --data.layout {layout}, where attention over "
+        f"sequences in one row is our own. Leave it out, or use --data.layout padded{instead}."
+    )
+
+
+def check_flash(config: PolicyConfig, device: torch.device, plugin: Precision) -> None:
+    """Refuse flash attention where there is no GPU, or in float32."""
+    option = f"--model.policy.attn_implementation {config.attn_implementation}"
+    if not is_flash(config.attn_implementation):
+        return
+    if device.type == "cpu":
+        raise ConfigError(f"{option} needs a GPU, and the run is on a CPU. Leave it out.")
+    if plugin.precision in ("32-true", "64-true") and config.dtype != "bfloat16":
+        raise ConfigError(
+            f"{option} computes in half precision, and --trainer.precision is {plugin.precision}. Use bf16-mixed, or "
+            "leave it out."
         )
 
 

@@ -28,6 +28,7 @@ class PreferenceData(Protocol):
 
     goal: GoalTemplate | None
     relabelling: Relabelling
+    layout: str
     batch_size: int
     token_budget: int | None
     rejected_weight: float
