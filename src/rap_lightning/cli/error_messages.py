@@ -25,12 +25,15 @@ from rap_lightning.cli.parser_internals import (
     Fault,
     actions_of,
     class_names,
+    expand_home,
     flags_of,
     has_subcommands,
+    keep_user_errors_in_unions,
     nested_options,
     option_type,
     options_of,
     read_fault,
+    take_negative_numbers,
 )
 from rap_lightning.errors import ConfigError, UserError, join_some
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 else:
     _Parser = object
 
+keep_user_errors_in_unions()
 set_loader("yaml", partial(load_unique, load=get_loader("yaml")), exceptions=(yaml.YAMLError,))
 
 LIBRARIES = ("rap_lightning", "lightning", "jsonargparse", "argparse", "yaml", "torch", "transformers", "inspect")
@@ -59,6 +63,14 @@ class ExplainsErrors(_Parser):
 
     other_options: Sequence[str] = ()
     """Options of the command that another parser takes before this one parses the rest."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        take_negative_numbers(self)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse a command line; ``~/`` is expanded, which a shell does at the beginning of an argument only."""
+        return expand_home(super().parse_args(*args, **kwargs))
 
     def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
         """Called by the parser for every mistake.

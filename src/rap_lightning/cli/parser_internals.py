@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from jsonargparse import _typehints
+from jsonargparse import Namespace, _typehints
 from jsonargparse._completions_jsonschema import ParserJsonschema as ParserJsonschema
 from jsonargparse._completions_jsonschema import new_object as new_object
 from jsonargparse._namespace import NSKeyError
@@ -22,6 +23,8 @@ from jsonargparse._parameter_resolvers import get_signature_parameters
 from jsonargparse._subcommands import find_action
 from jsonargparse._util import get_import_path as get_import_path
 from jsonargparse._util import import_object as import_object
+
+from rap_lightning.errors import UserError
 
 OURS = ("rap_lightning.", "torch.optim.")
 """Packages whose classes' options are suggested before the class is named."""
@@ -225,3 +228,35 @@ def prefer_own_short_names() -> None:
 
     resolve.prefers_own = True  # type: ignore[attr-defined]
     _typehints.resolve_class_path_by_name = resolve
+
+
+def keep_user_errors_in_unions() -> None:
+    """Make an error of ours, raised while a value is tried as one of several types, the error of the whole."""
+    original = _typehints.raise_union_unexpected_value
+
+    def raise_first(subtypes: Any, value: Any, errors: list[Exception]) -> NoReturn:
+        for error in errors:
+            if isinstance(error, UserError):
+                raise error
+        original(subtypes, value, errors)
+
+    _typehints.raise_union_unexpected_value = raise_first
+
+
+def take_negative_numbers(parser: argparse.ArgumentParser) -> None:
+    """Make ``-2e1`` and ``-inf`` values, as ``-20`` is; argparse does so from Python 3.14 on."""
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf$)")
+
+
+def expand_home(config: Any) -> Any:
+    """Return a parsed config with ``~/`` expanded at the beginning of every text, in place where it is a namespace."""
+    if isinstance(config, str):
+        return os.path.expanduser(config) if config.startswith("~/") else config
+    if isinstance(config, list):
+        return [expand_home(one) for one in config]
+    if isinstance(config, dict):
+        return {key: expand_home(one) for key, one in config.items()}
+    if isinstance(config, Namespace):
+        for key, one in list(vars(config).items()):
+            setattr(config, key, expand_home(one))
+    return config

@@ -16,7 +16,7 @@ from rap_lightning.preferences.hashing import hash_text
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.read_pairs import read_pairs
 from rap_lightning.preferences.rules import Rules, key_of
-from rap_lightning.preferences.sources import Source, fingerprint
+from rap_lightning.preferences.sources import Source, cache_unusable, fingerprint
 
 FORMAT = 4  # part of the cache key: increment it when the columns or the reading of rows change
 
@@ -36,8 +36,11 @@ def stored_pairs(
         rules, [fingerprint(source, split), source.path, split, repr(source), __version__, str(FORMAT)]
     )
     if not (folder / "report.json").is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
+        except OSError as error:
+            raise cache_unusable(error) or error from error
         try:
             report = DataReport(source.path, split)
             write_pairs(work / "pairs.arrow", read_pairs(source, split, rules, report, num_proc=num_proc))

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.errors import ConfigError, DataError, join_some
 from rap_lightning.preferences.folder_splits import files_in, is_plain, splits_in_folder
 from rap_lightning.preferences.pairs import shown
 from rap_lightning.preferences.readers import COMPRESSIONS, ROWS, Chunk, kind_of, numbered, read_file
@@ -246,10 +246,12 @@ def _load(source: Source, split: str, *, streaming: bool) -> Any:
                 f"{source.path}: only .parquet, .arrow and .json files are read from a folder whose path has "
                 "characters that datasets takes for a pattern. Rename the folder, or convert the files."
             )
-        options: dict[str, Any] = {"revision": source.revision, "name": source.config}
+        options: dict[str, Any] = {"revision": source.revision, "name": source.config} if path is None else {}
         if path is not None:  # datasets recognises files by their times, and would use what it has read of them before
             content = hashlib.sha256(repr(_contents(path)).encode()).hexdigest()[:16]
-            options = {"cache_dir": os.path.join(datasets.config.HF_DATASETS_CACHE, "rap_lightning", content)}
+            if any(name.endswith((".csv", ".tsv")) for name, _ in files_in(path)):
+                options = {"keep_default_na": False, "na_values": [""]}  # or the text None, null or NA would be no text
+            options |= {"cache_dir": os.path.join(datasets.config.HF_DATASETS_CACHE, "rap_lightning", content)}
         return datasets.load_dataset(str(path or source.path), split=split, streaming=streaming, **options)
     except Exception as error:
         raise _unreadable(source, error) from error
@@ -264,9 +266,45 @@ def _from_library(source: Source, split: str, streaming: bool) -> Iterator[Chunk
         raise _unreadable(source, error) from error
 
 
+def cache_unusable(error: BaseException) -> DataError | None:
+    """Return the message for an error that is of the cache of Hugging Face's libraries, and not of any data."""
+    import datasets
+
+    caches = [Path(datasets.config.HF_CACHE_HOME).expanduser(), Path(datasets.config.HF_DATASETS_CACHE).expanduser()]
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and isinstance(seen.filename, str):
+            named = Path(seen.filename)
+            for cache in caches:
+                if named.is_relative_to(cache) or (cache.is_relative_to(named) and not cache.exists()):
+                    return DataError(
+                        f"the cache {cache} can't be used: {seen.strerror} ({named}). Set HF_HOME, or "
+                        "HF_DATASETS_CACHE, to a folder that can be written."
+                    )
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _configs(path: Path | None) -> list[str]:
+    """Return the configs that the card of a dataset's clone declares."""
+    import datasets
+
+    try:
+        return [] if path is None or not path.is_dir() else list(datasets.get_dataset_config_names(str(path)))
+    except Exception:  # it raises many types for folders that are no clone
+        return []
+
+
 def _unreadable(source: Source, error: Exception) -> DataError:
     if isinstance(error, DataError):
         return error
+    if unusable := cache_unusable(error):
+        return unusable
+    if len(configs := _configs(local_path(source.path))) > 1:
+        return DataError(
+            f"{source.path} is the clone of a dataset with the configs {join_some(configs)}, of which a local source has "
+            "one only. Name the files or the folder of one, or the dataset on the Hub with its config."
+        )
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
     path = local_path(source.path)
     kind = "can't be read" if path is not None else "is neither a local file nor a Hub dataset that can be reached"
