@@ -13,9 +13,9 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from jsonargparse import Namespace, _typehints
+from jsonargparse import _typehints
 from jsonargparse._completions_jsonschema import ParserJsonschema as ParserJsonschema
 from jsonargparse._completions_jsonschema import new_object as new_object
 from jsonargparse._namespace import NSKeyError
@@ -234,7 +234,7 @@ def keep_user_errors_in_unions() -> None:
     """Make an error of ours, raised while a value is tried as one of several types, the error of the whole."""
     original = _typehints.raise_union_unexpected_value
 
-    def raise_first(subtypes: Any, value: Any, errors: list[Exception]) -> NoReturn:
+    def raise_first(subtypes: Any, value: Any, errors: list[Exception]) -> None:
         for error in errors:
             if isinstance(error, UserError):
                 raise error
@@ -256,7 +256,7 @@ def expand_home(config: Any) -> Any:
         return [expand_home(one) for one in config]
     if isinstance(config, dict):
         return {key: expand_home(one) for key, one in config.items()}
-    if isinstance(config, Namespace):
+    if isinstance(config, argparse.Namespace):
         for key, one in list(vars(config).items()):
             setattr(config, key, expand_home(one))
     return config

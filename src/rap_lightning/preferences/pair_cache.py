@@ -18,7 +18,7 @@ from rap_lightning.preferences.read_pairs import read_pairs
 from rap_lightning.preferences.rules import Rules, key_of
 from rap_lightning.preferences.sources import Source, cache_unusable, fingerprint
 
-FORMAT = 4  # part of the cache key: increment it when the columns or the reading of rows change
+FORMAT = 5  # part of the cache key: increment it when the columns or the reading of rows change
 
 
 def stored_pairs(

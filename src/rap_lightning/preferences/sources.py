@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rap_lightning.errors import ConfigError, DataError, join_some
+from rap_lightning.preferences.csv_values import missing_in_csv
 from rap_lightning.preferences.folder_splits import files_in, is_plain, splits_in_folder
 from rap_lightning.preferences.pairs import shown
 from rap_lightning.preferences.readers import COMPRESSIONS, ROWS, Chunk, kind_of, numbered, read_file
@@ -249,8 +250,7 @@ def _load(source: Source, split: str, *, streaming: bool) -> Any:
         options: dict[str, Any] = {"revision": source.revision, "name": source.config} if path is None else {}
         if path is not None:  # datasets recognises files by their times, and would use what it has read of them before
             content = hashlib.sha256(repr(_contents(path)).encode()).hexdigest()[:16]
-            if any(name.endswith((".csv", ".tsv")) for name, _ in files_in(path)):
-                options = {"keep_default_na": False, "na_values": [""]}  # or the text None, null or NA would be no text
+            options = missing_in_csv([path / name for name, _ in files_in(path)])
             options |= {"cache_dir": os.path.join(datasets.config.HF_DATASETS_CACHE, "rap_lightning", content)}
         return datasets.load_dataset(str(path or source.path), split=split, streaming=streaming, **options)
     except Exception as error:
@@ -302,8 +302,8 @@ def _unreadable(source: Source, error: Exception) -> DataError:
         return unusable
     if len(configs := _configs(local_path(source.path))) > 1:
         return DataError(
-            f"{source.path} is the clone of a dataset with the configs {join_some(configs)}, of which a local source has "
-            "one only. Name the files or the folder of one, or the dataset on the Hub with its config."
+            f"{source.path} is the clone of a dataset with the configs {join_some(configs)}, of which a local source "
+            "has only one. Name the files or the folder of one, or the dataset on the Hub with its config."
         )
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
     path = local_path(source.path)
