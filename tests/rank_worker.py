@@ -22,6 +22,7 @@ from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.models.references.adapters_off import AdaptersOff
 from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.precomputed import Stored
+from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.strategies import FSDP2
 from rap_lightning.training.schedules import ConstantWithWarmup
 
@@ -48,10 +49,11 @@ def run(case: dict[str, Any], output: Path) -> None:
         lora=Lora(r=4) if case.get("lora") else None,
         gradient_checkpointing=case.get("gradient_checkpointing"),
     )
+    more = {} if "strength" not in case else {"goal": AdapterStrength(neutral=case["strength"])}
     module, data = build(
         Path(case["model"]), Path(case["data"]), policy=config, optimizer=sgd, schedule=ConstantWithWarmup(),
         loss=DPO(0.5), reference=reference(case["reference"], output / f"store-{name}"),
-        batch_size=case["pairs_per_step"] // ranks // case.get("accumulate", 1), **case.get("data_options", {}),
+        batch_size=case["pairs_per_step"] // ranks // case.get("accumulate", 1), **case.get("data_options", {}), **more,
     )  # fmt: skip
     saver: dict[str, Any] = {}
     if save := case.get("save"):

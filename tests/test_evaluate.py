@@ -327,7 +327,7 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
             [*JUDGE, "--parts", "[length]", "--max_length", 99],
             "--max_length has no effect without the parts unlearning",
         ),
-        ([*JUDGE, "--goals", "[11]"], "must lie on the scale of 1 to 10, found 11"),
+        ([*JUDGE, "--goals", "[11]"], "must be on the scale from 1 to 10, found 11"),
         ([*JUDGE, "--goals", "[1, 1.01]"], "two of them read the same"),
         ([*JUDGE, "--temperature", 0], "--temperature 0 would sample one response again and again"),
         (["--goal", 5], "--goal is of benchmarks and has no effect without --suite"),

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.goal_spec import Number, Wording
-from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
+from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal, StatedGoal
 from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
 
 
@@ -110,10 +110,10 @@ def test_a_template_that_takes_the_goal_alone_needs_no_attributes() -> None:
 
 def test_the_low_goal_may_be_any_number_of_the_scale_its_ends_included() -> None:
     for option in (1, 10, 4.5):
-        assert OverallGoal().low(option) == (OverallGoal().text(option), f"{option:g}")
-        assert SEVERAL.low(option) == (SEVERAL.text(option, (5, 5)), f"5 5 {round(option):g}")
-    assert SEVERAL.low() == (SEVERAL.text(0, (1, 1)), "1 1 0")
-    assert SEVERAL.low("none") == (None, "none")
+        assert OverallGoal().low(option) == (StatedGoal(OverallGoal().text(option)), f"{option:g}")
+        assert SEVERAL.low(option) == (StatedGoal(SEVERAL.text(option, (5, 5))), f"5 5 {round(option):g}")
+    assert SEVERAL.low() == (StatedGoal(SEVERAL.text(0, (1, 1))), "1 1 0")
+    assert SEVERAL.low("none") == (StatedGoal(), "none")
     for outside in (0.99, 10.01):
         with pytest.raises(ConfigError, match="against must be on the scale from 1 to 10"):
             OverallGoal().low(outside)

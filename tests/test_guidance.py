@@ -15,7 +15,7 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.models.generation import Generation, generate
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.onpolicy.engines import VLLM, Endpoint, Transformers
-from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
+from rap_lightning.preferences.goals import AttributeGoal, OverallGoal, StatedGoal
 from test_generate import called, options, rows_of
 
 ASKED = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
@@ -221,11 +221,11 @@ def test_options_without_effect_or_sense_are_refused(wrong: dict[str, Any]) -> N
 
 def test_low_goals_are_the_scales_lowest_with_the_lowest_attributes() -> None:
     overall, several = OverallGoal(), AttributeGoal(["helpfulness"])
-    assert overall.low() == (overall.text(1.0), "1")
-    assert overall.low(2.5) == (overall.text(2.5), "2.5")
-    assert overall.low("none") == (None, "none")
-    assert several.low() == (several.text(1.0, [1.0]), "1 1")
-    assert several.low(3) == (several.text(3, [10.0]), "10 3")
+    assert overall.low() == (StatedGoal(overall.text(1.0)), "1")
+    assert overall.low(2.5) == (StatedGoal(overall.text(2.5)), "2.5")
+    assert overall.low("none") == (StatedGoal(), "none")
+    assert several.low() == (StatedGoal(several.text(1.0, [1.0])), "1 1")
+    assert several.low(3) == (StatedGoal(several.text(3, [10.0])), "10 3")
     with pytest.raises(ConfigError, match="on the scale from 1 to 10"):
         overall.low(0)
 

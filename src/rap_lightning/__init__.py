@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rap_lightning.models.references.precomputed import Stored
     from rap_lightning.models.references.synchronised import Synchronised
     from rap_lightning.module import PreferenceModule
+    from rap_lightning.preferences.adapter_strength import AdapterStrength
     from rap_lightning.preferences.filters import Filters
     from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
     from rap_lightning.preferences.relabelling import RelabelledView, relabel
@@ -34,6 +35,7 @@ _HOMES = {
     "Hinge": "losses",
     "SimPO": "losses",
     "AdapterAsLoaded": "models.references.policy_copy",
+    "AdapterStrength": "preferences.adapter_strength",
     "AdaptersOff": "models.references.adapters_off",
     "Frozen": "models.references.frozen",
     "NoReference": "models.references.base",
@@ -60,6 +62,7 @@ _HOMES = {
 __all__ = [
     "DPO",
     "AdapterAsLoaded",
+    "AdapterStrength",
     "AdaptersOff",
     "AdjacentPairs",
     "AllPairs",

@@ -240,7 +240,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         }
 
     def _fit_scale(self) -> None:
-        if self.goal is None or not self.goal.scale.needs_fit:
+        if self.goal is None or not self.goal.needs_fit:
             return
         if fit_scale(self._rules(self.train_split), self.sources, self.train_split, num_proc=self.num_proc):
             rank_zero_info(f"scale fitted on the training split: {self.goal.scale}")
@@ -459,9 +459,11 @@ def _check_stream(read: ReadingOptions, token_budget: int | None) -> None:
             f"--data.rewards {type(read.rewards).__name__} looks at all data before the first step, and a stream is "
             "read while training on it. Score it beforehand: rap-lightning score."
         )
-    if read.goal is not None and read.goal.scale.needs_fit:
+    if read.goal is not None and read.goal.needs_fit:
+        fitted = "scale" if read.goal.scale.needs_fit else "neutral"
+        kind = read.goal.scale if fitted == "scale" else read.goal
         raise ConfigError(
-            f"--data.goal.scale: {type(read.goal.scale).__name__} is fitted on the training split, which a stream "
+            f"--data.goal.{fitted}: {type(kind).__name__} is fitted on the training split, which a stream "
             "shows only once. Give its numbers (rap-lightning inspect prints those of a sample)."
         )
     if token_budget is not None:

@@ -53,6 +53,8 @@ from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references.base import Reference
+from rap_lightning.models.token_strength import check_reach
+from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.training import build, checks, out_of_memory
 from rap_lightning.training.protocols import data_of
 from rap_lightning.training.run_state import RunState, ends_step, rescale_progress, step_size
@@ -398,11 +400,14 @@ class PreferenceModule(pl.LightningModule):
         check_deepspeed_trainer(self.trainer)
         if (data := data_of(self.trainer)) is not None:
             checks.check_data(self.loss, data)
+            checks.check_strength(data.goal, self.policy_config)
             checks.check_attention(self.policy_config, data.layout)
         checks.check_flash(self.policy_config, self.trainer.strategy.root_device, self.trainer.precision_plugin)
         sharding = build.sharding_of(self.trainer, self.device_mesh)
         dtype, reference_dtype = build.weight_dtypes(self.policy_config, self.trainer, sharding)
         self.policy = build.build_policy(self.policy_config, self.trainer, sharding, dtype)
+        if data is not None and isinstance(data.goal, AdapterStrength):
+            check_reach(self.policy.model)
         self._digests = build.digests_of(self.policy, self.policy_config)
         after = "" if self.warm_up is None else f", after {self.warm_up.steps} steps of SFT"
         rank_zero_info(f"loss: {self.loss}{after}; reference: {type(self.reference).__name__}")

@@ -14,7 +14,7 @@ from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
 from rap_lightning.preferences.data_report import DataReport
-from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.goals import GoalTemplate, StatedGoal
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.relabelling import CHOSEN_GOAL, UNCONDITIONED, Relabelling
 
@@ -24,37 +24,39 @@ class AtGoals(PairEncoder):
 
     Args:
         encoder: renders and tokenises.
-        texts: of the goals for every pair; None is the prompt without a goal.
+        goals: for every pair.
         own: the template of each response's own goal, which is added; None: it is not.
     """
 
-    def __init__(self, encoder: Encoder, texts: Sequence[str | None], own: GoalTemplate | None) -> None:
+    def __init__(self, encoder: Encoder, goals: Sequence[StatedGoal], own: GoalTemplate | None) -> None:
         super().__init__(encoder, Relabelling("none"))
-        self.texts, self.own = tuple(texts), own
+        self.goals, self.own = tuple(goals), own
 
-    def goal_texts(self, pair: Pair) -> tuple[str | None, ...]:
-        """Every text once."""
-        own = self.own.own_texts(pair.rewards, pair.attributes) if self.own is not None else []
-        return tuple(dict.fromkeys([*self.texts, *own]))
+    def goals_of(self, pair: Pair) -> tuple[StatedGoal, ...]:
+        """Every goal once."""
+        own = self.own.own_goals(pair.rewards, pair.attributes) if self.own is not None else []
+        return tuple(dict.fromkeys([*self.goals, *own]))
 
     def examples(self, pairs: Sequence[Pair], report: DataReport) -> list[Example]:
         """Each pair under each of its goals; pairs that can't be encoded are counted in the report and left out.
 
-        The ``goal`` of an example is the goal's whole text, and its chosen response is the pair's first.
+        The ``goal`` of an example is the key of its StatedGoal, and its chosen response is the pair's first.
         """
         rows = self(pairs)
         return [
             Example(
                 pair.id,
-                UNCONDITIONED if text is None else CHOSEN_GOAL,
-                text,
+                UNCONDITIONED if stated == StatedGoal() else CHOSEN_GOAL,
+                stated.key,
                 pair.rewards,
                 prompt,
-                *row["response_ids"],
+                row["response_ids"][0],
+                row["response_ids"][1],
+                strength=stated.strength,
             )
             for pair, row, good in zip(pairs, rows, note_encoding(rows, report), strict=True)
             if good
-            for text, prompt in zip(self.goal_texts(pair), row["prompt_ids"], strict=True)
+            for stated, prompt in zip(self.goals_of(pair), row["prompt_ids"], strict=True)
         ]
 
 

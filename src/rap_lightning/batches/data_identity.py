@@ -32,10 +32,13 @@ class DataIdentity:
     @classmethod
     def of_table(cls, pairs: EncodedPairs) -> DataIdentity:
         """The identity of a training split that is read as a whole."""
+        scores = ["rewards", "goals"]
+        if len(pairs.table) and any(one is not None for one in pairs.table[0]["strengths"]):
+            scores.append("strengths")
         return cls(
             len(pairs.table),
             pairs.digest("pair_id"),
-            pairs.digest("rewards", "goals"),
+            pairs.digest(*scores),
             False,
             pairs.digest("prompt_ids", "response_ids"),
         )

@@ -20,6 +20,7 @@ from rap_lightning.batches.encode import Conversation, EncodedConversation, Enco
 from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.data_report import DataReport
+from rap_lightning.preferences.goals import StatedGoal
 from rap_lightning.preferences.pair_cache import as_pair
 from rap_lightning.preferences.pairs import BadRow, Pair
 from rap_lightning.preferences.relabelling import (
@@ -32,7 +33,7 @@ from rap_lightning.preferences.relabelling import (
 )
 from rap_lightning.preferences.source_mix import copies
 
-FORMAT = 6
+FORMAT = 7
 """Part of the cache key: raise it when the columns of an encoded row change. (``Encoder.key`` covers its own code.)"""
 SAME = "both responses have the same tokens"
 ROWS = 250
@@ -56,6 +57,7 @@ class Example:
     chosen_ids: Sequence[int]
     rejected_ids: Sequence[int]
     goal_reward: float = math.nan
+    strength: float | None = None
 
     @property
     def size(self) -> PairSize:
@@ -91,6 +93,7 @@ class PairEncoder:
                     "origins": [ORIGINS.index(one.origin) for one in made],
                     "goals": [one.goal for one in made],
                     "goal_rewards": [one.goal_reward for one in made],
+                    "strengths": [one.strength for one in made],
                     "prompt_ids": found.prompt_ids,
                     "response_ids": found.response_ids,
                     "repaired": found.repaired,
@@ -102,7 +105,8 @@ class PairEncoder:
 
     def _conversation(self, pair: Pair) -> Conversation:
         columns = ("rejected", "chosen") if pair.exchanged else ("chosen", "rejected")
-        return Conversation(pair.history, self.goal_texts(pair), pair.responses, columns, pair.tools)
+        texts = tuple(stated.text for stated in self.goals_of(pair))
+        return Conversation(pair.history, texts, pair.responses, columns, pair.tools)
 
     def readable(self, pair: Pair) -> dict[int, tuple[str, str, str]]:
         """Prompt, chosen and rejected response of each training pair as text of their ids, by origin.
@@ -117,9 +121,9 @@ class PairEncoder:
             for origin, ids in zip(self.relabelling.origins_of(pair, self.encoder.goal), found.prompt_ids, strict=True)
         }
 
-    def goal_texts(self, pair: Pair) -> tuple[str | None, ...]:
-        """What the pair's prompts ask for, in the order of ``prompt_ids``; None is the plain prompt."""
-        return tuple(one.goal_text for one in self._relabelled(pair))
+    def goals_of(self, pair: Pair) -> tuple[StatedGoal, ...]:
+        """What is asked for of the pair's responses, in the order of ``prompt_ids``."""
+        return tuple(StatedGoal(one.goal_text, one.strength) for one in self._relabelled(pair))
 
     def _relabelled(self, pair: Pair) -> list[RelabelledPair]:
         goal = self.encoder.goal
@@ -142,8 +146,8 @@ def features() -> Any:
     ids = List(List(Value("int32")))
     return Features(
         pair_id=Value("string"), place=Value("string"), tie=Value("bool"), rewards=List(Value("float64")),
-        origins=List(Value("int8")),
-        goals=List(Value("string")), goal_rewards=List(Value("float64")), prompt_ids=ids, response_ids=ids,
+        origins=List(Value("int8")), goals=List(Value("string")), goal_rewards=List(Value("float64")),
+        strengths=List(Value("float64")), prompt_ids=ids, response_ids=ids,
         dropped=Value("string"), column=Value("string"),
         repaired=List(Value("string")), cut_prompt=Value("int64"), cut_response=List(Value("int64")),
     )  # fmt: skip
@@ -187,6 +191,7 @@ def example_of(row: EncodedRow, origin: int) -> Example:
         chosen_ids=row["response_ids"][half],
         rejected_ids=row["response_ids"][1 - half],
         goal_reward=row["goal_rewards"][place],
+        strength=row["strengths"][place],
     )
 
 

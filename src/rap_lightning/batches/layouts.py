@@ -22,6 +22,8 @@ from rap_lightning.batches.sampler import BatchPlan, PairSize
 from rap_lightning.batches.types import RESPONSES, Batch, Forest
 
 Ids: TypeAlias = npt.NDArray[np.int64]
+Strengths: TypeAlias = Sequence[float | None]
+"""The factor on the policy's adapter for each sequence; None leaves the adapter as it is, for all or none of them."""
 
 WORTH_SHARING = 16
 """Tokens. A sequence that would share fewer than these beyond an earlier branch starts at that branch: another branch
@@ -50,15 +52,15 @@ class Layout:
     """A layout, and how many tokens the model then processes.
 
     Attributes:
-        pack: (sequences as id arrays, pad id) -> PackedInputs.
+        pack: (sequences as id arrays, strength of each, pad id) -> PackedInputs.
         tokens: an upper bound on the tokens of pairs in one forward pass, padding included.
     """
 
-    pack: Callable[[Sequence[Ids], int], PackedInputs]
+    pack: Callable[[Sequence[Ids], Strengths, int], PackedInputs]
     tokens: Callable[[Sequence[PairSize]], int]
 
 
-def _padded(sequences: Sequence[Ids], pad_id: int) -> PackedInputs:
+def _padded(sequences: Sequence[Ids], _: Strengths, pad_id: int) -> PackedInputs:
     width = max(map(len, sequences))
     input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -73,11 +75,11 @@ def _padded(sequences: Sequence[Ids], pad_id: int) -> PackedInputs:
 LAYOUTS: dict[str, Layout] = {
     "padded": Layout(_padded, lambda pairs: 2 * len(pairs) * max(p.prompt + max(p.chosen, p.rejected) for p in pairs)),
     "packed": Layout(
-        lambda ids, _: build_prefix_tree(ids, shared=False),
+        lambda ids, *_: build_prefix_tree(ids, shared=False),
         lambda pairs: sum(2 * p.prompt + p.chosen + p.rejected for p in pairs),
     ),
     "tree": Layout(
-        lambda ids, _: build_prefix_tree(ids, shared=True),
+        lambda ids, strengths, _: build_prefix_tree(ids, shared=True, strengths=strengths),
         lambda pairs: sum(p.prompt + p.chosen + p.rejected for p in pairs),
     ),
 }
@@ -96,8 +98,9 @@ def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id
         for e in examples
         for response in (e.chosen_ids, e.rejected_ids)  # the order of segments: see Batch
     ]
+    strengths = [e.strength for e in examples for _ in range(RESPONSES)]
     return Batch(
-        **_indexed(layout, sequences, prompts, pad_id),
+        **_indexed(layout, sequences, prompts, strengths, pad_id),
         rewards=torch.tensor([e.rewards for e in examples], dtype=torch.float32),
         goal_rewards=torch.tensor([e.goal_reward for e in examples], dtype=torch.float32),
         origin=torch.tensor([e.origin for e in examples]),
@@ -112,7 +115,9 @@ def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id
     )
 
 
-def lay_out_responses(responses: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> Batch:
+def lay_out_responses(
+    responses: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, strengths: Strengths | None = None
+) -> Batch:
     """Single responses, (prompt ids, response ids) each, padded, to compute their log-probabilities.
 
     Segment i is response i, and ``lengths`` is [n]. There are no pairs, so the fields of pairs are empty.
@@ -121,19 +126,21 @@ def lay_out_responses(responses: Sequence[tuple[Sequence[int], Sequence[int]]], 
     prompts = [len(prompt) for prompt, _ in responses]
     nothing = torch.zeros(0)
     return Batch(
-        **_indexed(LAYOUTS["padded"], sequences, prompts, pad_id),
+        **_indexed(LAYOUTS["padded"], sequences, prompts, strengths or [None] * len(sequences), pad_id),
         rewards=nothing, goal_rewards=nothing, origin=nothing, weights=nothing, fillers=0, step_pairs=0,
         loss_weights=nothing,
         step_weight=0.0, digests=(), pair_ids=(), goals=(),
     )  # fmt: skip
 
 
-def _indexed(layout: Layout, sequences: Sequence[Ids], prompts: Sequence[int], pad_id: int) -> dict[str, Any]:
+def _indexed(
+    layout: Layout, sequences: Sequence[Ids], prompts: Sequence[int], strengths: Strengths, pad_id: int
+) -> dict[str, Any]:
     """The fields of a Batch that belong to responses.
 
     Sequence s becomes segment s, and its first ``prompts[s]`` tokens are the prompt.
     """
-    packed = layout.pack(sequences, pad_id)
+    packed = layout.pack(sequences, strengths, pad_id)
     cut = list(zip(sequences, prompts, packed.places, strict=True))
     return {
         "input_ids": packed.input_ids,
@@ -145,7 +152,20 @@ def _indexed(layout: Layout, sequences: Sequence[Ids], prompts: Sequence[int], p
         "target": torch.cat([torch.from_numpy(ids[prompt:]) for ids, prompt, _ in cut]),
         "segment": torch.cat([torch.full((len(ids) - prompt,), s) for s, (ids, prompt, _) in enumerate(cut)]),
         "lengths": torch.tensor([len(ids) - prompt for ids, prompt, _ in cut]),
+        "strength": _by_token(packed, strengths),
     }
+
+
+def _by_token(packed: PackedInputs, strengths: Strengths) -> Tensor | None:
+    """The strength of each token's sequence, [R, T]; 0 for padding."""
+    known = [one for one in strengths if one is not None]
+    if not known:
+        return None
+    assert len(known) == len(strengths), "a goal template gives every goal a strength, or none"
+    found = torch.zeros(packed.input_ids.numel())
+    for places, one in zip(packed.places, known, strict=True):
+        found[places] = one
+    return found.view(packed.input_ids.shape)
 
 
 def _digest(ids: Ids, prompt: int) -> bytes:
@@ -168,22 +188,26 @@ class Collate:
 # -- sequences in one row ---------------------------------------------------------------------------------------------
 
 
-def build_prefix_tree(sequences: Sequence[Ids], *, shared: bool) -> PackedInputs:
+def build_prefix_tree(sequences: Sequence[Ids], *, shared: bool, strengths: Strengths | None = None) -> PackedInputs:
     """Lay sequences out in one row, depth first, sharing common prefixes, or each as a tree of its own.
+
+    Sequences of different strength share nothing: the adapter changes the hidden states of the prompt, too.
 
     ``path`` holds the row's indices of the current sequence, from its root. The next sequence leaves that path at depth
     ``common``: what lies deeper is complete, so its ``end`` is known, and the new tokens are appended to the row.
     """
     # in lexicographic order neighbours share most, and a depth-first traversal visits them one after the other
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist()) if shared else range(len(sequences))
+    apart = [one or 0.0 for one in strengths] if strengths is not None else [0.0] * len(sequences)
+    numbers = range(len(sequences))
+    order = sorted(numbers, key=lambda i: (apart[i], sequences[i].tolist())) if shared else numbers
     end = np.empty(sum(map(len, sequences)), np.int64)
     ids, positions, places = np.empty_like(end), np.empty_like(end), [end] * len(sequences)
     paths: list[Ids] = []
     branches = [0]  # depths on the current path at which an earlier sequence left it
-    path, previous, count = end[:0], end[:0], 0
+    path, previous, count, last = end[:0], end[:0], 0, 0.0
     for index in order:
         sequence = sequences[index]
-        common = _shared_length(previous, sequence) if shared else 0
+        common = _shared_length(previous, sequence) if shared and apart[index] == last else 0
         while branches[-1] > common:
             branches.pop()
         if common - branches[-1] < WORTH_SHARING and common < len(sequence):
@@ -195,7 +219,7 @@ def build_prefix_tree(sequences: Sequence[Ids], *, shared: bool) -> PackedInputs
         new = slice(count, count + len(sequence) - common)
         ids[new], positions[new] = sequence[common:], np.arange(common, len(sequence))
         path = places[index] = np.concatenate([path[:common], np.arange(new.start, new.stop)])
-        count, previous = new.stop, sequence
+        count, previous, last = new.stop, sequence, apart[index]
     end[path] = count
     paths.append(path)
     ids, positions, end = ids[:count], positions[:count], end[:count]

@@ -17,7 +17,7 @@ from rap_lightning.batches.encode import Conversation, EncodedConversation, Enco
 from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.filters import Filters
-from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.goals import GoalTemplate, StatedGoal
 from rap_lightning.preferences.pair_cache import stored_pairs
 from rap_lightning.preferences.pairs import BadRow, Message
 from rap_lightning.preferences.relabelling import Relabelling
@@ -50,18 +50,19 @@ class PredictPrompts:
             return
         if template is None:
             raise ConfigError("--data.predict.goal has no effect with --data.goal null; remove one of the two.")
-        low, high = template.scale.low, template.scale.high
-        if not low <= self.goal <= high:
-            raise ConfigError(f"--data.predict.goal must be on the scale from {low:g} to {high:g}, found {self.goal:g}")
+        if not template.needs_fit:
+            template.refuse_outside(self.goal, "--data.predict.goal")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of ``predict``: token ids at the goal and, with guidance, at the low goal."""
+    """One prompt of ``predict``: token ids and strength at the goal and, with guidance, at the low goal."""
 
     ids: list[int]
     record: dict[str, Any]
     low_ids: list[int] | None = None
+    strength: float | None = None
+    low_strength: float | None = None
 
 
 class PromptEncoder:
@@ -76,14 +77,15 @@ class PromptEncoder:
         """Conversations at a goal, and with guidance at the low goal as well."""
         template = self.encoder.goal
         record: dict[str, Any] = {"goal": None if template is None or goal is None else template.printed(goal)}
-        prompts = self.encode(histories, self.goal_text(goal))
+        asked, against_goal = self.stated(goal), StatedGoal()
+        prompts = self.encode(histories, asked.text)
         low: list[list[int] | None] = [None] * len(prompts)
         if guidance:
-            low_text, low_printed = self.low_goal(against)
-            low = [*self.encode(histories, low_text)]
+            against_goal, low_printed = self.low_goal(against)
+            low = [*self.encode(histories, against_goal.text)]
             record |= {"guidance": guidance, "against": low_printed}
         return [
-            Prompt(ids, {"messages": list(history)} | record, low_ids)
+            Prompt(ids, {"messages": list(history)} | record, low_ids, asked.strength, against_goal.strength)
             for history, ids, low_ids in zip(histories, prompts, low, strict=True)
         ]
 
@@ -99,13 +101,15 @@ class PromptEncoder:
             self.tell(f"{cut:,} of {len(found):,} prompts cut to {longest} tokens, goal kept")
         return [one.prompt_ids[0] for one in found]
 
-    def goal_text(self, goal: float | None) -> str | None:
-        """What the template says of a goal, with the best attributes."""
+    def stated(self, goal: float | None) -> StatedGoal:
+        """How the policy is asked for a goal, with the best attributes; None is no goal."""
         template = self.encoder.goal
-        return None if template is None or goal is None else template.write(goal, template.best_attributes)
+        if template is None:
+            return StatedGoal()
+        return template.unstated if goal is None else template.state(goal, template.best_attributes)
 
-    def low_goal(self, against: LowGoal) -> tuple[str | None, str]:
-        """Text and print of the goal that guidance pushes away from."""
+    def low_goal(self, against: LowGoal) -> tuple[StatedGoal, str]:
+        """The goal that guidance pushes away from, and how it is printed."""
         if self.encoder.goal is None:
             raise ConfigError(
                 "--model.generation.guidance needs goals to push away from, and there are none with --data.goal null."
@@ -114,8 +118,8 @@ class PromptEncoder:
 
     def check_guidance(self, goal: float | None, against: LowGoal) -> None:
         """Raise ConfigError where guidance would push away from the goal that is asked for."""
-        text, printed = self.low_goal(against)
-        if goal is not None and text == self.goal_text(goal):
+        low, printed = self.low_goal(against)
+        if goal is not None and low == self.stated(goal):
             raise ConfigError(
                 f"--model.generation.guidance has no effect: the goal that it pushes away from, {printed}, is the "
                 "one that is asked for. Ask for a higher one (--data.predict.goal), or remove it."
@@ -124,17 +128,25 @@ class PromptEncoder:
 
 def collate_prompts(prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
     """A batch of prompts, padded on the left."""
-    batch = left_pad([prompt.ids for prompt in prompts], pad_id, [prompt.record for prompt in prompts])
+    strengths = [prompt.strength for prompt in prompts]
+    batch = left_pad([prompt.ids for prompt in prompts], pad_id, [prompt.record for prompt in prompts], strengths)
     low = [prompt.low_ids for prompt in prompts if prompt.low_ids is not None]
-    return replace(batch, against=left_pad(low, pad_id, [{}] * len(low))) if low else batch
+    if not low:
+        return batch
+    return replace(batch, against=left_pad(low, pad_id, [{}] * len(low), [prompt.low_strength for prompt in prompts]))
 
 
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[dict[str, Any]]) -> PromptBatch:
-    """Token ids padded on the left, so that every prompt ends at the last column."""
+def left_pad(
+    prompts: Sequence[Sequence[int]], pad_id: int, records: Sequence[dict[str, Any]],
+    strengths: Sequence[float | None] = (),
+) -> PromptBatch:  # fmt: skip
+    """Token ids padded on the left, so that every prompt ends at the last column, with the adapter's strengths."""
     width = max(map(len, prompts))
     rows = [[pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
     masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    return PromptBatch(torch.tensor(rows), torch.tensor(masks), tuple(records))
+    known = [one for one in strengths if one is not None]
+    strength = torch.tensor(known)[:, None] if known else None
+    return PromptBatch(torch.tensor(rows), torch.tensor(masks), tuple(records), strength=strength)
 
 
 def distinct_histories(

@@ -120,6 +120,8 @@ class Batch(_Movable):
         goals: the printed goals, for messages.
         unrelated: each prompt with another pair's responses, for losses that require "unrelated"
             (rap_lightning.batches.unrelated); the module adds it before the batch is copied to the device.
+        strength: [R, T] float32, factor on the policy's adapter at each token, the same over a sequence; None leaves
+            the adapter as it is.
     """
 
     input_ids: Tensor
@@ -142,6 +144,7 @@ class Batch(_Movable):
     pair_ids: tuple[str, ...]
     goals: tuple[str | None, ...]
     unrelated: Batch | None = None
+    strength: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pair_ids)
@@ -240,9 +243,11 @@ class PromptBatch(_Movable):
         input_ids, attention_mask: [R, T] int64.
         records: what ``predict`` writes beside each sample: the conversation and the goal.
         against: the same conversations at the low goal of guidance; None without guidance.
+        strength: [R, 1] float32, factor on the policy's adapter; None leaves the adapter as it is.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     records: tuple[dict[str, Any], ...]
     against: PromptBatch | None = None
+    strength: Tensor | None = None

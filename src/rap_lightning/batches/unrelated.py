@@ -39,6 +39,9 @@ def unrelated(batch: Batch) -> Batch:
         mask[row, : len(whole)] = 1
         predict_from.append(torch.arange(len(response), device=mask.device) + row * width + len(prompt) - 1)
     lengths = torch.tensor([len(r) for r in responses], device=mask.device)
+    strength = batch.strength
+    if strength is not None:  # that of the prompt's last token, for the whole row
+        strength = strength.flatten()[batch.predict_from[begins], None].expand(count, width)
     return dataclasses.replace(
         batch,
         forest=None,
@@ -50,6 +53,7 @@ def unrelated(batch: Batch) -> Batch:
         target=torch.cat(responses),
         segment=torch.repeat_interleave(torch.arange(count, device=mask.device), lengths),
         lengths=lengths,
+        strength=strength,
     )
 
 

@@ -20,8 +20,9 @@ from rap_lightning.models.goal_chat_template import with_goals_in_template
 from rap_lightning.models.hf_export import ExportOptions, export, full_state, merge
 from rap_lightning.models.model_card import model_card
 from rap_lightning.models.policy import Policy
+from rap_lightning.models.strength_record import at_best, merged_record
 from rap_lightning.module import PreferenceModule
-from rap_lightning.preferences.goals import is_trained
+from rap_lightning.preferences.goals import is_written
 
 
 class ExportHF(pl.Callback):
@@ -57,7 +58,7 @@ class ExportHF(pl.Callback):
         """Refuse a goal that can't be written into the chat template now, not after days of training."""
         if self._writes(trainer) and isinstance(pl_module, PreferenceModule):
             goal = pl_module.goal_record()
-            if is_trained(goal) and self.goal_in_template:
+            if is_written(goal) and self.goal_in_template:
                 with_goals_in_template(pl_module.tokenizer, goal)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -85,14 +86,16 @@ class ExportHF(pl.Callback):
         self, run: Path, module: PreferenceModule, policy: Policy, state: dict[str, Tensor], facts: dict[str, Any]
     ) -> list[Path]:
         """Write the folders and return them."""
-        config = module.policy_config
+        config, (goal, strength) = module.policy_config, at_best(module.goal_record())
 
         def options(output: Path, adapter: bool) -> ExportOptions:
+            record = goal if adapter else merged_record(goal)
+            factor = strength if adapter else 1.0  # what is merged is the adapter that was written
             card = model_card(
-                facts, adapter=adapter, goal_in_template=self.goal_in_template, name=output.name,
+                facts | {"goal": record}, adapter=adapter, goal_in_template=self.goal_in_template, name=output.name,
                 title=output.resolve().parent.name,  # the run's name says more than "hf"
             )  # fmt: skip
-            return ExportOptions(goal=module.goal_record(), goal_in_template=self.goal_in_template, card=card)
+            return ExportOptions(goal=record, strength=factor, goal_in_template=self.goal_in_template, card=card)
 
         output = _free(run / "hf")
         export(policy, state, module.tokenizer, output, config, options(output, policy.has_adapter))

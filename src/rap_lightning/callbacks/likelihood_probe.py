@@ -53,7 +53,7 @@ class LikelihoodProbe(AtIntervals):
         self.pairs, self.bins, self.seed = pairs, bins, seed
         self._items: list[Example] = []
         self._drawn: list[Pair] = []
-        self._texts: dict[str, list[tuple[str | None, str | None]]] = {}
+        self._keys: dict[str, list[tuple[str | None, str | None]]] = {}
         self._edges: list[tuple[float, float]] = []
         self._digest = ""
         self._base: list[list[float]] = []  # of each item, before the first step
@@ -81,10 +81,10 @@ class LikelihoodProbe(AtIntervals):
         }
         rows, metrics = [], {}
         number = bin_numbers([reward for pair in self._drawn for reward in pair.rewards], self._edges)
-        for condition, texts in self._texts.items():
+        for condition, keys in self._keys.items():
             for side, role in enumerate(ROLES):
                 values = np.asarray(
-                    [change[pair.id, two[side]][side] for pair, two in zip(self._drawn, texts, strict=True)]
+                    [change[pair.id, two[side]][side] for pair, two in zip(self._drawn, keys, strict=True)]
                 )
                 for place, (low, high) in enumerate(self._edges):
                     mine = values[number[side::2] == place]
@@ -119,7 +119,8 @@ class LikelihoodProbe(AtIntervals):
         split = data.validation_split() or data.train_split
         pairs = data.scored_pairs(split, self.pairs, self.seed)
         report = DataReport("LikelihoodProbe", split)
-        encode = AtGoals(data.encoder, [None, goal.text_at(goal.best)], goal)
+        none, best = goal.unstated, goal.state_at(goal.best)
+        encode = AtGoals(data.encoder, [none, best], goal)
         self._items = encode.examples(pairs, report)
         encoded = {item.pair_id for item in self._items}
         self._drawn = kept = [pair for pair in pairs if pair.id in encoded]
@@ -127,11 +128,12 @@ class LikelihoodProbe(AtIntervals):
         cut = sum(tally.count for tally in report.truncated.values())
         cuts = f", {cut:,} prompts or responses cut to max_length" if cut else ""
         rank_zero_info(f"LikelihoodProbe: {len(kept):,} pairs of the split {split}{lost}{cuts}")
-        best = goal.text_at(goal.best)
-        own = [goal.own_texts(pair.rewards, pair.attributes) for pair in self._drawn]
-        self._texts = {
-            "none": [(None, None)] * len(kept), "best": [(best, best)] * len(kept), "own": [(a, b) for a, b in own],
-        }  # fmt: skip
+        own = [goal.own_goals(pair.rewards, pair.attributes) for pair in self._drawn]
+        self._keys = {
+            "none": [(none.key, none.key)] * len(kept),
+            "best": [(best.key, best.key)] * len(kept),
+            "own": [(a.key, b.key) for a, b in own],
+        }
         low, high = goal.scale.judge_range
         if not (np.isfinite(low) and np.isfinite(high)):
             rewards = [reward for pair in self._drawn for reward in pair.rewards]

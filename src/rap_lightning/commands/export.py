@@ -71,6 +71,7 @@ def export(
     from rap_lightning.models.checkpoint.open_saved import open_saved
     from rap_lightning.models.checkpoint.saved_policy import config_of, restored
     from rap_lightning.models.model_card import model_card
+    from rap_lightning.models.strength_record import at_best, merged_record
 
     _say(f"reading {checkpoint}")
     saved = open_saved(Path(checkpoint))
@@ -91,12 +92,15 @@ def export(
             "Give its name on the Hub: --base_model ORG/NAME, or write a whole model: --merge true"
         )
     facts = _facts(saved)
+    goal, strength = at_best(saved.record.get("goal"))
+    goal = goal if as_adapter else merged_record(goal)
+    facts["goal"] = goal
     card = model_card(
         facts, adapter=as_adapter, goal_in_template=goal_in_template, name=push_to_hub or Path(output).name,
         base_model=base_model, license=license,
     )  # fmt: skip
     options = files.ExportOptions(
-        getattr(torch, dtype) if dtype else None, max_shard_size or files.SHARD, saved.record.get("goal"),
+        getattr(torch, dtype) if dtype else None, max_shard_size or files.SHARD, goal, strength,
         goal_in_template, base_model, card,
     )  # fmt: skip
     tokenizer = config.load_tokenizer()

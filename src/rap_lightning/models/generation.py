@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from rap_lightning.batches.types import PromptBatch
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.guidance import GoalGuidance, PlausibilityFloor, check_guidance
 from rap_lightning.models.policy import Policy, evaluating
+from rap_lightning.models.token_strength import at_strength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +95,7 @@ def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, batch: PromptBa
         config = GenerationConfig(
             max_new_tokens=options.max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling
         )
-        with evaluating(policy):
+        with evaluating(policy), at_strength(batch.strength):
             output = policy.model.generate(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config,
                 logits_processor=[] if guide is None else [guide],
@@ -115,7 +117,8 @@ def guidance_of(
             "guidance needs each prompt at the low goal too: batches of PreferenceDataModule.prompt_batch hold them."
         )
     low = {"input_ids": against.input_ids, "attention_mask": against.attention_mask}
-    return GoalGuidance(model, low, options.guidance, options.plausibility)
+    within = partial(at_strength, against.strength)
+    return GoalGuidance(model, low, options.guidance, options.plausibility, within=within)
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:

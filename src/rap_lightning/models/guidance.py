@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class GoalGuidance:
             effect would be mistaken for that of guidance.
         use_cache: keep keys and values of the second stream, where the model has them and no recurrent state; without,
             each step computes the whole sequence again, to the same numbers up to rounding.
+        within: makes a block that the second stream's forward passes run in; with AdapterStrength, at its strength.
 
     Raises:
         ConfigError: an option is out of its range, or prompts are padded on the right.
@@ -61,13 +63,13 @@ class GoalGuidance:
 
     def __init__(
         self, model: Any, against: Mapping[str, Tensor], weight: float, plausibility: float | None = None,
-        use_cache: bool = True,
+        use_cache: bool = True, within: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
         check_guidance(weight, plausibility)
         self.ids, self.mask = against["input_ids"], against["attention_mask"]
         if not bool(self.mask[:, -1].all()):
             raise ConfigError("guidance: pad prompts on the left (padding_side='left'), so that they end together")
-        self.model, self.weight, self.plausibility = model, weight, plausibility
+        self.model, self.weight, self.plausibility, self.within = model, weight, plausibility, within
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's wrapper takes *args
         self._takes = set(inspect.signature(base.forward).parameters)
         self._cache_name = next((name for name in CACHES if name in self._takes), None)
@@ -109,10 +111,11 @@ class GoalGuidance:
         self._seen = input_ids
         position = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
         more: dict[str | None, Any] = {"position_ids": position, "logits_to_keep": 1, self._cache_name: self._cache}
-        output = self.model(
-            input_ids=fresh, attention_mask=self._mask, use_cache=self.use_cache,
-            **{name: value for name, value in more.items() if name in self._takes},
-        )  # fmt: skip
+        with self.within():
+            output = self.model(
+                input_ids=fresh, attention_mask=self._mask, use_cache=self.use_cache,
+                **{name: value for name, value in more.items() if name in self._takes},
+            )  # fmt: skip
         self._cache = getattr(output, str(self._cache_name)) if self.use_cache else None
         logits: Tensor = output.logits[:, -1]
         return logits

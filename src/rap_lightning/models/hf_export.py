@@ -23,7 +23,8 @@ from rap_lightning.models.generation import end_of_turn_ids
 from rap_lightning.models.goal_chat_template import with_goals_in_template
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig
-from rap_lightning.preferences.goals import is_trained
+from rap_lightning.models.token_strength import at_strength, attach
+from rap_lightning.preferences.goals import is_written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +46,7 @@ class ExportOptions:
         dtype: of the written weights; None keeps those of the policy.
         max_shard_size: of one safetensors file.
         goal: the record of the goal template that the policy was trained with.
+        strength: factor on the adapter; the record says so.
         goal_in_template: write the best goal into the chat template.
         base_model: the name of an adapter's base model, if not where it was loaded from.
         card: the text of README.md.
@@ -53,6 +55,7 @@ class ExportOptions:
     dtype: torch.dtype | None = None
     max_shard_size: str = SHARD
     goal: dict[str, Any] | None = None
+    strength: float = 1.0
     goal_in_template: bool = True
     base_model: str | None = None
     card: str | None = None
@@ -89,6 +92,8 @@ def export(
         ConfigError: ``output`` exists and is not empty, it can't be written, or a weight is not a finite number.
     """
     own = {name.removeprefix("model."): value for name, value in state.items()}
+    if options.strength != 1:
+        own = {name: value * options.strength if ".lora_B." in name else value for name, value in own.items()}
     expected = own
     if policy.has_adapter:
         from peft import get_peft_model_state_dict
@@ -137,7 +142,13 @@ def merge(
 
     dtype, model = options.dtype or torch.float32, load()
     vocabulary = model.get_base_model().config.get_text_config().vocab_size
-    before = _logits(model, vocabulary)
+    attach(model)
+    with at_strength(None if options.strength == 1 else torch.full((4, 1), options.strength)):
+        before = _logits(model, vocabulary)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_B." in name:
+                weight.mul_(options.strength)
     merged = model.merge_and_unload(safe_merge=True)
     after = _logits(merged, vocabulary)
     bound = max(MERGED, MERGED / 10 * float(before.abs().max()))
@@ -255,7 +266,7 @@ def _write_rest(
     # `save_pretrained` refuses what it only warns about in a file that somebody published: a temperature beside greedy
     # decoding, say. Nothing but the ends of a turn was changed here, so the other values are written as they were read
     generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
-    if is_trained(options.goal) and options.goal_in_template:
+    if is_written(options.goal) and options.goal_in_template:
         tokenizer = with_goals_in_template(tokenizer, options.goal)
     tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded here
     tokenizer.save_pretrained(folder)

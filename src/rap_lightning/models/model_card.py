@@ -72,8 +72,9 @@ def _opening(facts: Mapping[str, Any], name: str | None, base: str | None, adapt
     lines = [f"# {name}\n" if name else "# Model card\n"]
     lines.append(f"{start}, aligned on preference pairs with rap-lightning{f' {version}' if version else ''}.")
     if is_trained(facts.get("goal")):
+        states = "The prompt states a goal" if facts["goal"]["best"] is not None else "The adapter's strength is a goal"
         lines.append(
-            "The prompt states a goal, the score that the response should get (reward-augmented preference "
+            f"{states}, the score that the response should get (reward-augmented preference "
             f"alignment, [Zhang et al. 2025]({METHOD})); at inference the best one is asked for."
         )
     return "\n".join(lines)
@@ -94,6 +95,12 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
     parts = ["## How to prompt"]
     if goal is None:
         parts.append(f"With {needs}, as any chat model:")
+        return "\n\n".join([*parts, f"```python\n{example}\n```"])
+    if goal["best"] is None:
+        parts.append(
+            "The prompt states no goal: it is the strength of the adapter, whose weights are written at "
+            f"{goal['adapter_at']:g}. With {needs}, as any chat model, for the best goal:"
+        )
         return "\n\n".join([*parts, f"```python\n{example}\n```"])
     if not in_template:
         where = "as the system message" if goal["placement"] != "user" else "before the first user message"
@@ -142,9 +149,12 @@ def _goal(goal: Mapping[str, Any] | None) -> str:
     lines = [
         "## Goals",
         f"Template `{goal['template']}`, scale `{goal['scale'].get('class')}` "
-        f"({', '.join(f'{k} {v:g}' for k, v in scale.items())}). The best goal reads:",
-        f"```\n{goal['best']}\n```",
+        f"({', '.join(f'{k} {v:g}' for k, v in scale.items())}).",
     ]
+    if goal["best"] is not None:
+        lines += ["The best goal reads:", f"```\n{goal['best']}\n```"]
+    if "adapter_at" in goal:
+        lines.append(f"The adapter's strength at the best goal is {goal['strength']:g}; at strength 0 it is the base.")
     if goal.get("attributes"):
         lines.append(f"Attributes: {', '.join(goal['attributes'])}.")
     return "\n\n".join(lines)

@@ -19,6 +19,7 @@ from rap_lightning.models.activation_offload import activations_on_host
 from rap_lightning.models.attention import forest_attention, packs_itself, sequence_lengths
 from rap_lightning.models.logps import Head, sum_by_segment
 from rap_lightning.models.private_api import one_sequence_per_row, skip_adapter, uses_adapter
+from rap_lightning.models.token_strength import at_strength, attach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,8 @@ class Policy(nn.Module):
     def __init__(self, model: Any, *, offload: bool = False) -> None:
         super().__init__()
         self.model, self.offload = model, offload
+        if self.has_adapter:
+            attach(model)
         self.shares = True
         self.attention: list[str] = []
         self.checkpoints = False
@@ -83,7 +86,8 @@ class Policy(nn.Module):
         if inside is not None:
             return inside()
         assert batch is not None, "a batch, or something to call"
-        with activations_on_host() if self.offload and torch.is_grad_enabled() else nullcontext():
+        offloading = activations_on_host() if self.offload and torch.is_grad_enabled() else nullcontext()
+        with offloading, at_strength(batch.strength):
             hidden = self._hidden_of_batch(batch)
         hidden, head = hidden.flatten(0, 1)[batch.predict_from], Head.of(self.causal_lm)
         token_logps = head.token_logps(hidden, batch.target)
@@ -123,7 +127,8 @@ class Policy(nn.Module):
             paths += paths[-1:] * (most_on_any_rank(len(paths), self.device) - len(paths))
         for path in paths:
             places = torch.cat([torch.arange(*span, device=batch.input_ids.device) for span in path])
-            one = self.hidden(batch.input_ids[:, places], batch.position_ids[:, places])
+            with at_strength(None if batch.strength is None else batch.strength[:, places]):
+                one = self.hidden(batch.input_ids[:, places], batch.position_ids[:, places])
             if hidden is None:
                 hidden = one.new_zeros(1, batch.input_ids.shape[1], one.shape[-1])
             hidden = hidden.index_copy(1, places, one)

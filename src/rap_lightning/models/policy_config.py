@@ -7,7 +7,8 @@ training continues) to ``build`` (with a new adapter, frozen parameters, gradien
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now
 from rap_lightning.models.policy import Policy, compile_layers, decoder_layers
 from rap_lightning.models.pretrained import OtherWeights, load_pretrained, load_weights
+from rap_lightning.models.token_strength import strength_as_now
 from rap_lightning.preferences.chat_template import restore_own_template
 
 if TYPE_CHECKING:
@@ -325,9 +327,12 @@ def _checkpoint_activations(causal_lm: PreTrainedModel, every: int) -> None:
         ConfigError: the model's code has no switch for each layer.
     """
     config = causal_lm.config.get_text_config()
-    # The forward pass runs within `forest_attention`, and the recomputation long after that block has ended: it must
-    # find the attention that its forward pass had.
-    contexts = lambda: (nullcontext(), attention_as_now(config))  # noqa: E731
+
+    # The forward pass runs within `forest_attention` and at the batch's strengths, and the recomputation long after
+    # those blocks have ended: it must find the attention and the strengths that its forward pass had.
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _both(attention_as_now(config), strength_as_now())
+
     newer = "activation_checkpointing_enable"  # from transformers 5.24 on, where the other name warns
     enable = getattr(causal_lm, newer if hasattr(causal_lm, newer) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False, "context_fn": contexts})
@@ -341,6 +346,12 @@ def _checkpoint_activations(causal_lm: PreTrainedModel, every: int) -> None:
         )
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number % every == 0  # type: ignore[assignment]
+
+
+@contextmanager
+def _both(one: AbstractContextManager[None], other: AbstractContextManager[None]) -> Iterator[None]:
+    with one, other:
+        yield
 
 
 def silence_dropout(config: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences import scales
-from rap_lightning.preferences.goals import GoalTemplate, Placement, is_trained
+from rap_lightning.preferences.adapter_strength import AdapterStrength
+from rap_lightning.preferences.goals import GoalTemplate, Placement, StatedGoal, is_trained
 from rap_lightning.preferences.rendering import render
 from rap_lightning.preferences.scales import RewardScale
 
@@ -33,23 +35,28 @@ NAME_TEMPLATE = "Name the template: --template OverallGoal"
 
 @dataclass(frozen=True)
 class RequestedGoal:
-    """A goal to request: its text in the prompt, its printed number and its placement; text None without a goal.
+    """A goal to request: how it is stated, its printed number (None without a goal) and its placement.
 
     With guidance, ``against`` is the low goal whose distribution is subtracted.
     """
 
-    text: str | None
+    stated: StatedGoal
     printed: str | None
     placement: Placement = "auto"
     against: RequestedGoal | None = None
 
     @property
+    def text(self) -> str | None:
+        """Its text in the prompt."""
+        return self.stated.text
+
+    @property
     def last_line(self) -> str:
-        """The line of the text that states the number, for the terminal."""
-        return "none" if self.text is None else self.text.splitlines()[-1]
+        """The line that states the number, for the terminal."""
+        return "none" if self.stated.key is None else self.stated.key.splitlines()[-1]
 
 
-NO_GOAL = RequestedGoal(None, None)
+NO_GOAL = RequestedGoal(StatedGoal(), None)
 
 
 def read_goal_record(path: str) -> GoalRecord | None:
@@ -78,6 +85,11 @@ def template_of(record: GoalRecord) -> GoalTemplate:
         raise ConfigError(f"the model's goal template is {path}, which is not of this package. {advice}")
     try:
         options: dict[str, Any] = {"scale": _scale_of(record["scale"]), "placement": record["placement"]}
+        if "adapter_at" in record:
+            prompt = None if record["prompt"] is None else template_of(record["prompt"])
+            strength = AdapterStrength(options["scale"], record["neutral"], prompt)
+            strength.adapter_at = record["adapter_at"]
+            return strength
         if record.get("attributes"):
             options |= {"attributes": list(record["attributes"]), "overall": record["overall"]}
             options["attribute_scale"] = _scale_of(record["attribute_scale"])
@@ -134,7 +146,7 @@ def request_goals(
 ) -> list[RequestedGoal]:  # fmt: skip
     """Return the goal of each option, with the low goal of guidance."""
     goals = [resolve(option, record, template) for option in options]
-    if len({goal.text for goal in goals}) < len(goals):
+    if len({goal.stated for goal in goals}) < len(goals):
         raise ConfigError(f"--goal {list(options)}: two of them read the same")
     return with_low_goal(goals, generation, record, template)
 
@@ -154,8 +166,8 @@ def resolve(option: GoalOption | None, record: GoalRecord | None, template: Goal
         raise ConfigError(
             f"--goal {option}: the model's folder has no goal.json, so how goals read isn't known. {NAME_TEMPLATE}"
         )
-    if template is not None and template.scale.needs_fit:
-        raise ConfigError("--template: the scale's open numbers can't be fitted here; give them (goal.json has them).")
+    if template is not None and template.needs_fit:
+        raise ConfigError("--template: its open numbers can't be fitted here; give them (goal.json has them).")
     if template is None:
         assert record is not None, "checked above"
         try:
@@ -163,13 +175,12 @@ def resolve(option: GoalOption | None, record: GoalRecord | None, template: Goal
         except ConfigError:  # another package's template: only the best goal, whose text is recorded, is available
             if option not in (None, "best"):
                 raise
-            return RequestedGoal(record["best"], "best", record["placement"])
+            return RequestedGoal(StatedGoal(record["best"]), "best", record["placement"])
     goal = template.best if option is None or option == "best" else float(option)
-    low, high = template.scale.low, template.scale.high
-    if not low <= goal <= high:
-        raise ConfigError(f"--goal must lie on the scale of {low:g} to {high:g}, found {goal:g}")
+    if note := template.refuse_outside(goal, "--goal"):
+        print(note, file=sys.stderr)
     best = template.best_attributes
-    return RequestedGoal(template.write(goal, best), template.printed(goal, best), template.placement)
+    return RequestedGoal(template.state(goal, best), template.printed(goal, best), template.placement)
 
 
 def with_low_goal(
@@ -184,14 +195,14 @@ def with_low_goal(
         )
     if template is None and generation.against != "none":
         template = template_of(record or {})
-    text, printed = (None, "none") if template is None else template.low(generation.against)
+    low, printed = (StatedGoal(), "none") if template is None else template.low(generation.against)
     placement = template.placement if template is not None else (record or {})["placement"]
-    if {goal.text for goal in goals} == {text}:
+    if {goal.stated for goal in goals} == {low}:
         raise ConfigError(
             f"--guidance has no effect: the goal that it pushes away from, {printed}, is the one that is asked for. "
             "Ask for a higher --goal, or remove it."
         )
-    return [replace(goal, against=RequestedGoal(text, printed, placement)) for goal in goals]
+    return [replace(goal, against=RequestedGoal(low, printed, placement)) for goal in goals]
 
 
 def without_own_goal(tokenizer: PreTrainedTokenizerBase, record: GoalRecord | None) -> PreTrainedTokenizerBase:
@@ -214,9 +225,11 @@ def without_own_goal(tokenizer: PreTrainedTokenizerBase, record: GoalRecord | No
     )
 
 
-def template_writes(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Return whether the chat template writes ``text`` into a prompt that doesn't contain it."""
+def template_writes(tokenizer: PreTrainedTokenizerBase, text: str | None) -> bool:
+    """Return whether the chat template writes ``text`` into a prompt that doesn't contain it; None is no text."""
     try:
-        return text.strip() in render(tokenizer, [{"role": "user", "content": "hello"}], generation_prompt=True)
+        return text is not None and text.strip() in render(
+            tokenizer, [{"role": "user", "content": "hello"}], generation_prompt=True
+        )
     except Exception:  # templates fail with whatever jinja error their author raised
         return False

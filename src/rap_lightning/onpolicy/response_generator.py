@@ -96,7 +96,7 @@ class ResponseGenerator:
         requests = self._requests(own, goals, samples, seed, key, encoder, summary)
         summary.total = len(requests) + len(summary.failed)
         notes = {
-            "asked": [goal.text for goal in goals], "samples": samples,
+            "asked": [goal.stated.key for goal in goals], "samples": samples,
             "responses": len(histories) * len(goals) * samples, "package": __version__, **self.engine.notes(),
         }  # fmt: skip
         with Ledger(path, settings, notes, self.shard, self.shards) as ledger:
@@ -173,7 +173,7 @@ class ResponseGenerator:
             "seed": seed,
         }
         if generation.guidance:
-            settings["against"] = sorted({goal.against.text or "" for goal in goals if goal.against is not None})
+            settings["against"] = sorted({goal.against.stated.key or "" for goal in goals if goal.against is not None})
         if encoder is None and self.model.template.kwargs:
             settings["chat_template_kwargs"] = dict(self.model.template.kwargs)
         if encoder is not None:
@@ -200,8 +200,8 @@ class ResponseGenerator:
                     continue
                 requests += [
                     Request(
-                        digest_of(prompt_id, goal.text, sample, key), prompt_id, tuple(history), goal=goal.printed,
-                        sample=sample, seed=seed_of(seed, prompt_id, sample), **prompt,
+                        digest_of(prompt_id, goal.stated.key, sample, key), prompt_id, tuple(history),
+                        goal=goal.printed, sample=sample, seed=seed_of(seed, prompt_id, sample), **prompt,
                     )
                     for sample in range(samples)
                 ]  # fmt: skip
@@ -223,7 +223,11 @@ class ResponseGenerator:
         if cut := found.cut_prompts[0]:
             counts["prompt cut to fit, goal kept"] += 1
         messages = with_goal(history, goal.text, placement, system_shown=encoder.system_shown)
-        return {"messages": tuple(messages), "ids": ids, "cut": cut, "against": low[0] if low else ()}
+        return {
+            "messages": tuple(messages), "ids": ids, "cut": cut, "against": low[0] if low else (),
+            "strength": goal.stated.strength,
+            "low_strength": None if goal.against is None else goal.against.stated.strength,
+        }  # fmt: skip
 
     def _placement(self, goal: RequestedGoal, encoder: Encoder | None) -> Any:
         """Return where the goal is written: the tokenizer decides, or ``system`` if only the server has it."""

@@ -7,9 +7,11 @@ state.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeGuard
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeGuard
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.goal_spec import Number, Wording
@@ -17,6 +19,27 @@ from rap_lightning.preferences.hashing import describe_object, hash_code
 from rap_lightning.preferences.scales import RewardScale
 
 Placement = Literal["auto", "system", "user"]
+
+
+@dataclass(frozen=True)
+class StatedGoal:
+    """How a policy is asked for a goal: by text in the prompt, by the strength of its adapter, or by both.
+
+    Attributes:
+        text: written into the prompt; None writes nothing.
+        strength: factor on the policy's LoRA adapter; None leaves the adapter as it is.
+    """
+
+    text: str | None = None
+    strength: float | None = None
+
+    @property
+    def key(self) -> str | None:
+        """A text that differs from that of every other goal; None for the plain prompt and the adapter as it is."""
+        if self.strength is None:
+            return self.text
+        lines = [] if self.text is None else [self.text]
+        return "\n".join([*lines, f"adapter strength {self.strength:.17g}"])
 
 
 class GoalTemplate(ABC):
@@ -51,17 +74,47 @@ class GoalTemplate(ABC):
     def write(self, goal: float, attributes: Sequence[float] = ()) -> str:
         return self.text(goal, attributes) if self.attributes else self.text(goal)
 
+    def state(self, goal: float, attributes: Sequence[float] = ()) -> StatedGoal:
+        """Return how a policy is asked for a goal.
+
+        Raises:
+            ConfigError: the template writes nothing.
+        """
+        text = self.write(goal, attributes)
+        if not text.strip():
+            raise ConfigError(
+                f"{type(self).__name__} writes nothing for the goal {self.printed(goal, attributes)}, so the policy "
+                "can't know what it is asked for. Return a text; a goal without one is AdapterStrength."
+            )
+        return StatedGoal(text)
+
+    @property
+    def unstated(self) -> StatedGoal:
+        """How a policy is asked for a response without a goal."""
+        return StatedGoal()
+
+    def refuse_outside(self, goal: float, option: str) -> str | None:
+        """Return a note for a goal outside the scale that can be asked for, and None for one on the scale.
+
+        Raises:
+            ConfigError: it can't be asked for.
+        """
+        low, high = self.scale.low, self.scale.high
+        if not low <= goal <= high:
+            raise ConfigError(f"{option} must be on the scale from {low:g} to {high:g}, found {goal:g}")
+        return None
+
     def goal_of(self, reward: float, attributes: Sequence[float] = ()) -> tuple[float, tuple[float, ...]]:
         """Return the goal, with its attributes, under which a response with these rewards is the right answer."""
         return self.scale.goal(reward), tuple(attributes)
 
-    def own_texts(self, rewards: Sequence[float], attributes: Sequence[Sequence[float]]) -> list[str]:
-        return [self.write(*self.goal_of(r, a)) for r, a in zip(rewards, attributes, strict=True)]
+    def own_goals(self, rewards: Sequence[float], attributes: Sequence[Sequence[float]]) -> list[StatedGoal]:
+        return [self.state(*self.goal_of(r, a)) for r, a in zip(rewards, attributes, strict=True)]
 
-    def text_at(self, goal: float) -> str:
-        """Return the goal text with attributes as high on their own scale as ``goal`` is on the overall one."""
+    def state_at(self, goal: float) -> StatedGoal:
+        """Return the goal with attributes as high on their own scale as ``goal`` is on the overall one."""
         share = (goal - self.scale.low) / (self.scale.high - self.scale.low)
-        return self.write(goal, self.attributes_at(share))
+        return self.state(goal, self.attributes_at(share))
 
     def attributes_at(self, share: float) -> tuple[float, ...]:
         """Return attributes at a share of their range: 0 is the lowest, 1 the highest."""
@@ -76,8 +129,28 @@ class GoalTemplate(ABC):
     def best_attributes(self) -> tuple[float, ...]:
         return ()
 
-    def low(self, option: float | Literal["none"] | None = None) -> tuple[str | None, str]:
-        """Return (text, printed) of the goal from which guidance pushes away; text is None for the prompt without one.
+    @property
+    def state_best(self) -> StatedGoal:
+        """The best goal, with the best attributes."""
+        return self.state(self.best, self.best_attributes)
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether the training split must supply some of its numbers."""
+        return self.scale.needs_fit
+
+    def fit(self, rewards: Sequence[float]) -> None:
+        """Set the open numbers from the rewards of the training split, in the judge's units."""
+        self.scale.fit(rewards)
+
+    def with_scale(self, scale: RewardScale) -> Self:
+        """Return a copy with another scale."""
+        other = copy.copy(self)
+        other.scale = scale
+        return other
+
+    def low(self, option: float | Literal["none"] | None = None) -> tuple[StatedGoal, str]:
+        """Return the goal from which guidance pushes away, and how it is printed.
 
         Args:
             option: a number on the scale that goals state, with the best attributes; ``none`` for no goal; None for
@@ -87,16 +160,12 @@ class GoalTemplate(ABC):
             ConfigError: the number is outside the scale.
         """
         if option == "none":
-            return None, "none"
+            return self.unstated, "none"
         if option is None:
             lowest = self.scale.low, self.attributes_at(0)
-            return self.write(*lowest), self.printed(*lowest)
-        if not self.scale.low <= option <= self.scale.high:
-            raise ConfigError(
-                f"guidance: against must be on the scale from {self.scale.low:g} to {self.scale.high:g}, or none; "
-                f"found {option:g}"
-            )
-        return self.write(option, self.best_attributes), self.printed(option, self.best_attributes)
+            return self.state(*lowest), self.printed(*lowest)
+        self.refuse_outside(option, "guidance: against")
+        return self.state(option, self.best_attributes), self.printed(option, self.best_attributes)
 
     def printed(self, goal: float, attributes: Sequence[float] = ()) -> str:
         """Return the goal in short, for logs and tables."""
@@ -149,6 +218,11 @@ def is_trained(record: Mapping[str, Any] | None) -> TypeGuard[dict[str, Any]]:
     The record of a model trained on plain pairs still has the goal text, so that it can be asked for one as a baseline.
     """
     return record is not None and bool(record.get("trained", True))
+
+
+def is_written(record: Mapping[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Return whether a model with this record was trained on goals that are text in the prompt."""
+    return is_trained(record) and record["best"] is not None
 
 
 class OverallGoal(GoalTemplate):

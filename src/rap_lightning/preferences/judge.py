@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -86,6 +85,4 @@ def rated_goal(judge: Judge | None, goal: GoalTemplate | None) -> GoalTemplate |
         )
     if judge.scale is not None:
         return goal
-    goal = copy.copy(goal)
-    goal.scale = for_unbounded(goal.scale)
-    return goal
+    return goal.with_scale(for_unbounded(goal.scale))

@@ -105,9 +105,9 @@ def raise_faults(report: DataReport) -> None:
 
 def fit_scale(rules: Rules, sources: Sequence[Source], split: str, *, num_proc: int | None = None) -> bool:
     """Fit the open numbers of the goal's scale to a split of the sources; return whether there were any."""
-    if rules.goal is None or not rules.goal.scale.needs_fit:
+    if rules.goal is None or not rules.goal.needs_fit:
         return False
-    rules.goal.scale.fit([r for source in sources for r in rewards_of(source, split, rules, num_proc=num_proc)])
+    rules.goal.fit([r for source in sources for r in rewards_of(source, split, rules, num_proc=num_proc)])
     return True
 
 
@@ -134,7 +134,7 @@ def unreached_goal_note(rules: Rules, reports: Sequence[DataReport]) -> str | No
     if goal is None or span is None or type(goal.scale) is not RewardScale or not rules.relabelling.conditioned:
         return None
     low, high, scale = *span, goal.scale
-    if goal.write(scale.goal(high), goal.best_attributes) == goal.write(goal.best, goal.best_attributes):
+    if goal.state(scale.goal(high), goal.best_attributes) == goal.state_best:
         return None
     best, highest = scale.printed(goal.best), scale.printed(high)
     return (

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.judge import Judge, rated_goal
 from rap_lightning.preferences.read_pairs import fit_scale
-from rap_lightning.preferences.relabelling import Mode, Relabelling
+from rap_lightning.preferences.relabelling import UNCONDITIONED, Mode, Relabelling
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.selection import Selection
@@ -88,6 +90,12 @@ class ReadingOptions:
         self.sources, self.num_proc, self.seed = as_sources(source), num_proc, seed
         self.template = TemplateOptions(chat_template, chat_template_kwargs or {})
         self.relabelling = Relabelling.of(relabel, self.goal, keep_original, seed, best_goal)
+        if isinstance(self.goal, AdapterStrength) and UNCONDITIONED in self.relabelling.origins:
+            option = "keep_original" if self.relabelling.conditioned else "relabel none"
+            raise ConfigError(
+                f"{option} has no effect with goal AdapterStrength: a pair without a goal is one at strength 0, where "
+                "the adapter is off and nothing is trained. Remove one of the two."
+            )
         self.rules = Rules(
             self.goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns,
             thinking=thinking,
@@ -95,7 +103,7 @@ class ReadingOptions:
 
     def fit_on_training_split(self, splits: Sequence[str], rewards: Mapping[str, RewardTable] | None = None) -> bool:
         """Fit the goal's scale on the training split, or on the only split; returns whether the scale needed that."""
-        if self.goal is None or not self.goal.scale.needs_fit:
+        if self.goal is None or not self.goal.needs_fit:
             return False  # a source without a training split is then no error
         split = "train" if "train" in splits or len(splits) > 1 else splits[0]
         rules = replace(self.rules, rewards=(rewards or {}).get(split))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences.goals import GoalTemplate
+from rap_lightning.preferences.goals import GoalTemplate, StatedGoal
 from rap_lightning.preferences.hashing import hash_text, hash_turns
 from rap_lightning.preferences.pairs import Message, Pair
 
@@ -180,7 +180,7 @@ def is_tie(goal: GoalTemplate | None, rewards: tuple[float, float], attributes: 
     """Return whether both goals read the same, or neither response has the higher reward (law 2)."""
     if goal is None or rewards[0] == rewards[1]:
         return rewards[0] == rewards[1]
-    first, second = goal.own_texts(rewards, attributes)
+    first, second = goal.own_goals(rewards, attributes)
     return first == second
 
 
@@ -190,9 +190,8 @@ def repeats_best(pair: Pair, goal: GoalTemplate, relabelling: Relabelling) -> bo
     The winner's own goal may be the best: the same training pair would be trained on twice. The loser's own goal may
     read like the best one (with attributes): the two would contradict each other (law 2).
     """
-    texts = goal.own_texts(pair.rewards, pair.attributes)
-    best = goal.write(goal.best, goal.best_attributes)
-    return any(texts[ORIGIN_TABLE[origin].chosen] == best for origin in CONDITIONED[relabelling.mode])
+    own = goal.own_goals(pair.rewards, pair.attributes)
+    return any(own[ORIGIN_TABLE[origin].chosen] == goal.state_best for origin in CONDITIONED[relabelling.mode])
 
 
 @dataclass(frozen=True)
@@ -208,6 +207,7 @@ class RelabelledPair:
         chosen, rejected: the response preferred under this goal, and the other one.
         rewards: rewards of chosen and rejected, in the judge's units.
         goal_reward: the reward that the goal asks for, in the judge's units; nan for an unconditioned pair.
+        strength: factor on the policy's adapter under this goal; None leaves the adapter as it is.
     """
 
     pair_id: str
@@ -219,6 +219,7 @@ class RelabelledPair:
     rejected: str
     rewards: tuple[float, float]
     goal_reward: float
+    strength: float | None = None
 
 
 def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPair:
@@ -239,24 +240,24 @@ def relabel(pair: Pair, goal: GoalTemplate | None, origin: int) -> RelabelledPai
     """
     made = ORIGIN_TABLE[origin]
     half = made.chosen
-    printed = text = None
-    reward = math.nan
+    printed, stated, reward = None, StatedGoal(), math.nan
     if goal is not None and made.goal is not None:
         if made.goal == "own":
             asked, reward = goal.goal_of(pair.rewards[half], pair.attributes[half]), pair.rewards[half]
         else:  # a mapped scale states rewards beyond its end as that end: the winner is never farther from the best
             asked, reward = (goal.best, goal.best_attributes), max(goal.scale.best_reward, pair.rewards[0])
-        printed, text = goal.printed(*asked), goal.write(*asked)
+        printed, stated = goal.printed(*asked), goal.state(*asked)
     return RelabelledPair(
         pair_id=pair.id,
         origin=made.name,
         goal=printed,
-        goal_text=text,
+        goal_text=stated.text,
         history=pair.history,
         chosen=pair.responses[half],
         rejected=pair.responses[1 - half],
         rewards=(pair.rewards[half], pair.rewards[1 - half]),
         goal_reward=reward,
+        strength=stated.strength,
     )
 
 

@@ -34,6 +34,8 @@ from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.policy_copy import AdapterAsLoaded
 from rap_lightning.models.references.post_warmup import Warmed
 from rap_lightning.models.references.precomputed import Stored
+from rap_lightning.preferences.adapter_strength import AdapterStrength
+from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.training.protocols import PreferenceData, data_of
 from rap_lightning.training.warm_up import WarmUp
 
@@ -145,6 +147,28 @@ def check_flash(config: PolicyConfig, device: torch.device, plugin: Precision) -
         raise ConfigError(
             f"{option} computes in half precision, and --trainer.precision is {plugin.precision}. Use bf16-mixed, or "
             "leave it out."
+        )
+
+
+def check_strength(goal: GoalTemplate | None, policy: PolicyConfig) -> None:
+    """Refuse a goal that is an adapter's strength where there is no adapter that a factor alone turns off and on."""
+    if not isinstance(goal, AdapterStrength):
+        return
+    if policy.adapter is not None:
+        raise ConfigError(
+            f"goal AdapterStrength trains a new adapter, whose strength 0 is the model at {policy.path}, and "
+            f"--model.policy.adapter {policy.adapter} has a scaling of its own. Merge it into the model "
+            "(rap-lightning export --merge) and set --model.policy.lora.r."
+        )
+    if policy.lora is None:
+        raise ConfigError(
+            "goal AdapterStrength is the strength of a LoRA adapter, and the policy has none: set "
+            "--model.policy.lora.r, or write the goal as text (--data.goal OverallGoal)."
+        )
+    if policy.lora.use_dora:
+        raise ConfigError(
+            "goal AdapterStrength multiplies the update BA, and DoRA normalises the weight that it is added to. Remove "
+            "--model.policy.lora.use_dora."
         )
 
 

@@ -25,7 +25,7 @@ class Request:
     """One response to generate.
 
     Attributes:
-        id: digest of conversation, goal text, sample number and the settings of the output file.
+        id: digest of conversation, goal, sample number and the settings of the output file.
         prompt_id: digest of the conversation alone.
         history: the conversation as in the data.
         messages: the same with the goal in it.
@@ -37,6 +37,7 @@ class Request:
             not on model or goal, so that comparisons between models or goals share their random numbers.
         cut: prompt tokens removed by truncation.
         against: token ids of the same conversation at the low goal of guidance; empty without guidance.
+        strength, low_strength: of the policy's adapter at the goal and the low goal; None leaves it as it is.
     """
 
     id: str
@@ -49,6 +50,8 @@ class Request:
     seed: int
     cut: int = 0
     against: tuple[int, ...] = ()
+    strength: float | None = None
+    low_strength: float | None = None
 
 
 @dataclass(frozen=True)

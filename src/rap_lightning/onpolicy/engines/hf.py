@@ -55,8 +55,11 @@ class Transformers(Engine):
 
     def open(self, model: ModelSource, rank: int) -> None:
         """Load the model onto this process's device."""
+        from rap_lightning.models.token_strength import attach
+
         device = default_device(rank)
         self._model = model.load(weights_dtype(self.dtype, device), device)
+        attach(self._model)
         if self.attn_implementation:
             try:
                 self._model.set_attn_implementation(self.attn_implementation)
@@ -105,15 +108,18 @@ class Transformers(Engine):
 
         from rap_lightning.batches.prompts import left_pad
         from rap_lightning.models.generation import guidance_of
+        from rap_lightning.models.token_strength import at_strength
         from rap_lightning.onpolicy.engines.seeded_sampling import SeededSampling
 
         device = self._model.device
-        batch = left_pad([request.ids for request in chunk], self._pad_id, []).to(device)
+        strengths = [request.strength for request in chunk]
+        batch = left_pad([request.ids for request in chunk], self._pad_id, [], strengths).to(device)
         width = batch.input_ids.shape[1]
         processors = LogitsProcessorList()
         low = None
         if generation.guidance:
-            low = left_pad([request.against for request in chunk], self._pad_id, []).to(device)
+            strengths = [request.low_strength for request in chunk]
+            low = left_pad([request.against for request in chunk], self._pad_id, [], strengths).to(device)
         if guide := guidance_of(self._model, low, generation):
             processors.append(guide)
         if generation.temperature > 0:
@@ -126,7 +132,7 @@ class Transformers(Engine):
         own = model.generation_config
         try:  # transformers fills unset options from the model's config: a repetition penalty there must not apply
             model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=self._pad_id)
-            with torch.inference_mode():
+            with torch.inference_mode(), at_strength(batch.strength):
                 output = self._model.generate(
                     input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config,
                     logits_processor=processors,

@@ -20,6 +20,7 @@ from rap_lightning.onpolicy.engines.base import prompt_id_of
 from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData, TrainingRewards, add_best_rewards
 from rap_lightning.onpolicy.evaluate.evaluation_plan import TRAIN, EvaluationPlan, Part
 from rap_lightning.onpolicy.evaluate.measurements import GoalLogps, JudgedSamples, Key
+from rap_lightning.preferences.goals import StatedGoal
 from rap_lightning.preferences.pairs import Pair
 
 PairLogpsByKey = Mapping[Key, tuple[float, float]]
@@ -120,12 +121,12 @@ def unlearning(measured: Measured) -> dict[str, Any]:
         return [logps.policy[two[side]][side] - logps.base[two[side]][side] for two in keys for side in (0, 1)]
 
     conditions = {
-        name: changes([((pair.id, text), (pair.id, text)) for pair in logps.pairs])
-        for name, text in _conditions(plan).items()
+        name: changes([((pair.id, goal.key), (pair.id, goal.key)) for pair in logps.pairs])
+        for name, goal in _conditions(plan).items()
     }
     if plan.template is not None:
         own = {pair.id: _own_goals(plan, pair) for pair in logps.pairs}
-        conditions["own"] = changes([((one, own[one][0]), (one, own[one][1])) for one in own])
+        conditions["own"] = changes([((one, own[one][0].key), (one, own[one][1].key)) for one in own])
     bins = evaluation.bins_of(*plan.reward_range(measured.evaluated.rewards), plan.bins)
     return evaluation.unlearning(logps.responses, conditions, bins, plan.seed)
 
@@ -133,7 +134,7 @@ def unlearning(measured: Measured) -> dict[str, Any]:
 def discrimination(measured: Measured) -> dict[str, Any]:
     """Return how well the goal under which a response is most likely predicts its reward."""
     plan, logps = measured.plan, measured.logps
-    at = [[logps.policy[pair.id, _text_at(plan, goal)] for goal in logps.goals] for pair in logps.pairs]
+    at = [[logps.policy[pair.id, _state_at(plan, goal).key] for goal in logps.goals] for pair in logps.pairs]
     by_response = np.asarray([[two[side] for two in row] for row in at for side in (0, 1)])
     return evaluation.discrimination(logps.responses, by_response, logps.goals, plan.seed)
 
@@ -182,18 +183,18 @@ def measure_logps(
 ) -> tuple[ResponseLogps, dict[str, Any]]:  # fmt: skip
     """Return the log-probabilities that the parts need, and ``encoding`` of the document."""
     goals = plan.template.scale.grid(plan.scale_points) if plan.template and "discrimination" in plan.parts else []
-    texts = [*_conditions(plan).values(), *(_text_at(plan, goal) for goal in goals)]
-    under_goals = GoalLogps(plan, evaluated, texts, work)
+    stated = [*_conditions(plan).values(), *(_state_at(plan, goal) for goal in goals)]
+    under_goals = GoalLogps(plan, evaluated, stated, work)
     tokens = under_goals.tokens()
     pairs = [pair for pair in evaluated.pairs if pair.id in tokens]
     if not pairs:
         raise DataError("\n".join(["no pair can be encoded.", *evaluated.report.lines()]))
     compared = {
-        (pair.id, text)
+        (pair.id, goal.key)
         for pair in pairs if "unlearning" in plan.parts
-        for text in (*_conditions(plan).values(), *_own_goals(plan, pair))
+        for goal in (*_conditions(plan).values(), *_own_goals(plan, pair))
     }  # fmt: skip
-    wanted = compared | {(pair.id, _text_at(plan, goal)) for pair in pairs for goal in goals}
+    wanted = compared | {(pair.id, _state_at(plan, goal).key) for pair in pairs for goal in goals}
     policy = under_goals.measure(plan.model, wanted, "logps.jsonl", "log-probabilities")
     base: PairLogpsByKey = {}
     if plan.base is not None:
@@ -207,22 +208,25 @@ def measure_logps(
     return ResponseLogps(pairs, responses, goals, policy, base), encoding
 
 
-def _conditions(plan: EvaluationPlan) -> dict[str, str | None]:
-    """Return the goal texts that all responses are read under: none, the best and the worst."""
+def _conditions(plan: EvaluationPlan) -> dict[str, StatedGoal]:
+    """Return the goals that all responses are read under: none, the best and the worst."""
     if plan.template is None:
-        return {"none": None}
+        return {"none": StatedGoal()}
     template = plan.template
-    return {"none": None, "best": template.text_at(template.best), "worst": template.text_at(template.scale.low)}
+    return {
+        "none": template.unstated, "best": template.state_at(template.best),
+        "worst": template.state_at(template.scale.low),
+    }  # fmt: skip
 
 
-def _text_at(plan: EvaluationPlan, goal: float) -> str:
+def _state_at(plan: EvaluationPlan, goal: float) -> StatedGoal:
     assert plan.template is not None, "goals have a template"
-    return plan.template.text_at(goal)
+    return plan.template.state_at(goal)
 
 
-def _own_goals(plan: EvaluationPlan, pair: Pair) -> list[str]:
+def _own_goals(plan: EvaluationPlan, pair: Pair) -> list[StatedGoal]:
     """Return the winner's and the loser's own goal; nothing without a template."""
-    return [] if plan.template is None else plan.template.own_texts(pair.rewards, pair.attributes)
+    return [] if plan.template is None else plan.template.own_goals(pair.rewards, pair.attributes)
 
 
 def _encoding(evaluated: EvaluatedData, max_length: int | None, dropped: int) -> dict[str, Any]:

@@ -97,12 +97,14 @@ class EvaluationPlan:
         """Return the goals with their texts, in the order of ``goals``."""
         found = []
         for goal in self.goals:
-            if goal is None or self.template is None:
+            if self.template is None:
                 found.append(NO_GOAL)
+            elif goal is None:
+                found.append(RequestedGoal(self.template.unstated, None))
             else:
                 printed = self.template.scale.printed(goal)
-                found.append(RequestedGoal(self.template.text_at(goal), printed, self.template.placement))
-        if len({one.text for one in found}) < len(found):
+                found.append(RequestedGoal(self.template.state_at(goal), printed, self.template.placement))
+        if len({one.stated for one in found}) < len(found):
             raise ConfigError(f"--goals {self.goals}: two of them read the same in the prompt.")
         return with_low_goal(found, self.sampling, None, self.template)
 
@@ -129,10 +131,8 @@ def make_rules(template: GoalTemplate | None, options: dict[str, Any], sources: 
     """
     goal = template or OverallGoal(LinearScale(decimals=6))
     rules = Rules(goal, Relabelling("none"), **options)
-    if template is not None and goal.scale.needs_fit:
-        raise ConfigError(
-            "--template: the scale's open numbers are those of the training run; give them (goal.json has them)."
-        )
+    if template is not None and goal.needs_fit:
+        raise ConfigError("--template: its open numbers are those of the training run; give them (goal.json has them).")
     if goal.scale.needs_fit:
         splits = splits_among(sources)
         split = TRAIN if TRAIN in splits else splits[0]
@@ -200,9 +200,8 @@ def _goals(
             f"{NAME_TEMPLATE}"
         )
     if template is not None:
-        low, high = template.scale.low, template.scale.high
-        if outside := [goal for goal in numbers if not low <= goal <= high]:
-            raise ConfigError(f"--goals must lie on the scale of {low:g} to {high:g}, found {outside[0]:g}")
+        for note in filter(None, (template.refuse_outside(goal, "--goals") for goal in numbers)):
+            print(note)
     return [*([None] if "none" in goals else []), *numbers]
 
 

@@ -20,6 +20,7 @@ from rap_lightning.onpolicy.model_source import ModelSource, default_device, fre
 from rap_lightning.onpolicy.requested_goals import RequestedGoal
 from rap_lightning.onpolicy.response_generator import ResponseGenerator
 from rap_lightning.onpolicy.scoring import judge_items
+from rap_lightning.preferences.goals import StatedGoal
 from rap_lightning.preferences.judge import Item
 from rap_lightning.preferences.pairs import Message
 from rap_lightning.progress_bar import progress
@@ -32,7 +33,7 @@ LAYOUT = "tree"
 MAX_LENGTH = 1024
 """The data module's default."""
 Key = tuple[str, str | None]
-"""A pair's id, and the text of the goal in its prompt."""
+"""A pair's id, and the key of the goal that was asked for."""
 
 
 @dataclass
@@ -111,16 +112,16 @@ def _requested_rows(path: Path, evaluated: EvaluatedData, requested: Sequence[Re
 
 
 class GoalLogps:
-    """Log-probabilities of both responses of each pair under the goals ``texts``, None for none, and their own goals.
+    """Log-probabilities of both responses of each pair under some goals, and under their own.
 
     What is repaired, truncated or left out is counted in the report of the data.
     """
 
-    def __init__(self, plan: EvaluationPlan, evaluated: EvaluatedData, texts: Sequence[str | None], work: Path) -> None:
+    def __init__(self, plan: EvaluationPlan, evaluated: EvaluatedData, goals: Sequence[StatedGoal], work: Path) -> None:
         from rap_lightning.batches.at_goals import AtGoals
 
         self.plan, self.work, self.encoder = plan, work, _encoder(plan)
-        encode = AtGoals(self.encoder, list(dict.fromkeys(texts)), plan.template)
+        encode = AtGoals(self.encoder, list(dict.fromkeys(goals)), plan.template)
         self.items = encode.examples(evaluated.pairs, evaluated.report)
 
     def tokens(self) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,446 @@
+"""A goal as the strength of the adapter: W + s BA, another s for every sequence of a batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import processes
+import rank_worker
+from cli_process import fit_on_ranks
+from conftest import build, encode, make_trainer, scored_rows, sgd
+from processes import alone, differences
+from rap_lightning.batches.dataset import Example
+from rap_lightning.batches.layouts import LAYOUTS, lay_out_responses
+from rap_lightning.batches.types import Batch, PairLogps, PairRewards
+from rap_lightning.batches.unrelated import unrelated
+from rap_lightning.errors import ConfigError
+from rap_lightning.losses import DPO
+from rap_lightning.models.model_checks import check_sharing
+from rap_lightning.models.policy import Policy, compile_layers
+from rap_lightning.models.policy_config import Lora, PolicyConfig
+from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.precomputed import Stored
+from rap_lightning.models.token_strength import check_reach
+from rap_lightning.preferences.adapter_strength import AdapterStrength
+from rap_lightning.preferences.goals import GoalTemplate, OverallGoal, StatedGoal
+from rap_lightning.preferences.relabelling import is_tie
+from rap_lightning.preferences.scales import QuantileScale, RewardScale
+from test_fit import assert_same, logged, weights
+from test_layouts import batch_of, conversations, policy_of
+from test_resume import fit as fit_adam
+from test_resume import stopped
+
+LORA = Lora(r=4)
+STRENGTHS = (1.0, -0.5, 0.0, 1.5)
+
+
+def at(examples: list[Example], strengths: tuple[float, ...] = STRENGTHS) -> list[Example]:
+    return [replace(one, strength=s) for one, s in zip(examples, strengths, strict=False)]
+
+
+def both_goals() -> list[Example]:
+    """Both halves of a pair: the same prompt and responses, exchanged, at two strengths."""
+    first, *_ = conversations(goals_of_one=True)
+    second = replace(first, chosen_ids=first.rejected_ids, rejected_ids=first.chosen_ids)
+    return at([first, second], (1.0, -0.5))
+
+
+@torch.no_grad()
+def merged_alone(policy: Policy, examples: list[Example]) -> Tensor:
+    """[2B]: each sequence alone through plain weights W + s BA, that were added up by peft."""
+    from copy import deepcopy
+
+    found = []
+    for example in examples:
+        model = deepcopy(policy.model)
+        assert example.strength is not None
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(example.strength)
+        model = model.merge_and_unload()
+        for response in (example.chosen_ids, example.rejected_ids):
+            ids = torch.tensor([[*example.prompt_ids, *response]])
+            table = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            places = torch.arange(len(example.prompt_ids), ids.shape[1])
+            found.append(table[places - 1, ids[0, places]].sum())
+    return torch.stack(found)
+
+
+# -- strengths in a batch ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("architecture", ["Llama", "GPT2", "Llama, one at a time", "Gemma2"])
+def test_each_sequence_of_a_batch_has_its_own_strength(layout: str, architecture: str) -> None:
+    name, _, apart_only = architecture.partition(", ")
+    policy = policy_of(name, torch.float64, lora=True).eval()
+    assert check_sharing(policy) is None
+    policy.shares = not apart_only
+    exact = 1e-4 if name == "Gemma2" else 1e-10  # its norms compute in float32, whatever the model's dtype
+    for examples in (at(conversations(goals_of_one=False)), both_goals()):
+        with torch.no_grad():
+            found = policy.logps(batch_of(layout, examples))
+            apart = torch.cat([policy.logps(batch_of("padded", [one])) for one in examples])
+        torch.testing.assert_close(found, apart, atol=exact, rtol=exact)
+        torch.testing.assert_close(found, merged_alone(policy, examples), atol=exact, rtol=exact)
+    with torch.no_grad(), policy.model.disable_adapter():
+        base = policy.logps(batch_of(layout, at(examples, (1.0, 1.0))))
+    off = at(examples, (0.0, 0.0))
+    torch.testing.assert_close(policy.logps(batch_of(layout, off)), base, atol=exact, rtol=exact)
+    assert (found - base).abs().min() > 1e-3, "the adapter has an effect"
+
+
+def test_sequences_of_one_strength_share_their_prompt_and_others_do_not() -> None:
+    pair = both_goals()
+    prompt, responses = len(pair[0].prompt_ids), len(pair[0].chosen_ids) + len(pair[0].rejected_ids)
+    apart = batch_of("tree", pair)
+    assert apart.input_ids.shape[1] == 2 * (prompt + responses)
+    assert apart.forest is not None
+    assert len(apart.forest.roots) == 2
+    together = batch_of("tree", at(pair, (0.5, 0.5)))
+    assert together.input_ids.shape[1] == prompt + responses, "the same responses at the same strength are one"
+    assert apart.strength is not None
+    for start, end in apart.forest.roots:
+        assert len(set(apart.strength[0, start:end].tolist())) == 1
+
+
+def gradients(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    policy.zero_grad()
+    logps = policy.logps(batch)
+    loss = (logps * torch.linspace(-1, 1, len(logps), dtype=logps.dtype)).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    return logps.detach(), found
+
+
+@pytest.mark.parametrize("layout", ["padded", "tree"])
+def test_activations_are_computed_again_at_the_strengths_of_their_batch(layout: str) -> None:
+    """Two batches go forward before either goes backward, as losses over several passes may do."""
+    plain = policy_of("Llama", torch.float64, lora=True)
+    again = policy_of("Llama", torch.float64, lora=True, checkpointing=True)
+    one = batch_of(layout, at(conversations(goals_of_one=False)))
+    _, expected = gradients(plain, one)
+    logps = again.logps(one)
+    other = again.logps(batch_of(layout, both_goals()))
+    (logps * torch.linspace(-1, 1, len(logps), dtype=logps.dtype)).sum().backward()  # type: ignore[no-untyped-call]
+    del other
+    found = {name: p.grad for name, p in again.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_layers_see_each_batchs_strengths(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiler, backend="aot_eager"))
+    torch._dynamo.reset()
+    plain = policy_of("Llama", torch.float32, lora=True)
+    compiled = policy_of("Llama", torch.float32, lora=True, checkpointing=checkpointing)
+    compile_layers(compiled)
+    batches = [
+        batch_of("tree", conversations(goals_of_one=False)),  # the adapter as it is, as the check of the head has it
+        batch_of("tree", at(conversations(goals_of_one=False))),
+        batch_of("tree", both_goals()),
+    ]
+    for number, batch in enumerate(batches):
+        logps, grads = gradients(plain, batch)
+        ours, found = gradients(compiled, batch)
+        if number == 1:
+            compiled_once = dict(torch._dynamo.utils.counters["frames"])
+        torch.testing.assert_close(ours, logps, atol=1e-4, rtol=1e-4)
+        for name, grad in grads.items():
+            torch.testing.assert_close(found[name], grad, atol=1e-3, rtol=1e-3)
+    assert dict(torch._dynamo.utils.counters["frames"]) == compiled_once, "not anew for other lengths and strengths"
+
+
+def test_responses_of_other_pairs_are_read_at_the_prompts_strength() -> None:
+    policy = policy_of("Llama", torch.float64, lora=True).eval()
+    examples = at(conversations(goals_of_one=False))
+    for layout in LAYOUTS:
+        other = unrelated(batch_of(layout, examples))
+        expected = []
+        for number, one in enumerate(examples):
+            donor = examples[(number - 1) % len(examples)]
+            for response, count in zip(
+                (donor.chosen_ids, donor.rejected_ids), other.lengths[2 * number :], strict=False
+            ):
+                alone_ = lay_out_responses([(one.prompt_ids, response[: int(count)])], 0, [one.strength])
+                expected.append(policy.logps(alone_))
+        torch.testing.assert_close(policy.logps(other), torch.cat(expected), atol=1e-10, rtol=1e-10)
+
+
+def test_flattened_layers_of_a_mixture_are_reached_and_its_experts_refused() -> None:
+    """Shared experts see the tokens of all rows one after the other; routed ones never call lora_A at all."""
+    from peft import LoraConfig, get_peft_model
+
+    def mixture(targets: Any) -> Policy:
+        torch.manual_seed(0)
+        config = transformers.Qwen2MoeConfig(
+            hidden_size=32, intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=97, num_experts=4,
+            num_experts_per_tok=2, initializer_range=0.3,
+        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        adapted = get_peft_model(model, LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM"))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return Policy(adapted).eval()
+
+    policy = mixture(["q_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate"])
+    check_reach(policy.model)
+    examples = at(conversations(goals_of_one=False))
+    for layout in ("padded", "packed"):
+        found = policy.logps(batch_of(layout, examples))
+        torch.testing.assert_close(found, merged_alone(policy, examples), atol=1e-4, rtol=1e-4)
+    everything = policy_of("Qwen3Moe", torch.float32, lora=True).model  # every linear layer, and the experts
+    with pytest.raises(ConfigError, match="experts"):
+        check_reach(everything)
+
+
+# -- the law that makes it train ---------------------------------------------------------------------------------------
+
+
+def test_the_halves_of_a_pair_add_up_to_the_difference_of_their_strengths() -> None:
+    """At B = 0 the gradient of both halves is -β/2 (s_w - s_l) ∇m, m the margin at strength 1; near it, to first order.
+
+    By text the two strengths would be one, and the halves would cancel.
+    """
+    beta, (high, low) = 0.3, (0.8, -0.4)
+    policy = policy_of("GPT2", torch.float64, lora=True)  # Llama's norms round to float32
+    first, second = both_goals()
+    halves = batch_of("tree", at([first, second], (high, low)))
+    halves = replace(halves, strength=halves.strength.double() if halves.strength is not None else None)
+    factors = {n: p for n, p in policy.named_parameters() if "lora_B" in n}
+    away = {name: torch.randn_like(p) for name, p in factors.items()}
+
+    def error(size: float) -> float:
+        """Norm of the halves' gradient minus the law's, as a share of the law's; B is ``size`` times something."""
+        with torch.no_grad():
+            for name, p in factors.items():
+                p.copy_(size * away[name])
+        reference = AdaptersOff().logps(policy, halves)
+        pairs = [PairLogps.from_segments(logps, halves.lengths) for logps in (policy.logps(halves), reference)]
+        rewards = PairRewards(torch.ones(2), torch.zeros(2))
+        loss = DPO(beta).per_pair(pairs[0], pairs[1], rewards).sum()
+        found = torch.autograd.grad(loss, list(factors.values()))
+        with torch.no_grad():
+            for p in factors.values():
+                p.zero_()
+        chosen, rejected = policy.logps(batch_of("tree", [replace(first, strength=1.0)]))
+        margin = torch.autograd.grad(chosen - rejected, list(factors.values()))
+        law = [-beta / 2 * (float(halves_strength(high)) - float(halves_strength(low))) * one for one in margin]
+        missed = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(found, law, strict=True)))
+        return missed / math.sqrt(sum(float(one.square().sum()) for one in law))
+
+    assert error(0.0) < 1e-12
+    small, half = error(1e-4), error(5e-5)
+    assert 0 < small < 0.05
+    assert small / half == pytest.approx(2, rel=0.05), "what is left is of first order in B"
+
+
+def halves_strength(value: float) -> Tensor:
+    return torch.tensor(value)  # in float32, as a batch has it
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, model: Path, data: Path, goal: GoalTemplate | None = None, **options: Any) -> Any:
+    trainer = {"max_steps": 5} | options.pop("trainer", {})
+    policy = options.pop("policy", None) or PolicyConfig(str(model), lora=LORA)
+    module, source = build(
+        model, data, policy=policy, goal=goal or AdapterStrength(neutral=4.0), loss=DPO(0.5), optimizer=sgd, **options
+    )
+    make_trainer(folder, **trainer).fit(module, source)
+    module.data = source
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path, pairs_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run(folder, tiny, pairs_folder)
+
+
+def test_a_run_begins_at_the_base_and_moves_both_ways(trained: tuple[Path, Any]) -> None:
+    folder, module = trained
+    lines = logged(folder)
+    assert abs(lines[0]["loss"] - math.log(2)) < 1e-6
+    assert abs(lines[0]["rewards/margins"]) < 1e-6
+    batch = next(iter(module.data.val_dataloader()))[0]
+    assert batch.strength is not None
+    assert set(batch.strength.unique().tolist()) > {0.0} or len(batch.strength.unique()) > 2
+    base = module.reference.logps(module.policy, batch)
+    moved = module.policy.logps(batch).detach() - base
+    back = module.policy.logps(replace(batch, strength=-batch.strength)).detach() - base
+    assert moved.abs().max() > 0.05
+    cosine = torch.nn.functional.cosine_similarity(moved, back, dim=0)
+    assert cosine < -0.2, "at the negative strength responses change the other way"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "padded"},
+        {"layout": "packed"},
+        {"token_budget": 200},
+        {"batch_size": 2, "trainer": {"max_steps": 5, "accumulate_grad_batches": 2}},
+        {"checkpointing": True},
+        {"reference": "stored"},
+    ],
+    ids=["padded", "packed", "budget", "accumulated", "checkpointing", "stored"],
+)
+def test_every_way_to_the_same_step_gives_the_same_weights(
+    options: dict[str, Any], trained: tuple[Path, Any], tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    options = dict(options)
+    policy = PolicyConfig(str(tiny), lora=LORA, gradient_checkpointing=options.pop("checkpointing", None))
+    if options.pop("reference", None):
+        options["reference"] = Stored(folder=str(tmp_path / "store"))
+    module = run(tmp_path / "run", tiny, pairs_folder, policy=policy, **options)
+    assert_same(weights(trained[1]), weights(module), 2e-5)
+
+
+def test_a_reference_is_stored_once_for_all_goals(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    module = run(tmp_path / "run", tiny, pairs_folder, reference=Stored(folder=str(tmp_path / "store")))
+    batches = [part for batch in module.data.train_dataloader().whole() for part in batch]
+    digests = [digest for batch in batches for digest in batch.digests]
+    assert len(digests) == 2 * len(set(digests)), "both halves have the same prompt and responses"
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    def options() -> dict[str, Any]:
+        return {"policy": PolicyConfig(str(tiny), lora=LORA), "goal": AdapterStrength(neutral="mean")}
+
+    whole = fit_adam(tmp_path / "whole", tiny, pairs_folder, **options())
+    ckpt = stopped(tmp_path / "part", tiny, pairs_folder, "on_before_optimizer_step", 4, **options())
+    resumed = fit_adam(tmp_path / "part", tiny, pairs_folder, ckpt=ckpt, **options())
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(resumed)[name]), name
+    with pytest.raises(ConfigError, match="other rewards or goals"):
+        fit_adam(tmp_path / "part", tiny, pairs_folder, ckpt=ckpt, **(options() | {"goal": AdapterStrength(neutral=4)}))
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_equal_one_with_ddp_and_fsdp2(
+    process_server: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    case = processes.variants(processes.make(tmp_path_factory.mktemp("ranks")))["padded-off"] | {"strength": 5.0}
+    assert case["lora"]
+    rank_worker.run(alone(case, "one") | {"strength": 5.0}, tmp_path)
+    rank_worker.run(alone(case, "by-text"), tmp_path)
+    two = [case | {"name": name, "ranks": 2, "strategy": name} for name in ("ddp", "fsdp2")]
+    fit_on_ranks(process_server, two, 2, tmp_path)
+    for name in ("ddp", "fsdp2"):
+        found = differences(tmp_path, "one", name)
+        assert max(found.values()) <= 1e-5, (name, found)
+    assert max(differences(tmp_path, "one", "by-text").values()) > 1e-3, "the goal is the strength"
+
+
+# -- the template -----------------------------------------------------------------------------------------------------
+
+
+def test_strengths_are_linear_to_either_end_and_beyond() -> None:
+    goal = AdapterStrength(RewardScale(1, 10), neutral=4.0)
+    assert [goal.strength(g) for g in (1, 2.5, 4, 7, 10, 16, -2)] == [-1, -0.5, 0, 0.5, 1, 2, -2]
+    assert goal.state_best == StatedGoal(None, 1.0)
+    assert goal.unstated == StatedGoal(None, 0.0)
+    assert AdapterStrength(neutral="middle").strength(5.5) == 0
+
+
+def test_the_neutral_goal_is_fitted_to_the_training_split() -> None:
+    rewards = [1.0, 2.0, 2.0, 3.0, *(3 + i / 100 for i in range(500)), 8.0, 8.0]
+    mean, ranks = AdapterStrength(neutral="mean"), AdapterStrength(neutral="ranks")
+    for goal in (mean, ranks):
+        assert goal.needs_fit
+        goal.fit(rewards)
+        assert not goal.needs_fit
+    assert mean.neutral == pytest.approx(sum(rewards) / len(rewards))
+    assert mean.strength(sum(rewards) / len(rewards)) == pytest.approx(0)
+    found = [ranks.strength(g) for g in (1.0, 3.0, 5.49, 8.0, 9.0, 10.0, 14.5)]
+    assert found == sorted(found)
+    assert found[0] == -1
+    assert abs(found[2]) < 0.02, "the median"
+    assert found[3:] == pytest.approx([1, 1, 1, 2]), "nothing in the data is better than 8; beyond the scale it goes on"
+    by_rank = QuantileScale()
+    goal = AdapterStrength(by_rank, neutral="middle")
+    goal.fit(rewards)
+    assert [goal.strength(by_rank.goal(r)) for r in (1.0, 8.0)] == [-1, 1]
+
+
+def test_pairs_tie_where_both_goals_have_the_same_strength() -> None:
+    goal = AdapterStrength(neutral=4.0)
+    assert is_tie(goal, (7.0, 7.0), ((), ()))
+    assert not is_tie(goal, (7.04, 7.0), ((), ())), "printed alike, and still two strengths"
+    assert is_tie(OverallGoal(), (7.04, 7.0), ((), ()))
+    ranks = AdapterStrength(neutral=[1.0, 2.0, 9.0])
+    assert is_tie(ranks, (9.8, 9.3), ((), ())), "both above every reward that was ranked"
+
+
+def test_text_and_strength_go_together(tiny: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    both = AdapterStrength(neutral=4.0, prompt=OverallGoal())
+    assert both.state(7.0) == StatedGoal(OverallGoal().text(7.0), 0.5)
+    text, alone_, mixed = (
+        encode(tokenizer, scored_rows(6), goal=goal)[0] for goal in (OverallGoal(), AdapterStrength(neutral=4.0), both)
+    )
+    for index in range(len(text)):
+        one = mixed.example(index)
+        assert one.prompt_ids == text.example(index).prompt_ids
+        assert one.strength == alone_.example(index).strength == both.strength(one.rewards[0])
+        assert text.example(index).strength is None
+    assert alone_.example(0).prompt_ids == alone_.example(1).prompt_ids, "without a text both goals have one prompt"
+    with pytest.raises(ConfigError, match="Give one"):
+        AdapterStrength(RewardScale(0, 5), prompt=OverallGoal())
+
+
+class Silent(OverallGoal):
+    """Writes nothing for goals below 3."""
+
+    def text(self, goal: float, attributes: Any = ()) -> str:
+        return " \n" if goal < 3 else super().text(goal)
+
+
+def test_what_cannot_have_a_strength_is_refused(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    def said(**options: Any) -> str:
+        with pytest.raises(ConfigError) as error:
+            run(tmp_path, tiny, pairs_folder, **options)
+        assert len(str(error.value)) < 400
+        return str(error.value)
+
+    def adapter(**options: Any) -> PolicyConfig:
+        return PolicyConfig(str(tiny), lora=Lora(**options))
+
+    assert "the policy has none" in said(policy=PolicyConfig(str(tiny)))
+    assert "DoRA" in said(policy=adapter(use_dora=True))
+    assert "scaling of its own" in said(policy=PolicyConfig(str(tiny), adapter="somewhere"))
+    assert "lora_embedding_A" in said(policy=adapter(target_modules=["embed_tokens", "q_proj"]))
+    assert "relabel none has no effect" in said(relabel="none")
+    assert "keep_original has no effect" in said(keep_original=True)
+    with pytest.raises(ConfigError, match="inside of the scale"):
+        AdapterStrength(neutral=10.0)
+    assert "Silent writes nothing for the goal" in said(goal=Silent(), policy=PolicyConfig(str(tiny)))
+    run(tmp_path / "fine", tiny, pairs_folder, policy=adapter(use_rslora=True), trainer={"max_steps": 1})
+
+
+def test_keys_of_caches_tell_strengths_apart() -> None:
+    goals = [
+        AdapterStrength(neutral=4.0),
+        AdapterStrength(neutral=5.0),
+        AdapterStrength(neutral=4.0, prompt=OverallGoal()),
+    ]
+    assert len({goal.describe() for goal in goals}) == 3
+    assert len({goal.state(g).key for goal in goals for g in (2.0, 3.0)}) == 6
