@@ -34,6 +34,7 @@ from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal, StatedGoal
 from rap_lightning.preferences.relabelling import is_tie
 from rap_lightning.preferences.scales import QuantileScale, RewardScale
+from test_adapters import make_adapter
 from test_fit import assert_same, logged, weights
 from test_layouts import batch_of, conversations, policy_of
 from test_resume import fit as fit_adam
@@ -426,7 +427,7 @@ def test_what_cannot_have_a_strength_is_refused(tiny: Path, pairs_folder: Path, 
 
     assert "the policy has none" in said(policy=PolicyConfig(str(tiny)))
     assert "DoRA" in said(policy=adapter(use_dora=True))
-    assert "scaling of its own" in said(policy=PolicyConfig(str(tiny), adapter="somewhere"))
+    assert "scaling of its own" in said(policy=PolicyConfig(str(tiny), adapter=str(make_adapter(tmp_path / "a", tiny))))
     assert "lora_embedding_A" in said(policy=adapter(target_modules=["embed_tokens", "q_proj"]))
     assert "relabel none has no effect" in said(relabel="none")
     assert "keep_original has no effect" in said(keep_original=True)
