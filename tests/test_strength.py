@@ -140,7 +140,8 @@ def test_activations_are_computed_again_at_the_strengths_of_their_batch(layout: 
         torch.testing.assert_close(found[name], grad, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_see_each_batchs_strengths(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiler, backend="aot_eager"))
