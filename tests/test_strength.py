@@ -85,6 +85,7 @@ def test_each_sequence_of_a_batch_has_its_own_strength(layout: str, architecture
     name, _, apart_only = architecture.partition(", ")
     policy = policy_of(name, torch.float64, lora=True).eval()
     assert check_sharing(policy) is None
+    policy = Policy(policy.model)  # as commands wrap a model again
     policy.shares = not apart_only
     exact = 1e-4 if name == "Gemma2" else 1e-10  # its norms compute in float32, whatever the model's dtype
     for examples in (at(conversations(goals_of_one=False)), both_goals()):

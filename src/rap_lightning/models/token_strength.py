@@ -34,7 +34,8 @@ def attach(model: nn.Module) -> None:
     adapts, quantised ones and GPT-2's Conv1D included.
     """
     for _, factor in _scaled(model):
-        factor.register_forward_hook(_scale)
+        if _scale not in factor._forward_hooks.values():  # a model may be wrapped again, and s would be squared
+            factor.register_forward_hook(_scale)
 
 
 @contextmanager
