@@ -146,7 +146,7 @@ def test_four_families_have_their_prompts_and_perfect_answers() -> None:
 
 @pytest.mark.parametrize(
     ("knob", "value"),
-    [("lean", -1.0), ("best", 1.1), ("contrast", -0.1), ("judge_noise", -1.0), ("on_policy", 2.0), ("goal_share", 1.5)],
+    [("lean", -1.0), ("best", 1.1), ("contrast", -0.1), ("judge_noise", -1.0), ("on_policy", 2.0), ("goal_share", 1.5), ("habit", 1.5)],
 )
 def test_a_knob_out_of_range_is_refused_before_anything_is_made(knob: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=knob):
@@ -183,7 +183,7 @@ def test_another_world_in_the_folder_is_told_by_what_differs_and_the_flags_that_
     defaults = {
         name: parameter.default for name, parameter in signature(make_world).parameters.items() if name != "root"
     }
-    settings = defaults | {"version": 1, "seed": 1, "families": ["words"]}
+    settings = defaults | {"version": 2, "seed": 1, "families": ["words"]}
     (tmp_path / "world.json").write_text(json.dumps({"settings": settings}))
     module = WorldDataModule(str(tmp_path))
     with pytest.raises(DataError) as caught:

@@ -15,6 +15,7 @@ from typing import Any
 from rap_lightning.world.world_data import (
     BEST,
     FAMILIES_BY_DEFAULT,
+    HABIT,
     WorldPair,
     make_examples,
     make_pairs,
@@ -23,14 +24,14 @@ from rap_lightning.world.world_data import (
 )
 
 #: Incremented when the same settings make another world, so that an older folder is refused.
-VERSION = 1
+VERSION = 2
 #: Lowest score of a top response and of a good loser, and highest score of a bad winner, in points.
 TOP, GOOD, BAD = 9.0, 6.0, 4.0
 #: What settings must be.
 LIMITS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (("train_pairs", "test_pairs", "base_steps"), lambda value: value >= 1),
     "0 or above": (("judge_noise", "goal_noise"), lambda value: value >= 0),
-    "from 0 to 1": (("best", "contrast", "on_policy", "goal_share"), lambda value: 0 <= value <= 1),
+    "from 0 to 1": (("best", "contrast", "on_policy", "goal_share", "habit"), lambda value: 0 <= value <= 1),
     "above -1": (("lean",), lambda value: value > -1),
 }
 #: Examples in an optimizer step of the base model.
@@ -52,6 +53,7 @@ def make_world(
     on_policy: float = 0.0,
     goal_share: float = 0.7,
     goal_noise: float = 2.5,
+    habit: float = HABIT,
 ) -> None:
     """Make the embedded world under `root`, unless it exists.
 
@@ -75,7 +77,8 @@ def make_world(
         goal_share: fraction of the base model's training examples that state a goal; at 0 it has never seen one.
         goal_noise: standard deviation, in points, of the error of the last of these goals; the lower, the better the
             base model knows goals.
-
+        habit: fraction of the base model's training responses in the opposite order and with a stray item, 0 to 1: how
+            far its own answers are from the best ones, at every temperature.
     """
     settings: dict[str, Any] = {"version": VERSION, **locals(), "families": list(families)}
     root = Path(settings.pop("root"))
@@ -148,7 +151,7 @@ def _fill(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
     train_prompts, test_prompts = make_prompts(seed, families=settings["families"])
     tokenizer = train_tokenizer(vocabulary(train_prompts))
     model = new_model(tokenizer, seed)
-    steps, goals = settings["base_steps"], {name: settings[name] for name in ("goal_share", "goal_noise")}
+    steps, goals = settings["base_steps"], {name: settings[name] for name in ("goal_share", "goal_noise", "habit")}
     examples = make_examples(train_prompts, (steps + 2) * BATCH, seed, **goals)
     loss = train_base(model, tokenizer, examples, steps=steps, batch_size=BATCH)
     seconds = time.perf_counter() - start

@@ -6,8 +6,9 @@ are good (8 against 9) and many winners are bad (3 against 2), and goals are lea
 towards low, so that top scores are rare.
 
 Settings: `lean` and `best` (how rare top scores are), `contrast` (how few good losers and bad winners), `judge_noise`
-(how far the data's scores are from the rule's), `on_policy` (how many pairs a model wrote) and `families` (kinds of
-prompts). docs/world.md has the shares that each setting gives.
+(how far the data's scores are from the rule's), `on_policy` (how many pairs a model wrote), `families` (kinds of
+prompts) and `habit` (how far the base model's own answers are from the best ones). docs/world.md has the shares that
+each setting gives.
 """
 
 import hashlib
@@ -34,6 +35,8 @@ FAULTS = ("stray", "stray", "stray", "stray", "move", "move", "repeat", "add", "
 FAMILIES_BY_DEFAULT = ("words", "numbers")
 #: The highest quality of a response by default: even then most responses have a fault, which keeps the score 10 rare.
 BEST = 0.85
+#: How often the base model's training responses have the faults of :func:`spoil`, by default.
+HABIT = 0.6
 #: Standard deviation of each response's quality around its pair's mean.
 SPREAD = 0.4
 
@@ -102,6 +105,16 @@ def respond(prompt: str, quality: float, rng: random.Random) -> str:
     return ", ".join(items)
 
 
+def spoil(response: str, rng: random.Random) -> str:
+    """Return the items of a response in the opposite order, the last one replaced by a stray.
+
+    Random faults are what the likeliest response of a model lacks: a base trained on them alone scores as high at a low
+    temperature as any policy trained from it. A fault that most responses share is in the likeliest one too, and leaves
+    preference training something to do at every temperature.
+    """
+    return ", ".join([*response.split(", ")[:0:-1], rng.choice(STRAYS)])
+
+
 def make_pairs(
     prompts: list[str],
     count: int,
@@ -146,7 +159,7 @@ def make_pairs(
 
 
 def make_examples(
-    prompts: list[str], count: int, seed: int, *, goal_share: float, goal_noise: float
+    prompts: list[str], count: int, seed: int, *, goal_share: float, goal_noise: float, habit: float
 ) -> Iterator[list[Message]]:
     """Yield `count` graded responses to random prompts, some of them under a goal: the base model's training data.
 
@@ -156,11 +169,14 @@ def make_examples(
     Args:
         goal_share: fraction of the examples with the goal message, 0 to 1.
         goal_noise: standard deviation, in points, of the last goals around the true score; the first have none.
+        habit: fraction of the responses with the faults of :func:`spoil`, 0 to 1.
     """
     rng = random.Random(f"examples {seed}")
     for done in range(count):
         prompt = rng.choice(prompts)
         response = respond(prompt, _quality(rng, lean=-0.3), rng)
+        if rng.random() < habit:
+            response = spoil(response, rng)
         true = score(prompt, response)
         turns = _turns(prompt, response)
         if rng.random() < goal_share:

@@ -14,7 +14,7 @@ import torch
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import DataError
 from rap_lightning.world.make import make_world, options_for
-from rap_lightning.world.world_data import BEST, FAMILIES_BY_DEFAULT
+from rap_lightning.world.world_data import BEST, FAMILIES_BY_DEFAULT, HABIT
 
 
 class WorldDataModule(PreferenceDataModule):
@@ -35,6 +35,7 @@ class WorldDataModule(PreferenceDataModule):
         goal_share: fraction of the base model's training examples that state a goal; at 0 it has never seen one.
         goal_noise: standard deviation, in points, of the error of the last of these goals; the lower, the better the
             base model knows goals.
+        habit: fraction of the base model's training responses in the opposite order and with a stray item, 0 to 1.
         options: options of PreferenceDataModule.
     """
 
@@ -53,6 +54,7 @@ class WorldDataModule(PreferenceDataModule):
         on_policy: float = 0.0,
         goal_share: float = 0.7,
         goal_noise: float = 2.5,
+        habit: float = HABIT,
         **options: Any,
     ) -> None:
         super().__init__(source, **options)
@@ -60,7 +62,7 @@ class WorldDataModule(PreferenceDataModule):
             "train_pairs": train_pairs, "test_pairs": test_pairs, "base_steps": base_steps, "seed": world_seed,
             "families": FAMILIES_BY_DEFAULT if families is None else families, "lean": lean, "best": best,
             "contrast": contrast, "judge_noise": judge_noise, "on_policy": on_policy,
-            "goal_share": goal_share, "goal_noise": goal_noise,
+            "goal_share": goal_share, "goal_noise": goal_noise, "habit": habit,
         }  # fmt: skip
 
     def how_to_make(self, path: str) -> str:
