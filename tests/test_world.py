@@ -146,7 +146,15 @@ def test_four_families_have_their_prompts_and_perfect_answers() -> None:
 
 @pytest.mark.parametrize(
     ("knob", "value"),
-    [("lean", -1.0), ("best", 1.1), ("contrast", -0.1), ("judge_noise", -1.0), ("on_policy", 2.0), ("goal_share", 1.5), ("habit", 1.5)],
+    [
+        ("lean", -1.0),
+        ("best", 1.1),
+        ("contrast", -0.1),
+        ("judge_noise", -1.0),
+        ("on_policy", 2.0),
+        ("goal_share", 1.5),
+        ("habit", 1.5),
+    ],
 )
 def test_a_knob_out_of_range_is_refused_before_anything_is_made(knob: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=knob):
