@@ -141,7 +141,7 @@ def small(args: list[str]) -> list[str]:
     return args
 
 
-READS = {ROOT / "docs/report.md": ROOT / "docs/evaluation.md"}
+READS = {ROOT / "docs/report.md": ROOT / "README.md"}
 """Pages whose commands read what those of another page write, which may be run by another worker."""
 
 
