@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import pairs_of, run_command, scored_rows, write_jsonl
+from conftest import build, make_trainer, pairs_of, run_command, scored_rows, sgd, write_jsonl
 from rap_lightning.batches.encode import Encoder
-from rap_lightning.errors import DataError
-from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.callbacks import GoalMargins
+from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.training.goal_probe import (
     GoalProbe,
@@ -23,6 +24,7 @@ from rap_lightning.training.goal_probe import (
     probe_goal,
     sample_pairs,
 )
+from test_fit import assert_same, weights
 
 
 class Silent(GoalTemplate):
@@ -156,3 +158,36 @@ def test_data_without_scores_have_nothing_to_probe(tiny: Path, tmp_path: Path) -
     assert shown.returncode in (1, 2)
     assert "score" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+# -- in fit -----------------------------------------------------------------------------------------------------------
+
+
+def test_fit_prints_the_shift_before_its_first_step_and_trains_as_without(
+    tiny: Path, pairs_folder: Path, tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level("INFO")
+    runs = []
+    for name, callbacks in (("plain", []), ("probed", [GoalMargins(pairs=3)])):
+        policy = PolicyConfig(str(tiny), lora=Lora(r=4, dropout=0.3), dropout=True)
+        module, data = build(tiny, pairs_folder, policy=policy, optimizer=sgd)
+        make_trainer(tmp_path / name, max_steps=2, callbacks=callbacks).fit(module, data)
+        runs.append(module)
+    assert_same(weights(runs[1]), weights(runs[0]), 0)
+    (line,) = [r.message for r in caplog.records if r.message.startswith("goals: ")]
+    pairs = sample_pairs(data.scored_pairs("train", 12, 0), 3, 0)
+    expected = mean_shift(measure_margins(load_policy(str(tiny)), encode_halves(pairs, data.encoder), 0))
+    assert f"moves by {expected.value:+.2f} nats (95% interval {expected.low:+.2f} to" in line
+    assert "goals of 3 pairs" in line
+
+
+def test_one_half_alone_or_a_stream_is_refused(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"relabel": "chosen"}, "relabel chosen doesn't train"),
+        ({"streaming": True}, "a stream"),
+    ):
+        module, data = build(tiny, pairs_folder, **options)
+        with pytest.raises(ConfigError, match=message):
+            make_trainer(tmp_path, max_steps=1, callbacks=[GoalMargins()]).fit(module, data)
+    with pytest.raises(ConfigError, match="at least 2, found 1"):
+        GoalMargins(pairs=1)

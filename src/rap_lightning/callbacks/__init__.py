@@ -4,6 +4,7 @@ from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from rap_lightning.callbacks.checkpointing import Checkpoints
 from rap_lightning.callbacks.console_lines import ConsoleLines
 from rap_lightning.callbacks.export_hf import ExportHF
+from rap_lightning.callbacks.goal_margins import GoalMargins
 from rap_lightning.callbacks.goal_samples import GoalSamples
 from rap_lightning.callbacks.guard import Guard
 from rap_lightning.callbacks.likelihood_probe import LikelihoodProbe
@@ -18,6 +19,7 @@ __all__ = [
     "Checkpoints",
     "ConsoleLines",
     "ExportHF",
+    "GoalMargins",
     "GoalSamples",
     "Guard",
     "LikelihoodProbe",
