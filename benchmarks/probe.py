@@ -2,11 +2,11 @@
 
     python benchmarks/probe.py [--worlds DIR] [--base_steps 600] [--steps 80] [--pairs 12] [--output FILE.jsonl]
 
-A case is a base model of the embedded world (one that has seen goals in its pre-training, one that has not) and a goal
-template with its placement. The probe's figure is the share of plain DPO's gradient that is left, of the mean over pairs
-(`rap-lightning inspect --model`). What training did is the accuracy on held-out pairs after some steps of DPO on both
-halves: 50% for a policy that ignores the goal, whatever else it learned, since each pair comes both ways round. Prints
-a Markdown table and the rank correlation (Spearman) of the two columns.
+A case is a base model of the embedded world (one that has seen goals in its pre-training, one that has not) and a
+goal template with its placement. The probe's figure is the share of plain DPO's gradient that is left, of the mean over
+pairs (`rap-lightning inspect --model`). What training did is the accuracy on held-out pairs after some steps of DPO on
+both halves: 50% for a policy that ignores the goal, whatever else it learned, since each pair comes both ways round.
+Prints a Markdown table and the rank correlation (Spearman) of the two columns.
 """
 
 from __future__ import annotations

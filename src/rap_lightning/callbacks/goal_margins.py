@@ -16,9 +16,9 @@ class GoalMargins(pl.Callback):
     """Prints how far the policy's margins move between a pair's two goals, in nats, before the first step.
 
     The figure of ``rap-lightning inspect --model``, without its gradients: on training pairs with wide gaps, with two
-    forward passes each. Around 0, the policy doesn't read the goals yet, and the two halves of a pair nearly cancel. A new
-    adapter that goals scale changes nothing before it is trained, so its line says 0. A run that is resumed after its
-    first step prints nothing. Neither random numbers nor weights change.
+    forward passes each. Around 0, the policy doesn't read the goals yet, and the two halves of a pair nearly cancel. A
+    new adapter that goals scale changes nothing before it is trained, so its line says 0. A run that is resumed after
+    its first step prints nothing. Neither random numbers nor weights change.
 
     Args:
         pairs: how many pairs, those with the widest gaps of four times as many.
