@@ -150,10 +150,23 @@ def test_commands_and_python_of_a_page_run_in_its_order(
     page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    for left in set(place.iterdir()) - {place / kept for kept in ("my-pairs", "my-prompts.jsonl", "tiny", "RM")}:
+    _clear(place)
+    if page in READS:
+        _run_page(READS[page], place, monkeypatch, capsys)
+        _clear(place, "runs")
+    _run_page(page, place, monkeypatch, capsys)
+
+
+def _clear(place: Path, *kept: str) -> None:
+    for left in set(place.iterdir()) - {place / name for name in ("my-pairs", "my-prompts.jsonl", "tiny", "RM", *kept)}:
         left.unlink() if left.is_file() or left.is_symlink() else shutil.rmtree(left)
     (place / "configs").symlink_to(ROOT / "configs")
-    for block in [*(blocks(READS[page]) if page in READS else []), *blocks(page)]:
+
+
+def _run_page(
+    page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    for block in blocks(page):
         if block.why:
             continue
         if block.language == "python":
