@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from html import unescape
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -485,7 +486,7 @@ def test_shards_of_two_processes_leave_as_what_fit_gathered(
     export(str(folder), str(tmp_path / "unverified"))
     whole = (folder / ".metadata").read_bytes()
     (folder / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
-    refused(r"it names (os|posix)\.system")
+    refused(r"it holds (os|posix)\.system")
     assert not (tmp_path / "ran").exists()
     (folder / ".metadata").write_bytes(whole)
     (tmp_path / "checksum").rename(checksum)
@@ -615,12 +616,75 @@ def test_a_push_that_fails_keeps_folder_and_secret(
     with pytest.raises(ConfigError, match="--base_model ORG/NAME"):
         export(ckpt(runs, "adapter"), str(tmp_path / "three"), push_to_hub="org/name")
     monkeypatch.delenv("HF_TOKEN")
-    for name, message in (("org/name", "no token. Set HF_TOKEN"), ("name", "ORG/NAME"), ("a b/c", "not a name")):
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "absent"))
+    for name, message in (
+        ("org/name", "no token. Log in with .hf auth login.*HF_TOKEN"),
+        ("name", "ORG/NAME"),
+        ("a b/c", "not a name"),
+    ):
         with pytest.raises(ConfigError, match=message):
             export(ckpt(runs, "full"), str(tmp_path / "three"), push_to_hub=name)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "two"]
     said = capfd.readouterr()
     assert SECRET not in said.out + said.err
+
+
+def test_the_token_of_hf_auth_login_counts(
+    hub: Any, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text(f"{SECRET}\n")
+    export(ckpt(runs, "full"), str(tmp_path / "out"), push_to_hub="org/name")
+    assert FakeHub.calls[0] == ("token", {"token": SECRET})
+
+
+EVIL = (
+    "</code><script>alert(1)</script>", "a`b``c", "x\n---\nlicense: evil\n---\n# Owned", "[here](javascript:alert(1))",
+    "a | b", "```\n<img src=x onerror=alert(1)>\n```", "![](http://evil/x.png)", "*b* & &lt;", "'; touch owned; '",
+    '"); import os; ("', "# heading", "{{ 7 * 7 }}", "a: b: c", "\x1b[2J", "$$x$$",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_no_name_writes_markup_metadata_or_code_into_the_card(evil: str) -> None:
+    from huggingface_hub import ModelCard
+    from markdown_it import MarkdownIt
+
+    from rap_lightning.models.model_card import model_card
+
+    split = {
+        "split": evil,
+        "source": evil,
+        "rows_read": 1,
+        "pairs_kept": 1,
+        "relabelled_pairs": 2,
+        "dropped": {evil: 1},
+    }
+    goal = {
+        "template": evil, "scale": {"class": evil, "low": 1, "high": 10}, "best": evil, "attributes": [evil],
+        "placement": "system",
+    }  # fmt: skip
+    facts = {
+        "base_model": {"name": evil, "local": False}, "goal": goal, "reference": evil, "versions": {"a": "1"},
+        "loss": {"name": evil, "shown": evil, "about": evil}, "hyperparameters": {evil: evil}, "adapter": {evil: evil},
+        "metrics": {f"val/{evil}": 1.0}, "data": {"sources": [{"name": evil, "local": False}], "relabel": evil,
+        "splits": [split]},
+    }  # fmt: skip
+    text = model_card(facts, adapter=True, goal_in_template=False, name=evil, title=evil, license=evil)
+    card = ModelCard(text)
+    about = card.data.to_dict()
+    assert set(about) <= {"base_model", "library_name", "pipeline_tag", "tags", "license", "datasets"}
+    assert "base_model" not in about
+    assert "datasets" not in about
+    html = MarkdownIt("commonmark").enable("table").render(card.text)
+    for tag in ("<script", "<img", 'href="javascript', "<h1>Owned"):
+        assert tag not in html, tag
+    headings = re.findall(r"<h\d>(.*?)</h\d>", html)
+    assert headings[1:] == ["How to prompt", "Goals", "Data", "Training", "Metrics", "Versions"]
+    for block in re.findall(r'<code class="language-python">(.*?)</code>', html, re.DOTALL):
+        code = compile(unescape(block), "card", "exec")
+        assert "os" not in code.co_names
 
 
 # -- where a run comes from -------------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ def export(
             (goal=7.5) or none (goal=false). false keeps the model's own template, and you write goals yourself.
         base_model: the base model's Hub id, for card and adapter, where it was loaded from a folder.
         license: for the card's metadata, as in apache-2.0.
-        push_to_hub: also upload the folder, to ORG/NAME. The token is HF_TOKEN in the environment.
+        push_to_hub: also upload the folder, to ORG/NAME. The token is HF_TOKEN in the environment, or that of
+            `hf auth login`.
         private: whether a repository made by the upload is private, which it is by default.
         trust_remote_code: run Python code that comes with the model. Only for authors you trust.
     """

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from rap_lightning.errors import ConfigError
-
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def check_push(repository: str) -> str:
     """Return the token for an upload, before anything is written.
 
     Raises:
-        ConfigError: the name isn't valid, or the environment holds no token.
+        ConfigError: the name isn't valid, or there is no token, neither in the environment nor of ``hf auth login``.
     """
+    from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -25,10 +23,11 @@ def check_push(repository: str) -> str:
         raise ConfigError(f"--push_to_hub {repository}: not a name on the Hub: {error}") from error
     if "/" not in repository:
         raise ConfigError(f"--push_to_hub {repository}: name the organisation or user too, as in ORG/NAME.")
-    token = next((os.environ[name] for name in TOKENS if os.environ.get(name)), None)
+    token = get_token()
     if token is None:
         raise ConfigError(
-            f"--push_to_hub {repository}: no token. Set HF_TOKEN in the environment to one that may write there."
+            f"--push_to_hub {repository}: no token. Log in with `hf auth login`, or set HF_TOKEN in the environment; "
+            "the token must be one that may write there."
         )
     return token
 

@@ -1,14 +1,23 @@
-"""The README of an exported model, from what its run recorded. What is unknown is left out."""
+"""The README of an exported model, from what its run recorded. What is unknown is left out.
+
+Names come from paths, data and the user's classes, and may hold markup: everything of theirs goes through ``_text``,
+``_code``, ``_fenced`` or ``_cell``, and the metadata is written by huggingface_hub.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rap_lightning.preferences.chat_template import how_to_ask
 from rap_lightning.preferences.goal_spec import Wording
 from rap_lightning.preferences.goals import is_trained
+from rap_lightning.provenance import mask_keys
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 METHOD = "https://arxiv.org/abs/2410.08067"
 
@@ -29,7 +38,7 @@ def model_card(
         title: the heading; by default the name.
     """
     base = facts.get("base_model") or {}
-    hub_base = base_model or (base["name"] if base and not base["local"] else None)
+    hub_base = _hub_id(base_model or (base["name"] if base and not base["local"] else None))
     goal = facts.get("goal")
     goal = goal if is_trained(goal) else None
     sections = [
@@ -42,7 +51,7 @@ def model_card(
         _versions(facts),
     ]
     text = "\n\n".join(section for section in sections if section)
-    return f"---\n{_metadata(facts, hub_base, license, adapter)}\n---\n\n{text}\n"
+    return mask_keys(f"---\n{_metadata(facts, hub_base, license, adapter)}\n---\n\n{text}\n")
 
 
 def _metadata(facts: Mapping[str, Any], base_model: str | None, license: str | None, adapter: bool) -> str:
@@ -57,9 +66,9 @@ def _metadata(facts: Mapping[str, Any], base_model: str | None, license: str | N
         base_model=base_model,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[tag for tag in tags if tag],
-        license=license,
-        datasets=[s["name"] for s in sources if not s["local"]] or None,
+        tags=[_line(tag) for tag in tags if tag],
+        license=_line(license) if license else None,
+        datasets=[name for s in sources if not s["local"] and (name := _hub_id(s["name"]))] or None,
         ignore_metadata_errors=True,
     )
     return data.to_yaml().strip()
@@ -67,9 +76,9 @@ def _metadata(facts: Mapping[str, Any], base_model: str | None, license: str | N
 
 def _opening(facts: Mapping[str, Any], name: str | None, base: str | None, adapter: bool) -> str:
     what = "A LoRA adapter for" if adapter else "Trained from"
-    start = f"{what} `{base}`" if base else ("A LoRA adapter" if adapter else "A causal language model")
+    start = f"{what} {_code(base)}" if base else ("A LoRA adapter" if adapter else "A causal language model")
     version = (facts.get("versions") or {}).get("rap-lightning")
-    lines = [f"# {name}\n" if name else "# Model card\n"]
+    lines = [f"# {_text(name)}\n" if name else "# Model card\n"]
     lines.append(f"{start}, aligned on preference pairs with rap-lightning{f' {version}' if version else ''}.")
     if is_trained(facts.get("goal")):
         states = "The prompt states a goal" if facts["goal"]["best"] is not None else "The adapter's strength is a goal"
@@ -82,12 +91,12 @@ def _opening(facts: Mapping[str, Any], name: str | None, base: str | None, adapt
 
 def _prompting(goal: Mapping[str, Any] | None, in_template: bool, name: str, adapter: bool) -> str:
     needs = "transformers and peft" if adapter else "transformers"
-    needs += "" if "/" in name else f", in the directory of the folder `{name}`"  # without a path: it may be moved
+    needs += "" if "/" in name else f", in the directory of the folder {_code(name)}"  # without a path: it may be moved
     example = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
+model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
 chat = [{{"role": "user", "content": "Why is the sky blue?"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 output = model.generate(**inputs, max_new_tokens=256)
@@ -95,42 +104,44 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
     parts = ["## How to prompt"]
     if goal is None:
         parts.append(f"With {needs}, as any chat model:")
-        return "\n\n".join([*parts, f"```python\n{example}\n```"])
+        return "\n\n".join([*parts, _fenced(example, "python")])
     if goal["best"] is None:
         parts.append(
             "The prompt states no goal: it is the strength of the adapter, whose weights are written at "
             f"{goal['adapter_at']:g}. With {needs}, as any chat model, for the best goal:"
         )
-        return "\n\n".join([*parts, f"```python\n{example}\n```"])
+        return "\n\n".join([*parts, _fenced(example, "python")])
     if not in_template:
         where = "as the system message" if goal["placement"] != "user" else "before the first user message"
         also = "; where the chat template has no system role, before the first user message" if (
             goal["placement"] == "auto") else ""  # fmt: skip
         parts.append(
             f"The chat template doesn't write goals. Write the goal {where}{also}, with a blank line before what "
-            f"follows in the same message:\n\n```\n{goal['best']}\n```"
+            f"follows in the same message:\n\n{_fenced(goal['best'])}"
         )
-        return "\n\n".join([*parts, f"With {needs}:", f"```python\n{example}\n```"])
+        return "\n\n".join([*parts, f"With {needs}:", _fenced(example, "python")])
     wording = Wording.of(goal["wording"]) if goal.get("wording") else None
     parts.append(
         "Nothing special is needed: the chat template writes the best goal into every conversation, before a system "
         f"message of your own if there is one. With {needs}:"
     )
-    parts.append(f"```python\n{example}\n```")
+    parts.append(_fenced(example, "python"))
     parts.append(f"With `chat_template_kwargs`, {how_to_ask(wording)}")
     other = _other_goal(wording)
     asked = f"\ntokenizer.apply_chat_template(chat, goal={other}, add_generation_prompt=True)" if wording else ""
-    parts.append(f"```python\ntokenizer.apply_chat_template(chat, goal=False, add_generation_prompt=True){asked}\n```")
+    parts.append(
+        _fenced(f"tokenizer.apply_chat_template(chat, goal=False, add_generation_prompt=True){asked}", "python")
+    )
     request: dict[str, Any] = {"model": name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
     if wording:
         request["chat_template_kwargs"] = {"goal": other}
+    serve = f'pip install "transformers[serving]"{" peft" if adapter else ""}\ntransformers serve {shlex.quote(name)}'
+    curl = "curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
     parts.append(
         "They also work with an OpenAI-compatible server that passes them on, as `transformers serve` does. The "
-        "request's `model` must be exactly what the server was started with:\n\n"
-        f'```sh\npip install "transformers[serving]"{" peft" if adapter else ""}\ntransformers serve {name}\n```\n\n'
-        "```sh\ncurl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"  -d '{json.dumps(request)}'\n```"
+        f"request's `model` must be exactly what the server was started with:\n\n{_fenced(serve, 'sh')}"
     )
+    parts.append(_fenced(f"{curl}  -d {shlex.quote(json.dumps(request))}", "sh"))
     return "\n\n".join(parts)
 
 
@@ -148,15 +159,15 @@ def _goal(goal: Mapping[str, Any] | None) -> str:
     scale = {k: v for k, v in goal["scale"].items() if k not in ("class", "knots") and v is not None}
     lines = [
         "## Goals",
-        f"Template `{goal['template']}`, scale `{goal['scale'].get('class')}` "
-        f"({', '.join(f'{k} {v:g}' for k, v in scale.items())}).",
+        f"Template {_code(goal['template'])}, scale {_code(goal['scale'].get('class'))} "
+        f"({', '.join(f'{_text(k)} {v:g}' for k, v in scale.items())}).",
     ]
     if goal["best"] is not None:
-        lines += ["The best goal reads:", f"```\n{goal['best']}\n```"]
+        lines += ["The best goal reads:", _fenced(goal["best"])]
     if "adapter_at" in goal:
         lines.append(f"The adapter's strength at the best goal is {goal['strength']:g}; at strength 0 it is the base.")
     if goal.get("attributes"):
-        lines.append(f"Attributes: {', '.join(goal['attributes'])}.")
+        lines.append(f"Attributes: {', '.join(map(_text, goal['attributes']))}.")
     return "\n\n".join(lines)
 
 
@@ -170,7 +181,7 @@ def _data(data: Mapping[str, Any] | None) -> str:
     for split in data["splits"]:
         for kind, word in words.items():
             for reason, number in sorted(split.get(kind, {}).items(), key=lambda item: -item[1]):
-                lines.append(f"- {split['split']}: {number:,} {word}: {reason}")
+                lines.append(f"- {_text(split['split'])}: {number:,} {word}: {_text(reason)}")
     first, *rest = lines
     return first + ("\n\n" + "\n".join(rest) if rest else "")
 
@@ -178,7 +189,7 @@ def _data(data: Mapping[str, Any] | None) -> str:
 def _training(facts: Mapping[str, Any]) -> str:
     rows: list[list[Any]] = []
     if loss := facts.get("loss"):
-        rows += [["loss", f"`{loss['shown']}`"]]
+        rows += [["loss", _Markup(_code(loss["shown"]))]]
     if "reference" in facts:
         rows.append(["reference", facts["reference"]])
     if relabel := (facts.get("data") or {}).get("relabel"):
@@ -193,7 +204,7 @@ def _training(facts: Mapping[str, Any]) -> str:
     rows += [[key, facts[key]] for key in ("seed", "step") if facts.get(key) is not None]
     if not rows:
         return ""
-    about = f"\n\n{loss['about']}" if loss and loss.get("about") else ""
+    about = f"\n\n{_without_tags(loss['about'])}" if loss and loss.get("about") else ""
     return f"## Training{about}\n\n{_table(['', ''], rows)}"
 
 
@@ -216,6 +227,45 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
+class _Markup(str):
+    """Text that is Markdown already."""
+
+
 def _cell(value: Any) -> str:
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    if isinstance(value, _Markup):
+        return value.replace("|", "\\|")  # a pipe would end the cell, even within code
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+
+
+def _line(value: object) -> str:
+    """Return a text in one line, without control characters."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", str(value)).strip()
+
+
+def _without_tags(value: object) -> str:
+    """Return a paragraph of Markdown without HTML and images: a docstring may well have links and code."""
+    return re.sub(r"^(?=[#>+=~-])", r"\\", _line(value).replace("<", "&lt;").replace("![", "!\\["))
+
+
+def _text(value: object) -> str:
+    """Return a text that Markdown and HTML show as it is."""
+    escaped = re.sub(r"([\\`*\[\]|~$]|^[#>+-]|^\d+(?=[.)])|(?<!\w)_|_(?!\w))", r"\\\1", _line(value))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _code(value: object) -> str:
+    """Return a text as inline code, which no backtick in it ends."""
+    line = _line(value)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
+
+
+def _fenced(value: str, language: str = "") -> str:
+    """Return a block of code, which no fence in it ends."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", value)), default=0))
+    return f"{fence}{language}\n{value}\n{fence}"
+
+
+def _hub_id(name: str | None) -> str | None:
+    """Return a name that the Hub can have; None for an address or anything else."""
+    return name if name and _HUB_ID.fullmatch(name) else None
