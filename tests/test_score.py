@@ -270,6 +270,37 @@ def test_a_judge_that_goes_down_keeps_what_it_said(
     assert "What is finished is kept" in capsys.readouterr().err
 
 
+def repeats_headers(handler: Any, body: dict[str, Any]) -> None:
+    """A server that answers with the request's headers and fields, in different places and spellings."""
+    said = f"{handler.headers['Authorization']} {body['metadata']}"
+    kind = body["messages"][-1]["content"]
+    if "red" in kind:
+        handler.send(200, json.dumps({"error": said, "choices": []}))
+    elif "blue" in kind:
+        escaped = "".join(f"\\u{ord(letter):04x}" for letter in said)
+        handler.send(200, completion("X").replace("X", escaped))
+    else:
+        handler.send(400, said)
+
+
+def test_no_key_that_a_server_repeats_is_written_or_said(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat_client, "MAX_BACKOFF", 0.01)
+    monkeypatch.setenv("MY_SERVERS", "k3y/of-the-server")
+    body = '{"metadata": {"token": "t0ken-of-a-field"}}'
+    with Server(repeats_headers) as server:
+        more = {"judge.api_key_env": "MY_SERVERS", "judge.extra_body": body, "judge.attempts": 1, "judge.readings": 1}
+        called(*judge_args(samples, tmp_path / "o.jsonl", server.url, **more))
+        assert all(headers["Authorization"] == "Bearer k3y/of-the-server" for _, _, headers in server.requests)
+    said = capfd.readouterr()
+    files = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file() and path != samples}
+    assert any("***" in text for text in files.values()), "the answers were recorded"
+    for text in (said.out, said.err, *files.values()):
+        assert "k3y" not in text
+        assert "t0ken" not in text
+
+
 # -- reward models -----------------------------------------------------------------------------------------------------
 
 

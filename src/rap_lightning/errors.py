@@ -16,8 +16,10 @@ def join_some(names: Sequence[object], most: int = 4) -> str:
 
 def print_error(message: object) -> None:
     """Print an error to standard error as the command line does, after everything printed before it."""
+    from rap_lightning.provenance import mask_keys
+
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {mask_keys(str(message))}", file=sys.stderr)
 
 
 class UserError(ValueError):

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from rap_lightning.errors import ConfigError, UserError
 from rap_lightning.preferences.pairs import shown
+from rap_lightning.provenance import MASK, flatten, names_secret
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -167,13 +168,14 @@ class ChatClient:
             except TimeoutError:
                 why = f"no answer within {self.timeout:g} s"
             except (OSError, aiohttp.ClientError) as error:
-                why = _in_a_line(error)
+                why = self._masked(_in_a_line(error))
             else:
                 if status == 200:
                     try:
-                        return _first_choice(text)
+                        choice: dict[str, Any] = self._masked(_first_choice(text))
+                        return choice
                     except (ValueError, KeyError, IndexError, TypeError) as error:
-                        why = f"not a chat completion ({_in_a_line(error)}), found {shown(text)}"
+                        why = f"not a chat completion ({_in_a_line(error)}), found {self._excerpt(text)}"
                 elif status in FATAL:
                     raise EndpointDown(f"{self.url}: {FATAL[status]} (HTTP {status}): {self._excerpt(text)}")
                 elif status in TRANSIENT:
@@ -206,8 +208,22 @@ class ChatClient:
 
     def _excerpt(self, text: str) -> str:
         """Return the beginning of a server's message, with the key masked in case the message repeats it."""
-        key = os.environ.get(self.api_key_env)
-        return shown(text.replace(key, "***") if key else text, 300)
+        return shown(self._masked(text), 300)
+
+    def _masked(self, value: Any) -> Any:
+        """Return an answer with the keys that were sent replaced by ***, whatever the server made of them."""
+        if isinstance(value, dict):
+            return {self._masked(name): self._masked(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self._masked(inner) for inner in value]
+        if isinstance(value, str):
+            for secret in self._secrets():
+                value = value.replace(secret, MASK).replace(json.dumps(secret)[1:-1], MASK)
+        return value
+
+    def _secrets(self) -> list[str]:
+        sent = [value for name, value in flatten(self.extra_body).items() if names_secret(name)]
+        return [str(one) for one in (os.environ.get(self.api_key_env), *sent) if one and not isinstance(one, bool)]
 
 
 def _first_choice(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rap_lightning.provenance import names_secret
+from rap_lightning.provenance import masked
 from rap_lightning.reporting.text import clean
 
 ABSENT = "not set"
@@ -20,7 +20,7 @@ def differences(configs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     for key in keys:
         values = [one.get(key, ABSENT) for one in flat]
         if len(set(values)) > 1:
-            rows.append((key, ["***" if names_secret(key) else clean(value, 160) for value in values]))
+            rows.append((key, [clean(masked(value, key), 160) for value in values]))
     return rows
 
 

@@ -9,6 +9,7 @@ from rap_lightning.onpolicy.chat_client import ChatClient
 from rap_lightning.onpolicy.engines.base import Completion, Engine, Request
 from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.onpolicy.requested_goals import template_writes
+from rap_lightning.provenance import masked
 
 if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
@@ -33,7 +34,7 @@ class Endpoint(Engine):
 
     def settings(self) -> dict[str, Any]:
         """Return the additional request fields; the address may change from run to run."""
-        return {"extra_body": self.client.extra_body}
+        return {"extra_body": masked(self.client.extra_body)}
 
     def notes(self) -> dict[str, Any]:
         """Return the address."""

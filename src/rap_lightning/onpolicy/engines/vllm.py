@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines.base import Completion, Engine, Request, chunks_by_length
 from rap_lightning.onpolicy.model_source import ModelSource, free_memory
+from rap_lightning.provenance import masked
 
 if TYPE_CHECKING:
     from rap_lightning.models.generation import Generation
@@ -48,7 +49,7 @@ class VLLM(Engine):
 
     def settings(self) -> dict[str, Any]:
         """Return the options that change numbers by more than the order of sums."""
-        return {"dtype": self.dtype, "options": {key: str(value) for key, value in self.options.items()}}
+        return {"dtype": self.dtype, "options": {key: str(value) for key, value in masked(self.options).items()}}
 
     def context(self, model: ModelSource) -> int:
         """Return the model's context, or ``max_model_len`` if that is less."""

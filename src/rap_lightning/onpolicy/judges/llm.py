@@ -11,6 +11,7 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.chat_client import ChatClient, RequestFailed
 from rap_lightning.onpolicy.judges import rubric
 from rap_lightning.preferences.judge import Item, Judge, Verdict
+from rap_lightning.provenance import masked
 
 
 class LLMJudge(Judge):
@@ -54,7 +55,7 @@ class LLMJudge(Judge):
 
     def settings(self) -> dict[str, Any]:
         """Return the judge, how it is asked, and the rubric's digest; the address may change from run to run."""
-        endpoint = {"model": self.client.model, "extra_body": self.client.extra_body}
+        endpoint = {"model": self.client.model, "extra_body": masked(self.client.extra_body)}
         return {
             "class": "LLMJudge", "endpoint": endpoint, "votes": self.votes,
             "temperature": self.temperature, "rubric": hashlib.sha256(rubric.SYSTEM.encode()).hexdigest()[:16],
