@@ -52,7 +52,7 @@ def main() -> None:
             pairs.append(pair)
         if len(pairs) == options.pairs:
             break
-    table = datasets.Dataset(_as_table(relabelled_batch(pairs, rules, encoder.placement, encoder.system_shown)))
+    table = datasets.Dataset(_as_table(relabelled_batch(pairs, rules, encoder.placement, encoder.system_shown, False)))
     print(f"{len(pairs)} scored pairs, {len(table)} training pairs")
     ratios = []
     for number in range(options.rounds):

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +34,7 @@ from rap_lightning.batches.control_tokens import MARK
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences import rendering, thoughts
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.preferences.pairs import BadRow, Message
+from rap_lightning.preferences.pairs import BadRow, Message, carried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ class Conversation:
         goal_texts: a prompt is encoded for each; ``None`` is the plain prompt, without a goal.
         responses: their texts.
         columns: the data's column of each response, for errors; by default ``response``.
-        tools: the tools the conversation may call, as JSON.
+        tools: the tools the conversation may call, as JSON, where the history doesn't carry them.
     """
 
     history: Sequence[Message]
@@ -184,6 +184,8 @@ class Encoder(ChatRenderer):
         return "".join(parts)
 
     def _render(self, conversation: Conversation) -> _Rendered:
+        history, tools = carried(conversation.history)
+        conversation = replace(conversation, history=history, tools=conversation.tools or tools)
         prompts = [self.render_prompt(conversation.history, t, conversation.tools) for t in conversation.goal_texts]
         repaired = [what for prompt in prompts for what in prompt.repaired]
         columns = conversation.columns or ("response",) * len(conversation.responses)

@@ -19,7 +19,7 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, StatedGoal
 from rap_lightning.preferences.pair_cache import stored_pairs
-from rap_lightning.preferences.pairs import BadRow, Message
+from rap_lightning.preferences.pairs import BadRow, Message, carrying, messages_and_tools
 from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source
@@ -85,7 +85,7 @@ class PromptEncoder:
             low = [*self.encode(histories, against_goal.text)]
             record |= {"guidance": guidance, "against": low_printed}
         return [
-            Prompt(ids, {"messages": list(history)} | record, low_ids, asked.strength, against_goal.strength)
+            Prompt(ids, messages_and_tools(history) | record, low_ids, asked.strength, against_goal.strength)
             for history, ids, low_ids in zip(histories, prompts, low, strict=True)
         ]
 
@@ -161,11 +161,11 @@ def distinct_histories(
         rules, goal=None, relabelling=Relabelling("none"), ties="drop", outside_scale="error",
         filters=Filters(), selection=None, tool_turns=False,
     )  # fmt: skip
-    seen: dict[str, None] = {}
+    seen: dict[tuple[str, str | None], None] = {}
     for source in sources:
         table, report = stored_pairs(source, split, plain, num_proc=num_proc)
         if report.dropped:
             tell("\n".join(report.lines()))
-        for row in table.select_columns(["history"]):
-            seen.setdefault(row["history"], None)
-    return [json.loads(history) for history in seen]
+        for row in table.select_columns(["history", "tools"]):
+            seen.setdefault((row["history"], row["tools"]), None)
+    return [carrying(json.loads(history), tools) for history, tools in seen]

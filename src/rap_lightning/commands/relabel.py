@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 
 from rap_lightning import __version__
 from rap_lightning.commands.options import load_tokenizer
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy.judges import Judge  # the classes that --rewards names are known once this is imported
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.read_pairs import read_pairs
 from rap_lightning.preferences.reading_options import ReadingOptions
-from rap_lightning.preferences.relabel_export import BATCH, SHARD, ShardedFolder, relabelled_batch
+from rap_lightning.preferences.relabel_export import BATCH, SHARD, ShardedFolder, has_tools, relabelled_batch
 from rap_lightning.preferences.relabelling import ORIGIN_TABLE
 from rap_lightning.preferences.rendering import resolve_placement, shows_system
 from rap_lightning.preferences.rewards import RewardTable
@@ -56,7 +56,7 @@ def relabel(
     target = Path(output).expanduser().resolve()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{output} exists and is not empty. Name another folder, or remove it.")
-    read = ReadingOptions(source, tool_turns=False, **reading)
+    read = ReadingOptions(source, tool_turns=tokenizer is not None, **reading)
     sources, rules, num_proc, seed = read.sources, read.rules, read.num_proc, read.seed
     if tokenizer is None and read.template:
         raise ConfigError("--chat_template has no effect without --tokenizer (nor has chat_template_kwargs); name one.")
@@ -72,7 +72,7 @@ def relabel(
     if finished := folder.open():
         print(f"resuming: {finished} shards of an earlier run are complete")
     reports = []
-    shards = Counter[str]()
+    shards, tools = Counter[str](), None
     for name, one in parts:
         report = DataReport(_public(one.path), name)
         own = replace(rules, rewards=tables.get(name))
@@ -80,10 +80,20 @@ def relabel(
         if one.weight != 1.0 and name in ("train", split):
             pairs = weighted(pairs, one.weight, seed)
         for shard in _chunks(pairs, SHARD):
+            here = any(map(has_tools, shard))
+            tools = here if tools is None else tools
+            if here and not tools:
+                raise DataError(
+                    f"{one.path} (split {name}): tools or tool calls begin after the first {SHARD:,} pairs, whose "
+                    "files have no columns for them. Put rows with tools first, or relabel them apart."
+                )
             label = f"{name}-{shards[name]:05d}.parquet"
             if not folder.has(label):
-                chunks = _chunks(iter(shard), BATCH)
-                folder.write(label, (relabelled_batch(chunk, rules, placement, system_shown) for chunk in chunks))
+                batches = (
+                    relabelled_batch(chunk, rules, placement, system_shown, tools)
+                    for chunk in _chunks(iter(shard), BATCH)
+                )
+                folder.write(label, batches, tools)
             shards[name] += 1
         reports.append(report)
         print("\n".join(report.lines()))

@@ -13,6 +13,7 @@ import numpy as np
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.references.logp_store import FORMAT, LogpStore, default_root
 from rap_lightning.preferences.judge import Item, Judge
+from rap_lightning.preferences.pairs import carrying
 from rap_lightning.preferences.read_pairs import read_judged
 from rap_lightning.preferences.rewards import Labels, RewardTable, response_key
 from rap_lightning.preferences.rules import Rules
@@ -98,7 +99,7 @@ def _items(
         for judged in read_judged(source, split, plain, num_proc=num_proc):
             keys = [response_key(judged.history, response.text) for response in judged.responses]
             for key, response in zip(keys, judged.responses, strict=True):
-                items.setdefault(key, Item(f"{key:016x}", judged.history, response.text))
+                items.setdefault(key, Item(f"{key:016x}", tuple(carrying(judged.history, judged.tools)), response.text))
             if judged.paired and len(keys) == 2:
                 pairs.append((keys[0], keys[1]))
     return items, pairs

@@ -9,8 +9,8 @@ from typing import Any
 
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.formats.context_columns import with_context
-from rap_lightning.preferences.formats.scored_pairs import as_turns
-from rap_lightning.preferences.pairs import BadRow, Message, read_messages, split_response
+from rap_lightning.preferences.formats.scored_pairs import as_turns, tools_of
+from rap_lightning.preferences.pairs import BadRow, Message, carrying, read_messages, split_response
 from rap_lightning.preferences.sources import Source, chunks_of, splits_of
 
 COLUMNS = ("messages", "chosen", "prompt", "instruction", "question")
@@ -63,7 +63,7 @@ def read_prompts(path: str, split: str | None = None, column: str | None = None,
         try:
             if isinstance(row, BadRow):
                 raise row
-            history = with_context(_history(row, column, found, place), row)
+            history = carrying(with_context(_history(row, column, found, place), row), tools_of(row))
         except BadRow as problem:
             if problem.stops:
                 raise DataError(f"{place}, column {problem.column}: {problem.reason}.") from problem

@@ -19,7 +19,7 @@ from rap_lightning.onpolicy.engines.base import Completion, Engine, Request, pro
 from rap_lightning.onpolicy.jsonl_ledger import Ledger, Row, digest_of, list_failed, shard_path
 from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.onpolicy.requested_goals import RequestedGoal
-from rap_lightning.preferences.pairs import BadRow, Message
+from rap_lightning.preferences.pairs import BadRow, Message, carried, messages_and_tools
 from rap_lightning.preferences.rendering import resolve_placement, with_goal
 from rap_lightning.progress_bar import progress
 
@@ -195,7 +195,7 @@ class ResponseGenerator:
                     prompt = self._prompt(history, goal, placements[goal], encoder, summary.counts)
                 except BadRow as problem:
                     error = f"{problem.column}: {problem.reason}"
-                    row = {"id": "", "messages": list(history), "goal": goal.printed, "error": error}
+                    row = {"id": "", **messages_and_tools(history), "goal": goal.printed, "error": error}
                     summary.failed += [{**row, "sample": sample} for sample in range(samples)]
                     continue
                 requests += [
@@ -213,8 +213,10 @@ class ResponseGenerator:
         """Return ``messages``, ``ids``, ``cut`` and ``against`` of a request."""
         from rap_lightning.batches.encode import Conversation
 
+        turns, tools = carried(history)
         if encoder is None:
-            return {"messages": tuple(with_goal(history, goal.text, placement, system_shown=True)), "ids": ()}
+            sent = with_goal(turns, goal.text, placement, system_shown=True)
+            return {"messages": tuple(sent), "ids": (), "tools": tools}
         encoder.placement = placement
         texts = (goal.text,) if goal.against is None else (goal.text, goal.against.text)
         found = encoder.encode_one(Conversation(history, texts))
@@ -222,7 +224,7 @@ class ResponseGenerator:
         counts.update(found.repaired)
         if cut := found.cut_prompts[0]:
             counts["prompt cut to fit, goal kept"] += 1
-        messages = with_goal(history, goal.text, placement, system_shown=encoder.system_shown)
+        messages = with_goal(turns, goal.text, placement, system_shown=encoder.system_shown)
         return {
             "messages": tuple(messages), "ids": ids, "cut": cut, "against": low[0] if low else (),
             "strength": goal.stated.strength,
@@ -241,7 +243,7 @@ class ResponseGenerator:
     def _row(self, request: Request, completion: Completion) -> Row:
         row: Row = {
             "id": request.id, "prompt_id": request.prompt_id, "sample": request.sample, "goal": request.goal,
-            "messages": list(request.history), "response": completion.text, "finish": completion.finish,
+            **messages_and_tools(request.history), "response": completion.text, "finish": completion.finish,
             "tokens": completion.tokens, "seed": request.seed,
             "model": self.model.place.name if self.model.place.exists() else self.model.path,
         }  # fmt: skip
@@ -250,6 +252,6 @@ class ResponseGenerator:
 
 def _failed_row(request: Request, error: str) -> Row:
     return {
-        "id": request.id, "messages": list(request.history), "goal": request.goal, "error": error,
+        "id": request.id, **messages_and_tools(request.history), "goal": request.goal, "error": error,
         "sample": request.sample,
     }  # fmt: skip

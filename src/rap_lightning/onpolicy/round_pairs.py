@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.read_pairs import fit_scale, read_pairs, rewards_of
-from rap_lightning.preferences.relabel_export import relabelled_batch, write_parquet
+from rap_lightning.preferences.relabel_export import has_tools, relabelled_batch, write_parquet
 from rap_lightning.preferences.rendering import resolve_placement, shows_system
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source
@@ -63,7 +64,7 @@ def _row(pair: Pair, goal: GoalTemplate | None) -> dict[str, Any]:
         row[f"score_{side}"] = reward
         if names:
             row[f"scores_{side}"] = dict(zip(names, attributes, strict=True))
-    return row
+    return row if pair.tools is None else {**row, "tools": json.loads(pair.tools)}
 
 
 def write_goal(rules: Rules, output: Path) -> None:
@@ -112,5 +113,6 @@ def write_view(pairs: Path, rules: Rules, policy: ModelSource, output: Path) -> 
     tokenizer = policy.tokenizer()
     placement = resolve_placement(tokenizer, rules.goal.placement if rules.goal is not None else "auto")
     read = list(read_pairs(Source(str(pairs)), "train", rules, DataReport(pairs.name, "train"), progress=False))
+    tools = any(map(has_tools, read))
     with atomic_file(output, "wb") as file:
-        write_parquet(file, [relabelled_batch(read, rules, placement, shows_system(tokenizer))])
+        write_parquet(file, [relabelled_batch(read, rules, placement, shows_system(tokenizer), tools)], tools)

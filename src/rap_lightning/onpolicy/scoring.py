@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections import Counter
@@ -36,9 +37,9 @@ from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.prompt_set import rows_of
 from rap_lightning.preferences.formats.completions import TEXT_NAMES
 from rap_lightning.preferences.formats.context_columns import with_context
-from rap_lightning.preferences.formats.scored_pairs import as_turns
+from rap_lightning.preferences.formats.scored_pairs import as_turns, tools_of
 from rap_lightning.preferences.judge import Item
-from rap_lightning.preferences.pairs import BadRow, Message, is_blank, read_messages
+from rap_lightning.preferences.pairs import BadRow, Message, carried, carrying, is_blank, read_messages
 from rap_lightning.preferences.sources import local_path
 from rap_lightning.progress_bar import progress
 
@@ -103,6 +104,7 @@ def read_prompt_groups(source: str, split: str | None, counts: Counter[str]) -> 
     for row, place in _rows(source, split):
         try:
             history, responses = _responses(row)
+            history = carrying(history, tools_of(row))
         except BadRow as problem:
             if problem.stops:
                 raise DataError(f"{place}, column {problem.column}: {problem.reason}.") from problem
@@ -215,8 +217,10 @@ def _write(
             if is_blank(item.response):
                 counts["an empty response; training leaves it out"] += 1
             completions.append(row)
-        prompt: Any = group.history[0]["content"] if len(group.history) == 1 else group.history
-        rows.append({"prompt": prompt, "prompt_id": group.prompt_id, "completions": completions})
+        turns, tools = carried(group.history)
+        prompt: Any = turns[0]["content"] if len(turns) == 1 else turns
+        own = {} if tools is None else {"tools": json.loads(tools)}
+        rows.append({"prompt": prompt, **own, "prompt_id": group.prompt_id, "completions": completions})
     write_lines(output, rows)
     seen = _range(rewards)
     scale = {"declared": judge.scale, "seen": seen, "attributes": {name: _range(v) for name, v in attributes.items()}}

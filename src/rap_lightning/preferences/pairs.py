@@ -135,6 +135,30 @@ class Pair:
     place: str = ""
 
 
+def carrying(history: Sequence[Message], tools: str | None) -> list[Message]:
+    """Return a conversation that carries the tools it may call, as JSON, in its first turn."""
+    turns = list(history)
+    return turns if tools is None else [{**turns[0], "tools": tools}, *turns[1:]]
+
+
+def carried(history: Sequence[Message]) -> tuple[list[Message], str | None]:
+    """Return what :func:`carrying` was given.
+
+    >>> carried(carrying([{"role": "user", "content": "2 + 2?"}], "[]"))
+    ([{'role': 'user', 'content': '2 + 2?'}], '[]')
+    """
+    if not history:
+        return [], None
+    first, *rest = history
+    return [{name: value for name, value in first.items() if name != "tools"}, *rest], first.get("tools")
+
+
+def messages_and_tools(history: Sequence[Message]) -> dict[str, Any]:
+    """Return the columns of a row that hold a conversation: ``messages``, and ``tools`` if it carries any."""
+    turns, tools = carried(history)
+    return {"messages": turns} | ({} if tools is None else {"tools": json.loads(tools)})
+
+
 def make_pair(judged: Judged, first: Response, second: Response, place: str = "") -> Pair:
     """Return the pair of two responses; the reward decides which one wins, not the column."""
     exchanged = second.reward > first.reward

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from rap_lightning.atomic_write import atomic_file
-from rap_lightning.preferences.pairs import Pair
+from rap_lightning.preferences.pairs import Message, Pair
 from rap_lightning.preferences.relabelling import relabel
 from rap_lightning.preferences.rendering import with_goal
 from rap_lightning.preferences.rules import Rules
@@ -44,10 +44,10 @@ class ShardedFolder:
     def has(self, name: str) -> bool:
         return (self.partial / name).is_file()
 
-    def write(self, name: str, batches: Iterable[Any]) -> None:
+    def write(self, name: str, batches: Iterable[Any], tools: bool) -> None:
         """Write one shard, which appears once it is complete."""
         with atomic_file(self.partial / name, "wb") as file:
-            write_parquet(file, batches)
+            write_parquet(file, batches, tools)
 
     def close(self, card: str) -> None:
         """Add the card, and move the folder to its final name."""
@@ -58,31 +58,44 @@ class ShardedFolder:
         self.partial.rename(self.output)
 
 
-def write_parquet(file: IO[bytes], batches: Iterable[Any]) -> None:
+def write_parquet(file: IO[bytes], batches: Iterable[Any], tools: bool) -> None:
     """Write record batches with the columns of :func:`schema`."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetWriter(file, schema(), compression="zstd", compression_level=1) as writer:
+    with pq.ParquetWriter(file, schema(tools), compression="zstd", compression_level=1) as writer:
         for batch in batches:
             writer.write_batch(batch)
 
 
-def schema() -> Any:
-    """Return the columns: three message lists, and where each pair comes from."""
+def has_tools(pair: Pair) -> bool:
+    """Return whether a pair's conversation has more than texts: tools, calls, what they returned, thoughts."""
+    return pair.tools is not None or any(len(turn) > 2 for turn in pair.history)
+
+
+def schema(tools: bool) -> Any:
+    """Return the columns: three message lists, and where each pair comes from.
+
+    Args:
+        tools: also a column of tools, as JSON, and the fields of messages that call them. Arguments are JSON, as in the
+            APIs: structs of Arrow would get each other's fields.
+    """
     import pyarrow as pa
 
-    turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+    text = pa.string()
+    call = pa.struct({"id": text, "type": text, "function": pa.struct({"name": text, "arguments": text})})
+    more = {"tool_calls": pa.list_(call), "name": text, "tool_call_id": text, "reasoning_content": text}
+    turns = pa.list_(pa.struct({"role": text, "content": text} | (more if tools else {})))
     return pa.schema(
         {
             "prompt": turns, "chosen": turns, "rejected": turns, "goal": pa.string(), "origin": pa.string(),
             "reward_chosen": pa.float64(), "reward_rejected": pa.float64(), "pair_id": pa.string(),
             "place": pa.string(),
-        }
+        } | ({"tools": text} if tools else {})
     )  # fmt: skip
 
 
 def relabelled_batch(
-    pairs: Sequence[Pair], rules: Rules, placement: Literal["system", "user"], system_shown: bool
+    pairs: Sequence[Pair], rules: Rules, placement: Literal["system", "user"], system_shown: bool, tools: bool
 ) -> Any:
     """Return the training pairs of scored pairs as an Arrow record batch."""
     import pyarrow as pa
@@ -94,11 +107,23 @@ def relabelled_batch(
             prompt = with_goal(half.history, half.goal_text, placement, system_shown=system_shown)
             rows.append(
                 {
-                    "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in prompt],
+                    "prompt": [{**turn, "tool_calls": _calls(turn)} if tools else turn for turn in prompt],
+                    "tools": pair.tools,
                     "chosen": [{"role": "assistant", "content": half.chosen}],
                     "rejected": [{"role": "assistant", "content": half.rejected}],
                     "goal": half.goal, "origin": half.origin, "reward_chosen": half.rewards[0],
                     "reward_rejected": half.rewards[1], "pair_id": half.pair_id, "place": pair.place,
                 }
             )  # fmt: skip
-    return pa.RecordBatch.from_pylist(rows, schema=schema())
+    return pa.RecordBatch.from_pylist(rows, schema=schema(tools))
+
+
+def _calls(turn: Message) -> list[dict[str, Any]] | None:
+    """Return the calls of a turn, in the form of the APIs."""
+    found = []
+    for call in turn.get("tool_calls") or ():
+        inner = call.get("function", call)
+        arguments = json.dumps(inner.get("arguments", {}), ensure_ascii=False)
+        function = {"name": inner["name"], "arguments": arguments}
+        found.append({"id": call.get("id"), "type": call.get("type", "function"), "function": function})
+    return found or None

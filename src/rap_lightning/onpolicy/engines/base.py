@@ -27,7 +27,7 @@ class Request:
     Attributes:
         id: digest of conversation, goal, sample number and the settings of the output file.
         prompt_id: digest of the conversation alone.
-        history: the conversation as in the data.
+        history: the conversation as in the data, with the tools that it carries.
         messages: the same with the goal in it.
         ids: token ids of ``messages`` with the generation prompt, as training encodes them; empty for an engine that
             takes messages.
@@ -38,6 +38,7 @@ class Request:
         cut: prompt tokens removed by truncation.
         against: token ids of the same conversation at the low goal of guidance; empty without guidance.
         strength, low_strength: of the policy's adapter at the goal and the low goal; None leaves it as it is.
+        tools: the tools of ``messages``, as JSON, for an engine that takes messages.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Request:
     against: tuple[int, ...] = ()
     strength: float | None = None
     low_strength: float | None = None
+    tools: str | None = None
 
 
 @dataclass(frozen=True)

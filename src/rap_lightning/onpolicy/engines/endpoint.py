@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -74,8 +75,9 @@ class Endpoint(Engine):
         """Yield completions one at a time, in the order in which they arrive."""
 
         async def ask(request: Request) -> dict[str, Any]:
+            tools = {} if request.tools is None else {"tools": json.loads(request.tools)}
             return await self.client.chat(
-                request.messages, max_tokens=generation.max_new_tokens, temperature=generation.temperature,
+                request.messages, **tools, max_tokens=generation.max_new_tokens, temperature=generation.temperature,
                 top_p=generation.top_p, seed=request.seed % 2**31,
             )  # fmt: skip
 

@@ -12,7 +12,7 @@ from rap_lightning.onpolicy.engines.base import prompt_id_of
 from rap_lightning.onpolicy.evaluate.evaluation_plan import TRAIN, EvaluationPlan
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.hashing import hash_text, hash_turns
-from rap_lightning.preferences.pairs import Message, Pair
+from rap_lightning.preferences.pairs import Message, Pair, carrying
 from rap_lightning.preferences.read_pairs import read_pairs, rewards_of
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, fingerprint, having, splits_among
@@ -52,6 +52,11 @@ class TrainingRewards:
     responses: int
 
 
+def prompt_of(pair: Pair) -> str:
+    """Return the id of a pair's conversation, with its tools."""
+    return prompt_id_of(carrying(pair.history, pair.tools))
+
+
 def read_evaluated(plan: EvaluationPlan) -> EvaluatedData:
     """Read a choice of prompts, which depends on the seed and their text alone, with their pairs."""
     splits = splits_among(plan.sources)
@@ -61,11 +66,11 @@ def read_evaluated(plan: EvaluationPlan) -> EvaluatedData:
     for source in having(plan.sources, name):
         for pair in read_pairs(source, name, plan.rules, report, num_proc=plan.num_proc):
             pairs.setdefault(pair.id, pair)
-    histories = {prompt_id_of(pair.history): pair.history for pair in pairs.values()}
+    histories = {prompt_of(pair): carrying(pair.history, pair.tools) for pair in pairs.values()}
     drawn = sorted(histories, key=lambda one: hash_text(f"{plan.seed} {hash_turns(histories[one])}"))
     kept = set(drawn[: plan.limit])
     chosen = {one: history for one, history in histories.items() if one in kept}
-    found = [pair for pair in pairs.values() if prompt_id_of(pair.history) in kept]
+    found = [pair for pair in pairs.values() if prompt_of(pair) in kept]
     return EvaluatedData(name, chosen, found, report, len(histories))
 
 
@@ -101,6 +106,6 @@ def _as_training_stated(rewards: list[float], rules: Rules) -> list[float]:
 def add_best_rewards(best: dict[str, float], pairs: Iterable[Pair]) -> dict[str, float]:
     """Raise ``best`` (highest reward by prompt id) to the rewards of these pairs, and return it."""
     for pair in pairs:
-        one = prompt_id_of(pair.history)
+        one = prompt_of(pair)
         best[one] = max(best.get(one, -np.inf), pair.rewards[0])
     return best

@@ -16,8 +16,7 @@ import numpy as np
 from rap_lightning import evaluation
 from rap_lightning.errors import DataError
 from rap_lightning.evaluation import Responses, Samples
-from rap_lightning.onpolicy.engines.base import prompt_id_of
-from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData, TrainingRewards, add_best_rewards
+from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData, TrainingRewards, add_best_rewards, prompt_of
 from rap_lightning.onpolicy.evaluate.evaluation_plan import TRAIN, EvaluationPlan, Part
 from rap_lightning.onpolicy.evaluate.measurements import GoalLogps, JudgedSamples, Key
 from rap_lightning.preferences.goals import StatedGoal
@@ -200,7 +199,7 @@ def measure_logps(
     if plan.base is not None:
         base = under_goals.measure(plan.base, compared, "logps-base.jsonl", "log-probabilities, base")
     responses = Responses(
-        [prompt_id_of(pair.history) for pair in pairs for _ in range(2)],
+        [prompt_of(pair) for pair in pairs for _ in range(2)],
         [reward for pair in pairs for reward in pair.rewards],
         [count for pair in pairs for count in tokens[pair.id]],
     )
