@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import multiprocessing
@@ -13,7 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+import rap_lightning
 from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
+from rap_lightning.batches.dataset import Example
+from rap_lightning.batches.layouts import LAYOUTS, lay_out, lay_out_responses
+from rap_lightning.batches.prompts import left_pad
+from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import PairLogps
 from rap_lightning.callbacks import Guard
 from rap_lightning.losses import AOT, BCO, DPO, KTO, WPO, MarginDPO
@@ -30,17 +36,17 @@ CASES = [
     ("padded", "frozen", "KTO"),
 ]  # fmt: skip
 """Each layout, each reference, and losses that sort the batch, pair it anew, look at tokens, and need rewards."""
-STEPS, LOGGED = 6, 3
+STEPS, LOGGED = 8, 3  # an epoch has six, so that workers live through two
 
 
 def _fitted(folder: Path, layout: str, reference: str, loss: str, **trainer: Any) -> Any:
     made = Stored(folder=str(folder / "store")) if reference == "stored" else REFERENCES[reference]()
     module, data = build(
         folder.parent / "model", folder.parent / "train.jsonl", lora=reference == "off", reference=made, layout=layout,
-        loss=LOSSES[loss](), optimizer=sgd, schedule=ConstantWithWarmup(),
+        loss=LOSSES[loss](), optimizer=sgd, schedule=ConstantWithWarmup(), batch_size=8,
     )  # fmt: skip
     runner = make_trainer(
-        folder, max_steps=STEPS, log_every_n_steps=LOGGED, callbacks=[Guard()], gradient_clip_val=1.0,
+        folder, max_steps=STEPS, max_epochs=2, log_every_n_steps=LOGGED, callbacks=[Guard()], gradient_clip_val=1.0,
         val_check_interval=None, limit_val_batches=0, **trainer,
     )  # fmt: skip
     return module, data, runner
@@ -58,7 +64,9 @@ def _on_the_device(folder: str) -> None:
         found: dict[str, Any] = {}
         try:
             with simulated_gpu.Constructors():
-                device = {"strategy": simulated_gpu.OneDevice(), "accelerator": "auto"}
+                device = {
+                    "strategy": simulated_gpu.OneDevice(), "accelerator": "auto", "enable_progress_bar": True,
+                }  # fmt: skip
                 module, data, trainer = _fitted(path, *case, **device)
                 steps, loop = [], trainer.fit_loop.epoch_loop
                 advance = loop.advance
@@ -170,3 +178,30 @@ def test_with_offloaded_weights_everything_else_meets_on_the_device(fits: Any) -
     assert found["buffers"] == ["simgpu:0"]
     assert found["computes"] == ["simgpu:0", "simgpu:0"], "of the module, and of the norm of gradients on the host"
     assert found["loss"] == pytest.approx(found["expected"], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_are_made_on_the_host_whatever_the_default_device(layout: str) -> None:
+    examples = [Example("", 0, None, (0.0, 0.0), [1, 2, 3], [4, 5], [6])]
+    plan = BatchPlan((0,), (1.0,), 1, ((0,),))
+    with torch.device("meta"):
+        made = [
+            lay_out(LAYOUTS[layout], examples, plan, 0), lay_out_responses([([1, 2], [3])], 0),
+            left_pad([[1, 2], [3]], 0, [{}, {}]),
+        ]  # fmt: skip
+    found = [getattr(batch, field.name) for batch in made for field in dataclasses.fields(batch)]
+    assert {str(one.device) for one in found if isinstance(one, torch.Tensor)} == {"cpu"}
+
+
+def test_a_draw_with_a_generator_names_its_device() -> None:
+    """The device is that of the context otherwise, and there a generator of the host is refused."""
+    draws = {"rand", "randn", "randint", "randperm"}
+    source = Path(rap_lightning.__file__).parent
+    unnamed = [
+        f"{path.name}:{call.lineno}"
+        for path in source.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in draws
+        if {"generator"} <= (given := {keyword.arg for keyword in call.keywords}) and "device" not in given
+    ]
+    assert not unnamed

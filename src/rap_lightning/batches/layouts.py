@@ -99,20 +99,23 @@ def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id
         for response in (e.chosen_ids, e.rejected_ids)  # the order of segments: see Batch
     ]
     strengths = [e.strength for e in examples for _ in range(RESPONSES)]
-    return Batch(
-        **_indexed(layout, sequences, prompts, strengths, pad_id),
-        rewards=torch.tensor([e.rewards for e in examples], dtype=torch.float32),
-        goal_rewards=torch.tensor([e.goal_reward for e in examples], dtype=torch.float32),
-        origin=torch.tensor([e.origin for e in examples]),
-        weights=torch.tensor(plan.weights, dtype=torch.float32),
-        fillers=sum(weight == 0 for weight in plan.weights),
-        step_pairs=plan.step_pairs,
-        loss_weights=torch.tensor(plan.loss_weights, dtype=torch.float32),
-        step_weight=plan.step_weight,
-        digests=tuple(_digest(ids, prompt) for ids, prompt in zip(sequences, prompts, strict=True)),
-        pair_ids=tuple(e.pair_id for e in examples),
-        goals=tuple(e.goal for e in examples),
-    )
+    # Batches are made on the host, also where new tensors are on a GPU: in configure_model, which Lightning calls so,
+    # and after torch.set_default_device.
+    with torch.device("cpu"):
+        return Batch(
+            **_indexed(layout, sequences, prompts, strengths, pad_id),
+            rewards=torch.tensor([e.rewards for e in examples], dtype=torch.float32),
+            goal_rewards=torch.tensor([e.goal_reward for e in examples], dtype=torch.float32),
+            origin=torch.tensor([e.origin for e in examples]),
+            weights=torch.tensor(plan.weights, dtype=torch.float32),
+            fillers=sum(weight == 0 for weight in plan.weights),
+            step_pairs=plan.step_pairs,
+            loss_weights=torch.tensor(plan.loss_weights, dtype=torch.float32),
+            step_weight=plan.step_weight,
+            digests=tuple(_digest(ids, prompt) for ids, prompt in zip(sequences, prompts, strict=True)),
+            pair_ids=tuple(e.pair_id for e in examples),
+            goals=tuple(e.goal for e in examples),
+        )
 
 
 def lay_out_responses(
@@ -124,13 +127,13 @@ def lay_out_responses(
     """
     sequences = [np.asarray([*prompt, *response], dtype=np.int64) for prompt, response in responses]
     prompts = [len(prompt) for prompt, _ in responses]
-    nothing = torch.zeros(0)
-    return Batch(
-        **_indexed(LAYOUTS["padded"], sequences, prompts, strengths or [None] * len(sequences), pad_id),
-        rewards=nothing, goal_rewards=nothing, origin=nothing, weights=nothing, fillers=0, step_pairs=0,
-        loss_weights=nothing,
-        step_weight=0.0, digests=(), pair_ids=(), goals=(),
-    )  # fmt: skip
+    with torch.device("cpu"):
+        nothing = torch.zeros(0)
+        return Batch(
+            **_indexed(LAYOUTS["padded"], sequences, prompts, strengths or [None] * len(sequences), pad_id),
+            rewards=nothing, goal_rewards=nothing, origin=nothing, weights=nothing, fillers=0, step_pairs=0,
+            loss_weights=nothing, step_weight=0.0, digests=(), pair_ids=(), goals=(),
+        )  # fmt: skip
 
 
 def _indexed(

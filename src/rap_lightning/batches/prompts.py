@@ -145,8 +145,9 @@ def left_pad(
     rows = [[pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
     masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
     known = [one for one in strengths if one is not None]
-    strength = torch.tensor(known)[:, None] if known else None
-    return PromptBatch(torch.tensor(rows), torch.tensor(masks), tuple(records), strength=strength)
+    with torch.device("cpu"):  # on the host, whatever the default device
+        strength = torch.tensor(known)[:, None] if known else None
+        return PromptBatch(torch.tensor(rows), torch.tensor(masks), tuple(records), strength=strength)
 
 
 def distinct_histories(

@@ -136,5 +136,4 @@ def _forest_batch(config: Any, layout: str = "tree") -> Batch:
         Example("", 0, None, (0.0, 0.0), ids[0][: long + 20] + ids[1][:6], ids[2][:5], ids[3][:11]),
         Example("", 0, None, (0.0, 0.0), ids[3][:20], ids[0][:5], ids[1][:8]),
     ]
-    with torch.device("cpu"):  # Lightning calls configure_model where a new tensor is on the GPU; batches are made here
-        return lay_out(LAYOUTS[layout], examples, BatchPlan((0, 1, 2), (1.0,) * 3, 3, ((0, 1, 2),)), pad_id=0)
+    return lay_out(LAYOUTS[layout], examples, BatchPlan((0, 1, 2), (1.0,) * 3, 3, ((0, 1, 2),)), pad_id=0)
