@@ -355,7 +355,14 @@ def test_compiled_layers_give_the_same_gradients_and_are_compiled_once_for_all_l
             ours, grads = loss_and_gradients(compiled, compiled.logps(batch))
             assert abs(float(ours - loss)) <= 1e-5 * abs(float(loss)), layout
             assert_same_gradients(grads, gradients, 5e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= 12
+    rng = np.random.default_rng(0)
+    for size in range(6):  # ten sizes with the four above
+        prompt, chosen, rejected = (rng.integers(3, VOCABULARY, x).tolist() for x in rng.integers(4, 60 + 9 * size, 3))
+        batch = batch_of("tree", [Example("a", 0, "g", (9.0, 1.0), prompt, chosen, rejected)])
+        loss_and_gradients(compiled, compiled.logps(batch))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_offloading_is_refused_without_a_gpu(tiny: Path) -> None:
