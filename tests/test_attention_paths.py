@@ -345,6 +345,19 @@ def test_masks_are_made_once_for_all_layers(module: str, hopper_on_cpu: None, mo
     assert len(made) == 2 * len(batch.forest.roots)
 
 
+@pytest.mark.parametrize("machine", [Machine("cpu"), HOPPER])
+def test_a_batch_can_be_trained_on_after_a_reference_saw_it_in_inference_mode(
+    machine: Machine, hopper_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Machine, "of", lambda device: machine)
+    policy, batch = policy_of("Gemma2", torch.float32), batch_of("tree", conversations(goals_of_one=True))
+    with torch.inference_mode():
+        before = policy.logps(batch)
+    after = policy.logps(batch)
+    after.sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(after.detach(), before)
+
+
 # -- FlexAttention ----------------------------------------------------------------------------------------------------
 
 
@@ -543,7 +556,8 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     checked_on_cpu: None, varlen_on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demand = Demand(torch.bfloat16, 16, 16, sinks=True)
-    assert passes("varlen", varlen_attention.attend, demand, 4, 2, CPU)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):  # as in the first validation
+        assert passes("varlen", varlen_attention.attend, demand, 4, 2, CPU)
     passes.cache_clear()
 
     def not_scaled(*args: Any) -> Any:

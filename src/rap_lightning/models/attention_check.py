@@ -17,6 +17,7 @@ from torch import Tensor
 from rap_lightning.batches.types import Forest
 from rap_lightning.models import masked_attention
 from rap_lightning.models.attention_choice import Demand
+from rap_lightning.models.autocast import without_autocast
 from rap_lightning.models.masked_attention import AttentionCall
 
 TOKENS, FORK, LEAF = 391, 125, 257  # neither a multiple of a kernel's block
@@ -34,20 +35,22 @@ def passes(
 
     Only an error of the path itself counts as a failure. One of masked attention, or no memory, is an error of the run.
     """
-    call, up = example(demand, heads, groups, device)
-    expected = with_gradients(masked_attention.attend, call, up)
-    try:
-        found = with_gradients(attend, call, up)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers and drivers fail in many ways; a missing C compiler is the usual one
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0]}"
-    else:
-        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
-        if worst <= BOUND.get(demand.dtype, HALF_BOUND):
-            return True
-        reason = f"it differs from masked attention by {worst:.2g}, relative"
+    # a call may come first in a validation, which is in inference mode, or under autocast
+    with torch.inference_mode(False), without_autocast(device):
+        call, up = example(demand, heads, groups, device)
+        expected = with_gradients(masked_attention.attend, call, up)
+        try:
+            found = with_gradients(attend, call, up)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers and drivers fail in many ways; a missing C compiler is the usual one
+            lines = str(error).strip().splitlines() or [""]
+            reason = f"{type(error).__name__}: {lines[0]}"
+        else:
+            worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+            if worst <= BOUND.get(demand.dtype, HALF_BOUND):
+                return True
+            reason = f"it differs from masked attention by {worst:.2g}, relative"
     warnings.warn(f"attention path {name} is not used on {device}: {reason}", stacklevel=2)
     return False
 

@@ -31,7 +31,9 @@ def once_per_forest(compute: Callable[Concatenate[Forest, P], R]) -> Callable[Co
             results.clear()
         key = (args, *sorted(kwargs.items()))
         if key not in results:
-            results[key] = compute(forest, *args, **kwargs)
+            # the first layer may be a reference's in inference mode, whose tensors a backward pass can't save
+            with torch.inference_mode(False):
+                results[key] = compute(forest, *args, **kwargs)
         return results[key]
 
     return remembered
