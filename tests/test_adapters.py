@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import build, make_model, make_trainer
+from rap_lightning.batches.layouts import lay_out_responses
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO
 from rap_lightning.models.adapters import adapter_digest
@@ -108,6 +109,29 @@ def test_no_second_base_model_is_held(tiny: Path, adapter: Path, pairs_folder: P
     held = sum(weight.numel() for weight in module.reference._weights.values())
     assert held == sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
     assert held < 0.3 * sum(p.numel() for p in module.policy.parameters())
+
+
+def test_adapters_off_is_the_base_model_without_touching_a_weight(
+    tiny: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft's own way visits every weight twice, and ``Module.train`` every module: host time at each forward pass."""
+    policy = PolicyConfig(str(tiny), adapter=str(adapter)).build(torch.float32).train()
+    resting = policy.causal_lm.base_model.norm.eval()
+    responses = lay_out_responses([([1, 2, 3], [4, 5]), ([6], [7, 8, 9])], pad_id=0)
+    with torch.no_grad(), policy.eval().model.disable_adapter():
+        expected = policy(responses)
+    policy.train()
+    resting.eval()
+    trained = {name: p.requires_grad for name, p in policy.named_parameters()}
+    touched: list[str] = []
+    monkeypatch.setattr(torch.Tensor, "requires_grad_", lambda *_: touched.append("requires_grad_"))
+    monkeypatch.setattr(torch.nn.Module, "train", lambda *_: touched.append("train"))
+    assert torch.equal(AdaptersOff().token_logps(policy, responses), expected)
+    assert not touched
+    assert {name: p.requires_grad for name, p in policy.named_parameters()} == trained
+    assert [module for module in policy.modules() if not module.training] == [resting]
+    with torch.no_grad():
+        assert not torch.equal(policy(responses), expected), "the adapter is on again"
 
 
 def test_other_references_of_a_continued_adapter(tiny: Path, adapter: Path, pairs_folder: Path, tmp_path: Path) -> None:
