@@ -104,11 +104,10 @@ def case(world: Path, goal: GoalTemplate, steps: int, pairs: int, lr: float) -> 
     data = PreferenceDataModule(str(world), goal=goal, max_length=256, batch_size=16)
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0,
+        enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=steps,
     )  # fmt: skip
     trainer.fit(module, data)
-    trainer.limit_val_batches = 1.0
-    (result,) = trainer.validate(module, data, verbose=False)
+    result = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {
         "goal": f"{type(goal).__name__}, {goal.placement}", "shift": found.shift.value, "left": found.left,
         "left_of_mean": found.left_of_mean, "accuracy": result["val/rewards/accuracies"],
