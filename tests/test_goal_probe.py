@@ -13,6 +13,7 @@ from rap_lightning.batches.encode import Encoder
 from rap_lightning.callbacks import GoalMargins
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.policy_config import Lora, PolicyConfig
+from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.training.goal_probe import (
     GoalProbe,
@@ -84,6 +85,21 @@ def test_the_same_pairs_are_probed_whatever_their_order() -> None:
     assert min(pair.rewards[0] - pair.rewards[1] for pair in drawn) > gaps[len(gaps) // 2], "wide ones"
 
 
+def test_strengths_of_different_sign_add_up_and_of_one_sign_partly_cancel(tiny: Path) -> None:
+    """∇m(s) is s ∇m for a new adapter, whatever the model: left is |s_w - s_l| / (|s_w| + |s_l|), and nothing moves."""
+    pairs, _ = pairs_of(wide_rows(3))
+    policy, tokenizer = load_policy(str(tiny)), PolicyConfig(str(tiny)).load_tokenizer()
+    across = probe_goal(policy, AdapterStrength(neutral=5.5), pairs, tokenizer, 512)
+    assert across.left == pytest.approx(1, abs=1e-4)
+    assert across.shift.value == pytest.approx(0, abs=1e-4)
+    above = AdapterStrength(neutral=1.5)
+    shares = []
+    for pair in pairs:
+        high, low = (above.strength(reward) for reward in pair.rewards)
+        shares.append((high - low) / (high + low))
+    assert probe_goal(policy, above, pairs, tokenizer, 512).left == pytest.approx(sum(shares) / 3, rel=1e-3)
+
+
 def test_advice_names_what_helps_only_where_goals_are_not_read() -> None:
     shift = mean_shift([0.1, 0.2, 0.3])
     assert shift.value == pytest.approx(0.2)
@@ -91,12 +107,12 @@ def test_advice_names_what_helps_only_where_goals_are_not_read() -> None:
     assert shift.high is not None
     assert shift.low < 0.2 < shift.high
     blind, sees = (GoalProbe(name, 3, shift, share, share) for name, share in (("Blind", 0.03), ("Sees", 0.6)))
-    assert "hardly reads goals: 3.0%" in advice([blind])
+    assert "Goals hardly reach the model: 3.0%" in advice([blind])
     for word in ("--goals", "warm_up", "AdapterStrength"):
         assert word in advice([blind])
     assert (
         advice([blind, sees])
-        == "The model reads goals: 60.0% of plain DPO's gradient is left with Sees; train with it."
+        == "Goals reach the model: 60.0% of plain DPO's gradient is left with Sees; train with it."
     )
 
 

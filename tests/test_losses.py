@@ -298,6 +298,18 @@ def test_without_a_goal_the_judges_own_rewards_count(kind: Any) -> None:
         assert loss.gap(PairRewards(torch.tensor([3.0]), torch.tensor([8.0]))).item() == -5.0
 
 
+def test_soft_labels_are_those_of_the_papers_reward_under_the_goal() -> None:
+    """σ((|g - r_l|² - |g - r_w|²) / T), under an own goal, the best one, and one between."""
+    won, lost, goals = (torch.tensor(v).double() for v in ([8.0, 3.0, 8.0, 8.0], [3.0, 8.0, 3.0, 3.0], [8, 3, 10, 6]))
+    m = torch.linspace(-1, 2, 4).double()
+    zeros, lengths = torch.zeros(4).double(), torch.ones(4, dtype=torch.int64)
+    policy, reference = PairLogps(m, zeros, lengths, lengths), PairLogps(zeros, zeros, lengths, lengths)
+    p = torch.sigmoid(((goals - lost) ** 2 - (goals - won) ** 2) / 20)
+    expected = -p * torch.sigmoid(0.5 * m).log() - (1 - p) * torch.sigmoid(-0.5 * m).log()
+    loss = SoftLabelDPO(0.5, temperature=20, distance="squared")
+    torch.testing.assert_close(loss(policy, reference, PairRewards(won, lost, goals)), expected)
+
+
 def test_rewards_under_a_goal_are_the_papers() -> None:
     rewards = PairRewards(
         torch.tensor([8.0, 3.0, 8.0, 8.0]), torch.tensor([3.0, 8.0, 3.0, 3.0]),

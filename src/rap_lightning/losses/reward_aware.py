@@ -4,8 +4,9 @@ m is the margin of log-ratios in nats; Δ is the gap, by which chosen is better 
 
 Which response is better depends on the goal. A pair with a goal g in its prompt is chosen by R(y) = -|g - r(y)|, which
 is largest, 0, for the response that has the goal's own reward (the paper squares it: https://arxiv.org/abs/2410.08067,
-section 4). There Δ = R(y_w) - R(y_l) = |r_w - r_l|: in the half whose goal is the lower reward, the judge's own
-r_w - r_l is below 0 and would push against the relabelling. A pair without a goal has Δ = r_w - r_l.
+section 4). Under chosen's own reward as goal, Δ = R(y_w) - R(y_l) = |r_w - r_l|: in the half whose goal is the lower
+reward, the judge's own r_w - r_l is below 0 and would push against the relabelling. Under the best goal
+Δ = |g - r_l| - |g - r_w|. A pair without a goal has Δ = r_w - r_l.
 """
 
 from __future__ import annotations
@@ -228,7 +229,8 @@ class SoftLabelDPO(GapLoss):
     r"""DPO with soft labels, -p log σ(β m) - (1 - p) log σ(-β m), p = σ(Δ / T) by Bradley and Terry.
 
     m is the margin in nats and Δ the gap in the judge's units. RPOBackwardKL at η = 1 / T plus the entropy of p: the
-    same gradients.
+    same gradients. With ``distance`` squared p is σ((|g - r_l|² - |g - r_w|²) / T), the label under the paper's
+    -(g - r)².
 
     Args:
         beta: strength of the implicit reward, per nat.

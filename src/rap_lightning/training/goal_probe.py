@@ -155,10 +155,10 @@ def advice(found: Sequence[GoalProbe]) -> str:
     best = max(found, key=lambda one: one.left_of_mean)
     share = f"{best.left_of_mean:.1%} of plain DPO's gradient is left with {best.goal}"
     if best.left_of_mean >= ENOUGH:
-        return f"The model reads goals: {share}; train with it."
-    reads = "hardly reads goals" if best.left_of_mean < LITTLE else "reads goals a little"
+        return f"Goals reach the model: {share}; train with it."
+    reach = "hardly reach" if best.left_of_mean < LITTLE else "partly reach"
     return (
-        f"The model {reads}: {share}, so training starts that much more slowly. Try another text or placement "
+        f"Goals {reach} the model: {share}, so training starts that much more slowly. Try another text or placement "
         "(--goals), a warm-up (--model.warm_up.steps), or the goal as an adapter's strength (AdapterStrength)."
     )
 
