@@ -46,11 +46,14 @@ def load_unique(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
     """Load YAML, in which the last of two equal keys would silently win.
 
     Raises:
-        yaml.MarkedYAMLError: a mapping has a key twice.
+        yaml.YAMLError: a mapping has a key twice; it can't be read.
     """
-    if text.count(":") > 1:
-        _refuse_duplicates(yaml.compose(text, yaml.SafeLoader))
-    return load(text)
+    try:
+        if text.count(":") > 1:
+            _refuse_duplicates(yaml.compose(text, yaml.SafeLoader))
+        return load(text)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def _refuse_duplicates(node: Any) -> None:

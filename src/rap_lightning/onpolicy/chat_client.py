@@ -7,10 +7,10 @@ transient failures with exponential backoff. A ``Retry-After`` header delays all
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import time
+import zlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from itertools import islice
@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from rap_lightning.errors import ConfigError, UserError
+from rap_lightning.preferences.bounded_json import load_json
 from rap_lightning.preferences.pairs import shown
 from rap_lightning.provenance import MASK, flatten, names_secret
 
 if TYPE_CHECKING:
-    from aiohttp import ClientSession
+    from aiohttp import ClientResponse, ClientSession
 
 T = TypeVar("T")
 R = TypeVar("R")
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)  # status codes that are retried
 FATAL = {401: "the key is not accepted", 403: "access is refused", 404: "no such address or model"}
+LONGEST = 64 << 20  # bytes of an answer, decompressed; one of 100,000 tokens has less than one MiB
 MAX_BACKOFF = 60.0  # seconds between two attempts, unless the server asks for more
 MAX_RETRY_AFTER = 600.0  # seconds that a server may ask for
 
@@ -144,8 +146,9 @@ class ChatClient:
 
         key = os.environ.get(self.api_key_env)
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        headers = {"Accept-Encoding": "gzip, deflate"} | ({"Authorization": f"Bearer {key}"} if key else {})
         return aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {key}"} if key else {}, trust_env=not local,
+            headers=headers, trust_env=not local, auto_decompress=False,
             timeout=aiohttp.ClientTimeout(total=self.timeout), connector=aiohttp.TCPConnector(limit=self.concurrency),
         )  # fmt: skip
 
@@ -204,7 +207,7 @@ class ChatClient:
         # A redirect could send the key to another host: it is not followed.
         url = f"{self.url}/chat/completions"
         async with self._session.post(url, json=body, allow_redirects=False) as response:
-            return response.status, response.headers, (await response.read()).decode("utf-8", "replace")
+            return response.status, response.headers, (await _read(response)).decode("utf-8", "replace")
 
     def _excerpt(self, text: str) -> str:
         """Return the beginning of a server's message, with the key masked in case the message repeats it."""
@@ -226,8 +229,36 @@ class ChatClient:
         return [str(one) for one in (os.environ.get(self.api_key_env), *sent) if one and not isinstance(one, bool)]
 
 
+async def _read(response: ClientResponse) -> bytes:
+    """Return the body of a response, decompressed, which aiohttp would do without a limit.
+
+    Raises:
+        RequestFailed: it is longer than :data:`LONGEST`, or compressed in a way that was not asked for.
+    """
+    import aiohttp
+
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        parts.append(part)
+        size += len(part)
+        if size > LONGEST:
+            raise RequestFailed(f"an answer of more than {LONGEST >> 20} MiB")
+    body, encoding = b"".join(parts), response.headers.get("Content-Encoding", "identity").lower()
+    if encoding == "identity":
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise RequestFailed(f"an answer compressed with {shown(encoding)}, which was not asked for")
+    try:
+        text = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, LONGEST + 1)
+    except zlib.error as error:
+        raise aiohttp.ClientPayloadError(f"not {encoding}: {error}") from error
+    if len(text) > LONGEST:
+        raise RequestFailed(f"an answer of more than {LONGEST >> 20} MiB")
+    return text
+
+
 def _first_choice(text: str) -> dict[str, Any]:
-    found = json.loads(text)
+    found = load_json(text)
     choice = found["choices"][0]
     if not isinstance(choice["message"]["content"], str):
         raise ValueError("no text in the message")

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from rap_lightning.atomic_write import atomic_file
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.bounded_json import load_json
 from rap_lightning.preferences.pairs import shown
 
 Row = dict[str, Any]
@@ -115,7 +116,7 @@ def read_rows(paths: Sequence[Path], *, torn: bool = False) -> Iterator[Row]:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = load_json(line)
                 except ValueError as error:
                     if torn and not line.endswith(b"\n"):
                         return
@@ -233,7 +234,7 @@ class Ledger:
         if not tail:
             return
         try:
-            complete = isinstance(json.loads(tail), dict)
+            complete = isinstance(load_json(tail), dict)
         except ValueError:
             complete = False
         if complete:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.preferences.bounded_json import load_json
 from rap_lightning.preferences.hashing import hash_text
 from rap_lightning.preferences.pairs import BadRow, Judged, Response
 
@@ -126,7 +126,7 @@ def excluded(path: str) -> frozenset[str]:
         text = line
         if file.suffix in (".jsonl", ".json"):
             try:
-                row = json.loads(line)
+                row = load_json(line)
                 text = next(row[name] for name in ("prompt", "instruction", "question") if name in row)
             except (ValueError, StopIteration, TypeError) as error:
                 raise DataError(

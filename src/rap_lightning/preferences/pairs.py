@@ -6,13 +6,13 @@ that can't be used raise :class:`BadRow`. The ``read_*`` functions validate sing
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rap_lightning.preferences.bounded_json import load_json
 from rap_lightning.preferences.hashing import hash_pair, hash_text, hash_turns
 from rap_lightning.preferences.thoughts import join_thoughts, split_thoughts
 
@@ -306,8 +306,8 @@ def _read_calls(calls: Any, column: str) -> list[dict[str, Any]]:
             raise BadRow(f"{column}[{i}]", "a tool call without a function's name", call)
         if isinstance(inner.get("arguments"), str):
             try:
-                inner = inner | {"arguments": json.loads(inner["arguments"])}
-            except (ValueError, RecursionError) as error:
+                inner = inner | {"arguments": load_json(inner["arguments"])}
+            except ValueError as error:
                 where = f"{column}[{i}].arguments"
                 raise BadRow(where, "arguments of a tool call that are not JSON", inner["arguments"]) from error
         found.append(call | {"function": inner} if "function" in call else inner)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rap_lightning.errors import DataError
+from rap_lightning.preferences.bounded_json import TooDeep, load_json
 from rap_lightning.preferences.pairs import BadRow, shown
 
 ROWS = 1000  # in a chunk
@@ -110,7 +111,7 @@ def parse_line(line: bytes, number: int) -> ParsedRow:
     if number == 1 and line.startswith(b"\xef\xbb\xbf"):
         line = line[3:]
     try:
-        return as_object(JSON.decode(line.decode("utf-8")))
+        return as_object(load_json(line.decode("utf-8"), JSON.decode))
     except UnicodeDecodeError as error:
         reason = "bytes that are not UTF-8"
         return BadRow(f"byte {error.start + 1}", reason, line[error.start : error.end], stops=True)
@@ -124,7 +125,7 @@ def parse_line(line: bytes, number: int) -> ParsedRow:
             )
             return BadRow(where, reason, stops=True)
         return BadRow(where, f"not JSON ({error.msg.lower()}); is the file truncated?", stops=True)
-    except RecursionError:
+    except TooDeep:
         return BadRow("row", "JSON nested too deeply to be read", stops=True)
     except ValueError as error:  # a number with more digits than Python converts, say
         return BadRow("row", f"JSON that can't be read ({type(error).__name__})", stops=True)
@@ -223,12 +224,12 @@ def _lines(stream: BinaryIO, label: str, path: str) -> Iterator[Chunk]:
 
 def _array(stream: BinaryIO, label: str, path: str) -> Iterator[Chunk]:
     try:
-        values = json.loads(stream.read().decode("utf-8-sig"))
+        values = load_json(stream.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start + 1} is not UTF-8.") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg}). Is the file truncated?") from error
-    except RecursionError as error:
+    except TooDeep as error:
         raise DataError(f"{path}: JSON nested too deeply to be read.") from error
     if not isinstance(values, list) or not values:
         raise DataError(f"{path} has no rows.")

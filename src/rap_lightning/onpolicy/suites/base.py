@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from rap_lightning.onpolicy.jsonl_ledger import parts_of, read_rows
 from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.onpolicy.requested_goals import RequestedGoal
 from rap_lightning.onpolicy.response_generator import ResponseGenerator
+from rap_lightning.preferences.bounded_json import load_json
 from rap_lightning.preferences.pairs import Message
 
 if TYPE_CHECKING:
@@ -84,10 +84,12 @@ def read_questions(
     path = Path(file) if file is not None else _from_hub(*hub)
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else list(read_rows([path]))
+        rows = load_json(text) if text.lstrip().startswith("[") else list(read_rows([path]))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
-    except json.JSONDecodeError as error:
+    except DataError:
+        raise
+    except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not rows:
         raise DataError(f"{path}: no questions.")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rap_lightning.preferences.bounded_json import load_json
 from rap_lightning.preferences.formats.base import Row, RowFormat
 from rap_lightning.preferences.pairs import (
     BadRow,
@@ -169,7 +170,7 @@ def tools_of(row: Row) -> str | None:
         return None
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = load_json(tools)
         except ValueError as error:
             raise BadRow("tools", "neither a list of tools nor JSON text of one", tools) from error
     if not isinstance(tools, list):
