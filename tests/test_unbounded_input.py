@@ -140,7 +140,10 @@ def test_score_and_fit_refuse_deep_rows(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join([*rows, rows[0][:-1] + f', "extra": {nested}}}']) + "\n")
     judge = ["--judge", "Function", "--judge.function", "stub_judges.face_value"]
-    result = run_command("score", "--source", path, "--output", tmp_path / "scored.jsonl", *judge)
+    prompts = [{"prompt": "a", "completions": [{"response": "b"}]}, {"prompt": "c", "completions": [{"response": "d"}]}]
+    lines = [json.dumps(row) for row in prompts]
+    (tmp_path / "samples.jsonl").write_text("\n".join([*lines, lines[0][:-1] + f', "extra": {nested}}}']) + "\n")
+    result = run_command("score", "--source", tmp_path / "samples.jsonl", "--output", tmp_path / "scored.jsonl", *judge)
     assert result.returncode in (1, 2)
     assert "deep" in result.stderr + result.stdout
     model = make_model(tmp_path / "model")

@@ -169,6 +169,7 @@ class RankMonitor(pl.Callback):
         self.patience = PATIENCE
         self._stopped, self._lost = threading.Event(), threading.Event()
         self._printing, self._printed = threading.Lock(), False  # by the thread or by the run, whichever is first
+        self._reached = 0.0  # time.monotonic() of the last answer of the store
         self._alone: bool | None = None  # whether what ended the run was raised on this rank only
 
     def attach(self, strategy: Any) -> None:
@@ -189,13 +190,17 @@ class RankMonitor(pl.Callback):
         if hasattr(strategy, "set_world_ranks"):
             strategy.set_world_ranks()
         timeout = getattr(strategy, "_timeout", None) or timedelta(minutes=30)
-        self.begin(RankStore(environment, size, timeout.total_seconds()))
+        store = RankStore(environment, size, timeout.total_seconds())
+        self.begin(store)
+        self._watch_children(strategy, store)
 
     def begin(self, store: RankStore) -> None:
         """Call the roll, start to watch the ranks, and compare what they are about to run."""
         self.store, self.patience = store, min(PATIENCE, store.timeout)
         store.call_roll()
-        threading.Thread(target=self._watch, args=(store,), name="rank-monitor", daemon=True).start()
+        self._reached = time.monotonic()
+        for watch in (self._watch, self._watch_store):
+            threading.Thread(target=watch, args=(store,), name="rank-monitor", daemon=True).start()
         store.require_same("config", self.facts | package_versions())
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -208,19 +213,18 @@ class RankMonitor(pl.Callback):
 
     def _watch(self, store: RankStore) -> None:
         watched = range(1, store.size) if store.rank == 0 else [0]
-        reached = time.monotonic()
-        last = dict.fromkeys(watched, (b"", reached))  # each rank's last heartbeat, and when it changed
+        last = dict.fromkeys(watched, (b"", self._reached))  # each rank's last heartbeat, and when it changed
         for number in itertools.count(1):
             try:
                 store.keys.set(f"heartbeat/{store.rank}", str(number))
                 verdict = store.keys.get("verdict") if store.keys.check(["verdict"]) else b""
                 beats = store.keys.multi_get([f"heartbeat/{rank}" for rank in watched])
             except torch.distributed.DistError:
-                if time.monotonic() - reached >= min(self.patience, 3 * HEARTBEAT):
-                    self._end_run(store, f"{store.names([0])}, which hosts {store.address}, cannot be reached any more")
+                if time.monotonic() - self._reached >= min(self.patience, 3 * HEARTBEAT):
+                    self._end_unreachable(store)
                     return
             else:
-                reached = time.monotonic()
+                reached = self._reached = time.monotonic()
                 for rank, beat in zip(watched, beats, strict=True):
                     if beat != last[rank][0]:
                         last[rank] = beat, reached
@@ -234,6 +238,40 @@ class RankMonitor(pl.Callback):
                     return
             if self._stopped.wait(HEARTBEAT):
                 return
+
+    def _watch_store(self, store: RankStore) -> None:
+        """Watch the other thread: where a link is cut, it waits for the store's answer until TCP gives up."""
+        while not self._stopped.wait(HEARTBEAT):
+            if time.monotonic() - self._reached > self.patience:
+                self._end_unreachable(store)
+                return
+
+    def _watch_children(self, strategy: Any, store: RankStore) -> None:
+        """Watch the processes that Lightning's launcher has started, in the place of its own observer.
+
+        That kills this process as soon as one of them has ended, before it can say why and with another exit code. It
+        stops when it has no processes to look at (Lightning 2.6.6).
+        """
+        launcher = getattr(strategy, "launcher", None)
+        observed = getattr(launcher, "procs", None)
+        if launcher is None or not observed:
+            return
+        children = launcher.procs = list(observed)
+        observed.clear()
+
+        def watch() -> None:
+            while not self._stopped.wait(1.0):
+                for rank, child in enumerate(children, store.rank + 1):
+                    if code := child.poll():  # a rank that fails with an error of its own has published that
+                        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                        with suppress(torch.distributed.DistError):
+                            store.keys.compare_set("verdict", "", f"{store.names([rank])} {how}")
+                        return
+
+        threading.Thread(target=watch, name="child-monitor", daemon=True).start()
+
+    def _end_unreachable(self, store: RankStore) -> None:
+        self._end_run(store, f"{store.names([0])}, which hosts {store.address}, cannot be reached any more")
 
     def _end_run(self, store: RankStore, verdict: str) -> None:
         if self._stopped.is_set():
@@ -318,8 +356,14 @@ class RankMonitor(pl.Callback):
                 return
             self._printed = True
             print(f"error: {text}", file=sys.stderr, flush=True)
-        with suppress(torch.distributed.DistError):
-            store.keys.set(f"printed/{store.node}", "1")
+
+        def publish() -> None:
+            with suppress(torch.distributed.DistError):
+                store.keys.set(f"printed/{store.node}", "1")
+
+        publishing = threading.Thread(target=publish, daemon=True)
+        publishing.start()
+        publishing.join(HEARTBEAT)  # not longer: without a link it would wait until TCP gives up
 
     def _is_printed(self, store: RankStore) -> bool:
         """Whether this node's first process prints the error; wait for it, since a launcher ends all with the first."""
