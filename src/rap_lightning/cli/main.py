@@ -70,8 +70,8 @@ def main(args: list[str] | None = None) -> None:
     """Run a command.
 
     Exit codes: 0 on success; 1 where the command's answer is no (plan: it does not fit) or an unexpected error was
-    raised; 2 for an error that the user can resolve; 3 where another rank failed or was lost; 130 after Ctrl-C. torchrun replaces
-    them by its own 1.
+    raised; 2 for an error that the user can resolve; 3 where another rank failed or was lost; 130 after Ctrl-C.
+    torchrun ends with 1 instead.
     """
     try:
         try:

@@ -7,6 +7,7 @@ transient failures with exponential backoff. A ``Retry-After`` header delays all
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import time

@@ -6,6 +6,7 @@ that can't be used raise :class:`BadRow`. The ``read_*`` functions validate sing
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
