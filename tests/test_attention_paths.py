@@ -476,6 +476,23 @@ def test_a_path_is_chosen_by_options_and_machine_alone(
     assert choices(demand, machine)[-1].path == "mask"
 
 
+def test_what_a_gpu_offers_is_read_from_device_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(attention_choice, "find_spec", lambda name: None)
+    attention_choice._machine.cache_clear()
+    assert Machine.of(device) == Machine.cuda((7, 5), "Triton is not installed")
+    monkeypatch.setattr(attention_choice, "find_spec", lambda name: name)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    attention_choice._machine.cache_clear()
+    assert "no C compiler (gcc or clang, or the variable CC)" in str(Machine.of(device).no_flex)
+    monkeypatch.setenv("CC", "cc")
+    attention_choice._machine.cache_clear()
+    assert Machine.of(device) == Machine.cuda((7, 5))
+    attention_choice._machine.cache_clear()
+
+
 @pytest.mark.parametrize("architecture", SHARING)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_kernels_get_one_dtype_under_autocast(
