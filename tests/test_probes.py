@@ -192,7 +192,7 @@ def test_data_without_goals_are_sampled_without_one_and_have_no_rewards(
         fit(tmp_path / "b", tiny, pairs_folder, LikelihoodProbe(), goal=None, trainer={"max_steps": 1})
     with pytest.raises(ConfigError, match="goals have no effect with"):
         fit(tmp_path / "c", tiny, pairs_folder, GoalSamples(goals=[1]), goal=None, trainer={"max_steps": 1})
-    with pytest.raises(ConfigError, match="must be on the scale of 1 to 10, found 0"):
+    with pytest.raises(ConfigError, match="must be on the scale from 1 to 10, found 0"):
         fit(tmp_path / "d", tiny, pairs_folder, GoalSamples(goals=[0, 5]), trainer={"max_steps": 1})
 
 

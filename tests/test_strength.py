@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from functools import partialmethod
@@ -16,7 +17,7 @@ from torch import Tensor
 import processes
 import rank_worker
 from cli_process import fit_on_ranks
-from conftest import build, encode, make_trainer, scored_rows, sgd
+from conftest import build, called, encode, make_trainer, run_command, scored_rows, sgd, write_jsonl
 from processes import alone, differences
 from rap_lightning.batches.dataset import Example
 from rap_lightning.batches.layouts import LAYOUTS, lay_out_responses
@@ -24,12 +25,13 @@ from rap_lightning.batches.types import Batch, PairLogps, PairRewards
 from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO
+from rap_lightning.models.generation import Generation, generate
 from rap_lightning.models.model_checks import check_sharing
 from rap_lightning.models.policy import Policy, compile_layers
 from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.models.references.adapters_off import AdaptersOff
 from rap_lightning.models.references.precomputed import Stored
-from rap_lightning.models.token_strength import check_reach
+from rap_lightning.models.token_strength import at_strength, check_reach
 from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal, StatedGoal
 from rap_lightning.preferences.relabelling import is_tie
@@ -447,3 +449,135 @@ def test_keys_of_caches_tell_strengths_apart() -> None:
     ]
     assert len({goal.describe() for goal in goals}) == 3
     assert len({goal.state(g).key for goal in goals for g in (2.0, 3.0)}) == 6
+
+
+# -- asking for goals, and export --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tiny: Path, pairs_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A checkpoint of a run whose best goal has strength 0.5, and the run's module."""
+    folder = tmp_path_factory.mktemp("saved")
+    goal = AdapterStrength(RewardScale(1, 10), neutral=[1.0, 2.0, *[10.0] * 3])
+    assert goal.strength(10.0) == 0.5
+    module = run(folder, tiny, pairs_folder, goal=goal)
+    with torch.no_grad():  # far from the base, so that strengths show in samples
+        for name, p in module.policy.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.15)
+    module.trainer.save_checkpoint(folder / "last.ckpt")
+    return folder / "last.ckpt", module
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return found
+
+
+def plain_logits(folder: Path, tiny: Path, ids: Tensor) -> Tensor:
+    """By peft and transformers alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if (folder / "adapter_config.json").is_file():
+        return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(folder)), ids)
+    return logits(AutoModelForCausalLM.from_pretrained(folder), ids)
+
+
+def test_exports_are_ordinary_models_at_their_goal(saved: tuple[Path, Any], tiny: Path, tmp_path: Path) -> None:
+    checkpoint, module = saved
+    ids = torch.randint(5, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    common = ["export", "--checkpoint", checkpoint]
+    assert called(*common, "--output", tmp_path / "best") == 0
+    assert called(*common, "--output", tmp_path / "whole", "--merge", "true") == 0
+    assert called(*common, "--output", tmp_path / "each", "--goals", "[1, 2, 10, 14.5]") == 0
+
+    def at_goal(strength: float) -> Tensor:
+        with at_strength(torch.full((2, 1), strength)):
+            return logits(module.policy.model, ids)
+
+    expected = {"1": -1.0, "2": -0.5, "10": 0.5, "14.5": 1.5}
+    for goal, strength in expected.items():
+        found = plain_logits(tmp_path / "each" / f"goal-{goal}", tiny, ids)
+        torch.testing.assert_close(found, at_goal(strength), atol=1e-4, rtol=1e-4)
+        assert not (tmp_path / "each" / f"goal-{goal}" / "goal.json").exists(), "an adapter that needs no goal"
+    for folder in ("best", "whole"):
+        torch.testing.assert_close(plain_logits(tmp_path / folder, tiny, ids), at_goal(0.5), atol=1e-4, rtol=1e-4)
+    assert not (tmp_path / "whole" / "goal.json").exists()
+    assert (at_goal(0.5) - at_goal(1.0)).abs().max() > 0.1
+    record = json.loads((tmp_path / "best" / "goal.json").read_text())
+    assert (record["adapter_at"], record["strength"]) == (0.5, 0.5)
+    refused = run_command(*common, "--output", tmp_path / "no", "--goals", "[1]", "--push_to_hub", "a/b")
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+
+
+def test_commands_ask_a_checkpoint_and_its_export_for_any_goal(
+    saved: tuple[Path, Any], tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    """Also beyond the scale; the base model where no goal is asked for."""
+    checkpoint, module = saved
+    assert called("export", "--checkpoint", checkpoint, "--output", tmp_path / "hf") == 0
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{n}: red pear?"} for n in range(3)])
+
+    def samples(model: Path, goal: str) -> tuple[list[str], str]:
+        output = tmp_path / f"{model.name}-{goal}.jsonl"
+        said = run_command(
+            "generate", "--model", model, "--prompts", prompts, "--output", output, "--goal", goal,
+            "--temperature", "0", "--max_new_tokens", "8", "--engine", "Transformers", "--engine.dtype", "float32",
+        )  # fmt: skip
+        assert said.returncode == 0, said.stderr
+        rows = map(json.loads, output.read_text().splitlines())
+        found = {row["messages"][-1]["content"]: row["response"] for row in rows}  # rows are in the order of lengths
+        return [found[history[-1]["content"]] for history in histories], said.stderr
+
+    histories = [[{"role": "user", "content": f"{n}: red pear?"}] for n in range(3)]
+    greedy = Generation(max_new_tokens=8, temperature=0.0)
+    expected = {}
+    for goal in (1.0, 10.0, 14.5, None):
+        batch = module.data.prompt_batch(histories, goal, greedy)
+        expected[goal] = generate(module.policy, module.tokenizer, batch, greedy)
+        for model in (checkpoint, tmp_path / "hf"):
+            found, said = samples(model, "none" if goal is None else f"{goal:g}")
+            assert found == expected[goal], (model, goal)
+            assert ("extrapolated to 1.5" in said) == (goal == 14.5)
+    assert samples(tmp_path / "hf", "best")[0] == expected[10.0]
+    assert len({tuple(texts) for texts in expected.values()}) == 4, "each goal has its own responses"
+    with module.policy.model.disable_adapter():
+        batch = replace(module.data.prompt_batch(histories, 1.0, greedy), strength=None)
+        assert generate(module.policy, module.tokenizer, batch, greedy) == expected[None], "no goal is the base model"
+
+
+def test_guidance_pushes_away_from_another_strength(saved: tuple[Path, Any]) -> None:
+    """Its second stream runs at the low goal's strength: by whole forward passes, without a cache."""
+    _, module = saved
+    guided = Generation(max_new_tokens=5, temperature=0.0, guidance=0.7)
+    batch = module.data.prompt_batch([[{"role": "user", "content": "1: red pear?"}]], 10.0, guided)
+    (found,) = generate(module.policy, module.tokenizer, batch, guided)
+    ids = batch.input_ids
+    for _ in range(5):
+        streams = []
+        for strength in (0.5, -1.0):
+            with at_strength(torch.tensor([[strength]])):
+                streams.append(logits(module.policy.model, ids)[:, -1].log_softmax(-1))
+        token = (1.7 * streams[0] - 0.7 * streams[1]).argmax(-1)
+        ids = torch.cat((ids, token[:, None]), 1)
+        if int(token) == module.tokenizer.eos_token_id:
+            break
+    text = module.tokenizer.decode(ids[0, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    assert found == text
+    assert batch.against is not None
+    assert batch.strength.tolist() == [[0.5]]
+    assert batch.against.strength.tolist() == [[-1.0]]
+
+
+def test_engines_that_cannot_set_a_strength_say_so(saved: tuple[Path, Any], tmp_path: Path) -> None:
+    from rap_lightning.onpolicy.engines.hf import Transformers
+    from rap_lightning.onpolicy.model_source import ModelSource
+    from rap_lightning.onpolicy.requested_goals import resolve
+    from rap_lightning.onpolicy.response_generator import ResponseGenerator
+
+    model = ModelSource(str(saved[0]))
+    goals = [resolve(1.0, model.record(), None)]
+    with pytest.raises(ConfigError, match="export --goals"):
+        ResponseGenerator(model, Transformers(continuous=True)).run([], tmp_path / "o.jsonl", goals, Generation(), 1, 0)

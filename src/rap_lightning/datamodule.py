@@ -243,7 +243,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         if self.goal is None or not self.goal.needs_fit:
             return
         if fit_scale(self._rules(self.train_split), self.sources, self.train_split, num_proc=self.num_proc):
-            rank_zero_info(f"scale fitted on the training split: {self.goal.scale}")
+            rank_zero_info(f"goal fitted on the training split: {self.goal.fitted()}")
 
     def _rules(self, split: str) -> Rules:
         """The rules for a split, with the judge's rewards of its responses where a judge gives them."""

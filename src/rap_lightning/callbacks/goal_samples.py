@@ -68,10 +68,9 @@ class GoalSamples(AtIntervals):
         else:
             scale = data.goal.scale
             asked = sorted(map(float, self.goals)) if self.goals is not None else scale.grid(4)
-            if outside := [goal for goal in asked if not scale.low <= goal <= scale.high]:
-                raise ConfigError(
-                    f"GoalSamples: goals must be on the scale of {scale.low:g} to {scale.high:g}, found {outside[0]:g}"
-                )
+            for goal in asked:
+                if note := data.goal.refuse_outside(goal, "GoalSamples: goals"):
+                    rank_zero_info(note)
             self._asked = list(asked)
         drawn = data.histories()[: self.prompts]
         if len(drawn) < self.prompts:

@@ -11,6 +11,7 @@ from rap_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from rap_lightning.models.checkpoint.saved_policy import SavedPolicy
+    from rap_lightning.models.strength_record import Record
 
 
 def export(
@@ -20,6 +21,7 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     max_shard_size: str | None = None,
     goal_in_template: bool = True,
+    goals: list[float] | None = None,
     base_model: str | None = None,
     license: str | None = None,
     push_to_hub: str | None = None,
@@ -46,6 +48,8 @@ def export(
         max_shard_size: of one safetensors file, as in 2GB; by default 5GB. An adapter is one file.
         goal_in_template: write the best goal into the chat template; chat_template_kwargs then ask for another
             (goal=7.5) or none (goal=false). false keeps the model's own template, and you write goals yourself.
+        goals: of a policy whose goal is its adapter's strength (AdapterStrength), write one folder for each of these
+            goals, output/goal-G, for servers that hold several adapters; by default the output is at the best goal.
         base_model: the base model's Hub id, for card and adapter, where it was loaded from a folder.
         license: for the card's metadata, as in apache-2.0.
         push_to_hub: also upload the folder, to ORG/NAME. The token is HF_TOKEN in the environment, or that of
@@ -72,7 +76,7 @@ def export(
     from rap_lightning.models.checkpoint.open_saved import open_saved
     from rap_lightning.models.checkpoint.saved_policy import config_of, restored
     from rap_lightning.models.model_card import model_card
-    from rap_lightning.models.strength_record import at_best, merged_record
+    from rap_lightning.models.strength_record import merged_record
 
     _say(f"reading {checkpoint}")
     saved = open_saved(Path(checkpoint))
@@ -92,35 +96,61 @@ def export(
             f"the adapter names its base model by a folder of this machine, {config.path}, where others can't find it. "
             "Give its name on the Hub: --base_model ORG/NAME, or write a whole model: --merge true"
         )
-    facts = _facts(saved)
-    goal, strength = at_best(saved.record.get("goal"))
-    goal = goal if as_adapter else merged_record(goal)
-    facts["goal"] = goal
-    card = model_card(
-        facts, adapter=as_adapter, goal_in_template=goal_in_template, name=push_to_hub or Path(output).name,
-        base_model=base_model, license=license,
-    )  # fmt: skip
-    options = files.ExportOptions(
-        getattr(torch, dtype) if dtype else None, max_shard_size or files.SHARD, goal, strength,
-        goal_in_template, base_model, card,
-    )  # fmt: skip
+    if goals is not None and push_to_hub is not None:
+        raise ConfigError("--push_to_hub uploads one model, and --goals writes several; remove one of the two.")
     tokenizer = config.load_tokenizer()
-    tokenizer.chat_template = saved.record.get("chat_template") or tokenizer.chat_template
-    if merge:
-        _say("merging: the base model is loaded, and loaded again to compare what was written")
+    facts = _facts(saved)
+    for folder, (goal, strength) in _places(Path(output), saved.record.get("goal"), goals).items():
+        goal = goal if as_adapter else merged_record(goal)
+        card = model_card(
+            facts | {"goal": goal}, adapter=as_adapter, goal_in_template=goal_in_template,
+            name=push_to_hub or folder.name, base_model=base_model, license=license,
+        )  # fmt: skip
+        options = files.ExportOptions(
+            getattr(torch, dtype) if dtype else None, max_shard_size or files.SHARD, goal, strength, goal_in_template,
+            base_model, card,
+        )  # fmt: skip
+        if merge:
+            _say("merging: the base model is loaded, and loaded again to compare what was written")
 
-        def load() -> Any:
-            return restored(saved, config, torch.float32).model
+            def load() -> Any:
+                return restored(saved, config, torch.float32).model
 
-        _say(files.merge(load, tokenizer, Path(output), config, options))
-    else:
-        policy = restored(saved, config, torch.bfloat16 if as_adapter else saved.dtype)
-        files.export(policy, policy.state_dict(), tokenizer, Path(output), config, options)
-    print(f"wrote {output}")
+            _say(files.merge(load, tokenizer, folder, config, options))
+        else:
+            policy = restored(saved, config, torch.bfloat16 if as_adapter else saved.dtype)
+            files.export(policy, policy.state_dict(), tokenizer, folder, config, options)
+        print(f"wrote {folder}")
     if push_to_hub is not None:
         _say(f"uploading to {push_to_hub}")
         link = hub.push(Path(output), push_to_hub, token, private=private is not False, step=facts.get("step"))
         print(f"pushed {link}")
+
+
+def _places(output: Path, record: Record, goals: list[float] | None) -> dict[Path, tuple[Record, float]]:
+    """Return each folder to write, with its goal record and the factor on the adapter."""
+    from rap_lightning.models.strength_record import at_best
+    from rap_lightning.onpolicy.requested_goals import template_of
+    from rap_lightning.preferences.adapter_strength import AdapterStrength
+
+    if goals is None:
+        return {output: at_best(record)}
+    template = None if record is None or "adapter_at" not in record else template_of(record)
+    if record is None or not isinstance(template, AdapterStrength):
+        raise ConfigError(
+            "--goals has no effect: the policy's goal is not the strength of its adapter (--data.goal AdapterStrength)."
+        )
+    for note in filter(None, (template.refuse_outside(goal, "--goals") for goal in goals)):
+        _say(note)
+    if template.prompt is not None:
+        raise ConfigError(
+            "--goals: prompts of this policy state the goal too, and would state another one than the folder's. Leave "
+            "it out, and ask for goals with generate, or in the prompt of the adapter at its best."
+        )
+    if not goals or len({template.scale.printed(goal) for goal in goals}) < len(goals):
+        raise ConfigError(f"--goals {goals}: give at least one, and none twice (they are printed alike).")
+    # ordinary adapters, which need no goal
+    return {output / f"goal-{template.scale.printed(goal)}": (None, template.strength(goal)) for goal in goals}
 
 
 def _facts(saved: SavedPolicy) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rap_lightning import __version__
 from rap_lightning.commands.options import load_tokenizer
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy.judges import Judge  # the classes that --rewards names are known once this is imported
+from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.read_pairs import read_pairs
@@ -57,6 +58,11 @@ def relabel(
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{output} exists and is not empty. Name another folder, or remove it.")
     read = ReadingOptions(source, tool_turns=tokenizer is not None, **reading)
+    if isinstance(read.goal, AdapterStrength):
+        raise ConfigError(
+            "relabel writes goals into prompts, and goal AdapterStrength is no text: others would train without one. "
+            "Use a goal of text (--goal OverallGoal)."
+        )
     sources, rules, num_proc, seed = read.sources, read.rules, read.num_proc, read.seed
     if tokenizer is None and read.template:
         raise ConfigError("--chat_template has no effect without --tokenizer (nor has chat_template_kwargs); name one.")

@@ -9,6 +9,7 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.engines import Engine, Transformers
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.onpolicy.requested_goals import GoalOption
+from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.preferences.filters import Filters
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 from rap_lightning.preferences.relabelling import Mode, Relabelling
@@ -116,6 +117,11 @@ def rounds(
         raise ConfigError(f"--max_failed is a share from 0 to below 1, found {max_failed}")
     if relabel == "none" or temperature == 0:
         raise ConfigError("rounds need goals (relabel both, chosen, rejected or half) and a temperature above 0.")
+    if isinstance(goal, AdapterStrength):
+        raise ConfigError(
+            "rounds train the model of the round before, and goal AdapterStrength a new adapter, whose strength 0 is "
+            "the model it starts from. Use a goal of text (--goal OverallGoal), or train once, with fit."
+        )
     from rap_lightning.models.generation import Generation
     from rap_lightning.onpolicy.model_source import ModelSource
     from rap_lightning.onpolicy.prompt_set import read_prompts

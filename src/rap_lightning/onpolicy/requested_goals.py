@@ -161,7 +161,9 @@ def resolve(option: GoalOption | None, record: GoalRecord | None, template: Goal
         template: the user's template; by default that of the record.
     """
     if option == "none" or (option is None and template is None and not is_trained(record)):
-        return NO_GOAL
+        if template is None and record is not None and "adapter_at" in record:
+            template = template_of(record)
+        return NO_GOAL if template is None else RequestedGoal(template.unstated, None)
     if record is None and template is None:
         raise ConfigError(
             f"--goal {option}: the model's folder has no goal.json, so how goals read isn't known. {NAME_TEMPLATE}"

@@ -86,7 +86,7 @@ class ResponseGenerator:
         samples: int, seed: int,
     ) -> GenerationSummary:  # fmt: skip
         """Generate what ``path`` lacks: each distinct conversation is answered ``samples`` times at each goal."""
-        self._check(generation, samples)
+        self._check(generation, samples, goals)
         encoder = self._encoder(generation) if self.engine.reads_ids else None
         if encoder is None:
             self.engine.sends(self.model)
@@ -110,7 +110,7 @@ class ResponseGenerator:
         print("\n".join(summary.lines(ledger.path)), flush=True)
         return summary
 
-    def _check(self, generation: Generation, samples: int) -> None:
+    def _check(self, generation: Generation, samples: int, goals: Sequence[RequestedGoal]) -> None:
         if samples < 1:
             raise ConfigError(f"--samples must be at least 1, found {samples}")
         if samples > 1 and generation.temperature == 0:
@@ -118,6 +118,12 @@ class ResponseGenerator:
         if generation.processes_logits and (reason := self.engine.no_guidance()):
             option = "guidance" if generation.guidance else "plausibility"
             raise ConfigError(f"--{option}: {reason}. Use --engine Transformers, or remove it.")
+        strengths = {one.stated.strength for goal in goals for one in (goal, goal.against) if one is not None}
+        if strengths - {None, 1.0} and not self.engine.sets_strength:
+            raise ConfigError(
+                f"--engine {type(self.engine).__name__} runs an adapter at the strength of its weights, and these "
+                "goals have others. Write an adapter for each (export --goals), or use --engine Transformers."
+            )
 
     def _generate(
         self, ledger: Ledger, requests: list[Request], generation: Generation, summary: GenerationSummary

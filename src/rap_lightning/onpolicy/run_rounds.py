@@ -125,7 +125,7 @@ class Round:
         goals = self._goals(plan.first_goals if self.number == 1 else plan.sample_goals)
         inputs = digest_of(
             self.sampled.identity(), type(plan.engine).__name__, plan.engine.settings(), asdict(plan.generation),
-            plan.samples, [goal.text for goal in goals], plan.seed, plan.max_prompt_length,
+            plan.samples, [goal.stated.key for goal in goals], plan.seed, plan.max_prompt_length,
             digest_of(list(map(list, histories))),
         )  # fmt: skip
         also = [SAMPLES + ".meta.json", SAMPLES + ".failed.jsonl"]
@@ -207,7 +207,7 @@ class Round:
         template = round_pairs.parse_goal(round_pairs.read_goal(self.folder / GOAL)["goal"])
         goal = resolve("best", None, template)
         inputs = digest_of(
-            model.identity(), plan.engine.settings(), asdict(plan.generation), goal.text, plan.held_out_samples,
+            model.identity(), plan.engine.settings(), asdict(plan.generation), goal.stated.key, plan.held_out_samples,
             plan.seed, plan.judge.settings(), digest_of(list(map(list, plan.held_out))),
         )  # fmt: skip
 

@@ -53,6 +53,11 @@ class AdapterStrength(GoalTemplate):
         """Raise ConfigError where the ends of the scale have no strengths of different sign."""
         if isinstance(self.neutral, list):
             QuantileScale(-1.0, 1.0, knots=self.neutral)
+            if not self.strength(self.best) > 0:
+                raise ConfigError(
+                    f"AdapterStrength: the best goal, {self.printed(self.best)}, has strength "
+                    f"{self.strength(self.best):.3g}: most rewards are equal to it. Use neutral mean, or a number."
+                )
         elif not isinstance(self.neutral, str) and not self.scale.low < self.neutral < self.scale.high:
             raise ConfigError(
                 f"AdapterStrength: neutral must lie inside of the scale from {self.scale.low:g} to "
@@ -110,6 +115,11 @@ class AdapterStrength(GoalTemplate):
             ranks.fit(goals)
             self.neutral = ranks.knots or []
         self._check()
+
+    def fitted(self) -> str:
+        low, high = (self.strength(goal) for goal in (self.scale.low, self.scale.high))
+        zero = f"{self.neutral:g}" if isinstance(self.neutral, float | int) else "the median"
+        return f"{self.scale}, strength {low:.3g} at its low end, 0 at {zero}, {high:.3g} at its high end"
 
     def with_scale(self, scale: RewardScale) -> Self:
         other = copy.copy(self)

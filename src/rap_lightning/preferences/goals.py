@@ -143,6 +143,10 @@ class GoalTemplate(ABC):
         """Set the open numbers from the rewards of the training split, in the judge's units."""
         self.scale.fit(rewards)
 
+    def fitted(self) -> str:
+        """Return the fitted numbers, for a log."""
+        return str(self.scale)
+
     def with_scale(self, scale: RewardScale) -> Self:
         """Return a copy with another scale."""
         other = copy.copy(self)

@@ -102,6 +102,11 @@ class Engine(ABC):
     reads_ids: ClassVar[bool] = True
     """True if the engine takes token ids, so that prompts equal those of training; otherwise it takes messages."""
 
+    @property
+    def sets_strength(self) -> bool:
+        """Whether it can run the adapter at another strength than that of its weights (AdapterStrength)."""
+        return False
+
     def context(self, model: ModelSource) -> int:
         """Return the longest sequence in tokens."""
         return model.context()

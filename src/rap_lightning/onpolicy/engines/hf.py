@@ -45,6 +45,10 @@ class Transformers(Engine):
         self._tokenizer: PreTrainedTokenizerBase
         self._halved = False
 
+    @property
+    def sets_strength(self) -> bool:
+        return not self.continuous  # whose rows come and go
+
     def settings(self) -> dict[str, Any]:
         """Return the options that change numbers by more than the order of sums."""
         return {"dtype": self.dtype, "continuous": self.continuous, "attn_implementation": self.attn_implementation}

@@ -58,6 +58,11 @@ class LMEval(Suite):
         known = {*manager.all_tasks}
         if unknown := [name for name in self.tasks if name not in known]:
             raise ConfigError(f"--suite.tasks: lm-evaluation-harness knows no task {unknown[0]!r}.")
+        if run.goal.stated.strength not in (None, 1.0):
+            raise ConfigError(
+                "lm-evaluation-harness runs an adapter at the strength of its weights, and the goal has another. Write "
+                "an adapter for it: rap-lightning export --goals"
+            )
         tokenizer = run.model.tokenizer()
         placement = resolve_placement(tokenizer, run.goal.placement)
         as_system = placement == "system" and shows_system(tokenizer)
@@ -78,7 +83,7 @@ class LMEval(Suite):
         write_atomically(folder / "prompts.txt", "\n".join(shown))
         write_json(folder / "samples.json", _plain(samples))
         kept = {key: found[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in found}
-        write_json(folder / "results.json", _plain({"model": run.name, "goal": run.goal.text, **kept}))
+        write_json(folder / "results.json", _plain({"model": run.name, "goal": run.goal.stated.key, **kept}))
         for task, numbers in found["results"].items():
             values = {name: v for name, v in numbers.items() if isinstance(v, float) and "stderr" not in name}
             print(
