@@ -19,10 +19,12 @@ import rank_worker
 from cli_process import fit_on_ranks
 from conftest import build, called, encode, make_trainer, run_command, scored_rows, sgd, write_jsonl
 from processes import alone, differences
+from rap_lightning.batches.at_goals import AtGoals
 from rap_lightning.batches.dataset import Example
 from rap_lightning.batches.layouts import LAYOUTS, lay_out_responses
 from rap_lightning.batches.types import Batch, PairLogps, PairRewards
 from rap_lightning.batches.unrelated import unrelated
+from rap_lightning.callbacks import GoalSamples, LikelihoodProbe
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO
 from rap_lightning.models.generation import Generation, generate
@@ -33,6 +35,7 @@ from rap_lightning.models.references.adapters_off import AdaptersOff
 from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.models.token_strength import at_strength, check_reach
 from rap_lightning.preferences.adapter_strength import AdapterStrength
+from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal, StatedGoal
 from rap_lightning.preferences.relabelling import is_tie
 from rap_lightning.preferences.scales import QuantileScale, RewardScale
@@ -486,6 +489,8 @@ def plain_logits(folder: Path, tiny: Path, ids: Tensor) -> Tensor:
 
 
 def test_exports_are_ordinary_models_at_their_goal(saved: tuple[Path, Any], tiny: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
     checkpoint, module = saved
     ids = torch.randint(5, 90, (2, 12), generator=torch.Generator().manual_seed(0))
     common = ["export", "--checkpoint", checkpoint]
@@ -504,6 +509,12 @@ def test_exports_are_ordinary_models_at_their_goal(saved: tuple[Path, Any], tiny
         assert not (tmp_path / "each" / f"goal-{goal}" / "goal.json").exists(), "an adapter that needs no goal"
     for folder in ("best", "whole"):
         torch.testing.assert_close(plain_logits(tmp_path / folder, tiny, ids), at_goal(0.5), atol=1e-4, rtol=1e-4)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny)  # as a server holds several adapters
+    several = PeftModel.from_pretrained(base, str(tmp_path / "each" / "goal-1"), "goal-1")
+    several.load_adapter(str(tmp_path / "each" / "goal-10"), "goal-10")
+    for goal in ("1", "10", "1"):
+        several.set_adapter(f"goal-{goal}")
+        torch.testing.assert_close(logits(several, ids), at_goal(expected[goal]), atol=1e-4, rtol=1e-4)
     assert not (tmp_path / "whole" / "goal.json").exists()
     assert (at_goal(0.5) - at_goal(1.0)).abs().max() > 0.1
     record = json.loads((tmp_path / "best" / "goal.json").read_text())
@@ -581,3 +592,49 @@ def test_engines_that_cannot_set_a_strength_say_so(saved: tuple[Path, Any], tmp_
     goals = [resolve(1.0, model.record(), None)]
     with pytest.raises(ConfigError, match="export --goals"):
         ResponseGenerator(model, Transformers(continuous=True)).run([], tmp_path / "o.jsonl", goals, Generation(), 1, 0)
+
+
+def test_callbacks_ask_for_goals_by_strength(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    """Without a goal the policy stays the base model; a goal beyond the scale is noted and sampled."""
+    samples = GoalSamples(goals=[1, 10, 12], prompts=2, every_n_steps=5)
+    probe = LikelihoodProbe(pairs=6, bins=1, every_n_steps=5)
+    generation = Generation(max_new_tokens=4, temperature=0.0)
+    run(tmp_path, tiny, pairs_folder, generation=generation, trainer={"callbacks": [samples, probe]})
+    rows = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
+    assert {row["goal"] for row in rows} == {1, 10, 12}
+    before = {tuple(row["response"] for row in rows if row["step"] == 0 and row["goal"] == g) for g in (1, 10, 12)}
+    assert len(before) == 1, "the adapter has no effect yet"
+    lines = [json.loads(line) for line in next(tmp_path.rglob("likelihood.jsonl")).read_text().splitlines()]
+    last = {(row["condition"], row["role"]): row["change_nats"] for row in lines if row["step"] == 5}
+    assert last["none", "chosen"] == last["none", "rejected"] == 0
+    assert abs(last["best", "chosen"]) > 1e-3
+    assert abs(last["own", "chosen"]) > 1e-4
+
+
+def test_an_evaluation_reads_responses_at_the_strengths_of_goals(
+    saved: tuple[Path, Any], tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    checkpoint, module = saved
+    said = run_command(
+        "evaluate", "--model", checkpoint, "--source", pairs_folder, "--split", "test", "--parts",
+        "[unlearning, discrimination]", "--output", tmp_path / "e", "--scale_points", "3", "--limit", "4",
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    found = [json.loads(line) for line in next(tmp_path.rglob("logps.jsonl")).read_text().splitlines()]
+    found = [row for row in found if "goal" in row]
+    pair = module.data.scored_pairs("test", 9, 0)
+    by_id = {one.id: one for one in pair}
+    encode = AtGoals(module.data.encoder, [StatedGoal(None, s) for s in (-1.0, 0.5, 0.0)], None)
+    checked = 0
+    for example in encode.examples([by_id[row["pair_id"]] for row in found[:1]], DataReport("", "")):
+        (row,) = [r for r in found if (r["pair_id"], r["goal"]) == (example.pair_id, example.goal)] or [None]
+        if row is not None:
+            expected = policy_logps(module.policy, example)
+            assert row["logps"] == pytest.approx(expected, abs=1e-3)
+            checked += 1
+    assert checked == 3, "worst, best and none"
+
+
+def policy_logps(policy: Policy, example: Example) -> list[float]:
+    with torch.no_grad():
+        return list(policy.logps(batch_of("padded", [example])).tolist())
