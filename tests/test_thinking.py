@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import make_tokenizer, pairs_of
+from conftest import called, make_tokenizer, pairs_of, run_command, write_jsonl
 from rap_lightning.batches.chat_renderer import AS_GENERATED, CLOSED, FORGOTTEN
 from rap_lightning.batches.control_tokens import LOOKALIKE
 from rap_lightning.batches.encode import Conversation, EncodedConversation, Encoder
 from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.preferences.pairs import BadRow
 from rap_lightning.preferences.template_options import TemplateOptions, defaults_of, split_defaults
-from thinking_models import THINKING, thinking_tokenizer
+from thinking_models import THINKING, thinking_model, thinking_tokenizer
 
 QUESTION = {"role": "user", "content": "2 + 2?"}
 BLOCK = "<think>\ntwo twice\n</think>\n\n4"
@@ -180,3 +182,92 @@ def test_empty_thoughts_need_a_template_with_thinking() -> None:
     with pytest.raises(ConfigError, match="thinking empty"):
         Encoder(make_tokenizer("chatml"), None, 64).check_thinking("empty")
     Encoder(thinking_tokenizer("cutting"), None, 64).check_thinking("empty")
+
+
+# -- through the commands ---------------------------------------------------------------------------------------------
+
+SWITCH = ("chat_template_kwargs", "{enable_thinking: false}")
+
+
+@pytest.fixture
+def prompts_seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every prompt that any command encodes, as text."""
+    seen: list[str] = []
+    encode = Encoder.encode
+
+    def recorded(self: Encoder, conversations: Any) -> Any:
+        found = encode(self, conversations)
+        good = [one for one in found if not isinstance(one, BadRow)]
+        seen.extend(self.tokenizer.decode(ids) for one in good for ids in one.prompt_ids)
+        return found
+
+    monkeypatch.setattr(Encoder, "encode", recorded)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "family", ["hybrid", *(pytest.param(f, marks=pytest.mark.slow) for f in THINKING if f != "hybrid")]
+)
+def test_one_prompt_in_inspect_fit_generate_evaluate_predict_and_export(
+    family: str, tmp_path: Path, prompts_seen: list[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    goal = OverallGoal()
+    model = thinking_model(tmp_path / "model", family)
+    data = write_jsonl(tmp_path / "rows.jsonl", rows(WITH_THOUGHTS, 4))
+    switch, thinking = (() if family == "cutting" else SWITCH), "keep" if family == "cutting" else "strip"
+    told = [f"--{switch[0]}", switch[1]] if switch else []
+    closed = "<think>\n\n</think>\n\n" if switch else "<think>\n"
+
+    def expected(text: str | None) -> str:
+        if family == "cutting":
+            return f"<|begin|>{text or ''}<|User|>0: what?<|Assistant|>{closed}"
+        system = f"<|im_start|>system\n{text}<|im_end|>\n" if text else ""
+        return f"{system}<|im_start|>user\n0: what?<|im_end|>\n<|im_start|>assistant\n{closed}"
+
+    def seen() -> set[str]:
+        found = {prompt for prompt in prompts_seen if "0: what?" in prompt}
+        prompts_seen.clear()
+        return found
+
+    trained = {expected(goal.text(8)), expected(goal.text(3))}
+    shown = run_command("inspect", "--source", data, "--tokenizer", model, "--thinking", thinking, *told)
+    assert seen() == trained
+    marked = "⟦<think>⟧\n\n⟦</think>⟧\n" if switch else "⟦<think>⟧\n"
+    assert marked.replace("\n", "\n   ") in shown.stdout
+    assert ("   | yes⟦<|im_end|>⟧" if switch else "   | red\n   | ⟦</think>⟧\n   | \n   | yes⟦<|end|>⟧") in shown.stdout
+
+    run = ["--model.policy.path", model, "--data.source", data, "--trainer.accelerator", "cpu", "--data.batch_size", 2]
+    run += ["--data.max_length", 400, "--data.thinking", thinking, "--trainer.default_root_dir", tmp_path / "run"]
+    run += [f"--data.{switch[0]}", switch[1]] if switch else []
+    assert called("fit", *run, "--trainer.max_steps", 1) == 0
+    assert seen() >= trained
+    folder = tmp_path / "run" / "version_0"
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+
+    best = expected(goal.text(goal.best))
+    sampling = ("--max_new_tokens", 2, "--temperature", 0)
+    for number, path in enumerate((folder / "hf", checkpoint)):
+        output = tmp_path / f"{number}.jsonl"
+        assert called("generate", "--prompts", data, "--model", path, "--output", output, *sampling) == 0
+        assert seen() == {best}
+    if switch:
+        output = tmp_path / "base.jsonl"
+        again = ("--goal", "none", *sampling, *told)
+        assert called("generate", "--prompts", data, "--model", model, "--output", output, *again) == 0
+        assert seen() == {expected(None)}
+    evaluated = ("evaluate", "--model", folder / "hf", "--source", data, "--parts", "[discrimination]")
+    assert called(*evaluated, "--scale_points", 2, "--output", tmp_path / "evaluation") == 0
+    assert seen() >= {best}
+    predicted = ("--ckpt_path", checkpoint, "--model.generation.max_new_tokens", 2, "--data.predict.source", data)
+    assert called("predict", *run, *predicted) == 0
+    assert seen() == {best}
+
+    assert called("export", "--checkpoint", checkpoint, "--output", tmp_path / "exported") == 0
+    for path in (folder / "hf", tmp_path / "exported"):
+        own = AutoTokenizer.from_pretrained(path)
+        chat = [{"role": "user", "content": "0: what?"}]
+        assert own.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == best
+        plain = own.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, goal=False)
+        assert plain == expected(None)
