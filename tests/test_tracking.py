@@ -110,6 +110,19 @@ def test_a_run_has_its_folder_whatever_loggers_are_named(logger: str, world: Pat
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.parametrize(
+    "elsewhere",
+    [["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"], ["--checkpoint.dirpath", "saved"]],
+)
+def test_last_is_found_where_the_options_put_checkpoints(elsewhere: list[str], world: Path, here: Path) -> None:
+    for steps in (1, 2):
+        done = fit(world, here, *elsewhere, steps=steps)
+        assert done.returncode == 0, done.stderr
+    assert f"last: {elsewhere[-1]}/" in done.stderr
+    folder = here / "logs/lightning_logs/version_1" if "logs" in elsewhere else here / "runs/version_1"
+    assert steps_of(folder) == [2]
+
+
 def test_every_logger_gets_options_data_report_and_goal_scale_and_no_secret(world: Path, here: Path) -> None:
     secret = ["--trainer.logger.api_key", "mykey", "--trainer.logger.extra", '{"a": {"token": "t0p"}, "b": 1}']
     done = fit(world, here, "--trainer.logger", "my_recorder.Recorder", *secret)
@@ -370,17 +383,18 @@ def test_mlflow_continues_in_its_database(world: Path, here: Path, monkeypatch: 
     assert run.data.params["trainer.max_steps"] == "2"
     assert run.info.run_name == "runs/version_0"
     assert client.get_metric_history(run.info.run_id, "loss/chosen-goal")
-    done = fit(world, here, "--trainer.logger", "MLFlowLogger")
+    done = fit(world, here, "--trainer.logger", "MLFlowLogger", "--trainer.default_root_dir", "another")
     assert done.returncode == 2
     assert "file store" in done.stderr
 
 
 def test_wandb_offline_continues_under_its_id(world: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for steps in (2, 3):
         done = fit(world, here, "--track", "wandb", steps=steps)
         assert done.returncode == 0, done.stderr
+        wandb.finish()  # as at the end of a process
     ids = [path.name.rpartition("-")[2] for path in here.glob("runs/version_*/wandb/offline-run-*")]
     assert len(ids) == 2
     assert len(set(ids)) == 1

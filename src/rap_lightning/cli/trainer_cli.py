@@ -171,10 +171,11 @@ class PreferenceCLI(LightningCLI):
                     "--trainer.default_root_dir for this job, give --ckpt_path, or remove the file."
                 )
         if path == "last":
-            found = newest_whole(root, self._is_of_this_run, _notice)
+            elsewhere = _other_folders(options)
+            found = newest_whole(root, self._is_of_this_run, _notice, elsewhere)
             if found is None and not fits:
                 raise ConfigError(f"--ckpt_path last: no checkpoint below {root} is of a run with these options.")
-            there = len(all_checkpoints(root))
+            there = len(all_checkpoints(root, *elsewhere))
             none = f"none of the {there} checkpoints below {root} matches" if there else ""
             begins = f"{none or f'no checkpoint below {root} yet'}, so this run begins at step 0"
             _notice(f"--ckpt_path last: {found or begins}")
@@ -308,6 +309,18 @@ def _require_packages(options: Namespace) -> None:
         path = logger.get("class_path") if isinstance(logger, Namespace | dict) else None
         if path and (tracker := tracker_of_class(path)) is not None:
             require_installed(tracker, f"--trainer.logger {path.rpartition('.')[2]}")
+
+
+def _other_folders(options: Namespace) -> list[Path]:
+    """Return where a run with these options writes checkpoints, if not below the default root: as a CSVLogger says."""
+    loggers = [logger for logger in _as_list(options["trainer"].get("logger")) if isinstance(logger, Namespace)]
+    named = [
+        logger["init_args"].get("save_dir")
+        for logger in loggers
+        if str(logger.get("class_path")).endswith("CSVLogger") and logger.get("init_args")
+    ]
+    named.append((options.get("checkpoint") or {}).get("dirpath"))
+    return [Path(str(folder)) for folder in named if folder]
 
 
 def _continue(logger: Any, continued: Continued) -> None:

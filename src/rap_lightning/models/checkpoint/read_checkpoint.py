@@ -7,7 +7,7 @@ In order of how much is read: :func:`refuse_unreadable` looks at names and ends,
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -76,17 +76,20 @@ def _another(path: Path) -> str:
     return ""
 
 
-def newest_whole(root: Path, fits: Callable[[Path], bool], say: Callable[[str], None]) -> Path | None:
+def newest_whole(
+    root: Path, fits: Callable[[Path], bool], say: Callable[[str], None], also: Sequence[Path] = ()
+) -> Path | None:  # fmt: skip
     """Return the newest checkpoint below a folder that is whole, or None, and report those that are skipped.
 
     Args:
         root: a folder of runs.
+        also: other folders, where a run's options put its checkpoints.
         fits: whether a checkpoint is of the run to resume; called for whole ones only.
         say: is called with which newer ones are skipped, and why.
     """
     others: list[Path] = []
     found = None
-    for path in all_checkpoints(root):
+    for path in all_checkpoints(root, *also):
         try:
             _refuse_unreadable(path)
             verify(path)
@@ -101,9 +104,10 @@ def newest_whole(root: Path, fits: Callable[[Path], bool], say: Callable[[str], 
     return found
 
 
-def all_checkpoints(root: Path) -> list[Path]:
-    """Return the checkpoints below a folder, the newest first, whatever state they are in."""
-    found = [path for path in root.rglob("*.ckpt") if not path.is_symlink()] if root.is_dir() else []
+def all_checkpoints(*roots: Path) -> list[Path]:
+    """Return the checkpoints below folders, the newest first, whatever state they are in."""
+    below = [path for root in roots if root.is_dir() for path in root.rglob("*.ckpt") if not path.is_symlink()]
+    found = {path.resolve(): path for path in reversed(below)}.values()  # one folder may be in another
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
