@@ -6,7 +6,7 @@ A case is a base model of the embedded world (one that has seen goals in its pre
 goal template with its placement. The probe's figure is the share of plain DPO's gradient that is left, of the mean over
 pairs (`rap-lightning inspect --model`). What training did is the accuracy on held-out pairs after some steps of DPO on
 both halves: 50% for a policy that ignores the goal, whatever else it learned, since each pair comes both ways round.
-Prints a Markdown table and the rank correlation (Spearman) of the two columns.
+Prints a Markdown table and rank correlations (Spearman), those with the held-out margin included.
 """
 
 from __future__ import annotations
@@ -126,8 +126,15 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['base']} | {row['goal']} | {row['shift']:+.2f} | {row['left']:.1%} | {row['left_of_mean']:.1%} | "
             f"{row['accuracy']:.1%} |"
         )
-    ranks = [np.argsort(np.argsort([row[name] for row in rows])) for name in ("left_of_mean", "accuracy")]
-    return "\n".join([*lines, "", f"Spearman over {len(rows)} cases: {np.corrcoef(*ranks)[0, 1]:.2f}"])
+    rank = {
+        name: np.argsort(np.argsort([row[name] for row in rows])) for name in rows[0] if name not in ("base", "goal")
+    }
+    for figure in ("shift", "left", "left_of_mean"):
+        found = [
+            f"{np.corrcoef(rank[figure], rank[result])[0, 1]:.2f} with {result}" for result in ("accuracy", "margin")
+        ]
+        lines.append(f"\nSpearman of {figure} over {len(rows)} cases: {', '.join(found)}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -106,13 +106,13 @@ def test_advice_names_what_helps_only_where_goals_are_not_read() -> None:
     assert shift.low is not None
     assert shift.high is not None
     assert shift.low < 0.2 < shift.high
-    blind, sees = (GoalProbe(name, 3, shift, share, share) for name, share in (("Blind", 0.03), ("Sees", 0.6)))
+    blind, sees = (GoalProbe(name, 3, shift, share, 1 - share) for name, share in (("Blind", 0.03), ("Sees", 0.6)))
     assert "Goals hardly reach the model: 3.0%" in advice([blind])
     for word in ("--goals", "warm_up", "AdapterStrength"):
         assert word in advice([blind])
     assert (
         advice([blind, sees])
-        == "Goals reach the model: 60.0% of plain DPO's gradient is left with Sees; train with it."
+        == "Goals reach the model: 60.0% of plain DPO's gradient is left of a pair with Sees; train with it."
     )
 
 
@@ -123,7 +123,7 @@ def test_inspect_prints_a_line_for_each_template(tiny: Path, tmp_path: Path) -> 
     shown = run_command(*ask, "--goals", goals)
     assert shown.returncode == 0, shown.stderr
     assert "OverallGoal, user" in shown.stdout
-    assert "of plain DPO's gradient is left" in shown.stdout
+    assert "of plain DPO's gradient is left of a pair" in shown.stdout
     shown = run_command(*ask[:-2], "--json")
     assert shown.returncode == 0, shown.stderr
     (one,) = json.loads(shown.stdout)["probes"]

@@ -40,7 +40,7 @@ from rap_lightning.preferences.relabelling import CHOSEN_GOAL, REJECTED_GOAL, Re
 AMONG = 4
 """The pairs with the widest gap are taken of a sample this many times as large."""
 LITTLE, ENOUGH = 0.1, 0.25
-"""Shares of the mean gradient below which a goal hardly reaches the model, and from which on it does."""
+"""Shares of a pair's gradient below which a goal hardly reaches the model, and from which on it does."""
 
 Halves = tuple[Example, Example]
 """A pair under its winner's goal and under its loser's; the second one's chosen response is the loser."""
@@ -151,12 +151,15 @@ def describe(goal: GoalTemplate) -> str:
 
 
 def advice(found: Sequence[GoalProbe]) -> str:
-    """Return one sentence that says what to do."""
-    best = max(found, key=lambda one: one.left_of_mean)
-    share = f"{best.left_of_mean:.1%} of plain DPO's gradient is left with {best.goal}"
-    if best.left_of_mean >= ENOUGH:
+    """Return one sentence that says what to do, by the share per pair.
+
+    That of the mean says less: its denominator is small where the pairs' gradients cancel each other (docs/LOG.md).
+    """
+    best = max(found, key=lambda one: one.left)
+    share = f"{best.left:.1%} of plain DPO's gradient is left of a pair with {best.goal}"
+    if best.left >= ENOUGH:
         return f"Goals reach the model: {share}; train with it."
-    reach = "hardly reach" if best.left_of_mean < LITTLE else "partly reach"
+    reach = "hardly reach" if best.left < LITTLE else "partly reach"
     return (
         f"Goals {reach} the model: {share}, so training starts that much more slowly. Try another text or placement "
         "(--goals), a warm-up (--model.warm_up.steps), or the goal as an adapter's strength (AdapterStrength)."
