@@ -232,15 +232,24 @@ def test_a_logger_of_ones_own_continues_its_run_and_keeps_its_options() -> None:
     loggers = [
         Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(id=None, project="mine")),
         Namespace(class_path="WandbLogger", init_args=Namespace(id="given", project=None)),
-        Namespace(class_path="MLFlowLogger", init_args=Namespace(run_id=None)),
+        Namespace(class_path="MLFlowLogger", init_args=Namespace(run_id=None, tracking_uri="http://host")),
         Namespace(class_path="CSVLogger", init_args=Namespace(version=None)),
     ]
     for logger in loggers:
         trainer_cli._continue(logger, continued)
     assert [vars(logger.init_args) for logger in loggers] == [
-        {"id": "first", "project": "mine"}, {"id": "given", "project": "p"}, {"run_id": "run"}, {"version": None}
+        {"id": "first", "project": "mine"}, {"id": "given", "project": "p"}, {"run_id": "run", "tracking_uri": "http://host"},
+        {"version": None},
     ]  # fmt: skip
     assert continued.take(BY_NAME["mlflow"]) == {}, "each is continued once"
+
+
+@pytest.mark.parametrize("uri", [None, "file:./mlruns", "./mlruns", "/tmp/mlruns"])
+def test_the_file_store_of_mlflow_is_refused(uri: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    logger = Namespace(class_path="MLFlowLogger", init_args=Namespace(run_id=None, tracking_uri=uri))
+    with pytest.raises(ConfigError, match=r"file store .* can't hold both"):
+        trainer_cli._continue(logger, Continued())
 
 
 def test_a_tracked_run_whose_files_are_gone_is_begun_anew(tmp_path: Path) -> None:

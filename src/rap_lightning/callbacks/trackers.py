@@ -209,14 +209,13 @@ def takes_folders(loggers: Iterable[Any]) -> bool:
     return any(tracker.takes_folders for logger in loggers if (tracker := tracker_of(logger)) is not None)
 
 
-def refuse_file_store(loggers: Iterable[Any]) -> None:
-    """Raise ConfigError for an MLFlowLogger that writes files: see MLflow."""
-    for logger in loggers:
-        if isinstance(logger, MLFlowLogger) and logger.save_dir is not None:
-            raise ConfigError(
-                f"MLFlowLogger: MLflow's file store ({logger.save_dir}) can't hold both loss and loss/chosen-goal. Use "
-                "--track mlflow, or give a database or a server: --trainer.logger.tracking_uri sqlite:///mlflow.db"
-            )
+def refuse_file_store(uri: str | None) -> None:
+    """Raise ConfigError where an MLFlowLogger would write files: see MLflow. Newer releases of MLflow refuse too."""
+    if uri is None or uri.startswith(("file:", ".", "/")):
+        raise ConfigError(
+            f"MLFlowLogger: MLflow's file store ({uri or './mlruns'}) can't hold both loss and loss/chosen-goal. Use "
+            "--track mlflow, or give a database or a server: --trainer.logger.tracking_uri sqlite:///mlflow.db"
+        )
 
 
 def tracked(loggers: Iterable[Any]) -> list[dict[str, Any]]:

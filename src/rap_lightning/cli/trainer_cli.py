@@ -331,11 +331,12 @@ def _continue(logger: Any, continued: Continued) -> None:
         for name, value in continued.take(tracker).items():
             if name in arguments and arguments[name] is None:
                 arguments[name] = value
+        if "tracking_uri" in arguments:
+            refuse_file_store(arguments["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI"))
 
 
 def _with_metrics_csv(loggers: list[Logger], root: str) -> list[Logger]:
     """Return the loggers, the one of metrics.csv first: its folder is the run's."""
-    refuse_file_store(loggers)
     first = next((logger for logger in loggers if isinstance(logger, CSVLogger)), None)
     return [first or CSVLogger(root, name=""), *(logger for logger in loggers if logger is not first)]
 
