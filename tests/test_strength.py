@@ -21,7 +21,7 @@ from conftest import build, called, encode, make_trainer, run_command, scored_ro
 from processes import alone, differences
 from rap_lightning.batches.at_goals import AtGoals
 from rap_lightning.batches.dataset import Example
-from rap_lightning.batches.layouts import LAYOUTS, lay_out_responses
+from rap_lightning.batches.layouts import LAYOUTS
 from rap_lightning.batches.types import Batch, PairLogps, PairRewards
 from rap_lightning.batches.unrelated import unrelated
 from rap_lightning.callbacks import GoalSamples, LikelihoodProbe
@@ -32,6 +32,7 @@ from rap_lightning.models.model_checks import check_sharing
 from rap_lightning.models.policy import Policy, compile_layers
 from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.models.references.adapters_off import AdaptersOff
+from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.models.token_strength import at_strength, check_reach
 from rap_lightning.preferences.adapter_strength import AdapterStrength
@@ -39,7 +40,7 @@ from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal, StatedGoal
 from rap_lightning.preferences.relabelling import is_tie
 from rap_lightning.preferences.scales import QuantileScale, RewardScale
-from test_adapters import make_adapter
+from test_adapters import by_plain_peft, make_adapter
 from test_fit import assert_same, logged, weights
 from test_layouts import batch_of, conversations, policy_of
 from test_resume import fit as fit_adam
@@ -178,12 +179,9 @@ def test_responses_of_other_pairs_are_read_at_the_prompts_strength() -> None:
         other = unrelated(batch_of(layout, examples))
         expected = []
         for number, one in enumerate(examples):
-            donor = examples[(number - 1) % len(examples)]
-            for response, count in zip(
-                (donor.chosen_ids, donor.rejected_ids), other.lengths[2 * number :], strict=False
-            ):
-                alone_ = lay_out_responses([(one.prompt_ids, response[: int(count)])], 0, [one.strength])
-                expected.append(policy.logps(alone_))
+            donor, (first, second) = examples[(number - 1) % len(examples)], other.lengths[2 * number :][:2].tolist()
+            read = replace(one, chosen_ids=donor.chosen_ids[:first], rejected_ids=donor.rejected_ids[:second])
+            expected.append(policy.logps(batch_of("padded", [read])))
         torch.testing.assert_close(policy.logps(other), torch.cat(expected), atol=1e-10, rtol=1e-10)
 
 
@@ -318,6 +316,16 @@ def test_every_way_to_the_same_step_gives_the_same_weights(
         options["reference"] = Stored(folder=str(tmp_path / "store"))
     module = run(tmp_path / "run", tiny, pairs_folder, policy=policy, **options)
     assert_same(weights(trained[1]), weights(module), 2e-5)
+
+
+def test_an_adapter_of_the_reference_is_taken_as_it_is(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    """The goal's strength is that of the policy's adapter."""
+    other = make_adapter(tmp_path / "other", tiny)
+    module = run(tmp_path / "run", tiny, pairs_folder, reference=Frozen(adapter=str(other)), layout="padded")
+    batch = next(iter(module.data.val_dataloader()))[0]
+    assert batch.strength is not None
+    expected = by_plain_peft(tiny, other, [batch])
+    torch.testing.assert_close(module.reference.logps(module.policy, batch), expected, atol=2e-4, rtol=0)
 
 
 def test_a_reference_is_stored_once_for_all_goals(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:

@@ -118,9 +118,7 @@ def lay_out(layout: Layout, examples: Sequence[Example], plan: BatchPlan, pad_id
         )
 
 
-def lay_out_responses(
-    responses: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, strengths: Strengths | None = None
-) -> Batch:
+def lay_out_responses(responses: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> Batch:
     """Single responses, (prompt ids, response ids) each, padded, to compute their log-probabilities.
 
     Segment i is response i, and ``lengths`` is [n]. There are no pairs, so the fields of pairs are empty.
@@ -130,7 +128,7 @@ def lay_out_responses(
     with torch.device("cpu"):
         nothing = torch.zeros(0)
         return Batch(
-            **_indexed(LAYOUTS["padded"], sequences, prompts, strengths or [None] * len(sequences), pad_id),
+            **_indexed(LAYOUTS["padded"], sequences, prompts, [None] * len(sequences), pad_id),
             rewards=nothing, goal_rewards=nothing, origin=nothing, weights=nothing, fillers=0, step_pairs=0,
             loss_weights=nothing, step_weight=0.0, digests=(), pair_ids=(), goals=(),
         )  # fmt: skip
