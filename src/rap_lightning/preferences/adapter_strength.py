@@ -84,7 +84,7 @@ class AdapterStrength(GoalTemplate):
         """The base model: strength 0."""
         return StatedGoal(None, 0.0)
 
-    def refuse_outside(self, goal: float, option: str) -> str | None:
+    def refuse_outside(self, goal: float, option: str, instead: str = ",") -> str | None:
         """Return a note for a goal beyond the scale; text can't be asked for there.
 
         Raises:
@@ -92,7 +92,7 @@ class AdapterStrength(GoalTemplate):
         """
         low, high = self.scale.low, self.scale.high
         if self.prompt is not None or not math.isfinite(goal):
-            return super().refuse_outside(goal, option)
+            return super().refuse_outside(goal, option, instead)
         if low <= goal <= high:
             return None
         return (

@@ -93,7 +93,7 @@ class GoalTemplate(ABC):
         """How a policy is asked for a response without a goal."""
         return StatedGoal()
 
-    def refuse_outside(self, goal: float, option: str) -> str | None:
+    def refuse_outside(self, goal: float, option: str, instead: str = ",") -> str | None:
         """Return a note for a goal outside the scale that can be asked for, and None for one on the scale.
 
         Raises:
@@ -101,7 +101,7 @@ class GoalTemplate(ABC):
         """
         low, high = self.scale.low, self.scale.high
         if not low <= goal <= high:
-            raise ConfigError(f"{option} must be on the scale from {low:g} to {high:g}, found {goal:g}")
+            raise ConfigError(f"{option} must be on the scale from {low:g} to {high:g}{instead} found {goal:g}")
         return None
 
     def goal_of(self, reward: float, attributes: Sequence[float] = ()) -> tuple[float, tuple[float, ...]]:
@@ -168,7 +168,7 @@ class GoalTemplate(ABC):
         if option is None:
             lowest = self.scale.low, self.attributes_at(0)
             return self.state(*lowest), self.printed(*lowest)
-        self.refuse_outside(option, "guidance: against")
+        self.refuse_outside(option, "guidance: against", ", or none;")
         return self.state(option, self.best_attributes), self.printed(option, self.best_attributes)
 
     def printed(self, goal: float, attributes: Sequence[float] = ()) -> str:
