@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,11 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
         ValueError: the files can't be read.
     """
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
     check_generation_config(path)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of missing weights: ours names them
     try:
         # with `ignore_mismatched_sizes`, shapes are returned and can be named instead of raising a bare RuntimeError
         model, found = factory.from_pretrained(
@@ -82,7 +86,12 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
     except SafetensorError as error:  # a truncated file
         raise ValueError(str(error)) from error
     except RuntimeError as error:  # one expert of several can't be joined, an integer weight can't be drawn at random
-        raise ValueError(f"its weights can't be put together, some may be missing: {error}") from error
+        gaps = _missing_experts(path, options.get("revision"))
+        named = f" {len(gaps)} experts are missing: {join_some(gaps)}." if gaps else ""
+        raise ValueError(f"its weights can't be put together, some may be missing.{named} {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    found["unexpected_keys"] = set(found["unexpected_keys"]) - _zero_biases(model, path, options.get("revision"))
     names = [
         name for name in unexpected_weights(model, found["unexpected_keys"]) if not (unused and re.search(unused, name))
     ]
@@ -108,6 +117,34 @@ def _finite(values: torch.Tensor) -> bool:
     if values.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not values.numel():
         return True
     return all(bool(one.isfinite()) for one in values.detach().aminmax())
+
+
+def _tensors(path: str, revision: str | None) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Yield the name of each tensor of a checkpoint, with what reads it."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    for file in sorted(Path(str(cached_file(path, "config.json", revision=revision))).parent.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118 (not a dict)
+                yield name, partial(content.get_tensor, name)
+
+
+def _zero_biases(model: Any, path: str, revision: str | None) -> set[str]:
+    """Return the biases that are zero, which GPTQ and AWQ write for quantised layers that have none."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return set()
+    return {name for name, read in _tensors(path, revision) if name.endswith(".bias") and not read().any()}
+
+
+def _missing_experts(path: str, revision: str | None) -> list[str]:
+    """Return the names of the tensors of experts that are left out among those that a checkpoint has."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for name, _ in _tensors(path, revision):
+        if expert := re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", name):
+            found.setdefault((expert[1], expert[3]), set()).add(int(expert[2]))
+    count = max((max(numbers) for numbers in found.values()), default=-1) + 1
+    return [f"{a}{n}{b}" for (a, b), numbers in sorted(found.items()) for n in range(count) if n not in numbers]
 
 
 def check_generation_config(path: str) -> None:

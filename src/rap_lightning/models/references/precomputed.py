@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rap_lightning.batches.types import Batch, copies_at_once
@@ -23,6 +24,7 @@ from rap_lightning.distributed.fsdp2 import Sharding
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.models.adapters import adapter_digest
 from rap_lightning.models.digests import weights_digest
+from rap_lightning.models.logps import sum_by_segment
 from rap_lightning.models.policy import Policy, evaluating, most_on_any_rank
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.private_api import attention_implementation
@@ -109,7 +111,7 @@ class Stored(Reference):
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         silent = ranks and torch.distributed.get_rank() > 0
         live: Live | None = None
-        checked, flushed = 0, time.monotonic()
+        checked, flushed, furthest = 0, time.monotonic(), 0.0
         with ExitStack() as stack:
             bar = stack.enter_context(
                 progress(batches, desc="reference log-probabilities", total=total, unit="batch", disable=silent)
@@ -125,7 +127,10 @@ class Stored(Reference):
                     live = stack.enter_context(self._live(policy, fresh=fresh))
                 values = live(part.to(device)).float().cpu()
                 if sampled:
-                    self._compare(self.token_logps(policy, part), values, part)
+                    stored = self.token_logps(policy, part).cpu()
+                    self._compare(stored, values, part)
+                    sums = sum_by_segment(stored - values, part.segment.cpu(), len(part.lengths))
+                    furthest = max(furthest, float(sums.abs().max()))
                     checked += 1
                 for digest, lacking, one in zip(
                     part.digests, missing, values.split(part.lengths.tolist()), strict=True
@@ -136,6 +141,13 @@ class Stored(Reference):
                     store.flush()
                     flushed = time.monotonic()
             store.flush()
+        if furthest > 0 and not self._exact:
+            rank_zero_info(
+                f"reference Stored: of {checked} batches computed again, responses differ from what is stored by up to "
+                f"{furthest:.2g} nats. They were computed in another layout or batch size, which bfloat16 rounds in "
+                "another way; the policy's margins begin that far from 0. Name another --model.reference.folder to "
+                "compute them anew."
+            )
         if ranks:
             torch.distributed.barrier()
         store.refresh()
