@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -16,7 +17,6 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rap_lightning.batches.types import Batch, copies_at_once
@@ -141,12 +141,13 @@ class Stored(Reference):
                     store.flush()
                     flushed = time.monotonic()
             store.flush()
-        if furthest > 0 and not self._exact:
-            rank_zero_info(
+        if furthest > 0 and not self._exact and not silent:
+            warnings.warn(
                 f"reference Stored: of {checked} batches computed again, responses differ from what is stored by up to "
                 f"{furthest:.2g} nats. They were computed in another layout or batch size, which bfloat16 rounds in "
                 "another way; the policy's margins begin that far from 0. Name another --model.reference.folder to "
-                "compute them anew."
+                "compute them anew.",
+                stacklevel=2,
             )
         if ranks:
             torch.distributed.barrier()
