@@ -14,7 +14,7 @@ from rap_lightning.cli.parser_internals import flags_of
 from rap_lightning.cli.trainer_cli import PreferenceCLI, parse_only
 from rap_lightning.errors import ConfigError
 from rap_lightning.module import PreferenceModule
-from rap_lightning.planning.estimate import USABLE, Device
+from rap_lightning.planning.estimate import MFU, USABLE, Device
 from rap_lightning.planning.gpus import GPU, GPUS, find_gpu
 from rap_lightning.planning.planner import PlannedRun, Planner
 from rap_lightning.planning.trainer_options import devices_of, precision_of, spread_of
@@ -40,6 +40,7 @@ def run(args: list[str]) -> int:
     if not isinstance(cli.model, PreferenceModule):
         raise ConfigError("plan knows the runs of PreferenceModule and its subclasses.")
     planned = _planned_run(cli, gpu, own)
+    own.mfu = own.mfu or MFU[planned.policy.compile]
     if sys.stderr.isatty():
         print("tracing one step without weights ...", end="\r", file=sys.stderr, flush=True)
     planner = Planner(planned)
@@ -60,8 +61,15 @@ def own_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}; without one, the plan is for a CPU and has no times")
     parser.add_argument("--memory", type=float, help="GB of a device that isn't in the table, or of this machine")
     parser.add_argument("--teraflops", type=float, help="dense bfloat16, of a device that isn't in the table")
-    parser.add_argument("--network", type=float, default=50.0, help="GB/s per device between nodes (50: 400 Gb/s)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (0.4)")
+    parser.add_argument(
+        "--network",
+        type=float,
+        default=50.0,
+        help="GB/s per device between nodes by the datasheet, of which 80%% is reached (50: 400 Gb/s)",
+    )
+    parser.add_argument(
+        "--mfu", type=float, help="share of the peak that is reached (0.33; 0.4 with model.policy.compile)"
+    )
     parser.add_argument(
         "--length", type=int, help="tokens of prompt and response; by default data.max_length, the worst case"
     )
@@ -75,8 +83,8 @@ def _check(own: argparse.Namespace) -> None:
         if (value := getattr(own, option)) is not None and value < least:
             raise ConfigError(f"--{option} must be at least {least}{unit}, found {value}")
     for option in ("prompt_share", "mfu"):
-        if not 0 < getattr(own, option) < 1:
-            raise ConfigError(f"--{option} is a share, above 0 and below 1; found {getattr(own, option):g}")
+        if (share := getattr(own, option)) is not None and not 0 < share < 1:
+            raise ConfigError(f"--{option} is a share, above 0 and below 1; found {share:g}")
     for option in ("memory", "teraflops", "network"):
         if (value := getattr(own, option)) is not None and not value > 0:
             raise ConfigError(f"--{option} must be above 0, found {value:g}")
@@ -169,6 +177,6 @@ def _print_tables(
               f"communicating meanwhile), {document['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
         print(f"figures of the GPU: {gpu.source}")
     at_limit = ", the longest that the model takes" if document["longest_pair"] == step.context else ""
-    print(f"longest pairs that fit: about {document['longest_pair']:,} tokens{at_limit}")
+    print(f"longest pairs that fit: {document['longest_pair']:,} tokens{at_limit}")
     if document["advice"]:
         print("\nto make it fit:\n" + "\n".join(f"  {line}" for line in document["advice"]))

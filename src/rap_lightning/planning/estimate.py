@@ -1,11 +1,11 @@
 """From one traced step to each rank's memory under a strategy, and to the time of a step.
 
-Of the strategies' own buffers, only those that grow with the model are counted. docs/scaling.md says which figures were
-measured and which are estimates.
+docs/scaling.md says which figures were measured and which are estimates.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,8 +17,16 @@ ReferenceKind = Literal["Frozen", "AdaptersOff", "AdapterAsLoaded", "Stored", "S
 Device = Literal["cpu", "cuda"]
 LIVE = ("Frozen", "AdaptersOff", "AdapterAsLoaded", "Synchronised")
 """References that run a forward pass for each of the policy's."""
-PROCESS = {"cpu": 0.55e9, "cuda": 1.2e9}
-"""Bytes of a process without a model: interpreter and libraries, or CUDA context and NCCL."""
+PROCESS = {"cpu": 0.55e9, "cuda": 0.7e9}
+"""Bytes of a process without a model: interpreter and libraries, or CUDA context and cuBLAS workspaces."""
+NCCL_CONNECTION = 32 * (4 * 2**20 + 4.7 * 2**20 + 0.5 * 2**20)
+"""Bytes that NCCL keeps for one neighbour of a rank: up to 32 channels, each with a buffer for each of its protocols
+(Simple, LL128, LL), by the defaults in its source. An estimate: nothing was measured."""
+LINK_SHARE = 0.8
+"""Share of a link's datasheet bandwidth that large collectives reach."""
+MFU = {False: 0.33, True: 0.4}
+"""Share of the peak that is reached without and with compiled layers. Recomputed operations count as operations.
+torchtitan's published 8B on 8 H100 (5,762 and 6,667 tokens/s of each GPU) is what a test holds them to."""
 USABLE = 0.94
 """Share of a GPU's memory available to tensors: the allocator rounds up and leaves gaps."""
 
@@ -55,7 +63,7 @@ class Memory:
         gathered: weights and gradients that are temporarily unsharded, under sharding strategies.
         activations: what the forward pass keeps and temporary tensors, logits included.
         logits: the part of the activations that grows with the vocabulary, at most.
-        process: interpreter and libraries, or CUDA context.
+        process: interpreter and libraries, or CUDA context and NCCL's buffers.
         host: in the host's memory instead, per rank.
     """
 
@@ -103,12 +111,13 @@ def memory(
     own = 0.0 if buckets and not spread.separate_buckets else step.gradients * share
     before = own if passes > 1 else 0.0
     gradients = buckets + own  # when the backward pass is over
-    within, at_end = _gathered(step, spread, reference in LIVE) if sharded and n > 1 else (0.0, 0.0)
+    unsharded = _gathered(step, spread, reference in LIVE) if sharded and n > 1 else (0.0, 0.0, 0.0)
     # one of three moments is the worst: one within a pass; its end, when sharded gradients of the root are reduced; or
     # the optimizer's step. Each is (kept and activations, temporarily unsharded)
-    moments: list[tuple[float, float]] = [
-        (buckets + before + step.peak(share if own > before else 0.0), within),
-        (gradients, at_end),
+    added = share if own > before else 0.0
+    moments = [
+        *((buckets + before + kept + added * grads, unsharded[grads > 0]) for kept, grads in step.timeline),
+        (gradients, unsharded[2]),
         (gradients + step.update * share, 0.0),
     ]
     most, gathered = max(moments, key=sum)
@@ -121,7 +130,7 @@ def memory(
         states += step.gradients * share if spread.gather < 1 else 0.0
     held = Memory(
         weights, min(gradients, most), states, frozen / n, gathered, activations,
-        min(logits, activations), PROCESS[device],
+        min(logits, activations), PROCESS[device] + (_nccl_buffers(spread) if device == "cuda" else 0.0),
     )  # fmt: skip
     if not spread.offload or device == "cpu":
         return held
@@ -129,17 +138,30 @@ def memory(
     return replace(held, weights=0.0, gradients=0.0, optimizer=0.0, reference=0.0, host=away)
 
 
-def _gathered(step: Step, spread: Spread, live: bool) -> tuple[float, float]:
-    """Bytes temporarily unsharded: within a pass, and when the root's gradients are reduced.
+def _gathered(step: Step, spread: Spread, live: bool) -> tuple[float, float, float]:
+    """Bytes temporarily unsharded: before the first gradient is complete, after that, and when the root's are reduced.
 
     FSDP2 keeps the root (embeddings, head) gathered from the forward pass to the end of the backward pass, gathers the
-    next layer while one computes, and copies gradients into a float32 buffer to reduce them.
+    next layer while one computes, and copies gradients into a float32 buffer to reduce them. What is gathered arrives
+    in one buffer for the group and is copied out of it into the weights, so a group is there twice for a moment.
     """
     trained = step.gradients / step.weights  # share of the weights that have gradients
     root, layer = spread.gather * step.root, spread.gather * step.largest_unit
-    backward = trained * (root + layer + step.largest_unit)
-    of_reference = root + layer if live else 0.0  # its root is gathered while the policy's is
-    return root + 2 * layer + max(backward, of_reference), root + trained * (root + step.root)
+    layers = 3 * layer  # the one that computes, the next one, and the buffer that it arrived in
+    forward = root + max(root, layers) if live else layers  # the reference's root is gathered while the policy's is
+    backward = layers + trained * (root + layer + step.largest_unit)
+    return root + forward, root + backward, root + trained * (root + step.root)
+
+
+def _nccl_buffers(spread: Spread) -> float:
+    """Bytes of NCCL's communicators: a ring has one neighbour that sends, a tree up to three."""
+
+    def of(ranks: int) -> float:
+        return NCCL_CONNECTION * (1 + min(3, math.ceil(math.log2(ranks)))) if ranks > 1 else 0.0
+
+    if spread.kind != "fsdp2":
+        return of(spread.ranks)
+    return of(spread.ranks) + of(spread.shard) + of(spread.ranks // spread.shard)  # all ranks, shards, replicas
 
 
 @dataclass(frozen=True)
@@ -166,14 +188,15 @@ def duration(
         reference: its kind; live references cost a forward pass.
         passes: forward and backward passes on each rank.
         gpu: its published figures.
-        mfu: share of the peak that is reached (model FLOPs utilisation).
-        network: GB/s per device between nodes.
+        mfu: share of the peak that is reached; recomputed operations count.
+        network: GB/s per device between nodes, by the datasheet.
     """
     live = reference in LIVE
     operations = passes * (step.flops + (step.reference_flops if live else 0))
     within = spread.ranks <= spread.per_node
-    link = (gpu.link if within else network) * 1e9
-    near = (gpu.link if spread.shard <= spread.per_node else network) * 1e9
+    far = network * 1e9 * LINK_SHARE
+    link = gpu.link * 1e9 * LINK_SHARE if within else far
+    near = gpu.link * 1e9 * LINK_SHARE if spread.shard <= spread.per_node else far
     moved = step.weights * spread.gather
     ring = lambda n: (n - 1) / n  # noqa: E731 (a ring collective sends all parts but one's own)
     seconds = 0.0
@@ -185,5 +208,5 @@ def duration(
         gathers = passes * (2 * moved + (moved if live else 0))
         seconds = (gathers + passes * step.gradients) * ring(spread.shard) / near
         replicas = spread.ranks // spread.shard
-        seconds += 2 * passes * step.gradients / spread.shard * ring(replicas) / (network * 1e9) if replicas > 1 else 0
+        seconds += 2 * passes * step.gradients / spread.shard * ring(replicas) / far if replicas > 1 else 0
     return Time(operations / (gpu.teraflops * 1e12 * mfu), seconds)

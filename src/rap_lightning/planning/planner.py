@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,11 +15,15 @@ from rap_lightning.batches.sampler import PairSize
 from rap_lightning.distributed.sharded_load import blank_model
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy_config import CHECKPOINTING_FROM, DTYPES, Lora, PolicyConfig
+from rap_lightning.models.references.adapters_off import AdaptersOff
 from rap_lightning.models.references.base import Reference
 from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.planning.estimate import LIVE, Device, Memory, ReferenceKind, Spread, duration, memory
 from rap_lightning.planning.gpus import GPU
 from rap_lightning.planning.trace import Step, batch_of, trace
+
+TRIES, CLOSE, SHORTEST = 7, 0.02, 4
+"""Lengths that are traced for the longest pair; how near to one that doesn't fit is near enough; tokens."""
 
 
 @dataclass(frozen=True)
@@ -77,39 +82,42 @@ class Planner:
     def __init__(self, run: PlannedRun) -> None:
         # neither changes what a step takes by more than some rows of embeddings
         self.run = replace(run, policy=replace(run.policy, rope=None, resize_embeddings=False))
-        self.pairs, passes = self._packed()
-        self.passes = passes * run.accumulate
-        self.kept = DTYPES[run.policy.dtype or ("bfloat16" if run.precision == "bf16-true" else "float32")]
+        self.pairs, self.passes = self._packed(run.length)
+        default = DTYPES[run.policy.dtype or ("bfloat16" if run.precision == "bf16-true" else "float32")]
+        mixed = run.device == "cuda" and run.precision == "bf16-mixed"
+        gather = torch.bfloat16 if run.spread.gather == 0.5 else None
+        self.kept, self.reference_dtype = run.policy.loading_dtypes(default, mixed=mixed, gather=gather)
+        if self.kept == torch.bfloat16:  # an adapter's base: gathered as it is kept
+            self.run = replace(self.run, spread=replace(run.spread, gather=1.0))
         self.step = self._trace(run.length)
         self.memory = self._memory(self.step)
         self.fits = self.memory.total <= run.room
 
-    def _packed(self) -> tuple[int, int]:
-        """Pairs in a forward pass, and forward passes in a batch."""
+    def _packed(self, length: int) -> tuple[int, int]:
+        """Pairs of a length in a forward pass, and forward passes in an optimizer step."""
         run = self.run
         if run.token_budget is None:
-            return run.batch_size, 1
-        one = run.pair_tokens(run.length)
+            return run.batch_size, run.accumulate
+        one = run.pair_tokens(length)
         if one > run.token_budget:
             raise ConfigError(
-                f"--data.token_budget {run.token_budget:,} is below the {one:,} tokens of one pair of {run.length:,}, "
+                f"--data.token_budget {run.token_budget:,} is below the {one:,} tokens of one pair of {length:,}, "
                 f"{run.prompt_share:.0%} of it prompt. Raise it, lower --data.max_length, or plan for shorter pairs "
                 "with --length."
             )
         count = min(run.batch_size, run.token_budget // one)
-        return count, -(-run.batch_size // count)
+        return count, -(-run.batch_size // count) * run.accumulate
 
     def _trace(self, length: int, pairs: int | None = None, **changes: Any) -> Step:
         """Trace one forward and backward pass; ``changes`` are of the policy's config."""
         run = self.run
         # gathered in bfloat16, weights are cast before the layers read them, and no casted copies are kept
         dtype = torch.bfloat16 if run.spread.gather == 0.5 else self.kept
-        step = trace(
+        return trace(
             replace(run.policy, **changes), dtype, batch_of(run.layout, pairs or self.pairs, *run.sizes(length)),
-            run.optimizer, autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
+            run.optimizer, kept=self.kept, autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
             reference=run.reference_kind in LIVE, foreach=run.device == "cuda",
         )  # fmt: skip
-        return step.weighing(self.kept.itemsize / dtype.itemsize)
 
     def _memory(
         self, step: Step, spread: Spread | None = None, reference: ReferenceKind | None = None,
@@ -118,8 +126,13 @@ class Planner:
         run = self.run
         return memory(
             step, spread or run.spread, reference or run.reference_kind, run.device, passes=passes or self.passes,
-            reference_weights=self._reference_weights,
+            reference_weights=self._reference_weights or int(step.weights * self._reference_share),
         )  # fmt: skip
+
+    @property
+    def _reference_share(self) -> float:
+        """Bytes of a weight of the reference over those of the policy's."""
+        return self.reference_dtype.itemsize / self.kept.itemsize
 
     @cached_property
     def _reference_weights(self) -> int | None:
@@ -128,31 +141,52 @@ class Planner:
         if not isinstance(reference, Frozen) or reference.path is None:
             return None
         source = reference.source(run.policy)
-        model, why = blank_model(replace(source, adapter=None), self.kept)
+        model, why = blank_model(replace(source, adapter=None), self.reference_dtype)
         if model is None:
             raise ConfigError(f"plan can't build the reference {source.path} without its weights: {why}.")
         return sum(int(p.nbytes) for p in model.parameters())
 
     @cached_property
     def longest_pair(self) -> int:
-        """Tokens of the longest pairs that fit, up to the model's context; 0 where none fits.
+        """Tokens of the longest pairs that fit, up to the model's context and the token budget; 0 where none fits.
 
-        Memory is nearly linear in the length: the length that a line gives is traced once, and corrected.
+        Memory is nearly linear in the length: a line through the lengths that were traced gives the next one to trace.
+        What is returned was traced, and fits.
         """
-        room, here = self.run.room, self.run.length
-        limit, there = self.step.context or 1 << 20, max(4, here // 2)
-        at_here, at_there = self.memory.total, self._memory(self._trace(there)).total
-        slope = (at_here - at_there) / (here - there or 1)
-        if slope <= 0:  # nothing grows with the length: another moment is the worst
-            return int(limit if at_here <= room else 0)
-        found = min(int(here + (room - at_here) / slope), limit)
-        if found < 4:
-            return 0
-        at_found = self._memory(self._trace(found)).total
-        if at_found <= room:
-            return found
-        slope = max(slope, (at_found - at_here) / (found - here or 1))
-        return max(0, int(found - (at_found - room) / slope))
+        room, known = self.run.room, {self.run.length: self.memory.total}
+        fits, over = (self.run.length, self._limit + 1) if self.fits else (0, self.run.length)
+        guess = self._guess(known)
+        for _ in range(TRIES):
+            guess = min(max(guess, fits + 1), over - 1)
+            if guess < SHORTEST or guess in known or over - fits <= CLOSE * fits:
+                break
+            known[guess] = self._total_at(guess)
+            fits, over = (guess, over) if known[guess] <= room else (fits, guess)
+            guess = self._guess(known)
+        return fits
+
+    @cached_property
+    def _limit(self) -> int:
+        """Tokens of the longest pairs that the model and the token budget take."""
+        limit, budget = self.step.context or 1 << 20, self.run.token_budget
+        if budget is None or self.run.pair_tokens(limit) <= budget:
+            return limit
+        return bisect_right(range(limit), budget, lo=2, key=self.run.pair_tokens) - 1
+
+    def _total_at(self, length: int) -> float:
+        pairs, passes = self._packed(length)
+        return self._memory(self._trace(length, pairs), passes=passes).total
+
+    def _guess(self, known: dict[int, float]) -> int:
+        """Where the line through the two traced lengths nearest to the room reaches it."""
+        room = self.run.room
+        (near, at_near), *others = sorted(known.items(), key=lambda item: abs(item[1] - room))
+        if not others:  # only the activations grow with the length
+            return int(near * (1 + (room - at_near) / max(self.memory.activations, 1.0)))
+        slope = (at_near - others[0][1]) / (near - others[0][0])
+        if slope <= 0:  # another moment is the worst
+            return self._limit if at_near <= room else near // 2
+        return int(near + (room - at_near) / slope)
 
     def document(self, gpu: GPU | None, mfu: float, network: float) -> dict[str, Any]:
         """The plan as plain values; with a GPU and bfloat16, of which its peak is known, the time of a step too."""
@@ -192,13 +226,14 @@ class Planner:
         if kind == "Frozen":
             options.append(("--model.reference Stored", self._memory(self.step, reference="Stored")))
         checkpoints = run.policy.gradient_checkpointing
-        if not (self.step.parameters >= CHECKPOINTING_FROM if checkpoints is None else checkpoints):
+        if (self.step.parameters < CHECKPOINTING_FROM) if checkpoints is None else int(checkpoints) != 1:
             again = self._trace(run.length, gradient_checkpointing=True)
             options.append(("--model.policy.gradient_checkpointing true", self._memory(again)))
         if not run.policy.adapts:
-            adapter = self._trace(run.length, lora=Lora())
-            off: ReferenceKind = "AdaptersOff" if kind == "Frozen" else kind
-            options.append(("--model.policy.lora.r 16 (trains an adapter)", self._memory(adapter, reference=off)))
+            adapter = replace(run, policy=replace(run.policy, lora=Lora()))
+            if kind == "Frozen":
+                adapter = replace(adapter, reference=AdaptersOff())
+            options.append(("--model.policy.lora.r 16 (trains an adapter)", Planner(adapter).memory))
         if spread.kind == "ddp":
             sharded = replace(spread, kind="fsdp2", shard=spread.ranks)
             options.append(("--trainer.strategy fsdp2", self._memory(self.step, spread=sharded)))

@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,14 +73,6 @@ class Step:
         """Activations and gradients at the worst moment, with gradients counted at this share of their size."""
         return max(int(activations + gradients * grads) for activations, grads in self.timeline)
 
-    def weighing(self, factor: float) -> Step:
-        """The same step with weights, and everything of their dtype, of ``factor`` times the bytes."""
-        scaled = {
-            name: int(getattr(self, name) * factor)
-            for name in ("weights", "gradients", "optimizer", "largest_unit", "root", "update")
-        }
-        return replace(self, timeline=tuple((a, int(g * factor)) for a, g in self.timeline), **scaled)
-
 
 class _AliveBytes(TorchDispatchMode):
     """Counts the bytes of all living storages that operations made, and the operations.
@@ -89,10 +81,11 @@ class _AliveBytes(TorchDispatchMode):
     backward pass ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: Callable[[Tensor], float]) -> None:
         super().__init__()
         self.now = self.most = 0
-        self.gradients = 0
+        self.gradients = self.gradients_made = 0  # as they are kept, and as the trace made them
+        self._width = width
         self.flops = 0
         self.moments: list[tuple[int, int]] = []
         self._known: dict[int, Any] = {}
@@ -131,7 +124,7 @@ class _AliveBytes(TorchDispatchMode):
 
     def note(self) -> None:
         """Record this moment unless the last one had more of both."""
-        moment = (self.now - self.gradients, self.gradients)
+        moment = (self.now - self.gradients_made, self.gradients)
         if self.moments and moment[0] <= self.moments[-1][0] and moment[1] <= self.moments[-1][1]:
             return
         self.moments.append(moment)
@@ -140,7 +133,9 @@ class _AliveBytes(TorchDispatchMode):
         """Count a parameter's complete gradient as a gradient instead of an activation."""
         if parameter.grad is not None and not getattr(parameter, "_counted", False):
             parameter._counted = True  # type: ignore[attr-defined]
-            self.gradients += parameter.grad.untyped_storage().nbytes()
+            made = parameter.grad.untyped_storage().nbytes()
+            self.gradients_made += made
+            self.gradients += int(made * self._width(parameter))
 
 
 @contextmanager
@@ -179,15 +174,18 @@ def batch_of(layout: str, pairs: int, prompt: int, response: int) -> Batch:
 
 def trace(
     config: PolicyConfig, dtype: torch.dtype, batch: Batch, optimizer: Callable[[Any], Any],
-    *, autocast: torch.dtype | None = None, reference: bool = True, foreach: bool = False,
+    *, kept: torch.dtype | None = None, autocast: torch.dtype | None = None, reference: bool = True,
+    foreach: bool = False,
 ) -> Step:  # fmt: skip
     """Run one step on fake tensors.
 
     Args:
         config: the policy's.
-        dtype: of its weights.
+        dtype: of its weights, as layers read them.
         batch: of one forward pass.
         optimizer: builds the optimizer from the trainable parameters.
+        kept: dtype in which those weights are kept between passes, if another: a sharding strategy gathers them in
+            ``dtype``.
         autocast: dtype of mixed precision.
         reference: whether a reference's forward pass runs between the policy's passes.
         foreach: whether optimizers with ``foreach=None`` update all weights at once, as they do on a GPU.
@@ -198,8 +196,11 @@ def trace(
         trainable = [p for p in parameters if p.requires_grad]
         names = set(policy.causal_lm._no_split_modules or [])
         text = policy.causal_lm.config.get_text_config()
-        units = [_bytes(m.parameters()) for m in policy.modules() if type(m).__name__ in names]
-        alive = _AliveBytes()
+        ratio = (kept or dtype).itemsize / dtype.itemsize
+        width = lambda tensor: ratio if tensor.dtype == dtype else 1.0  # noqa: E731 (an adapter may be float32)
+        size = lambda tensors: sum(int(t.nbytes * width(t)) for t in tensors)  # noqa: E731
+        units = [size(m.parameters()) for m in policy.modules() if type(m).__name__ in names]
+        alive = _AliveBytes(width)
         alive.ignore(
             iter([*parameters, *policy.buffers(), *(v for v in vars(moved).values() if isinstance(v, Tensor))])
         )
@@ -207,7 +208,8 @@ def trace(
             parameter.register_post_accumulate_grad_hook(alive.became_gradient)
         reference_flops = 0
         with alive, _head_in_one_block(), _no_packed_mask():
-            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            # as Lightning enters it: casted weights are not cached for the rest of the pass
+            with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
                 loss = policy(moved).sum()
                 if reference:
                     before = alive.flops
@@ -221,13 +223,14 @@ def trace(
                     group["foreach"] = True
             alive.most = alive.now
             made.step()
-        state = _bytes(v for s in made.state.values() for v in s.values() if isinstance(v, Tensor))
-        weights, gradients = _bytes(iter(parameters)), _bytes(iter(trainable))
+        state_made = [v for s in made.state.values() for v in s.values() if isinstance(v, Tensor)]
+        weights, gradients, state = size(parameters), size(trainable), size(state_made)
+        update = alive.most - sum(t.nbytes for t in (*trainable, *state_made))
         return Step(
             parameters=sum(p.numel() for p in parameters), trainable=sum(p.numel() for p in trainable),
             weights=weights, gradients=gradients, optimizer=state,
             largest_unit=max(units, default=0), root=weights - sum(units), timeline=moments,
-            update=max(0, alive.most - gradients - state),
+            update=max(0, int(update * max(map(width, trainable)))),
             tokens=int(batch.input_ids.numel()), response_tokens=len(batch.target),
             flops=alive.flops - reference_flops, reference_flops=reference_flops,
             vocabulary=int(text.vocab_size), context=getattr(text, "max_position_embeddings", None),
@@ -257,10 +260,6 @@ def _no_packed_mask() -> Iterator[None]:
         yield
     finally:
         setattr(masking_utils, name, before)
-
-
-def _bytes(tensors: Iterator[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _worst(moments: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
