@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from rap_lightning.models.policy_config import Lora, PolicyConfig
-from rap_lightning.planning.estimate import USABLE, Memory, ReferenceKind, Spread, Time, duration, memory
+from rap_lightning.planning.estimate import MFU, USABLE, Memory, ReferenceKind, Spread, Time, duration, memory
 from rap_lightning.planning.gpus import GPUS
 from rap_lightning.planning.trace import Step, batch_of, trace
 
@@ -25,7 +25,7 @@ SHAPES = {
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
 VOCABULARY, PAIRS, LENGTH = 128_256, 4, 1024
-GPU, MFU, NETWORK = GPUS["h100-80gb"], 0.4, 50.0
+GPU, NETWORK = GPUS["h100-80gb"], 50.0
 ROOM = GPU.memory * USABLE
 RANKS = (1, 8, 16, 64, 256)
 
@@ -42,17 +42,21 @@ def traced(size: str, lora: bool, folder: Path) -> Step:
     policy = PolicyConfig(str(path), gradient_checkpointing=True, lora=Lora() if lora else None)
     batch = batch_of("tree", PAIRS, LENGTH // 2, LENGTH // 2)
     optimizer = partial(torch.optim.AdamW, lr=1e-6, fused=True)
-    return trace(policy, torch.bfloat16, batch, optimizer, autocast=torch.bfloat16).weighing(2)
+    # an adapter's base is kept in bfloat16 on a GPU
+    kept = torch.bfloat16 if lora else torch.float32
+    machine = GPU.machine
+    return trace(policy, torch.bfloat16, batch, optimizer, kept=kept, autocast=torch.bfloat16, machine=machine)
 
 
-def spreads(ranks: int) -> dict[str, Spread]:
-    """Strategies over so many devices, eight to a node."""
+def spreads(ranks: int, lora: bool) -> dict[str, Spread]:
+    """Strategies over so many devices, eight to a node. Gathered weights are bfloat16, as an adapter's base is kept."""
+    gather = 1.0 if lora else 0.5
     per_node = min(ranks, 8)
-    found = {"ddp": Spread("ddp", ranks, per_node, 1), "fsdp2": Spread("fsdp2", ranks, per_node, ranks, gather=0.5)}
+    found = {"ddp": Spread("ddp", ranks, per_node, 1), "fsdp2": Spread("fsdp2", ranks, per_node, ranks, gather=gather)}
     if ranks == 1:
         return {"single": Spread("single", 1, 1, 1)}
     if ranks > 8:
-        found["hsdp"] = Spread("fsdp2", ranks, per_node, 8, gather=0.5)
+        found["hsdp"] = Spread("fsdp2", ranks, per_node, 8, gather=gather)
     return found
 
 
@@ -60,7 +64,7 @@ def planned(step: Step, spread: Spread, reference: ReferenceKind) -> tuple[Memor
     """What a rank holds, and how long a step takes."""
     return (
         memory(step, spread, reference, "cuda"),
-        duration(step, spread, reference, 1, GPU, MFU, NETWORK),
+        duration(step, spread, reference, 1, GPU, MFU[False], NETWORK),
     )
 
 
@@ -90,7 +94,7 @@ def tables(steps: dict[tuple[str, bool], Step]) -> None:
                   "| total GB | fits | communication, s | computation, s | pairs/s |")  # fmt: skip
             print("|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|")
             for ranks in RANKS:
-                for name, spread in spreads(ranks).items():
+                for name, spread in spreads(ranks, lora).items():
                     held, time = planned(step, spread, reference)
                     parts = (
                         held.weights, held.gradients, held.optimizer, held.reference, held.gathered, held.activations
@@ -117,11 +121,11 @@ def picture(steps: dict[tuple[str, bool], Step], path: Path) -> None:
         step, reference = steps[size, lora], references(lora)[-1]
         top, bottom = axes[:, column]
         for name, colour in colours.items():
-            points = [(n, *planned(step, spreads(n)[name], reference)) for n in RANKS if name in spreads(n)]
+            points = [(n, *planned(step, spreads(n, lora)[name], reference)) for n in RANKS if name in spreads(n, lora)]
             top.plot([n for n, *_ in points], [m.total / 1e9 for _, m, _ in points], "o-", color=colour, label=name)
             pace = [(n, PAIRS / t.step) for n, m, t in points if m.total <= ROOM * 1e9]
             bottom.plot(*zip(*pace, strict=True) if pace else ([], []), "o-", color=colour, label=name)
-        alone = planned(step, spreads(1)["single"], reference)[0].total / 1e9
+        alone = planned(step, spreads(1, lora)["single"], reference)[0].total / 1e9
         top.plot([1], [alone], "s", color="#555555", label="one GPU")
         top.axhline(ROOM, color="black", lw=1, ls="--")
         top.text(250, ROOM * 1.06, "what an 80 GB GPU has", ha="right", fontsize=8)

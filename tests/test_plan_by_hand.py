@@ -29,10 +29,10 @@ VOCABULARY, KEYS = 128_256, 1024
 ADAMW = partial(torch.optim.AdamW, lr=1e-6, fused=True)
 
 
-def save_config(folder: Path, size: str, layers: int) -> Path:
+def save_config(folder: Path, size: str, layers: int, vocabulary: int = VOCABULARY) -> Path:
     """Llama 3.1's published shape, with so many layers; no weights."""
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary,
         "hidden_size": WIDTH[size], "intermediate_size": INNER[size], "num_hidden_layers": layers,
         "num_attention_heads": WIDTH[size] // 128, "num_key_value_heads": 8, "max_position_embeddings": 131072,
         "tie_word_embeddings": False,
@@ -47,7 +47,7 @@ def planned(folder: Path, ranks: int, *, passes: int = 1, reference: Reference |
         PlannedRun(
             PolicyConfig(str(folder), gradient_checkpointing=True, **policy), reference or Stored(), ADAMW,
             "bf16-mixed", Spread("fsdp2", ranks, 8, ranks, gather=0.5), "cuda", 75e9, "tree", 4, None, passes, 1024,
-            0.5,
+            0.5, GPUS["h100-80gb"].machine,
         )
     )  # fmt: skip
 
@@ -167,7 +167,7 @@ def test_70b_on_64_gpus_sends_what_paper_says() -> None:
 
 @pytest.mark.parametrize("budget", [None, 3000])
 def test_the_longest_pair_fits_when_it_is_planned_again(budget: int | None, tmp_path: Path) -> None:
-    run = planned(save_config(tmp_path, "8B", 1), 8, reference=NoReference()).run
+    run = planned(save_config(tmp_path, "8B", 1, vocabulary=2000), 8, reference=NoReference()).run
     run = replace(run, token_budget=budget, room=run.room, length=256)
     room = Planner(run).memory.total * 1.25
     planner = Planner(replace(run, room=room))
@@ -175,6 +175,6 @@ def test_the_longest_pair_fits_when_it_is_planned_again(budget: int | None, tmp_
     assert longest > 256
     assert Planner(replace(run, room=room, length=longest)).memory.total <= room
     if budget is None:
-        assert Planner(replace(run, room=room, length=int(longest * 1.05))).memory.total > room
+        assert Planner(replace(run, room=room, length=int(longest * 1.1))).memory.total > room
     else:
         assert run.pair_tokens(longest) <= budget

@@ -458,7 +458,7 @@ def _appending(args: list[str]) -> list[str]:
     return [
         "--track+" if arg == "--track" and after[:1] not in ("[", "") else
         arg.replace("--track=", "--track+=", 1) if arg.startswith("--track=") and arg[8:9] != "[" else arg
-        for arg, after in zip(args, [*args[1:], ""], strict=True)
+        for arg, after in zip(args, [*args, ""][1:], strict=True)
     ]  # fmt: skip
 
 

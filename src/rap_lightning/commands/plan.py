@@ -13,6 +13,7 @@ from rap_lightning.cli.help_format import PlainParser
 from rap_lightning.cli.parser_internals import flags_of
 from rap_lightning.cli.trainer_cli import PreferenceCLI, parse_only
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.attention_choice import FLASH_CAPABILITY, Machine
 from rap_lightning.module import PreferenceModule
 from rap_lightning.planning.estimate import MFU, USABLE, Device
 from rap_lightning.planning.gpus import GPU, GPUS, find_gpu
@@ -100,7 +101,7 @@ def _gpu(own: argparse.Namespace) -> GPU | None:
         return None
     if own.memory is None:
         raise ConfigError("--teraflops needs --memory too.")
-    return GPU(own.memory, own.teraflops, 32.0, "as given")
+    return GPU(own.memory, own.teraflops, 32.0, "as given", FLASH_CAPABILITY)
 
 
 def _planned_run(cli: PreferenceCLI, gpu: GPU | None, own: argparse.Namespace) -> PlannedRun:
@@ -119,6 +120,7 @@ def _planned_run(cli: PreferenceCLI, gpu: GPU | None, own: argparse.Namespace) -
         spread_of(trainer.get("strategy"), ranks, per_node, precision), device, _room(device, per_node, gpu, own),
         data.layout, data.batch_size, data.token_budget, int(trainer.get("accumulate_grad_batches") or 1),
         own.length or data.max_length, own.prompt_share,
+        None if device == "cpu" else gpu.machine if gpu is not None else Machine.cuda(FLASH_CAPABILITY),
     )  # fmt: skip
 
 
@@ -155,6 +157,8 @@ def _print_tables(
           f"({step.trainable / step.parameters:.2%})")  # fmt: skip
     print(f"{spread.kind} over {shape}; reference {run.reference_kind}; layout {run.layout}; {run.precision}; "
           f"{run.length:,} tokens each, {planner.pairs} in a forward pass, {planner.passes} passes a step")  # fmt: skip
+    if step.attention:
+        print(f"attention: {'; '.join(step.attention)}")
     if guessed:
         print("devices: auto depends on the machine; planned for 1. Set their number with --devices")
     print("\npeak memory of a rank, GB")

@@ -14,6 +14,7 @@ from rap_lightning.batches.layouts import LAYOUTS
 from rap_lightning.batches.sampler import PairSize
 from rap_lightning.distributed.sharded_load import blank_model
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.attention_choice import Machine
 from rap_lightning.models.policy_config import CHECKPOINTING_FROM, DTYPES, Lora, PolicyConfig
 from rap_lightning.models.references.adapters_off import AdaptersOff
 from rap_lightning.models.references.base import Reference
@@ -22,7 +23,7 @@ from rap_lightning.planning.estimate import LIVE, Device, Memory, ReferenceKind,
 from rap_lightning.planning.gpus import GPU
 from rap_lightning.planning.trace import Step, batch_of, trace
 
-TRIES, CLOSE, SHORTEST = 7, 0.02, 4
+TRIES, CLOSE, SHORTEST = 6, 0.03, 4
 """Lengths that are traced for the longest pair; how near to one that doesn't fit is near enough; tokens."""
 
 
@@ -39,6 +40,7 @@ class PlannedRun:
         accumulate: batches in an optimizer step.
         length: tokens of prompt and response.
         prompt_share: the prompt's share of the length.
+        machine: what the device offers to attention; None on a CPU.
     """
 
     policy: PolicyConfig
@@ -54,6 +56,7 @@ class PlannedRun:
     accumulate: int
     length: int
     prompt_share: float
+    machine: Machine | None = None
 
     @property
     def reference_kind(self) -> ReferenceKind:
@@ -116,7 +119,7 @@ class Planner:
         return trace(
             replace(run.policy, **changes), dtype, batch_of(run.layout, pairs or self.pairs, *run.sizes(length)),
             run.optimizer, kept=self.kept, autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
-            reference=run.reference_kind in LIVE, foreach=run.device == "cuda",
+            reference=run.reference_kind in LIVE, foreach=run.device == "cuda", machine=run.machine,
         )  # fmt: skip
 
     def _memory(
@@ -197,7 +200,7 @@ class Planner:
             "strategy": spread.kind, "ranks": spread.ranks, "shard": spread.shard, "layout": run.layout,
             "reference": run.reference_kind, "precision": run.precision, "length": run.length,
             "bytes_per_rank": {**asdict(self.memory), "total": self.memory.total}, "room": run.room,
-            "fits": self.fits, "pass_tokens": step.tokens, "passes": self.passes,
+            "fits": self.fits, "attention": list(step.attention), "pass_tokens": step.tokens, "passes": self.passes,
             "pairs_per_step": run.batch_size * run.accumulate * spread.ranks, "tokens_per_step": tokens,
             "flops_per_step": step.flops * self.passes * spread.ranks, "longest_pair": self.longest_pair,
         }  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -26,7 +27,9 @@ from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
 from rap_lightning.distributed.sharded_load import blank_model
 from rap_lightning.errors import ConfigError
-from rap_lightning.models import logps
+from rap_lightning.models import attention, blockwise_attention, logps, masked_attention
+from rap_lightning.models.attention_choice import Choice, Demand, Machine, choose
+from rap_lightning.models.masked_attention import AttentionCall
 from rap_lightning.models.policy import Policy, evaluating
 from rap_lightning.models.policy_config import PolicyConfig
 
@@ -51,6 +54,7 @@ class Step:
         reference_flops: of a forward pass alone; 0 where the reference needs none.
         vocabulary: rows of the head.
         context: the longest sequence that the model takes; None where its config does not say.
+        attention: the ways in which attention over sequences in one row is computed; empty where each has its own row.
     """
 
     parameters: int
@@ -68,6 +72,7 @@ class Step:
     reference_flops: int
     vocabulary: int
     context: int | None = None
+    attention: tuple[str, ...] = ()
 
     def peak(self, gradients: float = 1.0) -> int:
         """Activations and gradients at the worst moment, with gradients counted at this share of their size."""
@@ -175,7 +180,7 @@ def batch_of(layout: str, pairs: int, prompt: int, response: int) -> Batch:
 def trace(
     config: PolicyConfig, dtype: torch.dtype, batch: Batch, optimizer: Callable[[Any], Any],
     *, kept: torch.dtype | None = None, autocast: torch.dtype | None = None, reference: bool = True,
-    foreach: bool = False,
+    foreach: bool = False, machine: Machine | None = None,
 ) -> Step:  # fmt: skip
     """Run one step on fake tensors.
 
@@ -189,6 +194,7 @@ def trace(
         autocast: dtype of mixed precision.
         reference: whether a reference's forward pass runs between the policy's passes.
         foreach: whether optimizers with ``foreach=None`` update all weights at once, as they do on a GPU.
+        machine: what attention would run on; by default a CPU.
     """
     with fake_policy(config, dtype) as (policy, mode):
         moved = batch.map(mode.from_tensor)
@@ -206,8 +212,9 @@ def trace(
         )
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(alive.became_gradient)
-        reference_flops = 0
-        with alive, _head_in_one_block(), _no_packed_mask():
+        reference_flops, ways = 0, set[Choice]()
+        attention_there = _attention_on(machine or Machine("cpu"), ways)
+        with alive, _head_in_one_block(), _no_packed_mask(), attention_there:
             # as Lightning enters it: casted weights are not cached for the rest of the pass
             with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
                 loss = policy(moved).sum()
@@ -234,7 +241,40 @@ def trace(
             tokens=int(batch.input_ids.numel()), response_tokens=len(batch.target),
             flops=alive.flops - reference_flops, reference_flops=reference_flops,
             vocabulary=int(text.vocab_size), context=getattr(text, "max_position_embeddings", None),
+            attention=tuple(sorted(map(str, ways))),
         )  # fmt: skip
+
+
+@contextmanager
+def _attention_on(machine: Machine, ways: set[Choice]) -> Iterator[None]:
+    """Choose the ways to compute attention over a forest as on ``machine``, and note them.
+
+    Flash attention and FlexAttention are traced as the way on CPUs, which keeps the same: queries, keys, values,
+    outputs and log-sum-exps. A soft cap and a window change none of it. FlexAttention's block masks, of 8 bytes for
+    each pair of blocks of 128 tokens, are left out. With a mask, CUDA keeps the scores, and CPUs don't.
+    """
+
+    def choose_for(demand: Demand, *_: Any) -> Choice:
+        choice = choose(demand, machine)
+        ways.add(choice)
+        return choice
+
+    def fused(call: AttentionCall) -> Tensor:
+        same = call.query.shape[-1] == call.value.shape[-1]
+        return blockwise_attention.attend(call) if same else masked_attention.attend(call)
+
+    def with_scores(call: AttentionCall) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return masked_attention.attend(call)
+
+    before = attention.PATHS, attention._working
+    paths = {"blockwise": blockwise_attention.attend, "varlen": fused, "flex": fused}
+    attention.PATHS = paths | {"mask": masked_attention.attend if machine.device_type == "cpu" else with_scores}
+    attention._working = choose_for  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        attention.PATHS, attention._working = before
 
 
 @contextmanager
