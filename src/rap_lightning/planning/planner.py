@@ -24,7 +24,7 @@ from rap_lightning.planning.gpus import GPU
 from rap_lightning.planning.trace import Step, batch_of, trace
 
 TRIES, CLOSE, SHORTEST = 6, 0.03, 4
-"""Lengths that are traced for the longest pair; how near to one that doesn't fit is near enough; tokens."""
+"""Lengths that are traced for the longest pair; how near to the limit is near enough; tokens."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ class Planner:
             guess = min(max(guess, fits + 1), over - 1)
             if guess < SHORTEST or guess in known or over - fits <= CLOSE * fits:
                 break
+            if len(known) > 2 and fits < guess < (1 + CLOSE) * fits:
+                break
             known[guess] = self._total_at(guess)
             fits, over = (guess, over) if known[guess] <= room else (fits, guess)
             guess = self._guess(known)
@@ -184,8 +186,8 @@ class Planner:
         """Where the line through the two traced lengths nearest to the room reaches it."""
         room = self.run.room
         (near, at_near), *others = sorted(known.items(), key=lambda item: abs(item[1] - room))
-        if not others:  # only the activations grow with the length
-            return int(near * (1 + (room - at_near) / max(self.memory.activations, 1.0)))
+        if not others:  # at most the activations grow with the length
+            return int(near * (1 + (room - at_near) / max(self.step.peak(0), 1)))
         slope = (at_near - others[0][1]) / (near - others[0][0])
         if slope <= 0:  # another moment is the worst
             return self._limit if at_near <= room else near // 2
