@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rap_lightning.models.logps import CHUNK_BYTES, KEPT_BYTES
+from rap_lightning.models.logps import ACCELERATOR_CHUNK_BYTES, KEPT_BYTES
 from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.models.references.adapters_off import AdaptersOff
 from rap_lightning.models.references.base import NoReference, Reference
@@ -63,15 +63,17 @@ def by_hand(size: str, layers: int, ranks: int, passes: int) -> float:
     # what one layer keeps for its backward pass, bytes of a token: two norms (a float32 input, a bf16 output); q, k, v;
     # attention's output, twice; gate, up, silu(gate) and their product; and the gradients of three of them
     recomputed = 2 * (4 + 2) * d + 2 * (d + 2 * KEYS) + 2 * 2 * d + 2 * 4 * f + 2 * 3 * f
-    logits = min(4 * responses * VOCABULARY, KEPT_BYTES + CHUNK_BYTES)
+    logits = min(4 * responses * VOCABULARY, KEPT_BYTES + ACCELERATOR_CHUNK_BYTES)
     backward = (
         2 * root + 3 * 2 * layer  # bf16: root, this layer, the next one, and the buffer that it arrives in
         + 2 * root + (2 + 4) * layer  # gradients: of the root, of a layer, and its float32 copy to reduce
-        + 2 * layers * tokens * d + recomputed * tokens + logits
+        + 2 * layers * tokens * d + recomputed * tokens
     )  # fmt: skip
+    # the head's gradient is summed in float32, and nothing else of the backward pass is there yet
+    head = 2 * root + 3 * 2 * layer + 2 * layers * tokens * d + logits + (4 + 2) * root / 2
     end = gradients + 2 * root + (2 + 4) * root
     process = PROCESS["cuda"] + 2 * (1 + 3) * NCCL_CONNECTION  # two communicators: a ring and a tree each
-    return states + max(backward + (gradients if passes > 1 else 0), end) + process
+    return states + max(max(backward, head) + (gradients if passes > 1 else 0), end) + process
 
 
 def check_by_hand(folder: Path, size: str, layers: int, ranks: int) -> None:
@@ -96,12 +98,12 @@ def test_casted_weights_are_not_cached_for_the_rest_of_a_pass(tmp_path: Path) ->
     """Lightning's bf16-mixed; with float32 weights, each further layer would keep 0.44 GB of them."""
     steps = [
         trace(
-            PolicyConfig(str(save_config(tmp_path, "8B", layers)), gradient_checkpointing=True), torch.float32,
+            PolicyConfig(str(save_config(tmp_path, "8B", layers, 2000)), gradient_checkpointing=True), torch.float32,
             batch_of("tree", 1, 128, 128), ADAMW, autocast=torch.bfloat16, reference=False,
         )
-        for layers in (1, 3)
+        for layers in (1, 6)
     ]  # fmt: skip
-    assert steps[1].peak(0) - steps[0].peak(0) < 2 * 0.1e9
+    assert steps[1].peak(0) - steps[0].peak(0) < 0.5e9
 
 
 def test_an_adapter_on_a_gpu_has_a_bfloat16_base(tmp_path: Path) -> None:

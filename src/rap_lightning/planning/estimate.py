@@ -98,7 +98,7 @@ def memory(
         passes: in an optimizer step; from the second on, gradients exist before the pass.
         reference_weights: bytes of a Frozen reference that is another model.
     """
-    from rap_lightning.models.logps import CHUNK_BYTES, KEPT_BYTES
+    from rap_lightning.models.logps import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES, KEPT_BYTES
 
     sharded = spread.kind == "fsdp2"
     n = spread.shard if sharded else 1
@@ -123,7 +123,7 @@ def memory(
     most, gathered = max(moments, key=sum)
     activations = max(0.0, most - gradients)
     all_logits = step.response_tokens * step.vocabulary * 4
-    logits = min(all_logits, KEPT_BYTES) + min(all_logits, CHUNK_BYTES)
+    logits = min(all_logits, KEPT_BYTES) + min(all_logits, CHUNK_BYTES if device == "cpu" else ACCELERATOR_CHUNK_BYTES)
     weights = step.weights / n
     if spread.kind == "zero2":  # weights are kept as gathered, and each rank's shard in float32 too
         weights = step.weights * spread.gather
@@ -208,5 +208,6 @@ def duration(
         gathers = passes * (2 * moved + (moved if live else 0))
         seconds = (gathers + passes * step.gradients) * ring(spread.shard) / near
         replicas = spread.ranks // spread.shard
-        seconds += 2 * passes * step.gradients / spread.shard * ring(replicas) / far if replicas > 1 else 0
+        # replicas are reduced once a step, after the last pass
+        seconds += 2 * step.gradients / spread.shard * ring(replicas) / far if replicas > 1 else 0
     return Time(operations / (gpu.teraflops * 1e12 * mfu), seconds)

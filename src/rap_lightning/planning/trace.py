@@ -194,7 +194,7 @@ def trace(
         autocast: dtype of mixed precision.
         reference: whether a reference's forward pass runs between the policy's passes.
         foreach: whether optimizers with ``foreach=None`` update all weights at once, as they do on a GPU.
-        machine: what attention would run on; by default a CPU.
+        machine: what attention and the head would run on; by default a CPU.
     """
     with fake_policy(config, dtype) as (policy, mode):
         moved = batch.map(mode.from_tensor)
@@ -214,7 +214,7 @@ def trace(
             parameter.register_post_accumulate_grad_hook(alive.became_gradient)
         reference_flops, ways = 0, set[Choice]()
         attention_there = _attention_on(machine or Machine("cpu"), ways)
-        with alive, _head_in_one_block(), _no_packed_mask(), attention_there:
+        with alive, _head_of(machine), _no_packed_mask(), attention_there:
             # as Lightning enters it: casted weights are not cached for the rest of the pass
             with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
                 loss = policy(moved).sum()
@@ -278,14 +278,19 @@ def _attention_on(machine: Machine, ways: set[Choice]) -> Iterator[None]:
 
 
 @contextmanager
-def _head_in_one_block() -> Iterator[None]:
-    """Compute the head's logits in one block: blocks sized for a CPU's cache would be thousands of views to trace."""
-    before = logps.ROWS_IN_CACHE
+def _head_of(machine: Machine | None) -> Iterator[None]:
+    """Compute the head's logits in the machine's chunks.
+
+    A chunk is one block: those sized for a CPU's cache would be thousands of views to trace.
+    """
+    before = logps.ROWS_IN_CACHE, logps.CHUNK_BYTES
     logps.ROWS_IN_CACHE = 1 << 30
+    if machine is not None:
+        logps.CHUNK_BYTES = logps.ACCELERATOR_CHUNK_BYTES
     try:
         yield
     finally:
-        logps.ROWS_IN_CACHE = before
+        logps.ROWS_IN_CACHE, logps.CHUNK_BYTES = before
 
 
 @contextmanager
