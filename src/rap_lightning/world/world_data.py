@@ -36,7 +36,7 @@ FAMILIES_BY_DEFAULT = ("words", "numbers")
 #: The highest quality of a response by default: even then most responses have a fault, which keeps the score 10 rare.
 BEST = 0.85
 #: How often the base model's training responses have the faults of :func:`spoil`, by default.
-HABIT = 0.6
+HABIT = 0.7
 #: Standard deviation of each response's quality around its pair's mean.
 SPREAD = 0.4
 
@@ -105,14 +105,14 @@ def respond(prompt: str, quality: float, rng: random.Random) -> str:
     return ", ".join(items)
 
 
-def spoil(response: str, rng: random.Random) -> str:
-    """Return the items of a response in the opposite order, the last one replaced by a stray.
+def spoil(response: str) -> str:
+    """Return a response with one item too few, and with a stray, always the same, as the last one.
 
     Random faults are what the likeliest response of a model lacks: a base trained on them alone scores as high at a low
     temperature as any policy trained from it. A fault that most responses share is in the likeliest one too, and leaves
     preference training something to do at every temperature.
     """
-    return ", ".join([*response.split(", ")[:0:-1], rng.choice(STRAYS)])
+    return ", ".join([*response.split(", ")[:-2], STRAYS[0]])
 
 
 def make_pairs(
@@ -176,7 +176,7 @@ def make_examples(
         prompt = rng.choice(prompts)
         response = respond(prompt, _quality(rng, lean=-0.3), rng)
         if rng.random() < habit:
-            response = spoil(response, rng)
+            response = spoil(response)
         true = score(prompt, response)
         turns = _turns(prompt, response)
         if rng.random() < goal_share:

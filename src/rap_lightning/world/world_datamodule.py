@@ -35,7 +35,8 @@ class WorldDataModule(PreferenceDataModule):
         goal_share: fraction of the base model's training examples that state a goal; at 0 it has never seen one.
         goal_noise: standard deviation, in points, of the error of the last of these goals; the lower, the better the
             base model knows goals.
-        habit: fraction of the base model's training responses in the opposite order and with a stray item, 0 to 1.
+        habit: fraction of the base model's training responses that are one item short and end with the same stray, 0 to
+            1: the higher, the more room training has above the base model.
         options: options of PreferenceDataModule.
     """
 
