@@ -1,6 +1,6 @@
 """One training run with the package's own classes, and its figures.
 
-Everything is asked through the goal template, as ``predict`` asks. Of an arm that was trained without goals, the adapter
+Everything is asked through the goal template, as ``predict`` asks. Of an arm trained without goals, the adapter
 itself can be scaled (decoding-time realignment): the control that an arm by strength has to beat.
 """
 

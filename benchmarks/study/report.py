@@ -1,0 +1,263 @@
+"""Tables and pictures of the study. Tables replace what is between ``<!-- NAME -->`` and ``<!-- end of NAME -->``."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.arms import ARMS, LONG
+from benchmarks.study.schedule import Lines, Plan
+from benchmarks.study.settings import BEYOND, GOALS, TEMPERATURES, Size
+from benchmarks.study.statistics import Difference, area, difference
+
+Line = dict[str, Any]
+
+
+class Results:
+    """Lines of a study by stage and arm, each arm at the setting and temperature chosen in tuning."""
+
+    def __init__(self, lines: Lines, size: Size) -> None:
+        self.lines, self.size, self.plan = lines, size, Plan(size, lines)
+
+    def of(self, stage: str, arm: str) -> dict[int, Line]:
+        """By seed."""
+        found = [line for line in self.lines.values() if (line["stage"], line["arm"]) == (stage, arm)]
+        return {line["seed"]: line for line in sorted(found, key=lambda line: line["seed"])}
+
+    def temperature(self, arm: str) -> str:
+        """The one chosen in tuning."""
+        chosen = self.plan.chosen(arm)
+        assert chosen is not None
+        return f"{chosen[1]:g}"
+
+    def arms(self, stage: str = "main") -> list[str]:
+        """Those that have been run and have a chosen setting."""
+        return [arm for arm in ARMS if self.of(stage, arm) and self.plan.chosen(arm) is not None]
+
+    def scores(self, stage: str, arm: str, temperature: str | None = None) -> dict[int, list[float]]:
+        """Mean scores by seed and prompt at the best goal."""
+        at = temperature or self.temperature(arm)
+        return {seed: line["best"][at] for seed, line in self.of(stage, arm).items()}
+
+    def minus(self, stage: str, arm: str, other: str, temperature: str | None = None) -> Difference | None:
+        """An arm minus another; None where no seed has both."""
+        ones, others = self.scores(stage, arm, temperature), self.scores(stage, other, temperature)
+        pairs = [(ones[seed], others[seed]) for seed in ones if seed in others]
+        return difference(pairs) if pairs else None
+
+    def better_strength(self) -> str | None:
+        """``strength`` or ``strength+best``, whichever tuning prefers."""
+        arms = [arm for arm in ("strength", "strength+best") if arm in self.arms()]
+        return max(arms, key=self._tuned, default=None)
+
+    def _tuned(self, arm: str) -> float:
+        chosen = self.plan.chosen(arm)
+        assert chosen is not None
+        lines = [self.lines[job.key] for job in self.plan.trials(arm) if job.trial == chosen[0]]
+        return statistics.fmean(statistics.fmean(line["best"][f"{chosen[1]:g}"]) for line in lines)
+
+    def frontiers(self, seed: int) -> dict[str, list[tuple[float, float]]]:
+        """(KL, score) points of a seed; plain DPO's own are its runs, ``dpo scaled`` are those of its adapter."""
+        base = self.lines.get(f"base base 0 {seed}")
+        if base is None:
+            return {}
+        start = (0.0, base["base"]["None"]["1"])
+        found = {}
+        for arm in self.arms():
+            line = self.of("main", arm).get(seed)
+            if line is not None:
+                name = arm if arm != "dpo" else "dpo scaled"
+                found[name] = [start, *((one["kl"], one["score"]) for one in line["frontier"])]
+        runs = [self.of(stage, "dpo").get(seed) for stage in ("main", "long", "beta")]
+        found["dpo"] = [start, *((r["frontier"][0]["kl"], r["frontier"][0]["score"]) for r in runs if r is not None)]
+        return found
+
+    def areas(self, names: Sequence[str]) -> dict[str, dict[int, float]]:
+        """Mean score under each frontier by seed, up to the largest KL that all the named ones reach."""
+        found: dict[str, dict[int, float]] = {name: {} for name in names}
+        for seed in self.size.seeds:
+            points = self.frontiers(seed)
+            if not all(name in points for name in names):
+                continue
+            until = min(max(kl for kl, _ in points[name]) for name in names)
+            for name in names:
+                found[name][seed] = area(points[name], until)
+        return found
+
+
+def write(folder: Path, lines: Lines, size: Size) -> None:
+    """Write README.md's tables, which are left out where nothing has been run yet, and the pictures."""
+    results = Results(lines, size)
+    page = folder / "README.md"
+    text = page.read_text() if page.is_file() else "\n".join(f"<!-- {n} -->\n<!-- end of {n} -->\n" for n in TABLES)
+    for name in TABLES:
+        table = TABLES[name](results)
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+        text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)  # type: ignore[misc]
+    page.write_text(text)
+    _pictures(folder, results)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)]), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _mean(values: Iterable[float], digits: int = 2) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.{digits}f}" if known else ""
+
+
+def _shown(found: Difference | None, bound: float | None = None) -> list[str]:
+    if found is None:
+        return [""] * (3 if bound is None else 4)
+    t = "" if found.t_low is None else f"[{found.t_low:+.2f}, {found.t_high:+.2f}]"
+    cells = [f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]", t, f"{found.ahead}/{found.seeds}"]
+    return cells if bound is None else [*cells, found.above(bound)]
+
+
+def _claims(results: Results) -> str:
+    ours = results.better_strength()
+    if ours is None or "dpo" not in results.arms():
+        return "(nothing yet)"
+    title = ARMS[ours].title
+    rows = [
+        [f"H1: {title}, minus plain DPO; above -0.2", *_shown(results.minus("main", ours, "dpo"), -0.2)],
+        [
+            "H2: the same after four times the steps; above 0 (target +0.5)",
+            *_shown(results.minus("long", ours, "dpo"), 0),
+        ],
+    ]
+    for other, words in (("dpo", "plain DPO"), ("dpo scaled", "plain DPO, scaled")):
+        areas = results.areas([ours, "dpo", "dpo scaled"])
+        pairs = [([areas[ours][s]], [areas[other][s]]) for s in areas[ours]]
+        rows.append([f"H3: area under the frontier minus that of {words}; above 0",
+                     *_shown(difference(pairs) if pairs else None, 0)])  # fmt: skip
+    lines = results.of("main", ours).values()
+    peaks = [max(GOALS, key=lambda g, line=line: line["curve"][f"{g:g}"]) for line in lines]  # type: ignore[misc]
+    spearman, missed = [line["spearman"] for line in lines], [line["missed"] for line in lines]
+    fits = min(spearman) >= 0.95 and all(p == GOALS[-1] for p in peaks) and statistics.fmean(missed) <= 1.5
+    rows.append([f"H4: Spearman {_mean(spearman)} (lowest {min(spearman):.2f}), peak at {_list(peaks)}, "
+                 f"mean of score - goal {_mean(missed)}", "", "", "", "holds" if fits else "fails"])  # fmt: skip
+    return _table(["claim", "points [bootstrap 95%]", "[t 95%]", "seeds ahead", "verdict"], rows)
+
+
+def _list(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(set(values)))
+
+
+def _arms(results: Results) -> str:
+    rows = []
+    for arm in results.arms():
+        chosen, lines = results.plan.chosen(arm), results.of("main", arm)
+        assert chosen is not None
+        trial = ARMS[arm].trials[chosen[0]]
+        setting = f"lr {trial.lr:g}" + (f", β {trial.beta:g}" if trial.beta else "")
+        minus = results.minus("main", arm, "dpo") if arm != "dpo" and "dpo" in results.arms() else None
+        curve = [_mean((line["curve"].get(f"{g:g}") for line in lines.values()), 1) for g in (*GOALS, *BEYOND)]
+        rows.append([
+            ARMS[arm].title, setting, results.temperature(arm),
+            _mean(map(statistics.fmean, results.scores("main", arm).values())), *_shown(minus)[:2],
+            " ".join(c for c in curve if c),
+            *(_mean(line.get(name) for line in lines.values()) for name in ("spearman", "missed", "good_rejected")),
+        ])  # fmt: skip
+    goals = " / ".join(f"{g:g}" for g in (*GOALS, *BEYOND))
+    head = ["arm", "setting", "T", "score at the best goal", "minus plain DPO [bootstrap 95%]", "[t 95%]",
+            f"T = 1 at goals {goals}", "Spearman", "mean abs(score - goal)", "good rejected, nats"]  # fmt: skip
+    return _table(head, rows)
+
+
+def _temperatures(results: Results) -> str:
+    def row(name: str, value: Callable[[str], str]) -> list[str]:
+        return [name, *(value(f"{t:g}") for t in TEMPERATURES)]
+
+    rows = []
+    for stage, words in (("main", ""), ("long", ", four times the steps"), ("beta", ", a fifth of β")):
+        for arm in results.arms(stage):
+            rows.append(row(ARMS[arm].title + words, lambda t, a=arm, s=stage: _mean(  # type: ignore[misc]
+                map(statistics.fmean, results.scores(s, a, t).values()))))  # fmt: skip
+    return _table(["at the best goal", *(f"T = {t:g}" for t in TEMPERATURES)], rows)
+
+
+def _long(results: Results) -> str:
+    rows = []
+    for stage, words in (("long", "four times the steps"), ("beta", "a fifth of β")):
+        for arm in [arm for arm in LONG if arm in results.arms(stage) and arm != "dpo"]:
+            for temperature in TEMPERATURES:
+                found = results.minus(stage, arm, "dpo", f"{temperature:g}")
+                rows.append([f"{ARMS[arm].title}, {words}, T = {temperature:g}", *_shown(found)])
+    return _table(["minus plain DPO", "points [bootstrap 95%]", "[t 95%]", "seeds ahead"], rows)
+
+
+def _frontier(results: Results) -> str:
+    names = [name for name in ("dpo", "dpo scaled", *[arm for arm in results.arms() if arm != "dpo"])
+             if all(name in results.frontiers(seed) for seed in _seeds(results))]  # fmt: skip
+    shown = [name for name in names if name in ("dpo", "dpo scaled", *LONG)]
+    areas = results.areas(shown)
+    rows = []
+    for name in shown:
+        title = (
+            "plain DPO, its runs"
+            if name == "dpo"
+            else "plain DPO, scaled"
+            if name == "dpo scaled"
+            else ARMS[name].title
+        )
+        pairs = [([areas[name][s]], [areas["dpo scaled"][s]]) for s in areas[name]]
+        rows.append([title, _mean(areas[name].values()), *_shown(difference(pairs) if pairs else None)])
+    return _table(["frontier", "mean score under it", "minus plain DPO, scaled", "[t 95%]", "seeds ahead"], rows)
+
+
+def _seeds(results: Results) -> list[int]:
+    return [seed for seed in results.size.seeds if seed in results.of("main", "dpo")]
+
+
+def _base(results: Results) -> str:
+    lines = [line for seed, line in results.of("base", "base").items() if seed in results.size.seeds]
+    rows = []
+    for goal in ("None", *(str(g) for g in GOALS)):
+        name = "no goal" if goal == "None" else f"goal {float(goal):g}"
+        rows.append([name, *(_mean(line["base"][goal][f"{t:g}"] for line in lines) for t in TEMPERATURES)])
+    return _table(["the base", *(f"T = {t:g}" for t in TEMPERATURES)], rows)
+
+
+def _pictures(folder: Path, results: Results) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for arm in results.arms():
+        lines = results.of("main", arm).values()
+        goals = [goal for goal in (*GOALS, *BEYOND) if all(f"{goal:g}" in line["curve"] for line in lines)]
+        means = [statistics.fmean(line["curve"][f"{goal:g}"] for line in lines) for goal in goals]
+        style = "-" if arm in LONG else ":"
+        axes[0].plot(
+            goals, means, style, marker="o", markersize=3, label=ARMS[arm].title + (", scaled" if arm == "dpo" else "")
+        )
+    axes[0].plot(GOALS, GOALS, color="grey", linewidth=0.8)
+    axes[0].set(xlabel="goal", ylabel="mean score, T = 1", title="Asked for a goal")
+    axes[0].legend(fontsize=6)
+    for name in ("dpo", "dpo scaled", *[arm for arm in LONG if arm != "dpo"]):
+        by_rank = [sorted(points[name]) for seed in _seeds(results) if name in (points := results.frontiers(seed))]
+        if not by_rank:
+            continue
+        shortest = min(map(len, by_rank))
+        xs = [statistics.fmean(points[i][0] for points in by_rank) for i in range(shortest)]
+        ys = [statistics.fmean(points[i][1] for points in by_rank) for i in range(shortest)]
+        title = {"dpo": "plain DPO, its runs", "dpo scaled": "plain DPO, scaled"}.get(name) or ARMS[name].title
+        axes[1].plot(xs, ys, marker="o", markersize=3, label=title)
+    axes[1].set(xlabel="KL from the base, nats a response", ylabel="mean score, T = 1", title="Reward and distance")
+    axes[1].legend(fontsize=6)
+    figure.savefig(folder / "goals.png", dpi=130)
+    plt.close(figure)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "claims": _claims, "arms": _arms, "temperatures": _temperatures, "long": _long, "frontier": _frontier,
+    "base": _base,
+}  # fmt: skip
