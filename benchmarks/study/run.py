@@ -182,7 +182,7 @@ def measured(lab: Laboratory, asker: Asker, size: Size, seed: int, *, tune: bool
         curve = {g: _mean(lab, asker.samples(lab, asker.scaled(s), half, 1.0, seed)) for g, s in strengths.items()}
     found["curve"] = {f"{goal:g}": round(value, 3) for goal, value in curve.items()}
     means = [curve[goal] for goal in GOALS]
-    found["spearman"] = round(float(curve_spearman(np.asarray([GOALS]), np.asarray([means]))[0]), 4)
+    found["spearman"] = round(float(curve_spearman(np.asarray(GOALS), np.asarray([means]))[0]), 4)
     found["missed"] = round(statistics.fmean(abs(curve[goal] - goal) for goal in GOALS), 3)
     found["frontier"] = [_point(lab, asker, asker.scaled(scale), half, seed, scale) for scale in (1.0, *SCALES)]
     good = [(row["prompt"], row["rejected"][-1]["content"]) for row in lab.pairs if row["score_rejected"] >= GOOD][
