@@ -83,8 +83,9 @@ class Results:
             if not all(name in points for name in names):
                 continue
             until = min(max(kl for kl, _ in points[name]) for name in names)
-            for name in names:
-                found[name][seed] = area(points[name], until)
+            if until > 0:  # else a policy didn't move
+                for name in names:
+                    found[name][seed] = area(points[name], until)
         return found
 
 
