@@ -1,4 +1,4 @@
-"""The arms: what each is trained on, how it is asked, and the settings that are tried, four for each arm."""
+"""The arms: what each is trained on, how it is asked, and the settings that are tried, six for each arm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rap_lightning.losses import DPO, ODPO, SFT, PreferenceLoss, SoftLabelDPO
 from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal
 
-RATES, BETAS = (1e-3, 3e-3), (0.1, 0.5)
+RATES, BETAS, BETWEEN = (1e-3, 3e-3), (0.1, 0.5), 0.25
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Trial:
     beta: float
 
 
-MARGINS = tuple(itertools.starmap(Trial, itertools.product(RATES, BETAS)))
+MARGINS = (*itertools.starmap(Trial, itertools.product(RATES, BETAS)), *(Trial(rate, BETWEEN) for rate in RATES))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ ARMS: dict[str, Arm] = {
     "both": Arm("text and strength", _both),
     "both+best": Arm("text and strength, best-goal half", _both, data=BEST),
     "sft": Arm("score-conditioned SFT", OverallGoal, lambda beta: SFT(),
-               trials=tuple(Trial(lr, 0.0) for lr in (3e-4, 1e-3, 3e-3, 6e-3))),
+               trials=tuple(Trial(lr, 0.0) for lr in (3e-4, 1e-3, 3e-3, 6e-3, 2e-3, 1e-2))),
     "odpo": Arm("ODPO", OverallGoal, ODPO, PLAIN, conditioned=False),
     "soft": Arm("soft labels", OverallGoal, lambda beta: SoftLabelDPO(beta, temperature=2.0), PLAIN, conditioned=False),
 }  # fmt: skip

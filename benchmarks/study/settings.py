@@ -40,7 +40,7 @@ class Size:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     samples: int = 8
     probed: int = 100
-    trials: int = 4
+    trials: int = 6
     arms: tuple[str, ...] | None = None
     long_arms: tuple[str, ...] | None = None
 
