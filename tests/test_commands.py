@@ -119,12 +119,12 @@ def test_relabel_goes_on_with_the_shards_that_are_missing(
     calls = 0
     real = written.ShardedFolder.write
 
-    def interrupted(self: Any, name: str, batches: Any) -> None:
+    def interrupted(self: Any, name: str, *what: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        real(self, name, batches)
+        real(self, name, *what)
 
     monkeypatch.setattr(written.ShardedFolder, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -132,7 +132,7 @@ def test_relabel_goes_on_with_the_shards_that_are_missing(
     assert not (tmp_path / "out").exists(), "all or nothing"
     assert len(list((tmp_path / ".out.partial").glob("*.parquet"))) == 2
     again: list[str] = []
-    monkeypatch.setattr(written.ShardedFolder, "write", lambda s, n, b: (again.append(n), real(s, n, b))[0])
+    monkeypatch.setattr(written.ShardedFolder, "write", lambda s, n, *w: (again.append(n), real(s, n, *w))[0])
     relabel(str(rows_file), str(tmp_path / "out"))
     assert "train-00000.parquet" not in again
     assert "train-00001.parquet" not in again

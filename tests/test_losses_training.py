@@ -334,9 +334,9 @@ def test_a_pair_without_rewards_never_trains_a_loss_that_needs_them(
     tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
     module, data = build(tiny, pairs_folder, loss=Mixture([SFT(), MarginDPO()]))
-    step = module.training_step
-    module.training_step = lambda parts, batch_idx: step(
-        tuple(replace(part, rewards=part.rewards * torch.nan) for part in parts), batch_idx
+    seen = module.before_transfer
+    module.before_transfer = lambda parts: seen(
+        tuple(replace(part, rewards=part.rewards * torch.nan) for part in parts)
     )
     with pytest.raises(DataError, match="Mixture needs the judge's rewards"):
         make_trainer(tmp_path, max_steps=1).fit(module, data)
