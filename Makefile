@@ -26,16 +26,18 @@ $(VENV)/.ready: pyproject.toml
 # The run that was begun last, of an arm's folder.
 newest = $$(ls -td runs/$(1)/version_* | head -1)
 evaluate = $(BIN)/rap-lightning evaluate --model $(1) --source runs/world --judge Function \
-	--judge.function rap_lightning.world.rule.score
+	--judge.function rap_lightning.world.rule.score --temperature 0.7
 
-demo: setup ## train plain and reward-augmented DPO on the embedded world, measure how the goal steers, write a report (3 minutes)
+demo: setup ## train plain DPO and goals as text and as strength on the embedded world, measure how they steer, write a report (3 minutes)
 	$(BIN)/rap-lightning fit -c configs/quickstart.yaml -c configs/plain-dpo.yaml --trainer.default_root_dir runs/plain-dpo
-	$(BIN)/rap-lightning fit -c configs/quickstart.yaml --trainer.callbacks.beside runs/plain-dpo --trainer.default_root_dir runs/reward-augmented
-	@$(call evaluate,runs/world/base) --goal_from $(call newest,reward-augmented)/hf --output runs/base
+	$(BIN)/rap-lightning fit -c configs/quickstart.yaml -c configs/paper.yaml --trainer.default_root_dir runs/goal-as-text
+	$(BIN)/rap-lightning fit -c configs/quickstart.yaml --trainer.callbacks.beside runs/plain-dpo --trainer.default_root_dir runs/goal-as-strength
+	@$(call evaluate,runs/world/base) --goal_from $(call newest,goal-as-text)/hf --output runs/base
 	@$(call evaluate,$(call newest,plain-dpo)/hf)
-	@$(call evaluate,$(call newest,reward-augmented)/hf)
-	@$(BIN)/rap-lightning report reward-augmented=$(call newest,reward-augmented) plain-dpo=$(call newest,plain-dpo) \
-		base=runs/base --output runs/report --overwrite
+	@$(call evaluate,$(call newest,goal-as-text)/hf)
+	@$(call evaluate,$(call newest,goal-as-strength)/hf)
+	@$(BIN)/rap-lightning report goal-as-strength=$(call newest,goal-as-strength) goal-as-text=$(call newest,goal-as-text) \
+		plain-dpo=$(call newest,plain-dpo) base=runs/base --output runs/report --overwrite
 
 check: setup ## ruff and mypy
 	$(BIN)/ruff check .

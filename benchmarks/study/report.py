@@ -23,8 +23,10 @@ class Results:
         self.lines, self.size, self.plan = lines, size, Plan(size, lines)
 
     def of(self, stage: str, arm: str) -> dict[int, Line]:
-        """By seed."""
-        found = [line for line in self.lines.values() if (line["stage"], line["arm"]) == (stage, arm)]
+        """By seed; of an arm, at its chosen setting."""
+        chosen = self.plan.chosen(arm) if stage != "base" else (0, 0.0)
+        wanted = stage, arm, None if chosen is None else chosen[0]
+        found = [line for line in self.lines.values() if (line["stage"], line["arm"], line["trial"]) == wanted]
         return {line["seed"]: line for line in sorted(found, key=lambda line: line["seed"])}
 
     def temperature(self, arm: str) -> str:
