@@ -251,14 +251,14 @@ def test_the_quickstart_runs_and_prints_the_steering_table(
     """The shipped config with a smaller world: every part of the real one, in seconds."""
     monkeypatch.chdir(tmp_path)
     small = ["--data.base_steps", "30", "--data.train_pairs", "80", "--data.test_pairs", "20"]
-    quick = ["--trainer.max_epochs", "1", "--model.generation.max_new_tokens", "8"]
+    quick = ["--trainer.max_steps", "4", "--model.generation.max_new_tokens", "8"]
     arguments = ["fit", "--config", str(ROOT / "configs/quickstart.yaml"), *small, *quick]
     monkeypatch.setattr(sys, "argv", ["rap-lightning", *arguments])
     cli.main()
     printed = capfd.readouterr().out
     for text in ("Mean score at each goal", "before", "after", "8.5", "Prompt for the samples:"):
         assert text in printed
-    assert (tmp_path / "runs/version_0/hf/model.safetensors").is_file()
+    assert (tmp_path / "runs/version_0/hf/adapter_model.safetensors").is_file()
     record = json.loads((tmp_path / "runs/version_0/steering.json").read_text())
     assert [record["goals"][0], record["goals"][-1], len(record["rows"])] == [1, 10, 7]
     for row in record["rows"]:
@@ -271,7 +271,7 @@ def test_the_quickstart_runs_and_prints_the_steering_table(
     cli.main()
     printed = capfd.readouterr().out
     ours = json.loads((tmp_path / "runs/dpo/version_0/steering.json").read_text())
-    assert [row["before"] for row in ours["rows"]] == [row["before"] for row in record["rows"]], "one base, one seed"
+    assert [row["prompt"] for row in ours["rows"]] == [row["prompt"] for row in record["rows"]], "one world, one seed"
     assert "a sample of version_0" in printed
     assert f"{record['rows'][3]['after']['mean']:.2f}" in printed
     monkeypatch.setattr(sys, "argv", ["rap-lightning", *run, "--trainer.callbacks.samples", "95"])
