@@ -41,7 +41,7 @@ LORA = {
 def run(command: list[str], a: argparse.Namespace) -> dict[str, Any]:
     """The JSON that a side prints last."""
     full = [*shlex.split(a.run_with), sys.executable, str(HERE / command[0]), *command[1:]]
-    done = subprocess.run(full, capture_output=True, text=True, timeout=3600, env=os.environ)
+    done = subprocess.run(full, capture_output=True, text=True, timeout=a.seconds, env=os.environ)
     if done.returncode:
         raise SystemExit(f"{shlex.join(full)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument(
         "--run-with", default="", help="a command to put before each measurement (taskset, nice, flock)"
     )
+    parser.add_argument("--seconds", type=float, default=3600, help="limit of a measurement")
     parser.add_argument("--out", default=str(HERE / "results" / "trl.md"))
     a = parser.parse_args()
     ours, peers = (LORA["ours"], LORA["peers"]) if a.lora_rank else (OURS, PEERS)

@@ -21,6 +21,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", required=True, help="what rows.py wrote")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--skip", type=int, default=0, help="rows to leave out at the beginning")
     parser.add_argument("--pairs-per-step", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
@@ -41,27 +42,47 @@ def read_rows(a: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Clock:
-    """Seconds and CPU seconds of each step."""
+    """Seconds and CPU seconds of each step; on a GPU, until it has done what was queued."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.wall: list[float] = []
         self.cpu: list[float] = []
 
     def start(self) -> None:
+        wait_for(self.device)
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
-        self.wall.append(round(time.perf_counter() - self._wall, 3))
+        wait_for(self.device)
+        self.wall.append(round(time.perf_counter() - self._wall, 4))
         self.cpu.append(round(time.process_time() - self._cpu, 3))
 
 
-def forget_peak() -> None:
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done what was queued."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def forget_peak(device: str = "cpu") -> None:
     """Begin the peak memory anew: what loading took is not of interest."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_gb() -> float:
-    """The most memory the process has had since, in GB."""
+def peak_gb(device: str = "cpu") -> float:
+    """The most memory that tensors on the GPU, or the process on a CPU, have taken since, in GB."""
+    if device == "cuda":
+        import torch
+
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
     lines = Path("/proc/self/status").read_text().splitlines()
     return round(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")) / 1e9, 2)

@@ -27,6 +27,7 @@ def main() -> None:
     from rap_lightning.models.policy_config import Lora, PolicyConfig
     from rap_lightning.models.references.frozen import Frozen
     from rap_lightning.training.schedules import ConstantWithWarmup
+    from rap_lightning.training.step_logger import LogObserver
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder = Path(tempfile.mkdtemp())
@@ -43,11 +44,11 @@ def main() -> None:
                 self.token_budget = max(tokens([size]) for size in self._pairs[self.train_split].sizes())
             return self._loader(self.train_split, shuffle=False)
 
-    clock, logs, counts = Clock(), [], []
+    clock, logs, counts = Clock(a.device), [], []
 
     class Steps(pl.Callback):
         def on_fit_start(self, *_: Any) -> None:
-            forget_peak()
+            forget_peak(a.device)
 
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             real = sum(len(part.forest.end) if part.forest else int(part.tokens) for part in batch)
@@ -58,16 +59,16 @@ def main() -> None:
         def on_train_batch_end(self, *_: Any) -> None:
             clock.stop()
 
-    class Logged(PreferenceModule):
-        def _log(self, values: dict[str, float], prefix: str, **_: Any) -> None:
-            logs.append([round(values[name], 5) for name in ("loss", "logps/chosen", "logps/rejected")])
+    class Logs(LogObserver):
+        def on_step_logged(self, trainer: Any, logged: Any) -> None:
+            logs.append([round(logged.values[name], 5) for name in ("loss", "logps/chosen", "logps/rejected")])
 
     policy = PolicyConfig(
         a.model, lora=Lora(r=a.lora_rank, alpha=2 * a.lora_rank) if a.lora_rank else None,
         gradient_checkpointing=a.gradient_checkpointing,
     )  # fmt: skip
     reference = Stored(folder=str(folder / "store")) if a.reference == "stored" else Frozen()
-    module = Logged(
+    module = PreferenceModule(
         policy, DPO(a.beta), reference, schedule=ConstantWithWarmup(),
         optimizer=lambda params: torch.optim.AdamW(params, lr=a.lr, weight_decay=0.0, fused=True),
     )  # fmt: skip
@@ -76,16 +77,16 @@ def main() -> None:
         token_budget=a.token_budget or None,
     )  # fmt: skip
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=a.steps, precision="bf16-mixed" if a.bf16 else "32-true", log_every_n_steps=1,
-        gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[Steps()], default_root_dir=folder,
+        accelerator=a.device, devices=1, max_steps=a.steps, precision="bf16-mixed" if a.bf16 else "32-true",
+        log_every_n_steps=1, gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[Steps(), Logs()], default_root_dir=folder,
     )  # fmt: skip
     start, cpu = time.perf_counter(), time.process_time()
     trainer.fit(module, data)
     whole = [round(time.perf_counter() - start, 2), round(time.process_time() - cpu, 2)]
     print(json.dumps({
-        "side": "ours", "wall": clock.wall, "cpu": clock.cpu, "whole": whole, "logs": logs, "peak_gb": peak_gb(),
-        "tokens_laid": [c[0] for c in counts], "tokens_real": [c[1] for c in counts],
+        "side": "ours", "wall": clock.wall, "cpu": clock.cpu, "whole": whole, "logs": logs,
+        "peak_gb": peak_gb(a.device), "tokens_laid": [c[0] for c in counts], "tokens_real": [c[1] for c in counts],
         "tokens_response": [c[2] for c in counts], "passes": [c[3] for c in counts],
     }))  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from importlib.util import find_spec
 
 from measure import Clock, forget_peak, options, peak_gb, read_rows
 
@@ -27,7 +28,9 @@ def main() -> None:
 
         trl.trainer.utils._use_triton = lambda device: True
     data = Dataset.from_list(read_rows(a))
-    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+    # the fastest attention that is installed
+    attention = "flash_attention_2" if a.device != "cpu" and find_spec("flash_attn") else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32, attn_implementation=attention)
     lora = None
     if a.lora_rank:
         from peft import LoraConfig
@@ -35,11 +38,12 @@ def main() -> None:
         lora = LoraConfig(r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules="all-linear")
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=a.pairs_per_step, max_steps=a.steps,
-        max_length=a.max_length, gradient_checkpointing=a.gradient_checkpointing, bf16=a.bf16, use_cpu=True,
-        precompute_ref_log_probs=a.precompute, learning_rate=a.lr, lr_scheduler_type="constant", beta=a.beta,
+        max_length=a.max_length, gradient_checkpointing=a.gradient_checkpointing, bf16=a.bf16,
+        use_cpu=a.device == "cpu", precompute_ref_log_probs=a.precompute,
+        learning_rate=a.lr, lr_scheduler_type="constant", beta=a.beta,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    clock, logs = Clock(), []
+    clock, logs = Clock(a.device), []
 
     class Steps(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -70,12 +74,12 @@ def main() -> None:
         return batch
 
     trainer.data_collator = counting
-    forget_peak()
+    forget_peak(a.device)
     trainer.train()
     whole = [round(time.perf_counter() - start, 2), round(time.process_time() - cpu, 2)]
     counts = counts[-a.steps :]
     print(json.dumps({
-        "side": "trl", "wall": clock.wall, "cpu": clock.cpu, "whole": whole, "logs": logs, "peak_gb": peak_gb(),
+        "side": "trl", "wall": clock.wall, "cpu": clock.cpu, "whole": whole, "logs": logs, "peak_gb": peak_gb(a.device),
         "tokens_laid": [c[0] for c in counts], "tokens_real": [c[1] for c in counts],
         "tokens_response": [c[2] for c in counts],
     }))  # fmt: skip

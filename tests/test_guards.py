@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,9 +14,12 @@ from conftest import build, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.callbacks import Checkpoints, Guard, SteeringTable, Watchdog
 from rap_lightning.errors import ConfigError, NotFinite, OutOfMemory
 from rap_lightning.losses import BCO, DPO, Hinge, Mixture
+from rap_lightning.models import attention
 from rap_lightning.models.generation import Generation
+from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references.frozen import Frozen
+from rap_lightning.models.references.precomputed import Stored
 from rap_lightning.training.schedules import ConstantWithWarmup
 from rap_lightning.training.step_logger import LoggedStep
 from test_fit import assert_same, logged, weights
@@ -224,6 +228,59 @@ def test_out_of_memory_says_which_batch_how_many_tokens_and_what_to_change(
         assert advice in text
     assert str(error) in text
     assert len(list((tmp_path / "saved").glob("*.ckpt"))) == (0 if place == "optimizer's update" else 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("load", r"while loading and checking policy and reference\. To use less memory: --model\.reference Stored"),
+        ("check of attention", r"while loading and checking policy and reference\. To use less memory: "),
+        ("reference", r"in the reference's forward pass before training: 2 pairs \([^)]+\) in one forward pass of \d+"),
+        ("sanity check", r"in the validation: 2 pairs \([^)]+\) in one forward pass of \d+"),
+    ],
+)  # fmt: skip
+def test_out_of_memory_before_the_first_step_is_explained_too(
+    place: str, expected: str, tiny: Path, pairs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    forward = Policy.forward
+
+    def fails_on_data(self: Policy, batch: Any, **options: Any) -> Any:
+        if batch is not None and batch.digests:  # batches of the checks at the start have none
+            raise error
+        return forward(self, batch, **options)
+
+    if place == "load":
+        monkeypatch.setattr(PolicyConfig, "load_model", fails)
+    elif place == "check of attention":
+        monkeypatch.setitem(attention.PATHS, "blockwise", fails)  # type: ignore[arg-type]
+    else:
+        monkeypatch.setattr(Policy, "forward", fails_on_data)
+    reference = Stored(folder=str(tmp_path / "store")) if place == "reference" else Frozen()
+    with pytest.raises(OutOfMemory) as stop:
+        fit(tmp_path / "run", tiny, pairs_folder, reference=reference, trainer={"num_sanity_val_steps": 1})
+    text = str(stop.value)
+    assert re.match(f"out of memory {expected}", text), text
+    assert str(error) in text
+    assert "gradient_checkpointing" not in text, "no backward pass was to come"
+    assert len(text.splitlines()) == 1
+
+
+def test_out_of_memory_while_generating_is_explained(
+    tiny: Path, pairs_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    module, _ = build(tiny, pairs_folder)
+    module.policy = Policy(torch.nn.Linear(1, 1))
+    monkeypatch.setattr("rap_lightning.module.generate", fails)
+    with pytest.raises(OutOfMemory, match=r"while generating responses to 2 prompts.*a smaller --data\.batch_size"):
+        module.predict_step(SimpleNamespace(records=[{}, {}]), 0)
 
 
 def test_advice_names_only_what_is_not_done_already(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:

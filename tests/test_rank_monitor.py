@@ -4,16 +4,17 @@ import json
 import os
 import re
 import signal
-import socket
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from cli_process import RankPair
+from cli_process import RankPair, free_port
 from conftest import ROOT, write_jsonl
 from rap_lightning.distributed.rank_monitor import RankMonitor, RankStore
 from rap_lightning.errors import DataError
@@ -162,21 +163,44 @@ def test_more_ranks_than_pairs_are_refused(streaming: str, start_process: Any, w
     assert error in run.ranks[0].said
 
 
+def two_stores(nodes: int) -> list[RankStore]:
+    """Of two ranks in this process, as on one node or two."""
+    port, stores = free_port(), []
+    for rank in range(2):
+        place = {"global_rank": rank, "local_rank": 0 if nodes == 2 else rank, "node_rank": rank if nodes == 2 else 0}
+        environment = SimpleNamespace(**{name: lambda value=value: value for name, value in place.items()})
+        environment.main_address, environment.main_port = "localhost", port
+        stores.append(RankStore(environment, 2, 20))
+    return stores
+
+
+@pytest.mark.parametrize("second", ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"])
+def test_ranks_with_different_gpus_are_named_once(second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["NVIDIA H100 80GB HBM3", second]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    monitors = [RankMonitor(end=lambda code: None) for _ in names]
+    with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(2) as pool:
+        warnings.simplefilter("always")
+        list(pool.map(RankMonitor.begin, monitors, two_stores(1)))
+    said = [str(one.message) for one in caught if "different devices" in str(one.message)]
+    if second == names[0]:
+        assert said == []
+        return
+    (text,) = said
+    assert re.match(
+        r"ranks have different devices \(NVIDIA H100 80GB HBM3: rank 0 \(.+\); NVIDIA A100-SXM4-80GB: rank 1 ", text
+    )
+    assert "as long as on the slowest" in text
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("same", [True, False])
 def test_ranks_that_fail_at_once_say_it_once_on_each_node_whichever_was_first(
     same: bool, nodes: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Rank 1 is first by a moment: shorter than the time in which rank zero's watch would hear of it."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    stores: list[RankStore] = []
-    for rank in range(2):
-        place = {"global_rank": rank, "local_rank": 0 if nodes == 2 else rank, "node_rank": rank if nodes == 2 else 0}
-        environment = SimpleNamespace(**{name: lambda value=value: value for name, value in place.items()})
-        environment.main_address, environment.main_port = "localhost", port
-        stores.append(RankStore(environment, 2, 20))
+    stores = two_stores(nodes)
     monitors = [RankMonitor(end=lambda code: None) for _ in stores]
     ended = {}
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ from rap_lightning.models.references.base import Reference
 from rap_lightning.models.token_strength import check_reach
 from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.training import build, checks, out_of_memory
-from rap_lightning.training.protocols import data_of
+from rap_lightning.training.protocols import PreferenceData, data_of
 from rap_lightning.training.run_state import RunState, ends_step, rescale_progress, step_size
 from rap_lightning.training.schedules import CosineWithWarmup, Schedule
 from rap_lightning.training.step_logger import Split, StepLogger
@@ -354,32 +354,50 @@ class PreferenceModule(pl.LightningModule):
         self.run_state.mark_step(self.device)
         self.step_logger.mark_step()
 
-    def _doing(self, what: str) -> Callable[[], str]:
-        """Describe the current work, for an out-of-memory error."""
+    def _doing(self, what: str, *, training: bool = True) -> Callable[[], str]:
+        """Describe the current work, for an out-of-memory error; what is not training belongs to no step."""
 
         def text() -> str:
+            if not self._batch:
+                return f"before the first {what}. {out_of_memory.loading_advice(self.policy_config, self.reference)}"
             parts = (self.policy_config, self.policy, self.loss, self.reference, data_of(self.trainer))
-            size, advice = out_of_memory.size_of(self._batch), out_of_memory.advice(*parts)
-            return f"in the {what} of step {self.global_step + 1}: {size}. {advice}"
+            size, advice = out_of_memory.size_of(self._batch), out_of_memory.advice(*parts, training=training)
+            return f"in the {what}{f' of step {self.global_step + 1}' if training else ''}: {size}. {advice}"
 
         return text
+
+    def _noted(self, batches: Iterable[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
+        """Yield batches, each known as the current one."""
+        for batch in batches:
+            self._batch = batch
+            yield batch
 
     # -- evaluation and generation --------------------------------------------------------------------------------
 
     def validation_step(self, batch: tuple[Batch, ...], batch_idx: int) -> None:
         """Add the batch to the epoch's means."""
-        for part in batch:
-            self.pair_step(part, "val")
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: tuple[Batch, ...], batch_idx: int) -> None:
         """Add the batch to the epoch's means."""
-        for part in batch:
-            self.pair_step(part, "test")
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: tuple[Batch, ...], split: Split) -> None:
+        self._batch = batch
+        with out_of_memory.explained(self._doing("validation" if split == "val" else "test", training=False)):
+            for part in batch:
+                self.pair_step(part, split)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return a response for each prompt, added to the prompt's record."""
         assert self.policy is not None, "configure_model comes first"
-        texts = generate(self.policy, self.tokenizer, batch, self.generation)
+        with out_of_memory.explained(
+            lambda: (
+                f"while generating responses to {len(batch.records)} prompts. To use less memory: a smaller "
+                "--data.batch_size; a smaller --model.generation.max_new_tokens"
+            )
+        ):
+            texts = generate(self.policy, self.tokenizer, batch, self.generation)
         return [{**record, "response": text} for record, text in zip(batch.records, texts, strict=True)]
 
     # -- before the first step ------------------------------------------------------------------------------------
@@ -403,6 +421,16 @@ class PreferenceModule(pl.LightningModule):
             checks.check_strength(data.goal, self.policy_config)
             checks.check_attention(self.policy_config, data.layout)
         checks.check_flash(self.policy_config, self.trainer.strategy.root_device, self.trainer.precision_plugin)
+        with out_of_memory.explained(self._loading):
+            self._load(data)
+
+    def _loading(self) -> str:
+        """Describe what comes before the first batch, for an out-of-memory error."""
+        advice = out_of_memory.loading_advice(self.policy_config, self.reference)
+        return f"while loading and checking policy and reference. {advice}"
+
+    def _load(self, data: PreferenceData | None) -> None:
+        """Load, check and shard policy and reference."""
         sharding = build.sharding_of(self.trainer, self.device_mesh)
         dtype, reference_dtype = build.weight_dtypes(self.policy_config, self.trainer, sharding)
         self.policy = build.build_policy(self.policy_config, self.trainer, sharding, dtype)
@@ -469,7 +497,8 @@ class PreferenceModule(pl.LightningModule):
 
     def _prepare_reference(self, *, training: bool) -> None:
         """Move the reference to the policy's device; give it all batches, where it reads them before the first step."""
-        self.reference.to(self.device)
+        with out_of_memory.explained(self._loading):
+            self.reference.to(self.device)
         if not self.reference.wants_batches:
             return
         assert self.policy is not None, "configure_model comes first"
@@ -477,9 +506,10 @@ class PreferenceModule(pl.LightningModule):
         loaders = [data.train_dataloader(), data.val_dataloader()] if training else [data.val_dataloader()]
         splits = [loader.whole() for loader in loaders if isinstance(loader, PairLoader)]
         fresh = self.run_state.steps_done == 0 and not self.updating  # a step that failed has changed weights too
-        with self.trainer.precision_plugin.train_step_context():
+        doing = self._doing("reference's forward pass before training", training=False)
+        with out_of_memory.explained(doing), self.trainer.precision_plugin.train_step_context():
             self.reference.prepare(
-                self.policy, itertools.chain(*splits), total=sum(map(len, splits)), fresh=fresh,
+                self.policy, self._noted(itertools.chain(*splits)), total=sum(map(len, splits)), fresh=fresh,
                 precision=str(self.trainer.precision),
             )  # fmt: skip
 

@@ -31,6 +31,12 @@ def package_versions() -> dict[str, str]:
     return {f"version of {name}": metadata.version(name) for name in PACKAGES}
 
 
+def device_name(local_rank: int) -> str:
+    """Return the product name of the GPU that a rank of this node computes on, or "no GPU"."""
+    count = torch.cuda.device_count()
+    return str(torch.cuda.get_device_name(local_rank % count)) if count else "no GPU"
+
+
 def model_files(path: str) -> dict[str, str]:
     """Digests of a local model's config and of its weight files' sizes; empty for a Hub id."""
     folder = Path(path)

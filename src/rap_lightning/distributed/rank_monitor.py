@@ -26,10 +26,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from rap_lightning.datamodule import PreferenceDataModule
-from rap_lightning.distributed.consistency import difference, package_versions
+from rap_lightning.distributed.consistency import device_name, difference, package_versions
 from rap_lightning.errors import ConfigError, UserError
 
 HEARTBEAT = 2.0
@@ -117,6 +118,24 @@ class RankStore:
                 error.on_all_ranks, error.saves = True, False
                 raise error
 
+    def report_devices(self, device: str) -> None:
+        """Warn on rank 0 where ranks have different GPUs: each step takes as long as on the slowest, in its memory.
+
+        They are no error: clusters have such nodes, and the run computes the same up to the kernels' rounding.
+
+        Args:
+            device: this rank's, by its product name.
+        """
+        ranks_by_device: dict[str, list[int]] = {}
+        for rank, name in enumerate(self._gather("device", device)):
+            ranks_by_device.setdefault(name, []).append(rank)
+        if self.rank == 0 and len(ranks_by_device) > 1:
+            found = "; ".join(f"{name}: {self.names(ranks)}" for name, ranks in ranks_by_device.items())
+            rank_zero_warn(
+                f"ranks have different devices ({found}). Each step takes as long as on the slowest one, batches must "
+                "fit the smallest, and attention may be computed by different kernels, which round differently."
+            )
+
     def names(self, ranks: Sequence[int]) -> str:
         """``rank 3 (node-b, 10.0.0.4)`` or ``ranks 1, 2``; of many, the first."""
         shown = ", ".join(f"{rank} ({host})" if (host := self._hosts[rank]) else str(rank) for rank in ranks[:8])
@@ -202,6 +221,7 @@ class RankMonitor(pl.Callback):
         for watch in (self._watch, self._watch_store):
             threading.Thread(target=watch, args=(store,), name="rank-monitor", daemon=True).start()
         store.require_same("config", self.facts | package_versions())
+        store.report_devices(device_name(store.local_rank))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compare the data: they have been read, and no model is loaded yet."""

@@ -65,19 +65,39 @@ def size_of(parts: Sequence[Batch]) -> str:
 
 
 def advice(
-    config: PolicyConfig, policy: Policy | None, loss: PreferenceLoss, reference: Reference, data: PreferenceData | None
-) -> str:
-    """List the options that would take less memory and are not set already."""
+    config: PolicyConfig, policy: Policy | None, loss: PreferenceLoss, reference: Reference,
+    data: PreferenceData | None, *, training: bool = True,
+) -> str:  # fmt: skip
+    """List the options that would take less memory and are not set already.
+
+    Args:
+        config, policy, loss, reference, data: of the run.
+        training: whether there was a backward pass to come; else only what forward passes take counts.
+    """
     options = []
     if data is not None and data.token_budget is None and not data.streaming and not loss.batch_level:
         options.append("--data.token_budget N, at least the longest pair (the same gradients in smaller passes)")
     elif data is not None and data.batch_size > 1:
         options.append("a smaller --data.batch_size with more --trainer.accumulate_grad_batches")
-    if policy is not None and (not policy.checkpoints or int(config.gradient_checkpointing or 1) > 1):
+    if training and policy is not None and (not policy.checkpoints or int(config.gradient_checkpointing or 1) > 1):
         options.append("--model.policy.gradient_checkpointing true")
     if isinstance(reference, Frozen):
         options.append("--model.reference Stored (no second model beside the policy)")
-    if not config.adapts:
+    if training and not config.adapts:
         options.append("--model.policy.lora.r 16 (optimizer state for an adapter only)")
     options.append("a smaller --data.max_length")
     return f"To use less memory: {'; '.join(options)}"
+
+
+def loading_advice(config: PolicyConfig, reference: Reference) -> str:
+    """List the options with which weights take less memory and that are not set already."""
+    options = []
+    if isinstance(reference, Frozen):
+        options.append("--model.reference Stored (no second model beside the policy)")
+    if config.quantize is None:
+        options.append("--model.policy.quantize nf4 with --model.policy.lora.r 16 (4-bit weights, bitsandbytes)")
+    options.append("--trainer.strategy fsdp2 on several devices")
+    return (
+        f"To use less memory: {'; '.join(options)}. Check that no other process uses the device; rap-lightning plan "
+        "says what a run takes"
+    )
