@@ -21,10 +21,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -88,8 +88,8 @@ def run_section(
         worker: the command of a worker.
         environment: variables of a worker, beside those of this process.
     """
-    section, begun = Section(), time.monotonic()
-    left = lambda: budget - (time.monotonic() - begun)  # noqa: E731
+    section, begun = Section(), monotonic()
+    left = lambda: budget - (monotonic() - begun)  # noqa: E731
     lines, log = work / f"{name}.jsonl", work / f"{name}.log"
     lines.unlink(missing_ok=True)
     restarts = 0
@@ -101,10 +101,14 @@ def run_section(
                 [*command, "--done", *section.cases], stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
                 env=os.environ | (environment or {}),
             )  # fmt: skip
-            current = _follow(process, section, lines, left, changed)
-        if process.returncode is None:
-            _stop(process)
-            current = section.read(lines)
+            try:
+                current = _follow(process, section, lines, left, changed)
+                in_time = process.returncode is not None
+            finally:  # also where the command is interrupted
+                if process.returncode is None:
+                    _stop(process)
+        if not in_time:
+            section.read(lines)
             section.note = f"stopped after {budget:.0f} s"
             break
         missing = [case for case in section.planned if case not in section.cases]
@@ -126,7 +130,7 @@ def run_section(
     section.cut = [case for case in section.planned if case not in section.cases]
     if section.cut and not section.note:
         section.note = "ended early"
-    section.seconds = round(time.monotonic() - begun, 1)
+    section.seconds = round(monotonic() - begun, 1)
     changed(section)
     return section
 
@@ -329,7 +333,7 @@ def trl_lines(section: Section) -> list[str]:
             continue
         sides.setdefault(name.rpartition(",")[0], []).append(case)
         median = statistics.median(case["seconds"])
-        losses = " ".join(f"{loss:.4f}" for loss in case["losses"])
+        losses = " ".join(f"{float(loss):.4f}" for loss in case["losses"])
         lines.append([
             name, f"{case['pairs_per_second']:.3g}", f"{median:.3f}", case["peak_gb"], f"{case['tokens_laid']:,}",
             losses,
@@ -438,7 +442,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_all(a: argparse.Namespace, work: Path, out: Path) -> dict[str, Section]:
     """Run the sections, each within its share of the time that is left, and write after every case."""
     found: dict[str, Section] = {}
-    end = time.monotonic() + 60 * a.minutes
+    end = monotonic() + 60 * a.minutes
     options = ["--device", "cpu" if a.toy else "cuda", "--work", str(work), *(["--toy"] if a.toy else [])]
     # TRL would train on all devices that it sees; what else there is, the environment says
     first = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
@@ -446,7 +450,7 @@ def run_all(a: argparse.Namespace, work: Path, out: Path) -> dict[str, Section]:
     for number, name in enumerate(names):
         # the first section has the time that importing takes, whatever its share
         share = max(SHARES[name] / sum(SHARES[later] for later in names[number:]), 0.2 if number == 0 else 0.0)
-        budget = (end - time.monotonic()) * share
+        budget = (end - monotonic()) * share
 
         def changed(section: Section, name: str = name) -> None:
             found[name] = section

@@ -103,7 +103,7 @@ def test_the_head_sums_in_float32_whatever_the_weights(device: torch.device) -> 
     # a bfloat16 logit of this size is rounded by up to 0.06
     assert float((found - exact).abs().max()) <= (1e-3 if device.type == "cuda" else 0.2)
     for a, b in zip(grads, expected, strict=True):
-        assert float((a - b).abs().max()) <= 0.02 * float(b.abs().max())
+        assert float((a - b).abs().max()) <= 0.05 * float(b.abs().max())
 
 
 @pytest.mark.skipif(not find_spec("flash_attn"), reason="flash-attn isn't installed")

@@ -247,22 +247,21 @@ def test_out_of_memory_before_the_first_step_is_explained_too(
     def fails(*_: Any, **__: Any) -> Any:
         raise error
 
-    forward = Policy.forward
-
-    def fails_on_data(self: Policy, batch: Any, **options: Any) -> Any:
-        if batch is not None and batch.digests:  # batches of the checks at the start have none
-            raise error
-        return forward(self, batch, **options)
+    class AfterLoading(pl.Callback):
+        def on_fit_start(self, trainer: Any, module: Any) -> None:
+            if place in ("reference", "sanity check"):
+                monkeypatch.setattr(Policy, "forward", fails)
 
     if place == "load":
         monkeypatch.setattr(PolicyConfig, "load_model", fails)
     elif place == "check of attention":
         monkeypatch.setitem(attention.PATHS, "blockwise", fails)  # type: ignore[arg-type]
-    else:
-        monkeypatch.setattr(Policy, "forward", fails_on_data)
     reference = Stored(folder=str(tmp_path / "store")) if place == "reference" else Frozen()
     with pytest.raises(OutOfMemory) as stop:
-        fit(tmp_path / "run", tiny, pairs_folder, reference=reference, trainer={"num_sanity_val_steps": 1})
+        fit(
+            tmp_path / "run", tiny, pairs_folder, AfterLoading(), reference=reference,
+            trainer={"num_sanity_val_steps": 1},
+        )  # fmt: skip
     text = str(stop.value)
     assert re.match(f"out of memory {expected}", text), text
     assert str(error) in text
