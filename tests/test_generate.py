@@ -1,13 +1,14 @@
 """generate: the prompts of training, responses that don't depend on what happened to the process, every engine."""
 
 import json
+import math
 import shutil
 import sys
 import types
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from transformers import AutoTokenizer
 from conftest import called, make_model, make_tokenizer, scored_rows, write_jsonl
 from faulty_endpoint import Server, echo, half, hang_up, raw, slow, status, unless
 from rap_lightning.batches.encode import Encoder
+from rap_lightning.models.generation import Generation
+from rap_lightning.models.guidance import PlausibilityFloor
 from rap_lightning.onpolicy import chat_client
 from rap_lightning.onpolicy import requested_goals as goals
 from rap_lightning.onpolicy.engines import Transformers
@@ -274,9 +277,10 @@ def test_a_batch_script_of_slurm_is_one_process(monkeypatch: pytest.MonkeyPatch)
 class FakeSamplingParams:
     def __init__(
         self, *, n: int, temperature: float, top_p: float, max_tokens: int, seed: int, stop_token_ids: list[int],
-        skip_special_tokens: bool,
+        skip_special_tokens: bool, min_p: float = 0.0,
     ) -> None:  # fmt: skip
         assert n == 1
+        FakeLLM.floors.add(min_p)
         assert skip_special_tokens
         vars(self).update(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, ends=stop_token_ids)
 
@@ -285,6 +289,7 @@ class FakeLLM:
     """vllm.LLM by its documented signatures."""
 
     made: dict[str, Any]
+    floors: ClassVar[set[float]] = set()
 
     def __init__(
         self, model: str, *, tokenizer: str | None = None, revision: str | None = None, dtype: str = "auto",
@@ -323,6 +328,21 @@ def test_vllm_is_driven_as_its_documentation_says(
     end = make_tokenizer("chatml").eos_token_id
     assert all(row["response"].split()[1:] == [str(row["seed"]), f"[{end}]"] for row in rows)
     assert {row["finish"] for row in rows} == {"length"}
+    assert FakeLLM.floors == {0.0}
+    more = [tmp_path / "floor.jsonl" if one == tmp_path / "v.jsonl" else one for one in args]
+    assert called(*more, "--plausibility", 0.25, "--temperature", 0.5) == 0
+    assert FakeLLM.floors == {0.0, 0.0625}, "vLLM applies it after the temperature, and we before"
+    assert called(*args, "--guidance", 1.0) == 2
+
+
+def test_min_p_after_the_temperature_keeps_the_tokens_of_the_floor_before_it() -> None:
+    logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    kept = PlausibilityFloor(0.2)(torch.zeros(50, 1), logits) > -math.inf
+    assert 1 < kept.sum(1).double().mean() < 100
+    for temperature in (0.3, 1.0, 1.7):
+        probs = torch.softmax(logits / temperature, dim=-1)
+        floor = Generation(temperature=temperature, plausibility=0.2).min_p
+        assert torch.equal(probs >= floor * probs.amax(-1, keepdim=True), kept)
 
 
 # -- endpoints ---------------------------------------------------------------------------------------------------------

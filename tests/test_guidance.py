@@ -342,7 +342,8 @@ def test_generate_refuses_in_words(
 
 
 def test_engines_that_cannot_guide_say_why() -> None:
-    assert Transformers().no_guidance() == ""
+    assert Transformers().no_guidance() == Transformers().no_floor() == ""
+    assert "without our logits processors" in Transformers(continuous=True).no_floor()
     assert "one sequence" in VLLM().no_guidance()
     assert "second prompt" in Endpoint("http://localhost:1/v1").no_guidance()
 

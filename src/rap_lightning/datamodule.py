@@ -129,6 +129,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         self.sources, self.goal, self.rules, self.relabelling = read.sources, read.goal, read.rules, read.relabelling
         self.rewards, self.num_proc, self.seed = read.rewards, read.num_proc, read.seed
         self.rejected_weight, self.best_goal_weight = rejected_weight, best_goal_weight
+        self.weight_column = read.rules.weight_column
         self.origin_weights = self.relabelling.weights(rejected_weight, best_goal_weight)
         self.train_split, self.val_split = train_split, val_split
         self.streaming, self.shuffle_buffer = streaming, 10_000 if shuffle_buffer is None else shuffle_buffer
@@ -246,16 +247,20 @@ class PreferenceDataModule(pl.LightningDataModule):
             rank_zero_info(f"goal fitted on the training split: {self.goal.fitted()}")
 
     def _rules(self, split: str) -> Rules:
-        """The rules for a split, with the judge's rewards of its responses where a judge gives them."""
+        """The rules for a split, with the judge's rewards of its responses where a judge gives them.
+
+        Weights of pairs are those of the training split: validation means are not weighted.
+        """
+        rules = self.rules if split == self.train_split else replace(self.rules, weight_column=None)
         if self.rewards is None:
-            return self.rules
+            return rules
         if split not in self._tables:
             first = self.trainer is None or self.trainer.local_rank == 0  # it prepares the data for the others
             self._tables[split], lines = judge_rewards(
                 self.rewards, self._having(split), split, self.rules, num_proc=self.num_proc, asks=first
             )
             rank_zero_info("\n".join(lines))
-        return replace(self.rules, rewards=self._tables[split])
+        return replace(rules, rewards=self._tables[split])
 
     def _encode(self, split: str) -> tuple[EncodedPairs, list[DataReport]]:
         """The encoded pairs of all sources that have the split, each as often as its weight says."""
@@ -350,11 +355,11 @@ class PreferenceDataModule(pl.LightningDataModule):
         packing = None
         if policy is None or not policy.compares_pairs:
             packing = Packing(pairs.sizes(), LAYOUTS[self.layout].tokens, self.token_budget or sys.maxsize)
-        shape = self._step_shape()
+        shape, loss_weights = self._step_shape(), pairs.loss_weights(self.origin_weights)
         sampler = StepSampler(
             len(pairs), shape.batch_size, accumulate=shape.accumulate if shuffle else 1,
             num_replicas=shape.num_replicas, rank=shape.rank, shuffle=shuffle, seed=self.seed, packing=packing,
-            weigh=None if set(self.origin_weights) == {1.0} else lambda n: self.origin_weights[pairs.index[n][1]],
+            weigh=None if loss_weights is None else loss_weights.__getitem__,
         )  # fmt: skip
         return self._pair_loader(pairs, sampler, resumes=shuffle)
 

@@ -18,7 +18,7 @@ class DataIdentity:
     Attributes:
         pairs: scored pairs of the training split; of a stream, those of its beginning.
         ids: digest of their ids, which are digests of their texts, in order.
-        scores: digest of their rewards and goals, in order.
+        scores: digest of their rewards, goals and weights, in order.
         streamed: they are read during training.
         tokens: digest of their token ids: goals, tools, chat template and lengths decide these too.
     """
@@ -35,6 +35,8 @@ class DataIdentity:
         scores = ["rewards", "goals"]
         if len(pairs.table) and any(one is not None for one in pairs.table[0]["strengths"]):
             scores.append("strengths")
+        if any(one != 1.0 for one in pairs.table.select_columns(["weight"])[:]["weight"]):
+            scores.append("weight")
         return cls(
             len(pairs.table),
             pairs.digest("pair_id"),
@@ -47,7 +49,7 @@ class DataIdentity:
     def of_stream(cls, first: Sequence[Pair], rows: Sequence[EncodedRow]) -> DataIdentity:
         """The identity of a stream, by its first pairs: the others are not known before they are trained on."""
         tokens = [(row.get("prompt_ids"), row.get("response_ids")) for row in rows]
-        scores = [(pair.rewards, pair.attributes) for pair in first]
+        scores = [(pair.rewards, pair.attributes, *([pair.weight] if pair.weight != 1 else [])) for pair in first]
         return cls(len(first), _digest([pair.id for pair in first]), _digest(scores), True, _digest(tokens))
 
     def as_dict(self) -> dict[str, Any]:
@@ -65,7 +67,7 @@ class DataIdentity:
         if before.ids != self.ids:
             return f"its {self.pairs:,} scored pairs had other texts or another order"
         if before.scores != self.scores:
-            return f"its {self.pairs:,} scored pairs have the same texts, and had other rewards or goals"
+            return f"its {self.pairs:,} scored pairs have the same texts, and had other rewards, goals or weights"
         return f"its {self.pairs:,} scored pairs were encoded otherwise (tools, chat template or its switches, lengths)"
 
 

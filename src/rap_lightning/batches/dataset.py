@@ -33,7 +33,7 @@ from rap_lightning.preferences.relabelling import (
 )
 from rap_lightning.preferences.source_mix import copies
 
-FORMAT = 7
+FORMAT = 8
 """Part of the cache key: raise it when the columns of an encoded row change. (``Encoder.key`` covers its own code.)"""
 SAME = "both responses have the same tokens"
 ROWS = 250
@@ -58,6 +58,7 @@ class Example:
     rejected_ids: Sequence[int]
     goal_reward: float = math.nan
     strength: float | None = None
+    weight: float = 1.0
 
     @property
     def size(self) -> PairSize:
@@ -90,6 +91,7 @@ class PairEncoder:
                     "dropped": None,
                     "tie": pair.tie,
                     "rewards": list(pair.rewards),
+                    "weight": pair.weight,
                     "origins": [ORIGINS.index(one.origin) for one in made],
                     "goals": [one.goal for one in made],
                     "goal_rewards": [one.goal_reward for one in made],
@@ -146,6 +148,7 @@ def features() -> Any:
     ids = List(List(Value("int32")))
     return Features(
         pair_id=Value("string"), place=Value("string"), tie=Value("bool"), rewards=List(Value("float64")),
+        weight=Value("float64"),
         origins=List(Value("int8")), goals=List(Value("string")), goal_rewards=List(Value("float64")),
         strengths=List(Value("float64")), prompt_ids=ids, response_ids=ids,
         dropped=Value("string"), column=Value("string"),
@@ -192,6 +195,7 @@ def example_of(row: EncodedRow, origin: int) -> Example:
         rejected_ids=row["response_ids"][1 - half],
         goal_reward=row["goal_rewards"][place],
         strength=row["strengths"][place],
+        weight=row["weight"],
     )
 
 
@@ -220,6 +224,15 @@ class EncodedPairs(Dataset[Any]):
                 stream.write_table(block)
             found.update(sink.getvalue())
         return found.hexdigest()[:12]
+
+    def loss_weights(self, origin_weights: Sequence[float]) -> list[float] | None:
+        """Weight of each training pair's loss: that of its origin times that of its pair; None where all are 1."""
+        own = _column(self.table, "weight")
+        if set(origin_weights) == {1.0} and all(one == 1.0 for one in own):
+            return None
+        return [
+            own[row] * origin_weights[origin] for row, origin in zip(self.index.rows, self.index.origins, strict=True)
+        ]
 
     def example(self, index: int) -> Example:
         row, origin = self.index[index]

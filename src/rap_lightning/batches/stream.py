@@ -116,8 +116,8 @@ class StreamedPairs(IterableDataset[Any]):
         # Other ranks can't know that a pair was dropped here, so the step's mean is over the pairs that were planned.
         return BatchPlan(
             places, (weight,) * len(examples), len(step), (places,),
-            tuple(weight * self.origin_weights[e.origin] for e in examples),
-            math.fsum(self.origin_weights[origin] for _, origin in step),
+            tuple(weight * e.weight * self.origin_weights[e.origin] for e in examples),
+            math.fsum(pair.weight * self.origin_weights[origin] for pair, origin in step),
         ), examples  # fmt: skip
 
     def _fillers(self) -> Iterator[Example]:

@@ -113,7 +113,7 @@ class Batch(_Movable):
         fillers: how many pairs have weight 0; known on the host, so that a step need not ask the device.
         step_pairs: pairs of weight 1 in the whole optimizer step, over all ranks and accumulated batches.
         loss_weights: [B] float32, weight of a pair's loss in the mean over the step: ``weights``, unless the data
-            module weighs pairs by origin. Logged means do not use them.
+            module weighs pairs by origin or the data by a column. Logged means do not use them.
         step_weight: the sum of ``loss_weights`` over the whole optimizer step.
         digests: of the token ids of each of the 2B responses with its prompt; the keys of stored log-probabilities.
         pair_ids: the pairs' ids, for messages.

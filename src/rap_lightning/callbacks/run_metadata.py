@@ -14,6 +14,7 @@ from rap_lightning import provenance
 from rap_lightning.callbacks.trackers import tracked
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.module import PreferenceModule
+from rap_lightning.preferences.data_report import KINDS
 from rap_lightning.preferences.template_options import defaults_of
 
 
@@ -31,6 +32,7 @@ def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]
             "best_goal": data.relabelling.best_goal,
             "rejected_weight": data.rejected_weight,
             "best_goal_weight": data.best_goal_weight,
+            "weight_column": data.weight_column,
             "splits": [_report_counts(report.as_dict()) for parts in data.reports.values() for report in parts],
         }
         facts.setdefault("hyperparameters", {}).update(
@@ -54,7 +56,7 @@ def seed() -> int | None:
 
 def _report_counts(report: dict[str, Any]) -> dict[str, Any]:
     """Return the counts, without the places, which name the user's files."""
-    kinds = {k: {reason: t["count"] for reason, t in v.items()} for k, v in report.items() if isinstance(v, dict)}
+    kinds = {k: {reason: t["count"] for reason, t in report[k].items()} for k in KINDS}
     counts = {k: v for k, v in report.items() if isinstance(v, int)}
     return {"split": report["split"], "source": name(report["source"])["name"], **counts, **kinds}
 

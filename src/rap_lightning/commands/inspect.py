@@ -237,6 +237,7 @@ def _print(inspected: _Inspected, max_length: int) -> None:
     for name in ("", "min", "p25", "p50", "p75", "p95", "max"):
         table.add_column(name, justify="right" if name else "left")
     rows = {"gap between rewards": figures["gap"]} if figures["gap"] else {}
+    rows |= {"weight": figures["weights"]} if "weights" in figures else {}
     rows |= {
         f"tokens: {name}": counts for name, counts in figures.get("tokens", {}).items() if isinstance(counts, dict)
     }

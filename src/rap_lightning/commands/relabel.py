@@ -21,7 +21,7 @@ from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.read_pairs import read_pairs
 from rap_lightning.preferences.reading_options import ReadingOptions
-from rap_lightning.preferences.relabel_export import BATCH, SHARD, ShardedFolder, has_tools, relabelled_batch
+from rap_lightning.preferences.relabel_export import BATCH, SHARD, ShardedFolder, has_tools, relabelled_batch, schema
 from rap_lightning.preferences.relabelling import ORIGIN_TABLE
 from rap_lightning.preferences.rendering import resolve_placement, shows_system
 from rap_lightning.preferences.rewards import RewardTable
@@ -95,11 +95,12 @@ def relabel(
                 )
             label = f"{name}-{shards[name]:05d}.parquet"
             if not folder.has(label):
+                columns = schema(tools, weights=rules.weight_column is not None)
                 batches = (
-                    relabelled_batch(chunk, rules, placement, system_shown, tools)
+                    relabelled_batch(chunk, rules, placement, system_shown, columns)
                     for chunk in _chunks(iter(shard), BATCH)
                 )
-                folder.write(label, batches, tools)
+                folder.write(label, batches, columns)
             shards[name] += 1
         reports.append(report)
         print("\n".join(report.lines()))

@@ -66,6 +66,14 @@ class Generation:
         return {name: value for name, value in options.items() if name not in names}
 
     @property
+    def min_p(self) -> float | None:
+        """``plausibility`` as the min_p of servers, which divide by the temperature before they compare probabilities.
+
+        p(v) / p(max) >= α at temperature 1 is (p(v) / p(max))^(1/T) >= α^(1/T) at temperature T.
+        """
+        return None if self.plausibility is None else float(self.plausibility ** (1 / self.temperature))
+
+    @property
     def processes_logits(self) -> bool:
         """Whether sampling does more than temperature and top-p."""
         return self.guidance > 0 or self.plausibility is not None

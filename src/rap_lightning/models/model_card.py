@@ -198,6 +198,8 @@ def _training(facts: Mapping[str, Any]) -> str:
             if (weight := facts["data"].get(option, 1)) != 1:
                 shown += f", the {half} half weighs {weight:g}"
         rows.append(["relabelling", shown])
+        if (column := facts["data"].get("weight_column")) is not None:
+            rows.append(["weight of a pair's loss", f"column {column} of the data"])
     if adapter := facts.get("adapter"):
         rows += [[f"adapter {key}", value] for key, value in adapter.items()]
     rows += [[key.replace("_", " "), value] for key, value in (facts.get("hyperparameters") or {}).items()]

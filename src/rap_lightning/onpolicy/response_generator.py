@@ -115,8 +115,9 @@ class ResponseGenerator:
             raise ConfigError(f"--samples must be at least 1, found {samples}")
         if samples > 1 and generation.temperature == 0:
             raise ConfigError("--samples above 1 would give equal responses at temperature 0; sample, or ask for one.")
-        if generation.processes_logits and (reason := self.engine.no_guidance()):
-            option = "guidance" if generation.guidance else "plausibility"
+        option = "guidance" if generation.guidance else "plausibility"
+        reason = self.engine.no_guidance() if generation.guidance else self.engine.no_floor()
+        if generation.processes_logits and reason:
             raise ConfigError(f"--{option}: {reason}. Use --engine Transformers, or remove it.")
         strengths = {one.stated.strength for goal in goals for one in (goal, goal.against) if one is not None}
         if strengths - {None, 1.0} and not self.engine.sets_strength:

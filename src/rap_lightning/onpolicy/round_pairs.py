@@ -17,7 +17,7 @@ from rap_lightning.preferences.data_report import DataReport
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.pairs import Pair
 from rap_lightning.preferences.read_pairs import fit_scale, read_pairs, rewards_of
-from rap_lightning.preferences.relabel_export import has_tools, relabelled_batch, write_parquet
+from rap_lightning.preferences.relabel_export import has_tools, relabelled_batch, schema, write_parquet
 from rap_lightning.preferences.rendering import resolve_placement, shows_system
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source
@@ -115,4 +115,5 @@ def write_view(pairs: Path, rules: Rules, policy: ModelSource, output: Path) -> 
     read = list(read_pairs(Source(str(pairs)), "train", rules, DataReport(pairs.name, "train"), progress=False))
     tools = any(map(has_tools, read))
     with atomic_file(output, "wb") as file:
-        write_parquet(file, [relabelled_batch(read, rules, placement, shows_system(tokenizer), tools)], tools)
+        columns = schema(tools, weights=False)
+        write_parquet(file, [relabelled_batch(read, rules, placement, shows_system(tokenizer), columns)], columns)

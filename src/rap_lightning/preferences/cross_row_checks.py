@@ -10,6 +10,7 @@ from rap_lightning.preferences.rules import Rules
 
 CONTRADICTION = "the same two responses to the same prompt, the other way round"
 REPEAT = "a pair that was read before"
+REWEIGHED = "a pair that was read before, with another weight"
 SHARED_ID = "a prompt_id that another prompt has as well"
 
 
@@ -20,6 +21,7 @@ class CrossRowChecks:
         self.rules, self.report = rules, report
         # digests alone, so that memory does not grow with the length of texts
         self.seen_pairs: dict[int, int] = {}  # digest of a pair in either order -> id of the first such pair
+        self.weights: dict[int, float] = {}  # of the first pair with this digest, where it is not 1
         self.seen_ids: dict[int, int] = {}  # digest of a prompt_id -> digest of its first prompt
 
     def keep(self, part: ChunkPairs) -> list[Pair]:
@@ -37,14 +39,16 @@ class CrossRowChecks:
             unordered = hash_unordered(hash_turns(pair.history), *map(hash_text, pair.responses))
             if unordered not in self.seen_pairs:
                 self.seen_pairs[unordered] = own_id
+                if pair.weight != 1:
+                    self.weights[unordered] = pair.weight
                 kept.append(pair)
             elif self.seen_pairs[unordered] != own_id:
                 self._note_bad(CONTRADICTION, pair.place, "chosen, rejected")
-            elif self.rules.filters.repeats == "drop":
-                self.report.note("dropped", REPEAT, pair.place, "chosen, rejected")
             else:
-                self.report.note("noted", REPEAT, pair.place, "chosen, rejected")
-                kept.append(pair)
+                drop = self.rules.filters.repeats == "drop"
+                reason = REPEAT if self.weights.get(unordered, 1.0) == pair.weight else REWEIGHED
+                self.report.note("dropped" if drop else "noted", reason, pair.place, "chosen, rejected")
+                kept += [] if drop else [pair]
         self.report.kept -= len({pair.place for pair in part.pairs} - {pair.place for pair in kept})
         return kept
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,34 @@ class Tally:
         return f", from {low:g} to {high:g}" if low < high else f", {low:g} each time"
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The weights of pairs: how many, the lowest and highest, their sum and the sum of their squares."""
+
+    count: int
+    lowest: float
+    highest: float
+    total: float
+    squares: float
+
+    @classmethod
+    def of(cls, weight: float) -> Weights:
+        return cls(1, weight, weight, weight, weight * weight)
+
+    def plus(self, other: Weights | None) -> Weights:
+        if other is None:
+            return self
+        low, high = min(self.lowest, other.lowest), max(self.highest, other.highest)
+        total, squares = self.total + other.total, self.squares + other.squares
+        return Weights(self.count + other.count, low, high, total, squares)
+
+    def __str__(self) -> str:
+        return (
+            f"weights of pairs: from {self.lowest:g} to {self.highest:g}, mean {self.total / self.count:.4g}; they "
+            f"average as {self.total**2 / self.squares:,.0f} pairs of equal weight would"
+        )
+
+
 @dataclass
 class DataReport:
     """What happened to the rows of one split.
@@ -74,6 +102,7 @@ class DataReport:
         faults, dropped, left_out, repaired, noted, truncated: reason -> tally. A fault stops a run; dropped counts rows
             and pairs, left_out single responses of rows with several.
         rewards: lowest and highest reward of the pairs; None where there are none.
+        weights: of the pairs, as their column says; None where none does.
         unread: columns of the source that are not read.
         names: our column name -> its name in the source, for renamed columns.
         rows: if it is a list, everything noted is also appended to it, one entry per row.
@@ -92,6 +121,7 @@ class DataReport:
     noted: dict[str, Tally] = field(default_factory=dict)
     truncated: dict[str, Tally] = field(default_factory=dict)
     rewards: Span | None = None
+    weights: Weights | None = None
     unread: set[str] = field(default_factory=set)
     names: Mapping[str, str] = field(default_factory=dict, compare=False)
     rows: list[dict[str, Any]] | None = field(default=None, compare=False)
@@ -123,8 +153,10 @@ class DataReport:
         remedy = problem.remedy if kind == "faults" else ""
         self.note(kind, problem.reason, place, problem.column, problem.found, problem.span, remedy)
 
-    def count_pair(self, pair: Pair, relabelled: int) -> None:
+    def count_pair(self, pair: Pair, relabelled: int, weighted: bool = False) -> None:
         self.pairs += 1
+        if weighted:
+            self.weights = Weights.of(pair.weight).plus(self.weights)
         self.relabelled += relabelled
         high, low = pair.rewards
         if low <= high:  # nan is no reward
@@ -143,6 +175,8 @@ class DataReport:
             for reason, tally in other.tallies(kind).items():
                 self.tallies(kind).setdefault(reason, Tally()).add(tally)
         self.rewards = merge_spans(self.rewards, other.rewards)
+        if other.weights is not None:
+            self.weights = other.weights.plus(self.weights)
         self.unread |= other.unread
         if self.rows is not None:
             self.rows += other.rows or []
@@ -158,6 +192,7 @@ class DataReport:
             "relabelled_pairs": self.relabelled,
             "rewards": None if self.rewards is None else list(self.rewards),
             "columns_not_read": sorted(self.unread),
+            "weights": None if self.weights is None else asdict(self.weights),
             **kinds,
         }
 
@@ -167,6 +202,7 @@ class DataReport:
         report.pairs, report.relabelled = values["pairs_kept"], values["relabelled_pairs"]
         report.rewards = tuple(values["rewards"]) if values["rewards"] else None
         report.unread = set(values["columns_not_read"])
+        report.weights = Weights(**found) if (found := values["weights"]) else None
         for kind in KINDS:
             report.tallies(kind).update({reason: Tally.from_dict(t) for reason, t in values[kind].items()})
         return report
@@ -183,6 +219,8 @@ class DataReport:
         for kind, word in KINDS.items():
             for reason, tally in sorted(self.tallies(kind).items(), key=lambda item: -item[1].count):
                 yield f"  {word} {tally.count:,}: {reason}{tally.range_text} (first: {tally.first})"
+        if self.weights is not None:
+            yield f"  {self.weights}"
         if self.unread:
             yield f"  note: columns that are not read: {', '.join(ascii(name)[1:-1] for name in sorted(self.unread))}"
         for remedy in self.remedies():

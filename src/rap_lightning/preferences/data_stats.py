@@ -12,10 +12,11 @@ from rap_lightning.preferences.pairs import Pair
 
 @dataclass
 class PairStatistics:
-    """Counts over pairs: rewards and gaps rounded to 0.01, lengths in tokens where pairs were tokenised."""
+    """Counts over pairs: rewards and gaps rounded to 0.01, weights to 3 digits, lengths in tokens where known."""
 
     rewards: Counter[float] = field(default_factory=Counter)
     gaps: Counter[float] = field(default_factory=Counter)
+    weights: Counter[float] = field(default_factory=Counter)
     lengths: dict[str, Counter[int]] = field(
         default_factory=lambda: {name: Counter() for name in ("prompt", "chosen", "rejected", "longest")}
     )
@@ -32,6 +33,7 @@ class PairStatistics:
                 self.rewards[round(reward, 2)] += 1
         if not math.isnan(pair.rewards[0]):
             self.gaps[round(pair.rewards[0] - pair.rewards[1], 2)] += 1
+        self.weights[float(f"{pair.weight:.3g}")] += 1
         chosen, rejected = map(len, pair.responses)
         self.longer += 0.5 if chosen == rejected else float(chosen > rejected)
         self.turns[sum(turn["role"] == "user" for turn in pair.history)] += 1
@@ -64,6 +66,8 @@ class PairStatistics:
             "gap": quantiles(self.gaps),
             "rewards": [[round(low, 4), round(high, 4), count] for low, high, count in self.histogram()],
         }
+        if set(self.weights) - {1.0}:
+            figures["weights"] = quantiles(self.weights)
         if self.tokenised:
             figures["tokens"] = {name: quantiles(counts) for name, counts in self.lengths.items()}
             figures["tokens"]["pairs_measured"] = self.tokenised

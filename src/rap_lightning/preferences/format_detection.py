@@ -41,7 +41,7 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
     if name == "auto":
         found = _detected(rows, source, rules)
     elif kind := next((kind for kind in FORMATS if kind.name == name), None):
-        found = _new(kind, rows, rules)
+        found = _new(kind, rows, source, rules)
     else:
         found = _adapted(name, chunk, numbered, source, rules)
     if found.paired and rules.selection is not None:
@@ -51,11 +51,15 @@ def find_format(chunk: Chunk, rules: Rules, source: Source) -> RowFormat:
     return found
 
 
-def _new(kind: type[RowFormat], rows: Sequence[Row], rules: Rules) -> RowFormat:
+def _new(kind: type[RowFormat], rows: Sequence[Row], source: Source, rules: Rules) -> RowFormat:
     attributes = rules.goal.attributes if rules.goal is not None else ()
-    found = kind(attributes, rules.scored, rules.blind or rules.rewards is not None)
-    found.look(rows)
-    return found
+    weights = rules.weight_column
+    if weights is not None and not any(weights in row for row in rows):
+        found = ", ".join(sorted({str(name) for row in rows for name in row}))
+        raise ConfigError(f"weight_column: {source.path} has no column {weights!r}; found {found}.")
+    made = kind(attributes, rules.scored, rules.blind or rules.rewards is not None, weights)
+    made.look(rows)
+    return made
 
 
 def _adapted(name: str, chunk: Chunk, numbered: Sequence[tuple[int, Row]], source: Source, rules: Rules) -> RowFormat:
@@ -130,7 +134,7 @@ def _detected(rows: Sequence[Row], source: Source, rules: Rules) -> RowFormat:
                 f"{found}.{_hint(columns, missing)} Goals need a score of each response; unscored pairs can only be "
                 "trained on without goals (goal null, relabel none)."
             )
-    return _new(kind, rows, rules)
+    return _new(kind, rows, source, rules)
 
 
 def _hint(columns: set[str], wanted: set[str]) -> str:

@@ -18,7 +18,7 @@ from rap_lightning.preferences.read_pairs import read_pairs
 from rap_lightning.preferences.rules import Rules, key_of
 from rap_lightning.preferences.sources import Source, cache_unusable, fingerprint
 
-FORMAT = 5  # part of the cache key: increment it when the columns or the reading of rows change
+FORMAT = 6  # part of the cache key: increment it when the columns or the reading of rows change
 
 
 def stored_pairs(
@@ -78,6 +78,7 @@ def schema() -> Any:
         {
             "id": text, "history": text, "responses": pa.list_(text), "rewards": numbers,
             "attributes": pa.list_(numbers), "tools": text, "exchanged": flag, "tie": flag, "place": text,
+            "weight": pa.float64(),
         }
     )  # fmt: skip
 

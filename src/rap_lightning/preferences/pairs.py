@@ -30,9 +30,10 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 INVISIBLE = frozenset("\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff")
 SURROGATE = re.compile("[\ud800-\udfff]")
 NUMBERS = (
-    'Scores in quotes are not read: where one is text, others may be "8/10". Write numbers, or convert them in a '
+    '{whats} in quotes are not read: where one is text, others may be "8/10". Write numbers, or convert them in a '
     "function of a row (format my_rows.adapt)."
 )
+LEAST_WEIGHT = 1e-12  # a step's losses are weighed in float32
 
 
 class BadRow(Exception):
@@ -91,6 +92,7 @@ class Judged:
         paired: the row is already a pair, and ``responses[0]`` its chosen response.
         tools: the tools that the conversation may call, as JSON.
         prompt_id: the id of the prompt in the source.
+        weight: weight of its pairs' losses.
     """
 
     history: tuple[Message, ...]
@@ -99,6 +101,7 @@ class Judged:
     paired: bool = False
     tools: str | None = None
     prompt_id: Any = None
+    weight: float = 1.0
 
     @property
     def prompt(self) -> str:
@@ -123,6 +126,7 @@ class Pair:
         exchanged: the lower-scored response was the chosen one in the source.
         tie: the two goals print the same; only the chosen response's goal is trained on.
         place: file, and line or row.
+        weight: weight of its loss in the mean over an optimizer step.
     """
 
     id: str
@@ -134,6 +138,7 @@ class Pair:
     exchanged: bool = False
     tie: bool = False
     place: str = ""
+    weight: float = 1.0
 
 
 def carrying(history: Sequence[Message], tools: str | None) -> list[Message]:
@@ -173,6 +178,7 @@ def make_pair(judged: Judged, first: Response, second: Response, place: str = ""
         tools=judged.tools,
         exchanged=exchanged and judged.paired,
         place=place,
+        weight=judged.weight,
     )
 
 
@@ -208,22 +214,35 @@ def read_text(value: Any, column: str) -> str:
     return value
 
 
-def read_number(value: Any, column: str) -> float:
+def read_number(value: Any, column: str, what: str = "score") -> float:
     """Return a finite number; raise BadRow for anything else, including numbers in quotes."""
     if type(value) is float or type(value) is int:
         if -1e300 < value < 1e300:  # compare before converting: an integer may have any number of digits
             return float(value)
         raise BadRow(column, "not a finite number", value)
     if value is None or value == "":
-        raise BadRow(column, "no score: null or empty", value)
+        raise BadRow(column, f"no {what}: null or empty", value)
     if isinstance(value, str):
-        raise BadRow(column, "a score that is text, not a number", value, stops=True, remedy=NUMBERS)
+        remedy = NUMBERS.format(whats=f"{what.capitalize()}s")
+        raise BadRow(column, f"a {what} that is text, not a number", value, stops=True, remedy=remedy)
     if isinstance(value, bool | Mapping | list):
-        raise BadRow(column, f"a score that is {_kind(value)}, not a number", value, stops=True)
+        raise BadRow(column, f"a {what} that is {_kind(value)}, not a number", value, stops=True)
     try:
-        return read_number(float(value), column)
+        return read_number(float(value), column, what)
     except (TypeError, ValueError) as error:
-        raise BadRow(column, f"a score that is {_kind(value)}, not a number", value, stops=True) from error
+        raise BadRow(column, f"a {what} that is {_kind(value)}, not a number", value, stops=True) from error
+
+
+def read_weight(value: Any, column: str) -> float:
+    """Return the weight of a pair; raise BadRow for what can't weigh a loss. A weight of 0 leaves the row out."""
+    weight = read_number(value, column, "weight")
+    if weight == 0:
+        raise BadRow(column, "a weight of 0", by_choice=True)
+    if weight < 0:
+        raise BadRow(column, "a weight below 0", value)
+    if not LEAST_WEIGHT <= weight <= 1 / LEAST_WEIGHT:
+        raise BadRow(column, f"a weight that is not from {LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}", value)
+    return weight
 
 
 def read_messages(value: Any, column: str) -> list[Message]:

@@ -60,7 +60,8 @@ def read_pairs(
             if not collect_faults:
                 raise_faults(report)
             for pair in pairs:
-                report.count_pair(pair, len(rules.relabelling.origins_of(pair, rules.goal)))
+                made = rules.relabelling.origins_of(pair, rules.goal)
+                report.count_pair(pair, len(made), rules.weight_column is not None)
             yield from pairs
     if not report.pairs and not collect_faults:
         raise DataError(f"{source.path} (split {split}): no pair is left to train on.\n" + "\n".join(report.lines()))

@@ -53,6 +53,9 @@ class ReadingOptions:
         format: of the rows: auto, pairs, completions, ultrafeedback, helpsteer, ranked, sharegpt, or the import path of
             a function that makes one of these of a row.
         columns: new names for columns, {theirs: ours}, as in {chosen_score: score_chosen}.
+        weight_column: the column that holds a weight for each row: a pair's loss counts that much in the mean over an
+            optimizer step, times the weight of its half. Rows of weight 0 are left out and counted, and so are those
+            without a weight or with one below 0. Validation and logged means are of pairs, not weighted.
         num_proc: processes that read and tokenise; by default one.
         seed: of the half that relabel half takes, of what weights draw, and of the order in which pairs are trained on.
         thinking: thoughts in responses, between <think> and </think> or in a field reasoning_content: keep them,
@@ -79,6 +82,7 @@ class ReadingOptions:
         bad_rows: Literal["drop", "error"] = "drop",
         format: str = "auto",
         columns: dict[str, str] | None = None,
+        weight_column: str | None = None,
         num_proc: int | None = None,
         seed: int = 42,
         thinking: Thinking = "keep",
@@ -98,7 +102,7 @@ class ReadingOptions:
             )
         self.rules = Rules(
             self.goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns,
-            thinking=thinking,
+            thinking=thinking, weight_column=weight_column,
         )  # fmt: skip
 
     def fit_on_training_split(self, splits: Sequence[str], rewards: Mapping[str, RewardTable] | None = None) -> bool:

@@ -44,10 +44,10 @@ class ShardedFolder:
     def has(self, name: str) -> bool:
         return (self.partial / name).is_file()
 
-    def write(self, name: str, batches: Iterable[Any], tools: bool) -> None:
+    def write(self, name: str, batches: Iterable[Any], columns: Any) -> None:
         """Write one shard, which appears once it is complete."""
         with atomic_file(self.partial / name, "wb") as file:
-            write_parquet(file, batches, tools)
+            write_parquet(file, batches, columns)
 
     def close(self, card: str) -> None:
         """Add the card, and move the folder to its final name."""
@@ -58,11 +58,11 @@ class ShardedFolder:
         self.partial.rename(self.output)
 
 
-def write_parquet(file: IO[bytes], batches: Iterable[Any], tools: bool) -> None:
+def write_parquet(file: IO[bytes], batches: Iterable[Any], columns: Any) -> None:
     """Write record batches with the columns of :func:`schema`."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetWriter(file, schema(tools), compression="zstd", compression_level=1) as writer:
+    with pq.ParquetWriter(file, columns, compression="zstd", compression_level=1) as writer:
         for batch in batches:
             writer.write_batch(batch)
 
@@ -72,12 +72,13 @@ def has_tools(pair: Pair) -> bool:
     return pair.tools is not None or any(len(turn) > 2 for turn in pair.history)
 
 
-def schema(tools: bool) -> Any:
+def schema(tools: bool, weights: bool) -> Any:
     """Return the columns: three message lists, and where each pair comes from.
 
     Args:
         tools: also a column of tools, as JSON, and the fields of messages that call them. Arguments are JSON, as in the
             APIs: structs of Arrow would get each other's fields.
+        weights: also a column of the pairs' weights.
     """
     import pyarrow as pa
 
@@ -90,17 +91,17 @@ def schema(tools: bool) -> Any:
             "prompt": turns, "chosen": turns, "rejected": turns, "goal": pa.string(), "origin": pa.string(),
             "reward_chosen": pa.float64(), "reward_rejected": pa.float64(), "pair_id": pa.string(),
             "place": pa.string(),
-        } | ({"tools": text} if tools else {})
+        } | ({"tools": text} if tools else {}) | ({"weight": pa.float64()} if weights else {})
     )  # fmt: skip
 
 
 def relabelled_batch(
-    pairs: Sequence[Pair], rules: Rules, placement: Literal["system", "user"], system_shown: bool, tools: bool
+    pairs: Sequence[Pair], rules: Rules, placement: Literal["system", "user"], system_shown: bool, columns: Any
 ) -> Any:
     """Return the training pairs of scored pairs as an Arrow record batch."""
     import pyarrow as pa
 
-    rows = []
+    tools, rows = "tools" in columns.names, []
     for pair in pairs:
         for origin in rules.relabelling.origins_of(pair, rules.goal):
             half = relabel(pair, rules.goal, origin)
@@ -113,9 +114,10 @@ def relabelled_batch(
                     "rejected": [{"role": "assistant", "content": half.rejected}],
                     "goal": half.goal, "origin": half.origin, "reward_chosen": half.rewards[0],
                     "reward_rejected": half.rewards[1], "pair_id": half.pair_id, "place": pair.place,
+                    "weight": pair.weight,
                 }
             )  # fmt: skip
-    return pa.RecordBatch.from_pylist(rows, schema=schema(tools))
+    return pa.RecordBatch.from_pylist(rows, schema=columns)
 
 
 def _calls(turn: Message) -> list[dict[str, Any]] | None:

@@ -32,6 +32,7 @@ class Rules:
         rewards: a judge's rewards, which replace the scores of the data.
         blind: ignore the scores of the data, because a judge will replace them.
         thinking: what becomes of thoughts in responses.
+        weight_column: the column with the weight of a row's pairs, by its name after ``columns``.
     """
 
     goal: GoalTemplate | None = field(default_factory=OverallGoal)
@@ -47,6 +48,7 @@ class Rules:
     rewards: RewardTable | None = None
     blind: bool = False
     thinking: Thinking = "keep"
+    weight_column: str | None = None
 
     def __post_init__(self) -> None:
         for option, least in (("outside_scale", "error"), ("ties", "drop")):
@@ -90,7 +92,7 @@ class Rules:
         adapter = self.format if known else hash_code(adapter_of(self.format))
         options = (
             self.relabelling, self.ties, selection, self.filters.describe(), self.outside_scale, self.bad_rows, adapter,
-            self.columns, self.tool_turns, self.thinking,
+            self.columns, self.tool_turns, self.thinking, self.weight_column,
         )  # fmt: skip
         rewards = self.rewards.describe() if self.rewards is not None else None
         return repr((goal, options, rewards, self.blind))

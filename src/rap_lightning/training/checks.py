@@ -118,6 +118,11 @@ def check_data(loss: PreferenceLoss, data: PreferenceData) -> None:
                 f"--data.{option} {weight:g} weights single pairs, and {name} has no loss of single "
                 f"pairs ({loss.batch_level}). Remove it, or choose another loss."
             )
+    if loss.batch_level and data.weight_column is not None:
+        raise ConfigError(
+            f"--data.weight_column {data.weight_column} weights single pairs, and {name} has no loss of single "
+            f"pairs ({loss.batch_level}). Remove it, or choose another loss."
+        )
     if "rewards" in loss.requires and not data.has_rewards:
         raise ConfigError(
             f"{name} needs the judge's rewards, and the data have none. Use another loss, or scored data."

@@ -33,6 +33,7 @@ class PreferenceData(Protocol):
     token_budget: int | None
     rejected_weight: float
     best_goal_weight: float
+    weight_column: str | None
     streaming: bool
 
     @property

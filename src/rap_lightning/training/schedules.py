@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any, Literal
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -59,6 +61,65 @@ class ConstantWithWarmup(Schedule):
         """Return the scheduler."""
         warmup = math.ceil(self.warmup_ratio * total_steps)
         return LambdaLR(optimizer, lambda step: _warming(step, warmup) if step < warmup else 1.0)
+
+
+ByName = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
+"""The schedules of transformers that depend on the step alone."""
+FROM_TOTAL = {"num_warmup_steps": "warmup_ratio", "num_training_steps": "--trainer.max_steps"}
+"""Arguments of transformers' schedules that are known already, and what sets them."""
+
+
+class TransformersSchedule(Schedule):
+    """A schedule of transformers, the values of ``lr_scheduler_type`` in its TrainingArguments.
+
+    Most of them warm up from a rate of 0, so that their first step does nothing; CosineWithWarmup begins above it.
+
+    Args:
+        name: of the schedule; those that follow a metric (reduce_lr_on_plateau, greedy) are left out.
+        warmup_ratio: warm-up steps as a share of all steps, rounded up.
+        options: further arguments, as in ``lr_scheduler_kwargs``: ``{min_lr_rate: 0.1}`` for cosine_with_min_lr,
+            ``{num_decay_steps: 100, decay_type: 1-sqrt}`` for warmup_stable_decay.
+
+    Raises:
+        ConfigError: the schedule has no such option, or lacks one.
+    """
+
+    def __init__(self, name: ByName, warmup_ratio: float = 0.0, options: dict[str, Any] | None = None) -> None:
+        self.name, self.warmup_ratio, self.options = name, _ratio("warmup_ratio", warmup_ratio), options or {}
+        if name == "constant" and (warmup_ratio or options):
+            raise ConfigError("schedule constant has no options: use constant_with_warmup, or leave them out.")
+        for option, instead in FROM_TOTAL.items():
+            if option in self.options:
+                raise ConfigError(f"schedule {name}: {option} follows from {instead}; remove it from the options.")
+        # a trial over more steps than any run has: what is missing or wrong is told before a model is loaded
+        self(torch.optim.SGD([torch.zeros(1)], lr=1.0), 10**9)
+
+    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """Return the scheduler."""
+        from transformers import get_scheduler
+
+        warmup = math.ceil(self.warmup_ratio * total_steps)
+        decay = self.options.get("num_decay_steps", 0)
+        if isinstance(decay, int) and warmup + decay > total_steps:
+            raise ConfigError(
+                f"schedule {self.name}: {warmup:,} warm-up steps and num_decay_steps {decay:,} are more than the run's "
+                f"{total_steps:,} steps. Set a smaller num_decay_steps or warmup_ratio."
+            )
+        if self.name == "constant_with_warmup" and self.options:
+            raise ConfigError(f"schedule {self.name} has no options {', '.join(self.options)}; remove them.")
+        try:
+            found = get_scheduler(self.name, optimizer, warmup, total_steps, self.options)
+            for made in found.lr_lambdas:  # type: ignore[attr-defined]
+                for step in (0, warmup, total_steps // 2, total_steps):
+                    if not math.isfinite(made(step)):
+                        raise ValueError(f"the rate at step {step} is not finite")
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise ConfigError(f"schedule {self.name}, options {self.options}: {error}") from error
+        scheduler: LRScheduler = found
+        return scheduler
 
 
 def _warming(step: int, warmup: int) -> float:

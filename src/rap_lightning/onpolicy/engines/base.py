@@ -127,8 +127,12 @@ class Engine(ABC):
         """Prepare for sending messages; called only if the engine takes no token ids."""
 
     def no_guidance(self) -> str:
-        """Return why the engine can't sample with guidance or a plausibility floor, or "" if it can."""
+        """Return why the engine can't sample with guidance, or "" if it can."""
         return f"{type(self).__name__} doesn't say that it can"
+
+    def no_floor(self) -> str:
+        """Return why the engine can't exclude implausible tokens without guidance, or "" if it can."""
+        return self.no_guidance()
 
     @abstractmethod
     def open(self, model: ModelSource, rank: int) -> None:

@@ -20,8 +20,8 @@ class Endpoint(Engine):
     """Any server of the OpenAI API: vLLM, SGLang, ``transformers serve``, a provider.
 
     The server's own chat template renders the prompt, so the server also decides how text that imitates a control token
-    is tokenized. Seeds are sent; a server may ignore them. ``--model`` is the model's name on the server; the goal
-    comes from ``--model`` if that is a local folder too, or from ``--goal_from``.
+    is tokenized. Seeds are sent, and plausibility as min_p; a server may ignore them. ``--model`` is the model's name
+    on the server; the goal comes from ``--model`` if that is a local folder too, or from ``--goal_from``.
 
     Args:
         url: base URL including the version: http://localhost:8000/v1
@@ -65,6 +65,10 @@ class Endpoint(Engine):
         """Return why guidance is unavailable: the API takes a single prompt."""
         return "the API has no place for a second prompt, whose log-probabilities each token is drawn with"
 
+    def no_floor(self) -> str:
+        """Return "": without guidance, the floor is the field min_p of vLLM, SGLang and others."""
+        return ""
+
     def open(self, model: ModelSource, rank: int) -> None:
         """Set the model's name."""
         self.client.model = model.path
@@ -74,11 +78,13 @@ class Endpoint(Engine):
     ) -> Iterator[list[Completion]]:
         """Yield completions one at a time, in the order in which they arrive."""
 
+        floor = {} if generation.min_p is None else {"min_p": generation.min_p}
+
         async def ask(request: Request) -> dict[str, Any]:
             tools = {} if request.tools is None else {"tools": json.loads(request.tools)}
             return await self.client.chat(
-                request.messages, **tools, max_tokens=generation.max_new_tokens, temperature=generation.temperature,
-                top_p=generation.top_p, seed=request.seed % 2**31,
+                request.messages, **tools, **floor, max_tokens=generation.max_new_tokens,
+                temperature=generation.temperature, top_p=generation.top_p, seed=request.seed % 2**31,
             )  # fmt: skip
 
         for request, result in self.client.each([r for r in requests if r.id in wanted], ask):

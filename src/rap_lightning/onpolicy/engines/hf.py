@@ -57,6 +57,10 @@ class Transformers(Engine):
         """Return why guidance is unavailable: only with continuous batching, whose batch changes at every step."""
         return "with --engine.continuous rows come and go, and a second stream can't follow" if self.continuous else ""
 
+    def no_floor(self) -> str:
+        """Return why there is no floor: only with continuous batching, which samples by itself."""
+        return "--engine.continuous samples without our logits processors" if self.continuous else ""
+
     def open(self, model: ModelSource, rank: int) -> None:
         """Load the model onto this process's device."""
         from rap_lightning.models.token_strength import attach

@@ -59,6 +59,10 @@ class VLLM(Engine):
         """Return why guidance is unavailable: vLLM's sequences are independent of each other."""
         return "vLLM's logits processors see one sequence, and can't run the model on another"
 
+    def no_floor(self) -> str:
+        """Return "": without guidance, the floor is vLLM's own min_p."""
+        return ""
+
     def open(self, model: ModelSource, rank: int) -> None:
         """Load the model; an adapter is loaded as a LoRA request on its base."""
         try:
@@ -105,12 +109,13 @@ class VLLM(Engine):
         """Yield ``chunk`` completions at a time; vLLM batches them itself."""
         from vllm import SamplingParams
 
+        floor = {} if generation.min_p is None else {"min_p": generation.min_p}
         for chunk in chunks_by_length([request for request in requests if request.id in wanted], self.chunk):
             params = [
                 SamplingParams(
                     n=1, temperature=generation.temperature, top_p=generation.top_p,
                     max_tokens=generation.max_new_tokens, seed=request.seed, stop_token_ids=self._ends,
-                    skip_special_tokens=True,
+                    skip_special_tokens=True, **floor,
                 )
                 for request in chunk
             ]  # fmt: skip

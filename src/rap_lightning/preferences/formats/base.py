@@ -8,7 +8,16 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from rap_lightning.preferences.formats.context_columns import CONTEXT_COLUMNS, with_context
-from rap_lightning.preferences.pairs import FIELDS, REASONING, TOOL_FIELDS, BadRow, Judged, read_number, shown
+from rap_lightning.preferences.pairs import (
+    FIELDS,
+    REASONING,
+    TOOL_FIELDS,
+    BadRow,
+    Judged,
+    read_number,
+    read_weight,
+    shown,
+)
 
 Row = dict[str, Any]
 Adapter = Callable[[Row], Row | None]
@@ -24,6 +33,7 @@ class RowFormat(ABC):
         attributes: names of further rewards that each response must have, as in the goal template.
         scored: responses must have rewards. Unscored pairs can only be trained on without goals.
         blind: ignore scores, because a judge's rewards replace them.
+        weight_column: the column that holds the weight of a row's pairs; None weighs all pairs alike.
     """
 
     name: ClassVar[str]
@@ -40,10 +50,13 @@ class RowFormat(ABC):
     id_type: type = str
     """The type of prompt ids."""
 
-    def __init__(self, attributes: Sequence[str] = (), scored: bool = True, blind: bool = False) -> None:
+    def __init__(
+        self, attributes: Sequence[str] = (), scored: bool = True, blind: bool = False, weight_column: str | None = None
+    ) -> None:
         self.attributes, self.scored, self.blind = tuple(attributes), scored, blind
+        self.weight_column = weight_column
         side_scores = ("scores_chosen", "scores_rejected") if attributes and self.paired else self.attributes
-        self._known = self.reads.union(CONTEXT_COLUMNS, side_scores)
+        self._known = self.reads.union(CONTEXT_COLUMNS, side_scores, {weight_column} - {None})
 
     def look(self, rows: Sequence[Row]) -> None:
         """Learn from the first rows what must be the same in all."""
@@ -54,12 +67,14 @@ class RowFormat(ABC):
         raise NotImplementedError
 
     def read_row(self, rows: Sequence[Row]) -> Judged:
-        """Return what :meth:`read` does, with the system text and the earlier turns of further columns.
+        """Return what :meth:`read` does, with the weight, the system text and the earlier turns of further columns.
 
         Raises:
             BadRow: nothing of it can be used.
         """
         judged = self.read(rows)
+        if self.weight_column is not None:
+            judged = replace(judged, weight=self._weight([row.get(self.weight_column) for row in rows]))
         if not any(name in rows[0] for name in CONTEXT_COLUMNS):
             return judged
         return replace(judged, history=tuple(with_context(judged.history, rows[0])))
@@ -83,6 +98,13 @@ class RowFormat(ABC):
             BadRow: nothing of it can be used.
         """
 
+    def _weight(self, values: Sequence[Any]) -> float:
+        column = str(self.weight_column)
+        first, *others = [read_weight(value, column) for value in values]
+        if any(other != first for other in others):
+            raise BadRow(column, "weights that differ between the rows of one prompt")
+        return first
+
     # -- shared by formats -----------------------------------------------------------------------------------------
 
     def reward(self, value: Any, column: str) -> float:
@@ -105,7 +127,7 @@ class Adapted(RowFormat):
     reads = frozenset()
 
     def __init__(self, adapt: Adapter, inner: RowFormat) -> None:
-        super().__init__(inner.attributes, inner.scored, inner.blind)
+        super().__init__(inner.attributes, inner.scored, inner.blind, inner.weight_column)
         self.adapt, self.inner = adapt, inner
         self.paired, self.id_type = inner.paired, inner.id_type
 
