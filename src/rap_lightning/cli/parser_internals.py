@@ -170,7 +170,7 @@ def class_names(kind: Any) -> list[str]:
 
     >>> from rap_lightning.training.schedules import Schedule
     >>> class_names(Schedule | None)
-    ['ConstantWithWarmup', 'CosineWithWarmup']
+    ['ConstantWithWarmup', 'CosineWithWarmup', 'TransformersSchedule']
     >>> class_names(int)
     []
     """
