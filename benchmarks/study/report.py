@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,8 @@ from benchmarks.study.settings import BEYOND, GOALS, TEMPERATURES, Size
 from benchmarks.study.statistics import Difference, area, difference
 
 Line = dict[str, Any]
+NEAR = 3.0
+"""Nats a response: about where most arms are at their best goal."""
 
 
 class Results:
@@ -77,14 +80,14 @@ class Results:
         found["dpo"] = [start, *((r["frontier"][0]["kl"], r["frontier"][0]["score"]) for r in runs if r is not None)]
         return found
 
-    def areas(self, names: Sequence[str]) -> dict[str, dict[int, float]]:
-        """Mean score under each frontier by seed, up to the largest KL that all the named ones reach."""
+    def areas(self, names: Sequence[str], near: float | None = None) -> dict[str, dict[int, float]]:
+        """Mean score under each frontier by seed, up to a KL, or to the largest one that all the named ones reach."""
         found: dict[str, dict[int, float]] = {name: {} for name in names}
         for seed in self.size.seeds:
             points = self.frontiers(seed)
             if not all(name in points for name in names):
                 continue
-            until = min(max(kl for kl, _ in points[name]) for name in names)
+            until = near or min(max(kl for kl, _ in points[name]) for name in names)
             if until > 0:  # else a policy didn't move
                 for name in names:
                     found[name][seed] = area(points[name], until)
@@ -199,19 +202,18 @@ def _frontier(results: Results) -> str:
     names = [name for name in ("dpo", "dpo scaled", *[arm for arm in results.arms() if arm != "dpo"])
              if all(name in results.frontiers(seed) for seed in _seeds(results))]  # fmt: skip
     shown = [name for name in names if name in ("dpo", "dpo scaled", *LONG)]
-    areas = results.areas(shown)
+    whole, near = results.areas(shown), results.areas(shown, NEAR)
     rows = []
     for name in shown:
-        title = (
-            "plain DPO, its runs"
-            if name == "dpo"
-            else "plain DPO, scaled"
-            if name == "dpo scaled"
-            else ARMS[name].title
-        )
-        pairs = [([areas[name][s]], [areas["dpo scaled"][s]]) for s in areas[name]]
-        rows.append([title, _mean(areas[name].values()), *_shown(difference(pairs) if pairs else None)])
-    return _table(["frontier", "mean score under it", "minus plain DPO, scaled", "[t 95%]", "seeds ahead"], rows)
+        title = {"dpo": "plain DPO, its runs", "dpo scaled": "plain DPO, scaled"}.get(name) or ARMS[name].title
+        cells = []
+        for areas in (whole, near):
+            pairs = [([areas[name][s]], [areas["dpo scaled"][s]]) for s in areas[name]]
+            minus = difference(pairs) if pairs and name != "dpo scaled" else None
+            cells += [_mean(areas[name].values()), _shown(minus)[0]]
+        rows.append([title, *cells])
+    minus_scaled = "minus plain DPO, scaled"
+    return _table(["frontier", "mean score under it", minus_scaled, f"up to {NEAR:g} nats", minus_scaled], rows)
 
 
 def _seeds(results: Results) -> list[int]:
@@ -234,27 +236,29 @@ def _pictures(folder: Path, results: Results) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    colours = {arm: f"C{i}" for i, arm in enumerate(ARMS)} | {"dpo scaled": "C0"}
     for arm in results.arms():
         lines = results.of("main", arm).values()
         goals = [goal for goal in (*GOALS, *BEYOND) if all(f"{goal:g}" in line["curve"] for line in lines)]
         means = [statistics.fmean(line["curve"][f"{goal:g}"] for line in lines) for goal in goals]
-        style = "-" if arm in LONG else ":"
-        axes[0].plot(
-            goals, means, style, marker="o", markersize=3, label=ARMS[arm].title + (", scaled" if arm == "dpo" else "")
-        )
+        style, title = "o-" if arm in LONG else ":", ARMS[arm].title + (", scaled" if arm == "dpo" else "")
+        axes[0].plot(goals, means, style, markersize=3, label=title, color=colours[arm])
     axes[0].plot(GOALS, GOALS, color="grey", linewidth=0.8)
     axes[0].set(xlabel="goal", ylabel="mean score, T = 1", title="Asked for a goal")
     axes[0].legend(fontsize=6)
-    for name in ("dpo", "dpo scaled", *[arm for arm in LONG if arm != "dpo"]):
-        by_rank = [sorted(points[name]) for seed in _seeds(results) if name in (points := results.frontiers(seed))]
+    for name in ("dpo scaled", *[arm for arm in LONG if arm != "dpo"]):
+        by_rank = [sorted(points[name])[1:] for seed in _seeds(results) if name in (points := results.frontiers(seed))]
         if not by_rank:
             continue
-        shortest = min(map(len, by_rank))
-        xs = [statistics.fmean(points[i][0] for points in by_rank) for i in range(shortest)]
-        ys = [statistics.fmean(points[i][1] for points in by_rank) for i in range(shortest)]
-        title = {"dpo": "plain DPO, its runs", "dpo scaled": "plain DPO, scaled"}.get(name) or ARMS[name].title
-        axes[1].plot(xs, ys, marker="o", markersize=3, label=title)
+        xs, ys = (
+            [statistics.fmean(point[i] for point in rank) for rank in zip(*by_rank, strict=False)] for i in (0, 1)
+        )
+        title = "plain DPO, scaled" if name == "dpo scaled" else ARMS[name].title
+        axes[1].plot(xs, ys, "o-", markersize=3, label=title, color=colours[name])
+    runs = [results.frontiers(seed)["dpo"][1:] for seed in _seeds(results)]
+    axes[1].plot(*zip(*itertools.chain(*runs), strict=True), "x", markersize=4, label="plain DPO, its runs", color="C0")
     axes[1].set(xlabel="KL from the base, nats a response", ylabel="mean score, T = 1", title="Reward and distance")
+    axes[1].set_xscale("log")
     axes[1].legend(fontsize=6)
     figure.savefig(folder / "goals.png", dpi=130)
     plt.close(figure)
