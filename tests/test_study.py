@@ -57,6 +57,7 @@ def test_the_short_study_runs_goes_on_and_writes_its_tables(tmp_path: Path) -> N
 def test_settings_are_chosen_in_worlds_that_no_figure_comes_from() -> None:
     assert not set(FULL.tuning) & set(FULL.seeds)
     assert {len(arm.trials) for arm in ARMS.values()} == {FULL.trials}, "every arm has as many trials"
+    few = Size(trials=4)
     assert {job.stage for job in Plan(FULL, {}).open()} == {"base", "tune"}, "nothing is named before it is chosen"
 
     def line(score: float) -> dict[str, Any]:
@@ -67,11 +68,11 @@ def test_settings_are_chosen_in_worlds_that_no_figure_comes_from() -> None:
         for i, scores in enumerate(((5.0, 5.0), (7.0, 2.0), (6.0, 5.0), (4.0, 4.0)))
         for seed, score in zip(FULL.tuning, scores, strict=True)
     }
-    assert Plan(FULL, lines).chosen("dpo") == (2, 0.7), "the best mean over both worlds, with its temperature"
+    assert Plan(few, lines).chosen("dpo") == (2, 0.7), "the best mean over both worlds, with its temperature"
     lines["main dpo 0 1"] = line(9.0)
-    assert Plan(FULL, lines).chosen("dpo") == (2, 0.7), "scores of the worlds that figures come from choose nothing"
+    assert Plan(few, lines).chosen("dpo") == (2, 0.7), "scores of the worlds that figures come from choose nothing"
     del lines["tune dpo 3 100"]
-    assert Plan(FULL, lines).chosen("dpo") is None, "nothing is chosen before all trials are there"
+    assert Plan(few, lines).chosen("dpo") is None, "nothing is chosen before all trials are there"
 
 
 def test_a_difference_knows_what_is_certain() -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -129,8 +130,9 @@ class Asker:
         with evaluating(self.policy):
             for first in range(0, len(order), 64):
                 rows = order[first : first + 64]
-                strengths = None if stated.strength is None else [stated.strength] * len(rows)
-                batch = lay_out_responses([asked[i] for i in rows], self.encoder.pad_id, strengths)
+                batch = lay_out_responses([asked[i] for i in rows], self.encoder.pad_id)
+                if stated.strength is not None:
+                    batch = replace(batch, strength=torch.full(batch.input_ids.shape, stated.strength))
                 for i, value in zip(rows, self.policy.logps(batch).tolist(), strict=True):
                     found[i] = value
         return found
