@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,42 @@ def test_an_adapter_that_is_damaged_or_of_another_model_is_refused(
     folder = damaged(adapter, tmp_path / "damaged", damage, tiny)
     with pytest.raises(ConfigError, match=message):
         PolicyConfig(str(tiny), adapter=str(folder)).build(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.norm.weight", "model.layers.1.input_layernorm.weight", "model.layers.0.self_attn.q_proj.base_layer.weight",
+     "lm_head.weight", "model.embed_tokens.weight"],
+)  # fmt: skip
+def test_an_adapter_that_holds_a_weight_of_the_base_model_is_refused(
+    name: str, tiny: Path, adapter: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    own = PolicyConfig(str(tiny)).build(torch.float32).causal_lm.state_dict()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"base_model.model.{name}"] = own[name.replace(".base_layer", "")] * 2
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(
+        ConfigError, match=rf"holds base_model\.model\.{re.escape(name)}, which its config doesn't name"
+    ):
+        PolicyConfig(str(tiny), adapter=str(folder)).build(torch.float32)
+
+
+def test_weights_that_modules_to_save_names_come_with_the_adapter(tiny: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
+    with torch.no_grad():
+        model.get_base_model().model.norm.modules_to_save["default"].weight.mul_(2)
+    model.save_pretrained(tmp_path)
+    found = PolicyConfig(str(tiny), adapter=str(tmp_path)).build(torch.float32).state_dict()
+    (name,) = (name for name in found if "norm.modules_to_save" in name)
+    own = AutoModelForCausalLM.from_pretrained(tiny).state_dict()["model.norm.weight"]
+    torch.testing.assert_close(found[name], own * 2)
 
 
 def test_options_of_a_policy_that_have_no_effect_or_make_no_sense_are_refused(tiny: Path, adapter: Path) -> None:

@@ -1,6 +1,7 @@
 """The lines that stand in for progress bars: nothing that takes long is silent."""
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 from lightning.fabric.plugins.environments import slurm
 
-from conftest import build, make_trainer
+from conftest import build, make_trainer, run_command
 from rap_lightning.callbacks import ConsoleLines
 from rap_lightning.callbacks import console_lines as console
 from rap_lightning.cli import trainer_cli
 from rap_lightning.losses import DPO
+from rap_lightning.preferences.sources import VALIDATION_NAMES
 
 
 def lines(folder: Path, model: Path, data: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> list[str]:
@@ -33,6 +35,26 @@ def test_what_comes_before_the_first_line_of_training_is_announced(
     ]
     assert said[2].startswith("step 1/3 ")
     assert not any(": batch " in line for line in said), "what is quick needs no lines of its own"
+
+
+def test_data_without_a_validation_split_announce_no_validation_and_warn_of_nothing(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(pairs_folder, tmp_path / "data"))
+    for split in VALIDATION_NAMES:
+        for file in data.glob(f"{split}*"):
+            file.unlink()
+    common = ["--model.policy.path", tiny, "--data.source", data, "--data.max_length", "160", "--trainer.accelerator"]
+    common += ["cpu", "--trainer.default_root_dir", tmp_path / "runs"]
+    with warnings.catch_warnings(record=True) as caught:
+        done = run_command("fit", *common, "--trainer.max_steps", "1", "--trainer.log_every_n_steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"no validation: {data} has no split named validation" in done.stderr
+    assert "sanity" not in done.stdout
+    assert not [str(one.message) for one in caught if "zero" in str(one.message)]
+    done = run_command("validate", *common)
+    assert done.returncode == 2
+    assert f"error: {data} has no split to validate on. Name one with --data.val_split." in done.stderr
 
 
 def test_long_validations_and_tests_say_how_far_they_are(

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -33,10 +34,10 @@ from rap_lightning.models.checkpoint.integrity import INDEX_CHECKSUM
 from rap_lightning.models.checkpoint.saved_policy import config_of
 from rap_lightning.models.checkpoint.sharded_folder import read_index
 from rap_lightning.models.goal_chat_template import with_goals_in_template
-from rap_lightning.models.hf_export import ExportOptions, full_state, read_tensors
+from rap_lightning.models.hf_export import ExportOptions, full_state, merge, read_tensors
 from rap_lightning.models.hf_export import export as export_policy
 from rap_lightning.models.policy import Policy
-from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.preferences.chat_template import BEGIN, unbaked
 from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
 from rap_lightning.preferences.scales import RewardScale
@@ -197,11 +198,11 @@ def test_a_merged_model_is_what_was_trained_and_is_not_baked_twice(
 
     out = tmp_path / "out"
     export(ckpt(runs, "adapter"), str(out), merge=True)
-    said = re.search(r"differ from adapter on base by (\S+) in float32", capsys.readouterr().err)
+    said = re.search(r"differ from adapter on base by (\S+) in float32 \(bound (\S+)\)", capsys.readouterr().err)
     assert said is not None
-    assert float(said[1]) < 1e-4
-    trained = torch.load(runs / "adapter" / "logits.pt")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), trained, atol=1e-4, rtol=1e-4)
+    trained, bound = torch.load(runs / "adapter" / "logits.pt"), float(said[2])
+    assert float(said[1]) <= bound < 1e-4 * float(trained.abs().max())
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), trained, atol=bound, rtol=1e-4)
     away = (trained - logits(AutoModelForCausalLM.from_pretrained(runs / "model"))).abs().max()
     assert away > 0.1, "the adapter must have done something"
     assert {f.name for f in out.iterdir()} == {
@@ -262,6 +263,45 @@ def test_a_wrong_merge_is_noticed_and_leaves_nothing(
     with pytest.raises(ConfigError, match="merging changed the model: logits differ by"):
         export(ckpt(runs, "adapter"), str(tmp_path / "out"), merge=True)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"initializer_range": 0.02}, {"initializer_range": 1.0}, {"hidden_size": 128, "num_hidden_layers": 6},
+     {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}],
+    ids=["small weights", "large weights", "deep", "wide"],
+)  # fmt: skip
+def test_a_merge_is_held_to_its_models_own_rounding(
+    sizes: dict[str, Any], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A right merge passes whatever the model's size; a layer left out and a scale that is 1% off don't."""
+    from peft.tuners.lora import Linear
+
+    source = PolicyConfig(str(make_model(tmp_path / "model", **sizes)), lora=Lora(r=4))
+    policy = source.build(torch.float32)
+    torch.manual_seed(1)
+    for name, p in policy.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(p, std=0.1 * sizes.get("initializer_range", 0.2))
+        elif not p.requires_grad:
+            p.data = p.data.to(dtype).float()  # a base model that is stored in it
+    state = {name: value.clone() for name, value in policy.model.state_dict().items()}
+
+    def load() -> Any:
+        model = source.build(torch.float32).model
+        model.load_state_dict(state)
+        return model
+
+    tokenizer, right, calls = source.load_tokenizer(), Linear.get_delta_weight, itertools.count()
+    first = lambda self, adapter: right(self, adapter) * (next(calls) != 0)  # noqa: E731
+    for wrong in (first, lambda self, adapter: right(self, adapter) * 1.01):
+        with monkeypatch.context() as patched:
+            patched.setattr(Linear, "get_delta_weight", wrong)
+            with pytest.raises(ConfigError, match="merging changed the model"):
+                merge(load, tokenizer, tmp_path / "out", source)
+    said = merge(load, tokenizer, tmp_path / "out", source, ExportOptions(dtype))
+    assert ("rounded to bfloat16" in said) is (dtype == torch.bfloat16)
 
 
 def test_experts_that_transformers_writes_under_other_names_are_exported(tiny: Path, tmp_path: Path) -> None:

@@ -138,6 +138,11 @@ def flatten(options: Any, prefix: str = "") -> dict[str, Any]:
 
 def command_line(args: Sequence[str]) -> str:
     """Return the command as it was given, for a shell, with secrets replaced by ***."""
+    return shlex.join(masked_arguments(args))
+
+
+def masked_arguments(args: Sequence[str]) -> list[str]:
+    """Return the arguments of a command with secrets replaced by ***."""
     shown, hide = [], False
     for arg in args:
         name, equals, value = arg.partition("=")
@@ -150,4 +155,4 @@ def command_line(args: Sequence[str]) -> str:
         else:
             shown.append(f"{name}={mask_text(value)}" if option and equals else mask_text(arg))
         hide = secret and not equals and not hide
-    return shlex.join(shown)
+    return shown

@@ -23,13 +23,6 @@ class ConsoleLines(LogObserver):
         self._first_step = 0
         self._start = self._printed = self._began = 0.0  # of training, the last line, and the validation or test
 
-    @rank_zero_only
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Announce it: a batch of a large model takes its time."""
-        batches = trainer.num_sanity_val_steps
-        amount = "one batch" if batches == 1 else f"{batches:g} batches" if math.isfinite(batches) else "all batches"
-        self._print(f"sanity-checking validation on {amount}")
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; a resumed run starts at a later step."""
         self._start, self._first_step = time.perf_counter(), trainer.global_step
@@ -51,10 +44,20 @@ class ConsoleLines(LogObserver):
         self._print(f"step {logged.step}/{total}  {_shown(logged.values)}  {elapsed:.0f} s, {left:.0f} s left")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock of the validation."""
+        """Announce the sanity check, whose batch may take long with a large model, and start the clock."""
+        if trainer.sanity_checking:  # `on_sanity_check_start` is called without any validation data, too
+            self._announce_sanity_check(trainer)
         self._printed = self._began = time.perf_counter()
 
-    on_test_start = on_validation_start
+    @rank_zero_only
+    def _announce_sanity_check(self, trainer: pl.Trainer) -> None:
+        steps, batches = trainer.num_sanity_val_steps, sum(trainer.num_sanity_val_batches)
+        amount = "one batch" if batches == 1 else "all batches" if math.isinf(steps) else f"{batches:g} batches"
+        self._print(f"sanity-checking validation on {amount}")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of the test."""
+        self._printed = self._began = time.perf_counter()
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rap_lightning.callbacks.run_folder import run_folder
 from rap_lightning.callbacks.run_metadata import run_facts
 from rap_lightning.callbacks.trackers import BY_NAME, Continued, Tracker, tracker_of
 from rap_lightning.errors import ConfigError
-from rap_lightning.provenance import flatten, mask_text
+from rap_lightning.provenance import flatten, mask_text, masked_arguments
 from rap_lightning.training.guarded_loggers import guarded
 
 COUNTS = ("dropped", "repaired", "truncated", "left_out")
@@ -76,15 +77,22 @@ class RunTracking(pl.Callback):
 
 
 class _Starting:
-    """A failure to start is the user's to resolve, before the first step; later ones end no run (guarded_loggers)."""
+    """A failure to start is the user's to resolve, before the first step; later ones end no run (guarded_loggers).
+
+    W&B and Comet record the command line, which they read from ``sys.argv`` when they start and have no option for: it
+    has no keys meanwhile.
+    """
 
     def __init__(self, what: Any) -> None:
         tracker = None if isinstance(what, str) else tracker_of(what)
         self.name = what if isinstance(what, str) else tracker.name if tracker else type(what).__name__
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        self._argv = sys.argv
+        sys.argv = [*sys.argv[:1], *masked_arguments(sys.argv[1:])]
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        sys.argv = self._argv
         if isinstance(error, Exception) and not isinstance(error, ConfigError):
             reason = (str(error).strip().splitlines() or [""])[0]
             raise ConfigError(

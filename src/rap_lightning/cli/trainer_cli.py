@@ -521,6 +521,8 @@ def _set_up_libraries() -> None:
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=r".*recommended to use .self.log.*sync_dist.*")
+    # our data module has an empty list of validation batches where there is no such split, and says so itself
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*")
     warnings.filterwarnings(

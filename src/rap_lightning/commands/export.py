@@ -43,7 +43,8 @@ def export(
         checkpoint: a .ckpt that fit wrote, file or folder.
         output: a folder that doesn't exist yet, or is empty.
         merge: add a LoRA adapter to its base model's weights, instead of writing the adapter alone. It is done in
-            float32; the logits of the written model must equal those of the adapter on its base to 1e-4.
+            float32; the logits of the written model must equal those of the adapter on its base but for rounding, which
+            is measured.
         dtype: of the written weights; by default those of the checkpoint, and float32 for merged ones.
         max_shard_size: of one safetensors file, as in 2GB; by default 5GB. An adapter is one file.
         goal_in_template: write the best goal into the chat template; chat_template_kwargs then ask for another

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, join_some
 from rap_lightning.models.digests import weights_digest
 
 if TYPE_CHECKING:
@@ -133,10 +133,15 @@ def attach(model: PreTrainedModel, path: str, revision: str | None, base: str, *
         raise ConfigError(f"adapter {path} doesn't fit the model at {base}: {facts}") from error
     expected, unknown = set(get_peft_model_state_dict(adapted)), list(result.unexpected_keys)
     missing = sorted(expected - set(state))
-    if beside := sorted(name for name in set(state) - expected - set(unknown) if EMBEDDINGS.search(name)):
+    # peft loads a tensor under any name that the adapted model has, weights of the base model among them
+    own = adapted.state_dict(keep_vars=True)
+    if beside := sorted(
+        name for name in set(state) - expected - set(unknown) if name in own or EMBEDDINGS.search(name)
+    ):
         raise ConfigError(
-            f"adapter {path} holds {', '.join(beside)}, which its config doesn't name as trained, so that an export "
-            "would leave it out. Add it to modules_to_save, or merge the adapter into the base model and train that."
+            f"adapter {path} holds {join_some(beside)}, which its config doesn't name as trained: it replaces a weight "
+            "of the base model, and an export would leave it out. Add it to modules_to_save, or merge the adapter into "
+            "the base model and train that."
         )
     if missing or unknown:
         raise ConfigError(
