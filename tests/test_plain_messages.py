@@ -21,8 +21,10 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["fit", "inspect", "relabel"])
-@pytest.mark.parametrize("weight", ["0", "-1", ".nan"])
+@pytest.mark.parametrize(
+    ("command", "weight"),
+    [("fit", "0"), ("inspect", "0"), ("inspect", "-1"), ("inspect", ".nan"), ("relabel", "-1")],
+)
 def test_the_weight_of_a_source_must_be_above_0(command: str, weight: str, data: Path, tmp_path: Path) -> None:
     text = f"source:\n- {{path: {data}, weight: {weight}}}\n"
     options: list[Any] = []

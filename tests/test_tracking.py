@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import FunctionType
@@ -31,7 +32,7 @@ from rap_lightning.training.guarded_loggers import guard_loggers, lines_lost
 
 FAST = ("tree", "table", 0, "full")
 RECORDER = """
-import json, os
+import json, os, sys
 from lightning.pytorch.loggers import Logger
 
 class Recorder(Logger):
@@ -41,7 +42,7 @@ class Recorder(Logger):
         super().__init__()
         self.fails, self.calls = fails, []
 
-    name, version = "recorder", "0"
+    name, version, started = "recorder", "0", False
 
     def _note(self, what, *values):
         if what in self.fails:
@@ -53,6 +54,9 @@ class Recorder(Logger):
         self._note("log_metrics", metrics, step)
 
     def log_hyperparams(self, params, *args, **kwargs):
+        if not self.started:  # as W&B's begins with the first thing it logs
+            self.started = True
+            self._note("argv", sys.argv)
         self._note("log_hyperparams", params)
 
     def save(self):
@@ -145,6 +149,27 @@ def test_every_logger_gets_options_data_report_and_goal_scale_and_no_secret(worl
     config = yaml.safe_load((here / "runs/version_0/config.yaml").read_text())
     assert config["trainer"]["logger"]["init_args"]["api_key"] == "***"
     assert config["trainer"]["logger"]["init_args"]["extra"] == {"a": {"token": "***"}, "b": 1}
+
+
+def test_a_logger_that_starts_sees_no_key_on_the_command_line(
+    world: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B and Comet record ``sys.argv``, which no option of theirs masks."""
+    given = [
+        "rap-lightning",
+        "fit",
+        "--judge.api_key",
+        "k3y",
+        "--trainer.logger.api_key=mykey",
+        "--x",
+        "sk-abcdefgh1234567",
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    done = fit(world, here, "--trainer.logger", "my_recorder.Recorder", "--trainer.logger.api_key", "mykey")
+    assert done.returncode == 0, done.stderr
+    seen = recorded(here, "argv")
+    assert seen == [[["rap-lightning", "fit", "--judge.api_key", "***", "--trainer.logger.api_key=***", "--x", "***"]]]
+    assert sys.argv is given
 
 
 def test_a_saved_config_takes_keys_from_the_environment_or_again(world: Path, here: Path) -> None:

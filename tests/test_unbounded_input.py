@@ -56,7 +56,7 @@ def answers(reply: Reply, count: int = 1) -> list[Any]:
         ]
 
 
-BOMB = gzip.compress(b"\0" * (300 * MEGA), 1)
+BOMB = gzip.compress(b"\0" * (64 * MEGA), 1)
 
 
 @pytest.mark.parametrize(

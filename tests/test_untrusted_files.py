@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from conftest import called
+from conftest import build, called, make_trainer
 from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.checkpoint.integrity import write_index_checksum
@@ -25,6 +26,7 @@ from rap_lightning.models.references.logp_store import LogpStore
 from rap_lightning.onpolicy.requested_goals import template_of
 from rap_lightning.preferences.goals import OverallGoal
 from rap_lightning.preferences.rewards import RewardTable
+from rap_lightning.training.checks import check_folders_on_load
 
 
 class Payload:
@@ -129,6 +131,21 @@ def test_a_strategy_reads_shards_without_running_their_code(plant: Any, marker: 
     plant(tmp_path / "evil", Payload(marker))
     with pytest.raises(BaseException, match=r"system|Weights only load failed"):  # torch's is no Exception
         load_plain(state, tmp_path / "evil")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("plant", [in_value, in_index, in_deepspeed], ids=lambda plant: str(plant.__name__))
+def test_a_trainer_in_python_refuses_code_in_a_folder_before_its_strategy_reads_it(
+    plant: Any, marker: Path, tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    plant(tmp_path / "evil", Payload(marker))
+    module, data = build(tiny, pairs_folder)
+    with pytest.raises(ConfigError, match=r"is refused: it holds \w+\.system"):
+        make_trainer(tmp_path, max_steps=1).fit(module, data, ckpt_path=tmp_path / "evil")
+    strategy = ModelParallelStrategy()
+    check_folders_on_load(strategy)
+    with pytest.raises(ConfigError, match=r"is refused: it holds \w+\.system"):
+        strategy.load_checkpoint(tmp_path / "evil")
     assert not marker.exists()
 
 

@@ -416,6 +416,7 @@ class PreferenceModule(pl.LightningModule):
         if self.policy is not None:
             return
         check_deepspeed_trainer(self.trainer)
+        checks.check_folders_on_load(self.trainer.strategy)
         if (data := data_of(self.trainer)) is not None:
             checks.check_data(self.loss, data)
             checks.check_strength(data.goal, self.policy_config)

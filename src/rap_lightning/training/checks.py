@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,6 +27,7 @@ from rap_lightning.batches.types import Batch, PairLogps
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.attention import is_flash
+from rap_lightning.models.checkpoint.sharded_folder import refuse_incomplete
 from rap_lightning.models.digests import same_base
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references.adapters_off import AdaptersOff
@@ -362,6 +364,22 @@ def check_digests(saved: Mapping[str, Any], digests: Mapping[str, str], config: 
         f"the checkpoint's adapter was trained {found}, or that has changed since. Resume with the model of that run: "
         f"{saved['policy']['path']}, adapter {saved['policy'].get('adapter')}."
     )
+
+
+def check_folders_on_load(strategy: Strategy) -> None:
+    """Make a strategy refuse a checkpoint folder that is incomplete or holds code, before it reads it.
+
+    The command line checks ``--ckpt_path`` itself. ``Trainer.fit(ckpt_path=...)`` has no hook between the choice of a
+    checkpoint and its loading (Lightning 2.6.6), and DeepSpeed's and Lightning's own strategies unpickle what is in it.
+    """
+    load = strategy.load_checkpoint
+
+    def checked(checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        if (path := Path(checkpoint_path)).is_dir():
+            refuse_incomplete(path)
+        return load(checkpoint_path, *args, **kwargs)
+
+    strategy.load_checkpoint = checked  # type: ignore[method-assign]
 
 
 def check_checkpoint_reference(
