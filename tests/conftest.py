@@ -199,9 +199,8 @@ def make_model(folder: Path, family: str = "chatml", tokenizer: Any = None, **op
     tokenizer = tokenizer or make_tokenizer(family)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.2, **(sizes | options)
-    )
+    options = {**sizes, "initializer_range": 0.2, **options}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **options)
     model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import ROOT, make_tokenizer, run_command
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy_config import PolicyConfig
-from rap_lightning.models.pretrained import OtherWeights, refuse_quantised
+from rap_lightning.models.pretrained import OtherWeights, _missing_four_bit, _missing_layers, refuse_quantised
 from rap_lightning.onpolicy.judges import RewardModel
 from rap_lightning.onpolicy.model_source import ModelSource
 from test_score import reward_model
@@ -219,6 +219,37 @@ def test_configs_that_cannot_be_exported_are_found_before_the_first_step(
     assert reason in done.stderr
     assert str(folder) in done.stderr
     assert "step 1/1" not in done.stdout + done.stderr
+
+
+BYTES, LAYER = torch.zeros(8, 1, dtype=torch.uint8), "model.layers.1.mlp.up_proj.weight"
+STATES = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4")
+
+
+def four_bit(state: State) -> State:
+    """Weights of linear layers as bitsandbytes stores them: packed bytes, and what they mean."""
+    linear = [name for name in state if "proj" in name]
+    return state | dict.fromkeys(linear, BYTES) | {name + part: BYTES for name in linear for part in STATES}
+
+
+@pytest.mark.parametrize("part", ["", *STATES])
+def test_parts_of_four_bit_weights_that_are_missing_are_named(part: str, tmp_path: Path) -> None:
+    folder = edit(save(tmp_path), four_bit)
+    assert _missing_four_bit(str(folder), None) == []
+    edit(folder, lambda state: {name: value for name, value in state.items() if name != LAYER + part})
+    assert _missing_four_bit(str(folder), None) == [LAYER + part]
+    edit(folder, lambda state: {name: value for name, value in state.items() if not name.endswith(STATES)})
+    left = 2 * 7 - (part == "")
+    assert len(_missing_four_bit(str(folder), None)) == left * len(STATES), "bytes whose meaning is lost"
+
+
+def test_a_quantised_layer_that_is_missing_is_named(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = edit(edit(save(tmp_path), four_bit), without(LAYER))
+    assert _missing_four_bit(str(folder), None) == []
+    assert _missing_layers(AutoModelForCausalLM, str(folder), {}) == [LAYER]
+    edit(folder, renamed("model.", "other."))
+    assert _missing_layers(AutoModelForCausalLM, str(folder), {}) == [], "other names altogether"
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases from bug reports are not on this machine")

@@ -109,6 +109,24 @@ def test_a_cache_that_can_not_be_written_is_not_the_datas_fault(
         stored_pairs(Source(str(tmp_path / source)), "train", Rules(None, Relabelling("none")))
 
 
+def test_home_is_expanded_before_anything_is_read(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(data)
+    (tmp_path / "c.yaml").write_text("model: {policy: {path: ~/none}}\ndata: {source: [{path: ~/data}]}\n")
+    result = run_command("fit", "--config=~/c.yaml", "--trainer.accelerator", "cpu")
+    assert result.returncode == 2
+    assert f"--model.policy.path {tmp_path}/none" in result.stderr
+    for command in (
+        ["inspect", "--source=~/data", "--dropped", "~/rows"],
+        ["relabel", "--source", "~/data", "--output=~/made"],
+    ):
+        result = run_command(*command)
+        assert result.returncode == 0, (command, result.stderr[-2000:])
+    assert {"rows", "made"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (data / "~").exists()
+
+
+@pytest.mark.slow
 def test_home_is_expanded_in_every_option(
     data: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -348,6 +348,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny: Path, pairs_folder: Path, 
         fit_adam(tmp_path / "part", tiny, pairs_folder, ckpt=ckpt, **(options() | {"goal": AdapterStrength(neutral=4)}))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_equal_one_with_ddp_and_fsdp2(
     process_server: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

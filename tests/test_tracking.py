@@ -95,7 +95,7 @@ def steps_of(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     "logger",
-    ["true", "false", "my_recorder.Recorder",
+    [pytest.param("true", marks=pytest.mark.slow), "false", "my_recorder.Recorder",
      "[{class_path: my_recorder.Recorder}, {class_path: CSVLogger, init_args: {save_dir: runs, name: ''}}]"],
 )  # fmt: skip
 def test_a_run_has_its_folder_whatever_loggers_are_named(logger: str, world: Path, here: Path) -> None:
@@ -190,7 +190,10 @@ def test_a_saved_config_takes_keys_from_the_environment_or_again(world: Path, he
     assert run_command(*config, *again, cwd=here).returncode == 0
 
 
-@pytest.mark.parametrize("fails", ["save", "log_metrics", "finalize", "after_save_checkpoint"])
+@pytest.mark.parametrize(
+    "fails",
+    ["log_metrics", *(pytest.param(f, marks=pytest.mark.slow) for f in ("save", "finalize", "after_save_checkpoint"))],
+)
 def test_a_logger_that_fails_ends_no_run(fails: str, world: Path, here: Path) -> None:
     option = json.dumps([fails])
     with pytest.warns(UserWarning, match=r"Recorder can't log: OSError: .*No space left") as warned:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,9 +85,10 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
     except SafetensorError as error:  # a truncated file
         raise ValueError(str(error)) from error
     except RuntimeError as error:  # one expert of several can't be joined, an integer weight can't be drawn at random
-        gaps = _missing_experts(path, options.get("revision"))
-        named = f" {len(gaps)} experts are missing: {join_some(gaps)}." if gaps else ""
-        raise ValueError(f"its weights can't be put together, some may be missing.{named} {error}") from error
+        gaps = _missing_experts(path, options.get("revision")) or _missing_four_bit(path, options.get("revision"))
+        gaps = gaps or _missing_layers(factory, path, options)
+        named = f"these are missing: {join_some(gaps)}." if gaps else f"some may be missing. {error}"
+        raise ValueError(f"its weights can't be put together, {named}") from error
     finally:
         logging.set_verbosity(verbosity)
     found["unexpected_keys"] = set(found["unexpected_keys"]) - _zero_biases(model, path, options.get("revision"))
@@ -96,6 +96,8 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
         name for name in unexpected_weights(model, found["unexpected_keys"]) if not (unused and re.search(unused, name))
     ]
     shapes = [f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in sorted(found["mismatched_keys"])]
+    if getattr(model, "hf_quantizer", None) is not None:  # without any states, packed bytes are loaded as plain weights
+        found["missing_keys"] = {*found["missing_keys"], *_missing_four_bit(path, options.get("revision"))}
     parts = {"missing": sorted(found["missing_keys"]), "unexpected": names, "of another shape": shapes}
     if any(parts.values()):
         facts = "; ".join(f"{len(part)} {kind} ({join_some(part)})" for kind, part in parts.items() if part)
@@ -119,22 +121,22 @@ def _finite(values: torch.Tensor) -> bool:
     return all(bool(one.isfinite()) for one in values.detach().aminmax())
 
 
-def _tensors(path: str, revision: str | None) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Yield the name of each tensor of a checkpoint, with what reads it."""
+def _tensors(path: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each tensor of a checkpoint, with the slice of safetensors that reads it."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
     for file in sorted(Path(str(cached_file(path, "config.json", revision=revision))).parent.glob("*.safetensors")):
         with safe_open(file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118 (not a dict)
-                yield name, partial(content.get_tensor, name)
+                yield name, content.get_slice(name)
 
 
 def _zero_biases(model: Any, path: str, revision: str | None) -> set[str]:
     """Return the biases that are zero, which GPTQ and AWQ write for quantised layers that have none."""
     if getattr(model, "hf_quantizer", None) is None:
         return set()
-    return {name for name, read in _tensors(path, revision) if name.endswith(".bias") and not read().any()}
+    return {name for name, tensor in _tensors(path, revision) if name.endswith(".bias") and not tensor[:].any()}
 
 
 def _missing_experts(path: str, revision: str | None) -> list[str]:
@@ -145,6 +147,40 @@ def _missing_experts(path: str, revision: str | None) -> list[str]:
             found.setdefault((expert[1], expert[3]), set()).add(int(expert[2]))
     count = max((max(numbers) for numbers in found.values()), default=-1) + 1
     return [f"{a}{n}{b}" for (a, b), numbers in sorted(found.items()) for n in range(count) if n not in numbers]
+
+
+def _missing_four_bit(path: str, revision: str | None) -> list[str]:
+    """Return the names of the tensors that are left out of 4-bit weights (bitsandbytes), which all have the same parts.
+
+    Those are the packed bytes, the scales (``absmax``), the table of values and the state, and more where scales are
+    quantised too.
+    """
+    found: dict[str, set[str]] = {}
+    for name, tensor in _tensors(path, revision):
+        if part := re.fullmatch(
+            r"(.*\.weight)(\.(?:nested_)?(?:absmax|quant_map)|\.quant_state\.bitsandbytes__\w+)", name
+        ):
+            found.setdefault(part[1], set()).add(part[2])
+        elif name.endswith(".weight") and tensor.get_dtype() == "U8":
+            found.setdefault(name, set()).add("")
+    parts = {"", ".absmax", ".quant_map"}.union(*found.values())
+    if not any("quant_state" in part for part in parts):
+        parts.add(".quant_state.bitsandbytes__nf4")
+    return [name + part for name, own in sorted(found.items()) for part in sorted(parts - own)]
+
+
+def _missing_layers(factory: Any, path: str, options: dict[str, Any]) -> list[str]:
+    """Return the parameters that a checkpoint lacks, or [] where it has other names altogether."""
+    from transformers import AutoConfig
+
+    hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    config = options.get("config") or AutoConfig.from_pretrained(path, **hub)
+    with torch.device("meta"):
+        code = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
+        own = [name for name, _ in factory.from_config(config, **code).named_parameters()]
+    stored = {name for name, _ in _tensors(path, options.get("revision"))}
+    missing = sorted(set(own) - stored)
+    return missing if len(missing) < len(own) / 2 else []
 
 
 def check_generation_config(path: str) -> None:
