@@ -306,13 +306,13 @@ def test_weights_that_modules_to_save_names_come_with_the_adapter(tiny: Path, tm
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["model.norm"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
     with torch.no_grad():
         model.get_base_model().model.norm.modules_to_save["default"].weight.mul_(2)
     model.save_pretrained(tmp_path)
     found = PolicyConfig(str(tiny), adapter=str(tmp_path)).build(torch.float32).state_dict()
-    (name,) = (name for name in found if "norm.modules_to_save" in name)
+    (name,) = (name for name in found if "model.norm.modules_to_save" in name)
     own = AutoModelForCausalLM.from_pretrained(tiny).state_dict()["model.norm.weight"]
     torch.testing.assert_close(found[name], own * 2)
 

@@ -38,7 +38,7 @@ def test_what_comes_before_the_first_line_of_training_is_announced(
 
 
 def test_data_without_a_validation_split_announce_no_validation_and_warn_of_nothing(
-    tiny: Path, pairs_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny: Path, pairs_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = Path(shutil.copytree(pairs_folder, tmp_path / "data"))
     for split in VALIDATION_NAMES:
@@ -52,7 +52,7 @@ def test_data_without_a_validation_split_announce_no_validation_and_warn_of_noth
             "fit", *common, "--export.enabled", "false", "--trainer.max_steps", "1", "--trainer.log_every_n_steps", "1"
         )
     assert done.returncode == 0, done.stderr
-    assert f"no validation: {data} has no split named validation" in capfd.readouterr().err
+    assert f"no validation: {data} has no split named validation" in caplog.text
     assert "sanity" not in done.stdout
     assert not [str(one.message) for one in caught if "zero" in str(one.message)]
     done = run_command("validate", *common)

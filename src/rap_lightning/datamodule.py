@@ -188,7 +188,9 @@ class PreferenceDataModule(pl.LightningDataModule):
             return
         validation = self.validation_split()
         if stage in ("validate", "test") and validation is None:
-            raise DataError(f"{self._named()} has no split to {stage} on. Name one with --data.val_split.")
+            raise DataError(
+                f"{self._named()} has no split to {TrainerFn(stage).value} on. Name one with --data.val_split."
+            )
         names = [self.train_split, validation] if stage == "fit" else [validation]
         for name in names:
             if name is None or name in self.reports:
