@@ -112,7 +112,7 @@ class TransformersSchedule(Schedule):
             raise ConfigError(f"schedule {self.name} has no options {', '.join(self.options)}; remove them.")
         try:
             found = get_scheduler(self.name, optimizer, warmup, total_steps, self.options)
-            for made in found.lr_lambdas:  # type: ignore[attr-defined]
+            for made in found.lr_lambdas:
                 for step in (0, warmup, total_steps // 2, total_steps):
                     if not math.isfinite(made(step)):
                         raise ValueError(f"the rate at step {step} is not finite")
