@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -95,7 +95,7 @@ def run_section(
     restarts = 0
     while True:
         before = len(section.cases)
-        command = [*worker, name, str(lines), *options, "--seconds", f"{max(1.0, left()):.0f}"]
+        command = [*worker, name, str(lines), *options, "--end", f"{time() + left():.0f}"]
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
                 [*command, "--done", *section.cases], stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
@@ -250,7 +250,8 @@ def tests_lines(section: Section) -> list[str]:
             continue
         outcomes = case["outcomes"]
         others = {name: said for name, said in outcomes.items() if said != "passed"}
-        lines.append(f"{len(outcomes) - len(others)} of {len(outcomes)} tests passed.")
+        stopped = f"; {case['stopped']}" if case["stopped"] else ""
+        lines.append(f"{len(outcomes) - len(others)} of {len(outcomes)} tests passed{stopped}.")
         lines += ["", *(f"- `{name}`: {said}" for name, said in others.items())] if others else []
     return lines
 

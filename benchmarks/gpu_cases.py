@@ -15,11 +15,11 @@ import logging
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 import warnings
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -52,14 +52,19 @@ class Setting:
         work: a folder for models and pairs.
         toy: sizes at which every line runs on a CPU.
         gpu: published figures of the device, or None where they aren't known.
-        seconds: limit of a process that a case starts.
+        end: when the section is stopped, by ``time.time()``.
     """
 
     device: torch.device
     work: Path
     toy: bool
     gpu: GPU | None = None
-    seconds: float = 400.0
+    end: float = math.inf
+
+    @property
+    def left(self) -> float:
+        """Seconds that a process which a case starts may take, so that its case can still say what it knows."""
+        return min(max(1.0, self.end - time.time() - 3.0), 3600.0)
 
 
 class Skipped(Exception):
@@ -171,25 +176,36 @@ def tests(setting: Setting) -> dict[str, Case]:
 
 
 def run_tests(setting: Setting) -> dict[str, Any]:
-    """Return the outcome of each test."""
+    """Return the outcome of each test, of those that ran where time was over."""
     if find_spec("pytest") is None:
         raise Skipped("pytest isn't installed: pip install -e '.[test]'")
-    file = setting.work / "tests.xml"
     chosen = ["-m", "not gpu"] if setting.toy else ["-m", "gpu"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={file}", *chosen]
-    done = subprocess.run(
-        [*command, "tests/test_gpu.py"], cwd=HERE.parent, capture_output=True, text=True, timeout=setting.seconds
-    )
-    if not file.exists():
-        raise RuntimeError((done.stdout + done.stderr).strip()[-500:] or f"pytest ended with {done.returncode}")
-    outcomes = {}
-    for case in ElementTree.parse(file).iter("testcase"):
-        said = [f"{part.tag}: {part.get('message', '')[:300]}" for part in case if part.tag in OUTCOMES]
-        outcomes[case.get("name", "?")] = said[0] if said else "passed"
-    return {"outcomes": outcomes}
+    command = [sys.executable, "-u", "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *chosen]
+    stopped = ""
+    try:
+        done = subprocess.run(
+            [*command, "tests/test_gpu.py"], cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=setting.left,
+        )  # fmt: skip
+        said = done.stdout
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace")
+        stopped = "there was no time for the others"
+    outcomes = outcomes_in(said)
+    if not outcomes and not stopped:
+        raise RuntimeError(last_line(said))
+    return {"outcomes": outcomes, "stopped": stopped}
 
 
-OUTCOMES = ("failure", "error", "skipped")
+def outcomes_in(said: str) -> dict[str, str]:
+    """Return "passed", "failed: why", ... by test, of what ``pytest -v`` prints."""
+    outcomes = {
+        name: how.lower() for name, how in re.findall(r"^\S+?::(\S+) (PASSED|FAILED|ERROR|SKIPPED)", said, re.M)
+    }
+    for how, name, why in re.findall(r"^(FAILED|ERROR) \S+?::(\S+) - (.+)", said, re.M):
+        outcomes[name] = f"{how.lower()}: {why[:300]}"
+    return outcomes
+
 
 # -- fits --------------------------------------------------------------------------------------------------------------
 
@@ -363,7 +379,7 @@ def steps_of(setting: Setting, load: Load) -> dict[str, Any]:
             "model": shape.name, "pair": list(sizes[0]), "pairs_per_second": load.pairs / seconds,
             "tokens_per_second": sum(map(sum, sizes)) / seconds, "teraflops": flops / seconds / 1e12,
             "mfu": None if peak is None else flops / seconds / peak, "attention": module.policy.attention,
-            "plan": plan_of(plan, setting.seconds),
+            "plan": plan_of(plan, setting.left),
         }  # fmt: skip
     finally:
         plan.kill()
@@ -455,7 +471,7 @@ def side(setting: Setting, command: list[str], number: int) -> dict[str, Any]:
     try:
         found = compare.run(
             [*command, *(str(part) for option in options.items() for part in option), *flags],
-            argparse.Namespace(run_with="", seconds=setting.seconds),
+            argparse.Namespace(run_with="", seconds=setting.left),
         )
     except SystemExit as error:
         raise RuntimeError(last_line(str(error))) from None
@@ -539,7 +555,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--gpu", help="published memory (GB) and peak (TFLOPS) of the device: 141,989")
-    parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--end", type=float, default=math.inf, help="when the process is stopped, in Unix time")
     parser.add_argument("--done", nargs="*", default=[], help="cases to leave out")
     a = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -550,7 +566,7 @@ def main() -> None:
         with a.lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    run(a.section, Setting(torch.device(a.device), a.work, a.toy, gpu, a.seconds), emit, a.done)
+    run(a.section, Setting(torch.device(a.device), a.work, a.toy, gpu, a.end), emit, a.done)
 
 
 if __name__ == "__main__":

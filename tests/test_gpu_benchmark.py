@@ -129,6 +129,37 @@ def test_steps_are_measured_beside_the_plan(toy: Setting) -> None:
     assert "Useful operations of a pair" in page
 
 
+SAID = """
+tests/test_gpu.py::test_one[cuda] PASSED                     [ 33%]
+tests/test_gpu.py::test_two[plain-bf16-cuda] FAILED          [ 66%]
+tests/test_gpu.py::test_three[cuda] SKIPPED (no flash-attn)  [100%]
+FAILED tests/test_gpu.py::test_two[plain-bf16-cuda] - AssertionError: it fails its self-check here
+"""
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_outcomes_of_tests_are_told_also_where_time_is_over(
+    in_time: bool, toy: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's kernels may compile for longer than there is time."""
+
+    def said(command: list[str], *, timeout: float, **_: Any) -> Any:
+        assert 1 <= timeout <= 57
+        if in_time:
+            return SimpleNamespace(stdout=SAID)
+        raise subprocess.TimeoutExpired(command, timeout, SAID.rpartition("tests/test_gpu.py::test_three")[0].encode())
+
+    monkeypatch.setattr(gpu_cases.subprocess, "run", said)
+    found = measured(Setting(CPU, toy.work, toy=True, end=time.time() + 60), "tests")
+    text = "\n".join(gpu.tests_lines(found))
+    if in_time:
+        assert "1 of 3 tests passed." in text
+        assert "- `test_two[plain-bf16-cuda]`: failed: AssertionError: it fails its self-check here" in text
+    else:
+        assert "1 of 2 tests passed; there was no time for the others." in text
+        assert "- `test_two[plain-bf16-cuda]`: failed" in text
+
+
 @pytest.mark.slow
 def test_both_sides_take_the_same_steps(toy: Setting) -> None:
     found = measured(toy, "trl")
