@@ -121,7 +121,7 @@ def test_steps_are_measured_beside_the_plan(toy: Setting) -> None:
         assert case["pair"] == [load.length // 2] * 3, "pairs are as long as asked"
         assert case["synchronisations"] == 0
         assert case["recompiles"] == 0
-        assert case["plan"]["gb"] > 0
+        assert case["plan"].get("gb", 0) > 0, case["plan"]
         assert case["mfu"] == pytest.approx(case["teraflops"] / 989)
         assert case["pairs_per_second"] == pytest.approx(load.pairs / case["seconds"])
     page = gpu.report({"shapes": found}, toy=True, minutes=8)
