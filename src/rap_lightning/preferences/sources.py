@@ -22,6 +22,7 @@ from rap_lightning.preferences.csv_values import missing_in_csv
 from rap_lightning.preferences.folder_splits import files_in, is_plain, splits_in_folder
 from rap_lightning.preferences.pairs import shown
 from rap_lightning.preferences.readers import COMPRESSIONS, ROWS, Chunk, kind_of, numbered, read_file
+from rap_lightning.preferences.remote import check_remote, copied, is_remote
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,15 @@ class Source:
     """One of several sources.
 
     Args:
-        path: a file (.parquet, .arrow, .jsonl, .json, text also compressed), a folder, or a Hub id like org/name.
+        path: a file (.parquet, .arrow, .jsonl, .json, text also compressed), a folder, a Hub id like org/name, or the
+            URL of a file or a folder that fsspec reads (s3://, gs://, hf://), which is copied into the cache.
         weight: how often each of its training pairs is used in an epoch: 2 is twice, 0.5 a seeded half of them.
         split: the split to use as training split; by default the one of the same name.
         format: as for the data module; by default the data module's.
         revision: of a Hub dataset: a branch, tag or commit.
         config: of a Hub dataset that has several.
+        storage_options: of a URL's file system, as in {endpoint_url: ...} or {anon: true}; never keys, which come from
+            the environment.
     """
 
     path: str
@@ -43,14 +47,23 @@ class Source:
     format: str | None = None
     revision: str | None = None
     config: str | None = None
+    storage_options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ConfigError(f"source {self.path}: weight must be above 0, found {self.weight}")
-        if local_path(self.path) is not None:
+        remote = local_path(self.path) is None and is_remote(self.path)
+        if remote:
+            check_remote(self.path, self.storage_options or {})
+        elif self.storage_options is not None:
+            raise ConfigError(
+                f"source {self.path}: storage_options have no effect without a URL (s3://...); remove them."
+            )
+        if remote or local_path(self.path) is not None:
             for name in ("revision", "config"):
                 if getattr(self, name) is not None:
-                    raise ConfigError(f"source {self.path}: {name} has no effect on local files; leave it out.")
+                    kind = "URLs" if remote else "local files"
+                    raise ConfigError(f"source {self.path}: {name} has no effect on {kind}; leave it out.")
 
 
 def local_path(text: str) -> Path | None:
@@ -186,10 +199,12 @@ def _content(path: str | Path) -> str:
 
 
 def _local(source: Source) -> Path | None:
-    """Return the path of a local source, None for a Hub id."""
+    """Return the path of a local source, or of the copy of a remote one; None for a Hub id."""
     path = local_path(source.path)
+    if path is None and is_remote(source.path):
+        path = copied(source.path, source.storage_options or {})
     if path is not None and not path.is_dir():
-        if kind_of(source.path) is None:
+        if kind_of(str(path)) is None:
             raise DataError(
                 f"{source.path}: expected a file ending in .parquet, .arrow, .jsonl or .json "
                 f"(text also compressed: {', '.join(COMPRESSIONS)})."
