@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WARM_UP_LOSS = SFT()
+ROUTER = "router_aux"
+"""The name under which a mixture of experts' load-balancing loss is logged, beside the loss's own terms."""
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -132,7 +134,8 @@ class PreferenceModule(pl.LightningModule):
             check_loss(loss)
         self.policy: Policy | None = None
         self.run_state = RunState()
-        self.step_logger = StepLogger(loss.term_names(), None if warm_up is None else warm_up.steps)
+        terms = (*loss.term_names(), *([ROUTER] if policy.router_aux_loss is not None else []))
+        self.step_logger = StepLogger(terms, None if warm_up is None else warm_up.steps)
         self.run_key: str | None = None  # the command line sets it, and finds the run's checkpoints by it
         self.updating = False
         """Whether the optimizer is changing weights. Checkpoints are not written then, and signals wait: half a step
@@ -140,6 +143,7 @@ class PreferenceModule(pl.LightningModule):
         self.passes: list[Pass] = []
         self._batch: Sequence[Batch] = ()
         self._norm: Tensor | None = None
+        self._router: Tensor | None = None  # load-balancing loss of the last forward pass
         self._compared = False  # whether policy and reference have been compared at the first batch
         self._digests: dict[str, str] = {}  # of base model, reference, and an adapter that is continued
 
@@ -229,7 +233,13 @@ class PreferenceModule(pl.LightningModule):
         loss of single pairs (checks.check_data keeps losses that compare pairs in one part).
         """
         losses = self.pair_step(part, "fit")
-        return (losses * part.loss_weights).sum() * (self.trainer.world_size / part.step_weight)
+        share = (losses * part.loss_weights).sum() * (self.trainer.world_size / part.step_weight)
+        if (router := self._router) is None:
+            return share
+        self._router = None
+        # a mean over the step's forward passes, each by its pairs: the loss of a pass is that of its tokens together
+        pairs = (len(part) - part.fillers) * self.trainer.world_size / part.step_pairs
+        return share + router * (self.policy_config.router_aux_loss or 0.0) * pairs
 
     def pair_step(self, batch: Batch, split: Split) -> Tensor:
         """Return the loss of each pair, [B] float32, and add the batch to the means that are logged."""
@@ -238,10 +248,12 @@ class PreferenceModule(pl.LightningModule):
         if other is None and "unrelated" in loss.requires:
             other = unrelated(batch)
         policy = self._policy_logps(batch, other)
+        self._router = router = self.policy.router_loss  # before an adapter's reference runs the same model
         reference = self._reference_logps(batch, other) if "reference" in loss.requires else None
         rewards = PairRewards(batch.rewards[:, 0], batch.rewards[:, 1], batch.goal_rewards)
         losses, implicit = self.pair_losses(policy, reference, rewards)
-        self.step_logger.add(split, losses, implicit, policy, batch, loss.terms())
+        terms = loss.terms() if router is None else loss.terms() | {ROUTER: router.detach().expand(len(batch))}
+        self.step_logger.add(split, losses, implicit, policy, batch, terms)
         if split == "fit":
             self.passes.append(Pass.of(batch, losses, policy, reference))
             if reference is not None:
@@ -433,6 +445,7 @@ class PreferenceModule(pl.LightningModule):
     def _load(self, data: PreferenceData | None) -> None:
         """Load, check and shard policy and reference."""
         sharding = build.sharding_of(self.trainer, self.device_mesh)
+        checks.check_router_loss(self.policy_config, self.trainer, sharded=sharding is not None)
         dtype, reference_dtype = build.weight_dtypes(self.policy_config, self.trainer, sharding)
         self.policy = build.build_policy(self.policy_config, self.trainer, sharding, dtype)
         if data is not None and isinstance(data.goal, AdapterStrength):

@@ -19,6 +19,7 @@ from rap_lightning.models.activation_offload import activations_on_host
 from rap_lightning.models.attention import forest_attention, packs_itself, sequence_lengths
 from rap_lightning.models.logps import Head, sum_by_segment
 from rap_lightning.models.private_api import one_sequence_per_row, skip_adapter, uses_adapter
+from rap_lightning.models.router_loss import Routed, no_routers, router_loss, sequences_of_tokens
 from rap_lightning.models.token_strength import at_strength, attach
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Policy(nn.Module):
         attention: how attention over sequences in one row is computed, as found by ``model_checks.check_sharing``.
         checkpoints: whether activations are computed again in the backward pass.
         computes_on: where it computes, if sharded weights can be stored elsewhere.
+        balances: whether the load-balancing loss of a mixture of experts is computed.
+        router_loss: that loss of the last batch, [] float32.
     """
 
     def __init__(self, model: Any, *, offload: bool = False) -> None:
@@ -48,6 +51,9 @@ class Policy(nn.Module):
         self.attention: list[str] = []
         self.checkpoints = False
         self.computes_on: torch.device | None = None
+        self.balances = False
+        self.router_loss: Tensor | None = None
+        self._routed: list[Routed] = []
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -88,36 +94,49 @@ class Policy(nn.Module):
         assert batch is not None, "a batch, or something to call"
         offloading = activations_on_host() if self.offload and torch.is_grad_enabled() else nullcontext()
         with offloading, at_strength(batch.strength):
+            self._routed = []
             hidden = self._hidden_of_batch(batch)
+        if self.balances:
+            top_k = self.causal_lm.config.get_text_config().num_experts_per_tok
+            self.router_loss, self._routed = router_loss(self._routed, top_k), []
         hidden, head = hidden.flatten(0, 1)[batch.predict_from], Head.of(self.causal_lm)
         token_logps = head.token_logps(hidden, batch.target)
         return torch.stack((token_logps, head.log_collisions(hidden.detach()))) if collisions else token_logps
 
     def _hidden_of_batch(self, batch: Batch) -> Tensor:
         """[R, T, D]."""
+        counts = sequences_of_tokens(batch) if self.balances and (self.shares or batch.forest is None) else None
         if batch.forest is None:
             # no attention mask: padding is on the right, where causality hides it, and without a mask attention takes
             # its fastest kernel
-            return self.hidden(batch.input_ids, batch.position_ids)
+            return self.hidden(batch.input_ids, batch.position_ids, counts)
         if self.shares:
             config = self.causal_lm.config.get_text_config()
             if packs_itself(config, batch.forest):
-                return self.hidden(batch.input_ids, batch.position_ids, **sequence_lengths(batch.forest))
+                return self.hidden(batch.input_ids, batch.position_ids, counts, **sequence_lengths(batch.forest))
             with forest_attention(config):
-                return self.hidden(batch.input_ids, batch.position_ids, forest=batch.forest)
+                return self.hidden(batch.input_ids, batch.position_ids, counts, forest=batch.forest)
         return self._hidden_by_path(batch, batch.forest)
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Tensor:
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, counts: Tensor | None = None, **options: Any) -> Tensor:
         """Return the last layer's hidden states, [R, T, D], of ids and positions [R, T] int64.
 
-        Each row is one sequence, unless ``options`` describe a forest.
+        Each row is one sequence, unless ``options`` describe a forest. ``counts``, [R * T], is how many sequences each
+        token counts for in the load-balancing loss; by default one.
         """
         body = self.causal_lm.base_model
+        if self.balances:
+            options["output_router_logits"] = True
         with one_sequence_per_row():
-            output: Tensor = body(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False, **options
-            ).last_hidden_state
-        return output
+            output = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+        if self.balances:
+            logits = getattr(output, "router_logits", None)
+            if not logits:
+                raise no_routers(type(self.causal_lm).__name__)
+            flat = tuple(layer.flatten(0, -2) for layer in logits)
+            self._routed.append((flat, flat[0].new_ones(len(flat[0])) if counts is None else counts))
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def _hidden_by_path(self, batch: Batch, forest: Forest) -> Tensor:
         """[1, T, D]: each path through the model on its own; what paths share is computed for each of them."""

@@ -22,6 +22,7 @@ from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now
 from rap_lightning.models.policy import Policy, compile_layers, decoder_layers
 from rap_lightning.models.pretrained import OtherWeights, load_pretrained, load_weights
+from rap_lightning.models.router_loss import check_router_loss
 from rap_lightning.models.token_strength import strength_as_now
 from rap_lightning.preferences.chat_template import restore_own_template
 
@@ -96,6 +97,9 @@ class PolicyConfig:
             scaled alike; another model (``reference.path``) is used as its own config says.
         resize_embeddings: add rows for tokens that the tokenizer has and the model lacks, each the mean of the others.
             Only on request: without it such a tokenizer is refused.
+        router_aux_loss: of a mixture of experts, weight of its load-balancing loss in the loss of a step; by default it
+            is not computed. The loss is that of each forward pass, as in transformers; shared prefixes count once for
+            each response. Logged as loss/router_aux, without the weight.
     """
 
     path: str
@@ -114,6 +118,7 @@ class PolicyConfig:
     freeze: list[str] = field(default_factory=list)
     rope: dict[str, Any] | None = None
     resize_embeddings: bool = False
+    router_aux_loss: float | None = None
 
     def __post_init__(self) -> None:
         if self.activation_offloading and not torch.cuda.is_available():
@@ -288,6 +293,9 @@ class PolicyConfig:
             alterations.freeze(model, self.freeze)
         policy = Policy(model, offload=self.activation_offloading)
         policy.checkpoints = bool(every)
+        if self.router_aux_loss is not None:
+            check_router_loss(policy.causal_lm.config, self.router_aux_loss, compiles=self.compile)
+            policy.balances = True
         if self.compile:
             compile_layers(policy)
         policy.train()

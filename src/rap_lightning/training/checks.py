@@ -131,6 +131,16 @@ def check_data(loss: PreferenceLoss, data: PreferenceData) -> None:
         )
 
 
+def check_router_loss(config: PolicyConfig, trainer: pl.Trainer, *, sharded: bool) -> None:
+    """Refuse a router's loss where weights are sharded."""
+    # its gradient reaches a router past the hook that gathers the layer's weights again
+    if config.router_aux_loss is not None and (sharded or type(trainer.strategy).__name__ == "DeepSpeedStrategy"):
+        raise ConfigError(
+            "--model.policy.router_aux_loss needs whole weights on every device: use --trainer.strategy ddp, or leave "
+            "it out."
+        )
+
+
 def check_attention(config: PolicyConfig, layout: str) -> None:
     """Refuse an ``attn_implementation`` that the layout replaces."""
     asked = config.attn_implementation
