@@ -248,6 +248,7 @@ class PreferenceModule(pl.LightningModule):
         if other is None and "unrelated" in loss.requires:
             other = unrelated(batch)
         policy = self._policy_logps(batch, other)
+        assert self.policy is not None, "configure_model comes first"
         self._router = router = self.policy.router_loss  # before an adapter's reference runs the same model
         reference = self._reference_logps(batch, other) if "reference" in loss.requires else None
         rewards = PairRewards(batch.rewards[:, 0], batch.rewards[:, 1], batch.goal_rewards)
