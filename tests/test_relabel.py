@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -265,12 +266,12 @@ def test_without_a_mode_both_halves_where_there_is_a_goal() -> None:
 
 
 def test_weights_below_one_and_above_are_taken_and_one_needs_no_halves() -> None:
-    assert Relabelling().weights(0.25) == (1.0, 0.25, 1.0, 1.0)
-    assert Relabelling().weights(1.5) == (1.0, 1.5, 1.0, 1.0)
+    assert Relabelling().weights(0.25) == (1.0, 0.25, 1.0, 1.0, 1.0, 0.25)
+    assert Relabelling().weights(1.5) == (1.0, 1.5, 1.0, 1.0, 1.0, 1.5)
     with pytest.raises(ConfigError, match=r"must be above 0 and finite, found -0\.5"):
         Relabelling().weights(-0.5)
     for mode in ("none", "chosen", "rejected", "half"):
-        assert Relabelling(mode).weights(1.0) == (1.0, 1.0, 1.0, 1.0)  # type: ignore[arg-type]
+        assert Relabelling(mode).weights(1.0) == (1.0,) * 6  # type: ignore[arg-type]
 
 
 def test_the_seeded_half_is_the_same_in_every_version() -> None:
@@ -294,10 +295,12 @@ def test_training_pairs_are_counted_pair_by_pair(
     relabelling: Relabelling, origins: tuple[int, ...], of_ties: tuple[int, ...], pairs: int, ties: int
 ) -> None:
     scored = [replace(pair_of(scored_rows(1)[0]), tie=i >= pairs) for i in range(pairs + ties)]
-    index = TrainingIndex(relabelling.origins_of(pair, OverallGoal()) for pair in scored)
+    index = TrainingIndex([made.origin for made in relabelling.made_of(pair, OverallGoal())] for pair in scored)
     expected = [(row, origin) for row in range(pairs) for origin in origins]
     expected += [(pairs + row, origin) for row in range(ties) for origin in of_ties]
-    assert [index[i] for i in range(len(index))] == expected
+    assert [(index[i][0], index.origins[i]) for i in range(len(index))] == expected
+    places = [place for _, made in groupby(row for row, _ in expected) for place, _ in enumerate(made)]
+    assert [index[i][1] for i in range(len(index))] == places
     for outside in (-1, len(expected)):
         with pytest.raises(IndexError, match=str(outside)):
             index[outside]
@@ -320,16 +323,18 @@ def test_a_view_is_read_from_both_ends() -> None:
 def test_a_relabelled_pair_says_where_it_comes_from_and_what_is_asked() -> None:
     row = scored_rows(2)[1]
     pair, goal = pair_of(row), OverallGoal()
-    made = [relabel(pair, goal, origin) for origin in range(4)]
-    assert [m.goal for m in made] == [f"{row['score_chosen']:g}", f"{row['score_rejected']:g}", None, "10"]
+    made = [relabel(pair, goal, origin, 6.5) for origin in range(6)]
+    printed = [f"{row['score_chosen']:g}", f"{row['score_rejected']:g}", None, "10", "6.5", "6.5"]
+    assert [m.goal for m in made] == printed
     own = [goal.text(row["score_chosen"]), goal.text(row["score_rejected"])]
-    assert [m.goal_text for m in made] == [*own, None, goal.text(10)]
+    assert [m.goal_text for m in made] == [*own, None, goal.text(10), *[goal.text(6.5)] * 2]
     asked = [m.goal_reward for m in made]
     assert math.isnan(asked.pop(UNCONDITIONED))
-    assert asked == [row["score_chosen"], row["score_rejected"], 10.0]
+    assert asked == [row["score_chosen"], row["score_rejected"], 10.0, 6.5, 6.5]
     assert [m.origin for m in made] == list(ORIGINS)
     assert {m.pair_id for m in made} == {pair.id}
-    for other in (made[2], made[3]):
+    assert (made[5].chosen, made[5].rewards) == (made[1].chosen, made[1].rewards)
+    for other in (made[2], made[3], made[4]):
         assert other.rewards == made[0].rewards == (row["score_chosen"], row["score_rejected"])
         assert (other.chosen, other.rejected) == (made[0].chosen, made[0].rejected)
 
@@ -401,7 +406,7 @@ def test_a_loser_whose_attributes_read_like_the_best_goal_is_never_contradicted(
     goal = AttributeGoal(["kind", "clear"], overall=False)
     pair = replace(pair_of(scored_rows(1)[0]), rewards=(9.0, 8.0), attributes=((9.0, 8.0), (10.0, 10.0)))
     made = Relabelling(best_goal=True)
-    assert [ORIGINS[i] for i in made.origins_of(pair, goal)] == ["chosen-goal", "rejected-goal"]
+    assert [ORIGINS[one.origin] for one in made.made_of(pair, goal)] == ["chosen-goal", "rejected-goal"]
     one = relabel(replace(pair, attributes=((9.0, 8.0), (1.0, 1.0))), goal, BEST_GOAL)
     assert one.goal == "10 10"
     assert one.goal_text == goal.text(10, (10, 10))
@@ -438,4 +443,5 @@ def test_the_best_goal_needs_goals() -> None:
 def test_a_goal_is_chosens_own_reward_the_best_or_none() -> None:
     assert {origin.name: origin.goal for origin in ORIGIN_TABLE} == {
         "chosen-goal": "own", "rejected-goal": "own", "unconditioned": None, "best-goal": "best",
+        "upper-goal": "drawn", "lower-goal": "drawn",
     }  # fmt: skip

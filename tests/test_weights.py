@@ -158,8 +158,8 @@ def test_weights_without_effect_are_refused_in_words(weight: float, mode: Any, m
 
 
 def test_originals_and_ties_count_one() -> None:
-    assert Relabelling("both", keep_original=True).weights(0.5) == (1.0, 0.5, 1.0, 1.0)
-    assert Relabelling("rejected", keep_original=True).weights(0.5) == (1.0, 0.5, 1.0, 1.0)
-    assert Relabelling("half").weights(0.5) == (1.0, 0.5, 1.0, 1.0)
-    assert Relabelling("both", best_goal=True).weights(0.5, 0.25) == (1.0, 0.5, 1.0, 0.25)
-    assert Relabelling("chosen", best_goal=True).weights(best=2.0) == (1.0, 1.0, 1.0, 2.0)
+    assert Relabelling("both", keep_original=True).weights(0.5) == (1.0, 0.5, 1.0, 1.0, 1.0, 0.5)
+    assert Relabelling("rejected", keep_original=True).weights(0.5) == (1.0, 0.5, 1.0, 1.0, 1.0, 0.5)
+    assert Relabelling("half").weights(0.5) == (1.0, 0.5, 1.0, 1.0, 1.0, 0.5)
+    assert Relabelling("both", best_goal=True).weights(0.5, 0.25) == (1.0, 0.5, 1.0, 0.25, 1.0, 0.5)
+    assert Relabelling("chosen", best_goal=True).weights(best=2.0) == (1.0, 1.0, 1.0, 2.0, 1.0, 1.0)

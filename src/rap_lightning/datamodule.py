@@ -63,9 +63,10 @@ class PreferenceDataModule(pl.LightningDataModule):
         source: a parquet, arrow, json or json-lines file (text also compressed), a folder of them, or a Hub id; or a
             list of sources with weights. The format is found by the columns: scored pairs, several scored responses to
             a prompt, raw UltraFeedback, HelpSteer, ranked answers, ShareGPT.
-        rejected_weight: weight of the loss of a pair under its rejected response's goal in the mean over a step, where
-            other pairs have weight 1: below 1, the policy imitates bad responses less. 0 is relabel chosen. Logged
-            means stay plain means over pairs; those by origin tell the halves apart.
+        rejected_weight: weight of the loss of a pair under its rejected response's goal, or under a drawn one near it
+            (goals_per_pair), in the mean over a step, where other pairs have weight 1: below 1, the policy imitates bad
+            responses less. 0 is relabel chosen. Logged means stay plain means over pairs; those by origin tell the
+            halves apart.
         best_goal_weight: weight of the loss of a pair under the best goal (best_goal), in the same mean.
         train_split: name of the split to train on.
         val_split: name of the split to validate and test on; by default the first that exists of validation, valid,

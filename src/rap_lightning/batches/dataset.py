@@ -110,18 +110,18 @@ class PairEncoder:
         texts = tuple(stated.text for stated in self.goals_of(pair))
         return Conversation(pair.history, texts, pair.responses, columns, pair.tools)
 
-    def readable(self, pair: Pair) -> dict[int, tuple[str, str, str]]:
-        """Prompt, chosen and rejected response of each training pair as text of their ids, by origin.
+    def readable(self, pair: Pair) -> list[tuple[str, str, str]]:
+        """Prompt, chosen and rejected response of each training pair as text of their ids.
 
         Raises:
             BadRow: the pair can't be encoded.
         """
         found, readable = self.encoder.encode_one(self._conversation(pair)), self.encoder.readable
         first, second = map(readable, found.response_ids)
-        return {
-            origin: (readable(ids), *((second, first) if ORIGIN_TABLE[origin].chosen else (first, second)))
-            for origin, ids in zip(self.relabelling.origins_of(pair, self.encoder.goal), found.prompt_ids, strict=True)
-        }
+        return [
+            (readable(ids), *((second, first) if ORIGIN_TABLE[made.origin].chosen else (first, second)))
+            for made, ids in zip(self.relabelling.made_of(pair, self.encoder.goal), found.prompt_ids, strict=True)
+        ]
 
     def goals_of(self, pair: Pair) -> tuple[StatedGoal, ...]:
         """What is asked for of the pair's responses, in the order of ``prompt_ids``."""
@@ -129,7 +129,7 @@ class PairEncoder:
 
     def _relabelled(self, pair: Pair) -> list[RelabelledPair]:
         goal = self.encoder.goal
-        return [relabel(pair, goal, origin) for origin in self.relabelling.origins_of(pair, goal)]
+        return [relabel(pair, goal, *made) for made in self.relabelling.made_of(pair, goal)]
 
 
 def _alike(found: EncodedConversation) -> bool:
@@ -182,9 +182,10 @@ def note_encoding(rows: Iterable[EncodedRow], report: DataReport) -> list[bool]:
 # -- a row to training pairs ------------------------------------------------------------------------------------------
 
 
-def example_of(row: EncodedRow, origin: int) -> Example:
-    """One of the training pairs that an encoded row becomes."""
-    place, half = row["origins"].index(origin), ORIGIN_TABLE[origin].chosen
+def example_of(row: EncodedRow, place: int) -> Example:
+    """The training pair at a place among those that an encoded row becomes."""
+    origin = row["origins"][place]
+    half = ORIGIN_TABLE[origin].chosen
     return Example(
         pair_id=row["pair_id"],
         origin=origin,
@@ -235,8 +236,8 @@ class EncodedPairs(Dataset[Any]):
         ]
 
     def example(self, index: int) -> Example:
-        row, origin = self.index[index]
-        return example_of(self.table[row], origin)
+        row, place = self.index[index]
+        return example_of(self.table[row], place)
 
     def sizes(self) -> list[PairSize]:
         """Tokens of every training pair, as :meth:`example` gives it, read from the columns' offsets alone."""

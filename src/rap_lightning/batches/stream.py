@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -28,8 +28,13 @@ from rap_lightning.preferences.sources import Source
 
 log = logging.getLogger("rap_lightning")
 
-Item = tuple[Pair, int]
-"""A scored pair, and the origin of the training pair that it becomes."""
+
+class Item(NamedTuple):
+    """A scored pair, and one of the training pairs that it becomes: its place among them, and its origin."""
+
+    pair: Pair
+    place: int
+    origin: int
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ class StreamedPairs(IterableDataset[Any]):
         rng = random.Random(f"{self.seed} {self.epoch}")
         held: list[Item] = []
         for pair in stream_mixed(self.sources, self.split, self.rules, report, self.seed):
-            for origin in self.rules.relabelling.origins_of(pair, self.rules.goal):
-                held.append((pair, origin))
+            for place, made in enumerate(self.rules.relabelling.made_of(pair, self.rules.goal)):
+                held.append(Item(pair, place, made.origin))
                 if len(held) >= self.buffer:
                     place = rng.randrange(len(held))
                     held[place], held[-1] = held[-1], held[place]
@@ -104,10 +109,10 @@ class StreamedPairs(IterableDataset[Any]):
     def _encoded(self, items: list[Item], step: list[Item], report: DataReport) -> tuple[BatchPlan, list[Example]]:
         weight = 1.0 if items else 0.0
         items = items or step[:1]
-        rows = self.encode([pair for pair, _ in items])
+        rows = self.encode([item.pair for item in items])
         examples = [
-            example_of(row, origin)
-            for (_, origin), row, good in zip(items, rows, note_encoding(rows, report), strict=True)
+            example_of(row, item.place)
+            for item, row, good in zip(items, rows, note_encoding(rows, report), strict=True)
             if good
         ]
         if not examples:  # every rank must run every batch, so a pair of weight 0 fills this one
@@ -117,11 +122,11 @@ class StreamedPairs(IterableDataset[Any]):
         return BatchPlan(
             places, (weight,) * len(examples), len(step), (places,),
             tuple(weight * e.weight * self.origin_weights[e.origin] for e in examples),
-            math.fsum(pair.weight * self.origin_weights[origin] for pair, origin in step),
+            math.fsum(item.pair.weight * self.origin_weights[item.origin] for item in step),
         ), examples  # fmt: skip
 
     def _fillers(self) -> Iterator[Example]:
-        for pair, origin in self._shuffled(DataReport("", "")):
-            row = self.encode([pair])[0]
+        for item in self._shuffled(DataReport("", "")):
+            row = self.encode([item.pair])[0]
             if not row["dropped"]:
-                yield example_of(row, origin)
+                yield example_of(row, item.place)

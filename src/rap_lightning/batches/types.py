@@ -214,7 +214,8 @@ class PairRewards:
     Attributes:
         chosen, rejected: [B] float32, the judge's, in the scale's units.
         goals: [B] float32, the reward that the prompt asks for, in the same units, nan where it states no goal; None:
-            no prompt states one. Under its own goal it is chosen's reward, under the best goal the scale's best.
+            no prompt states one. Under its own goal it is chosen's reward, under the best goal the scale's best, and
+            under a drawn goal what that one asks for.
     """
 
     chosen: Tensor

@@ -30,6 +30,7 @@ def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]
             "sources": [name(source.path) for source in data.sources],
             "relabel": data.relabelling.mode,
             "best_goal": data.relabelling.best_goal,
+            "goals_per_pair": data.relabelling.goals_per_pair,
             "rejected_weight": data.rejected_weight,
             "best_goal_weight": data.best_goal_weight,
             "weight_column": data.weight_column,

@@ -205,7 +205,7 @@ def _measure(pairs: list[Pair], encode: Encode, found: _Inspected, max_length: i
     for pair, row, encoded in zip(pairs, rows, note_encoding(rows, found.report), strict=True):
         if not encoded:
             found.report.pairs -= 1
-            found.report.relabelled -= len(encode.relabelling.origins_of(pair, encode.encoder.goal))
+            found.report.relabelled -= len(encode.relabelling.made_of(pair, encode.encoder.goal))
             continue
         prompt = max(map(len, row["prompt_ids"])) + row["cut_prompt"]
         chosen, rejected = (len(ids) + cut for ids, cut in zip(row["response_ids"], row["cut_response"], strict=True))
@@ -256,14 +256,16 @@ def _print_examples(pairs: list[Pair], read: ReadingOptions, encode: Encode | No
     for number, pair in enumerate(pairs, 1):
         print(f"\n== pair {number}: {visible(pair.place)}, id {pair.id}")
         try:
-            encoded = {} if encode is None else encode.readable(pair)
+            encoded = [] if encode is None else encode.readable(pair)
         except BadRow as problem:
             print(f"   can't be encoded: {problem.reason}")
-            encoded = {}
-        for origin in read.relabelling.origins_of(pair, read.goal):
-            half = relabel(pair, read.goal, origin)
+            encoded = []
+        for place, made in enumerate(read.relabelling.made_of(pair, read.goal)):
+            half = relabel(pair, read.goal, *made)
             print(f"-- {half.origin}" + (f", goal {half.goal}" if half.goal is not None else ""))
-            prompt, chosen, rejected = encoded.get(origin) or (_as_turns(half, read), half.chosen, half.rejected)
+            prompt, chosen, rejected = (
+                encoded[place] if encoded else (_as_turns(half, read), half.chosen, half.rejected)
+            )
             print(_indented(_short(prompt, 3 * SHOWN)))
             for name, text, reward in (("chosen", chosen, 0), ("rejected", rejected, 1)):
                 print(f"   {name} (reward {half.rewards[reward]:g}):")

@@ -39,6 +39,7 @@ def rounds(
     relabel: Mode = "both",
     keep_original: bool = False,
     best_goal: bool = False,
+    goals_per_pair: int = 0,
     ties: Literal["drop", "chosen", "error"] = "drop",
     selection: Selection | None = None,
     filters: Filters = Filters(),  # noqa: B008
@@ -84,6 +85,7 @@ def rounds(
         relabel: as in the data module: both, chosen, rejected, none or half.
         keep_original: also train on each pair without a goal.
         best_goal: also train on each pair under the best goal.
+        goals_per_pair: also train on each pair under this many goals, drawn from the whole scale.
         ties: a pair whose goals print the same: drop, keep its chosen half, or error.
         selection: which pairs are made of the responses to a prompt.
         filters: what is left out on purpose.
@@ -138,7 +140,7 @@ def rounds(
     initial = ModelSource(model, None, trust_remote_code, template=template_options(fit))
     if initial.is_checkpoint or initial.is_adapter:
         raise ConfigError("--model: rounds begin with a whole model; rap-lightning export --merge true makes one.")
-    relabelling = Relabelling.of(relabel, goal, keep_original, seed, best_goal)
+    relabelling = Relabelling.of(relabel, goal, keep_original, seed, best_goal, goals_per_pair)
     rules = Rules(goal, relabelling, ties, selection, filters, tool_turns=False)
     plan = RoundsPlan(
         folder=Path(output), histories=found.histories, held_out=measured, initial=initial, rounds=rounds,

@@ -5,8 +5,8 @@ m is the margin of log-ratios in nats; Δ is the gap, by which chosen is better 
 Which response is better depends on the goal. A pair with a goal g in its prompt is chosen by R(y) = -|g - r(y)|, which
 is largest, 0, for the response that has the goal's own reward (the paper squares it: https://arxiv.org/abs/2410.08067,
 section 4). Under chosen's own reward as goal, Δ = R(y_w) - R(y_l) = |r_w - r_l|: in the half whose goal is the lower
-reward, the judge's own r_w - r_l is below 0 and would push against the relabelling. Under the best goal
-Δ = |g - r_l| - |g - r_w|. A pair without a goal has Δ = r_w - r_l.
+reward, the judge's own r_w - r_l is below 0 and would push against the relabelling. Under the best goal, and under
+drawn ones, Δ = |g - r_l| - |g - r_w|. A pair without a goal has Δ = r_w - r_l.
 """
 
 from __future__ import annotations

@@ -194,6 +194,8 @@ def _training(facts: Mapping[str, Any]) -> str:
         rows.append(["reference", facts["reference"]])
     if relabel := (facts.get("data") or {}).get("relabel"):
         shown = f"{relabel} and the best goal for every pair" if facts["data"].get("best_goal") else relabel
+        if count := facts["data"].get("goals_per_pair"):
+            shown += f", {count} drawn goal{'' if count == 1 else 's'} for every pair"
         for option, half in (("rejected_weight", "rejected-goal"), ("best_goal_weight", "best-goal")):
             if (weight := facts["data"].get(option, 1)) != 1:
                 shown += f", the {half} half weighs {weight:g}"

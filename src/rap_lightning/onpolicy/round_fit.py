@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.jsonl_ledger import write_atomically
+from rap_lightning.preferences.reading_options import ReadingOptions
 from rap_lightning.preferences.template_options import TemplateOptions
 
 SET_BY_ROUND = {"path": "the round's policy", "source": "the round's pairs", "goal": "the round's goal.yaml"}
@@ -48,6 +50,12 @@ def template_options(fit: dict[str, Any]) -> TemplateOptions:
     """Return which chat template the options of fit name, so that the first round generates with it too."""
     data = _arguments(copy.deepcopy(fit), "data")
     return TemplateOptions(data.get("chat_template"), data.get("chat_template_kwargs") or {})
+
+
+def data_seed(fit: dict[str, Any]) -> int:
+    """Return the seed of the data in the options of fit: it decides which half and which goals are drawn."""
+    default: int = inspect.signature(ReadingOptions).parameters["seed"].default
+    return int(_arguments(copy.deepcopy(fit), "data").get("seed", default))
 
 
 def _refuse(section: str, options: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -83,7 +83,7 @@ def relabel_options(rules: Rules) -> dict[str, Any]:
     made = rules.relabelling
     return {
         "goal": goal_config(rules.goal), "relabel": made.mode, "keep_original": made.keep_original,
-        "best_goal": made.best_goal, "ties": rules.ties,
+        "best_goal": made.best_goal, "goals_per_pair": made.goals_per_pair, "ties": rules.ties,
     }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def read_goal(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(found, dict) or "goal" not in found:
-        raise ConfigError(f"{path}: expected goal, relabel, keep_original, best_goal and ties")
+        raise ConfigError(f"{path}: expected goal, relabel, keep_original, best_goal, goals_per_pair and ties")
     return found
 
 

@@ -170,7 +170,8 @@ class Round:
                 rules, goal=round_pairs.parse_goal(options["goal"]), selection=None, filters=Filters(),
                 relabelling=Relabelling(
                     options.get("relabel", "both"), options.get("keep_original", False),
-                    best_goal=options.get("best_goal", False),
+                    round_fit.data_seed(self.plan.fit), options.get("best_goal", False),
+                    options.get("goals_per_pair", 0),
                 ),
                 ties=options.get("ties", "drop"),
             )  # fmt: skip

@@ -113,8 +113,12 @@ class GoalTemplate(ABC):
 
     def state_at(self, goal: float) -> StatedGoal:
         """Return the goal with attributes as high on their own scale as ``goal`` is on the overall one."""
+        return self.state(*self.with_attributes(goal))
+
+    def with_attributes(self, goal: float) -> tuple[float, tuple[float, ...]]:
+        """Return a goal with attributes as high on their own scale as it is on the overall one."""
         share = (goal - self.scale.low) / (self.scale.high - self.scale.low)
-        return self.state(goal, self.attributes_at(share))
+        return goal, self.attributes_at(share)
 
     def attributes_at(self, share: float) -> tuple[float, ...]:
         """Return attributes at a share of their range: 0 is the lowest, 1 the highest."""

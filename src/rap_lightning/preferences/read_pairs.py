@@ -60,7 +60,7 @@ def read_pairs(
             if not collect_faults:
                 raise_faults(report)
             for pair in pairs:
-                made = rules.relabelling.origins_of(pair, rules.goal)
+                made = rules.relabelling.made_of(pair, rules.goal)
                 report.count_pair(pair, len(made), rules.weight_column is not None)
             yield from pairs
     if not report.pairs and not collect_faults:
@@ -134,6 +134,8 @@ def unreached_goal_note(rules: Rules, reports: Sequence[DataReport]) -> str | No
         span = merge_spans(span, report.rewards)
     if goal is None or span is None or type(goal.scale) is not RewardScale or not rules.relabelling.conditioned:
         return None
+    if rules.relabelling.best_goal or rules.relabelling.goals_per_pair:
+        return None  # goals that no response has are stated too
     low, high, scale = *span, goal.scale
     if goal.state(scale.goal(high), goal.best_attributes) == goal.state_best:
         return None

@@ -39,6 +39,10 @@ class ReadingOptions:
         keep_original: also train on each pair without a goal.
         best_goal: also train on each pair under the best goal, where the response with the higher reward wins. Pairs
             for which one of the own goals is the best goal already are not trained on twice, and counted.
+        goals_per_pair: also train on each pair under this many goals, drawn uniformly from the whole scale: under a
+            goal, the response whose reward is nearer to it wins. A pair has the same ones whatever the order of the
+            data. A draw that reads like the midpoint of the two rewards, or like another goal of the pair, is left out,
+            and counted.
         ties: a pair whose goals print the same: drop it, keep its chosen half only, or stop with an error.
         rewards: a judge that gives every response its reward before training, in the place of the scores that the data
             have or lack: ImplicitReward (the log-ratio of a trained DPO model and its base, for data without scores),
@@ -57,7 +61,8 @@ class ReadingOptions:
             optimizer step, times the weight of its half. Rows of weight 0 are left out and counted, and so are those
             without a weight or with one below 0. Validation and logged means are of pairs, not weighted.
         num_proc: processes that read and tokenise; by default one.
-        seed: of the half that relabel half takes, of what weights draw, and of the order in which pairs are trained on.
+        seed: of the half that relabel half takes, of what weights and goals_per_pair draw, and of the order in which
+            pairs are trained on.
         thinking: thoughts in responses, between <think> and </think> or in a field reasoning_content: keep them,
             strip them, or leave the tags empty.
         chat_template: which of several named chat templates renders; by default the one called default.
@@ -74,6 +79,7 @@ class ReadingOptions:
         relabel: Mode | None = None,
         keep_original: bool = False,
         best_goal: bool = False,
+        goals_per_pair: int = 0,
         ties: Literal["drop", "chosen", "error"] = "drop",
         rewards: Judge | None = None,
         selection: Selection | None = None,
@@ -93,7 +99,7 @@ class ReadingOptions:
         self.rewards, self.goal = rewards, rated_goal(rewards, goal)
         self.sources, self.num_proc, self.seed = as_sources(source), num_proc, seed
         self.template = TemplateOptions(chat_template, chat_template_kwargs or {})
-        self.relabelling = Relabelling.of(relabel, self.goal, keep_original, seed, best_goal)
+        self.relabelling = Relabelling.of(relabel, self.goal, keep_original, seed, best_goal, goals_per_pair)
         if isinstance(self.goal, AdapterStrength) and UNCONDITIONED in self.relabelling.origins:
             option = "keep_original" if self.relabelling.conditioned else "relabel none"
             raise ConfigError(

@@ -103,8 +103,8 @@ def relabelled_batch(
 
     tools, rows = "tools" in columns.names, []
     for pair in pairs:
-        for origin in rules.relabelling.origins_of(pair, rules.goal):
-            half = relabel(pair, rules.goal, origin)
+        for made in rules.relabelling.made_of(pair, rules.goal):
+            half = relabel(pair, rules.goal, *made)
             prompt = with_goal(half.history, half.goal_text, placement, system_shown=system_shown)
             rows.append(
                 {

@@ -17,7 +17,7 @@ from rap_lightning.preferences.formats.base import Row
 from rap_lightning.preferences.hashing import hash_text, hash_turns
 from rap_lightning.preferences.pairs import BadRow, Judged, Pair, Response, is_blank, make_pair
 from rap_lightning.preferences.readers import ROWS, Chunk
-from rap_lightning.preferences.relabelling import is_tie, repeats_best
+from rap_lightning.preferences.relabelling import draw_goals, is_tie, repeats_best
 from rap_lightning.preferences.rewards import CONTRADICTED
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.selection import BestVsRandom
@@ -263,8 +263,11 @@ def _checked(pair: Pair, better: Response, worse: Response, rules: Rules, report
             raise BadRow(SCORES, reason, stops=rules.ties == "error", by_choice=True)
         report.note("noted", reason, pair.place, SCORES)
         pair = replace(pair, tie=True)
-    elif rules.goal is not None and rules.relabelling.best_goal and repeats_best(pair, rules.goal, rules.relabelling):
-        report.note("noted", BEST_ALREADY, pair.place, SCORES)
+    elif rules.goal is not None:
+        if rules.relabelling.best_goal and repeats_best(pair, rules.goal, rules.relabelling):
+            report.note("noted", BEST_ALREADY, pair.place, SCORES)
+        for reason in draw_goals(pair, rules.goal, rules.relabelling).left_out:
+            report.note("noted", reason, pair.place, SCORES)
     if pair.exchanged:
         report.note("repaired", EXCHANGED if rules.rewards is None else CONTRADICTED, pair.place, SCORES)
     for text, side in zip(pair.responses, (better, worse), strict=True):

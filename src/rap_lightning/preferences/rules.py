@@ -60,6 +60,8 @@ class Rules:
             raise ConfigError(
                 f"relabel {self.relabelling.mode} needs a goal; use relabel none, or name a goal template."
             )
+        if self.goal is not None and self.relabelling.goals_per_pair:
+            self.goal.scale.check_inverse()
         if self.ties == "chosen" and not self.relabelling.of_ties:
             raise ConfigError(f"ties chosen has no effect with relabel {self.relabelling.mode}; remove one of the two.")
         if self.goal is not None and self.outside_scale != "error" and self.goal.scale.judge_range[0] == float("-inf"):

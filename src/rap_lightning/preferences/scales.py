@@ -77,6 +77,19 @@ class RewardScale:
         """Return the number that a goal states for a reward."""
         return reward
 
+    def reward(self, goal: float) -> float:
+        """Return a reward, in the judge's units, that a goal states: the inverse of :meth:`goal`."""
+        return goal
+
+    def check_inverse(self) -> None:
+        """Raise ConfigError where a subclass defines another :meth:`goal` and not its inverse."""
+        goal, reward = (next(kind for kind in type(self).__mro__ if name in vars(kind)) for name in ("goal", "reward"))
+        if not issubclass(reward, goal):
+            raise ConfigError(
+                f"goals_per_pair: {type(self).__name__} doesn't say which reward a drawn goal asks for. Define its "
+                "method reward(goal), the inverse of goal(reward)."
+            )
+
     def numbers(self) -> dict[str, Any]:
         """Return all arguments, including fitted ones, from which the scale can be built again."""
         return {"low": self.low, "high": self.high, "decimals": self.decimals}
@@ -88,6 +101,16 @@ class RewardScale:
         ('8', '7.5')
         """
         return printed(goal, self.decimals)
+
+    def printable(self, share: float) -> float:
+        """Return one of the goals that can be printed, from the lowest to the best: that at a share in [0, 1) of them.
+
+        >>> [RewardScale(1, 10, decimals=1).printable(share) for share in (0.0, 0.5, 0.999)]
+        [1.0, 5.5, 10.0]
+        """
+        step = 10.0**-self.decimals
+        count = int((self.best - self.low) / step + 1e-6) + 1
+        return min(round(self.low + int(share * count) * step, 9), self.best)
 
     def grid(self, count: int) -> list[float]:
         """Return evenly spaced goals from the lowest to the highest, as printed; fewer if some print alike.
@@ -153,6 +176,11 @@ class LinearScale(RewardScale):
         assert self.judge_high is not None, "call fit first"
         share = (reward - self.judge_low) / (self.judge_high - self.judge_low)
         return self.low + min(1.0, max(0.0, share)) * (self.high - self.low)
+
+    def reward(self, goal: float) -> float:
+        assert self.judge_low is not None, "call fit first"
+        assert self.judge_high is not None, "call fit first"
+        return self.judge_low + (goal - self.low) / (self.high - self.low) * (self.judge_high - self.judge_low)
 
     def numbers(self) -> dict[str, Any]:
         return super().numbers() | {"judge_low": self.judge_low, "judge_high": self.judge_high}
@@ -223,6 +251,13 @@ class QuantileScale(RewardScale):
             below, above = knots[left - 1], knots[left]
             place = left - 1 + (reward - below) / (above - below)
         return self.low + place / (len(knots) - 1) * (self.high - self.low)
+
+    def reward(self, goal: float) -> float:
+        """Return the reward at this quantile; one that many responses share is stated as the middle of its own."""
+        assert self.knots is not None, "call fit first"
+        place = (goal - self.low) / (self.high - self.low) * (len(self.knots) - 1)
+        below = min(int(place), len(self.knots) - 2)
+        return self.knots[below] + (place - below) * (self.knots[below + 1] - self.knots[below])
 
     def numbers(self) -> dict[str, Any]:
         return super().numbers() | {"knots": self.knots}

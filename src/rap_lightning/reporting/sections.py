@@ -18,6 +18,8 @@ ORIGIN_TITLES = {
     "rejected-goal": "rejected-goal pairs",
     "unconditioned": "plain pairs",
     "best-goal": "best-goal pairs",
+    "upper-goal": "pairs under drawn upper goals",
+    "lower-goal": "pairs under drawn lower goals",
 }
 ONE_ORIGIN = {"none": "unconditioned", "chosen": "chosen-goal", "rejected": "rejected-goal"}
 """The origin of all pairs by relabelling mode, for modes with only one: metrics.csv doesn't split by origin then."""
@@ -110,8 +112,8 @@ def training(runs: list[Run]) -> Section:
     section = Section(
         "training", "Training curves",
         "Curves by origin of the pairs: in chosen-goal pairs, the goal is the better response's reward; in "
-        "rejected-goal pairs, it is the worse response's, which is then preferred; plain pairs have no goal, and "
-        "best-goal pairs the best one. "
+        "rejected-goal pairs, it is the worse response's, which is then preferred; plain pairs have no goal, "
+        "best-goal pairs the best one, and drawn goals are nearer to the better (upper) or worse (lower) response. "
         "Thin lines: training; markers: validation on held-out pairs, or training where there is no validation.",
     )  # fmt: skip
     section.rows = [

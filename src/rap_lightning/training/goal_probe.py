@@ -35,7 +35,7 @@ from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.preferences.hashing import hash_text
 from rap_lightning.preferences.pairs import Pair
-from rap_lightning.preferences.relabelling import CHOSEN_GOAL, REJECTED_GOAL, Relabelling, is_tie
+from rap_lightning.preferences.relabelling import Relabelling, is_tie
 
 AMONG = 4
 """The pairs with the widest gap are taken of a sample this many times as large."""
@@ -128,7 +128,7 @@ def encode_halves(pairs: Sequence[Pair], encoder: Encoder) -> list[Halves]:
     good = [row for row in rows if not row["dropped"]]
     if not good:
         raise DataError(f"{describe(goal)}: no pair can be encoded: {rows[0]['dropped']}.")
-    return [(example_of(row, CHOSEN_GOAL), example_of(row, REJECTED_GOAL)) for row in good]
+    return [(example_of(row, 0), example_of(row, 1)) for row in good]  # as Relabelling() orders them
 
 
 def measure_margins(policy: Policy, halves: Sequence[Halves], pad_id: int) -> list[float]:
