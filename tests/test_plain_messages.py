@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from conftest import run_command, scored_rows, write_jsonl
 from rap_lightning.cli import config_files
@@ -77,6 +78,23 @@ def test_the_copy_of_a_pipe_stands_where_the_pipe_did(tmp_path: Path) -> None:
     os.close(read)
     assert [*copied[:4], *copied[5:]] == [*args[:4], *args[5:]]
     assert Path(copied[4]).read_text() == "a: 1\n"
+
+
+def test_a_long_data_file_of_json_is_not_read_as_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """jsonargparse looks for options in any file that an option names, and PyYAML is slow."""
+    rows, compose = scored_rows(300), yaml.compose
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert (tmp_path / "rows.json").stat().st_size > 2 * config_files.LONG
+    composed: list[int] = []
+    monkeypatch.setattr(yaml, "compose", lambda text, *rest: composed.append(len(text)) or compose(text, *rest))
+    result = run_command("inspect", "--source", tmp_path / "rows.json", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["splits"][0]["rows_read"] == 300
+    assert max(composed, default=0) < config_files.LONG
+    text = json.dumps(rows)[:-1]
+    assert config_files.load_unique(f"{text}]") == rows
+    with pytest.raises(yaml.YAMLError, match="the key a is there twice"):
+        config_files.load_unique(f'{text}, {{"a": 1, "a": 2}}]')
 
 
 @pytest.mark.parametrize("number", ["-2e1", "-20", "-2E+1", "-20."])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -42,6 +44,11 @@ def read_yaml(path: str) -> tuple[Any, str]:
         return None, str(error).splitlines()[0]
 
 
+LONG = 50_000
+"""Characters from which JSON is read as JSON: jsonargparse (4.53) looks for options in any file that an option names,
+data files among them, four times, and PyYAML takes 2.5 s for a megabyte each time."""
+
+
 def load_unique(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
     """Load YAML, in which the last of two equal keys would silently win.
 
@@ -49,11 +56,21 @@ def load_unique(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
         yaml.YAMLError: a mapping has a key twice; it can't be read.
     """
     try:
+        if len(text) > LONG and text.lstrip()[:1] in ("[", "{"):
+            with suppress(ValueError):  # no JSON, or a key twice: YAML says where
+                return json.loads(text, object_pairs_hook=_distinct)
         if text.count(":") > 1:
             _refuse_duplicates(yaml.compose(text, yaml.SafeLoader))
         return load(text)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs) or "<<" in found:
+        raise ValueError
+    return found
 
 
 def _refuse_duplicates(node: Any) -> None:

@@ -25,6 +25,8 @@ def schema(output: str | None = None) -> int:
     Args:
         output: file to write; by default the schema is printed.
     """
+    if output is not None and not Path(output).parent.is_dir():  # the schema takes seconds
+        raise ConfigError(f"--output {output}: can't be written: its folder isn't there. Name a file in a folder.")
     text = json.dumps(config_schema(), indent=1) + "\n"
     if output is None:
         print(text, end="")
