@@ -1,8 +1,10 @@
 """Mutated configs and mutated data files through the command line: a clear message or a correct run, nothing else.
 
 python benchmarks/fuzz.py --work /tmp/fuzz --configs 2000 --files 2000
+python benchmarks/fuzz.py --work /tmp/fuzz --folders 2000
 
-Each case is a process forked from one that has imported everything, with a time limit and a memory limit. Wrong are: a
+With --folders: mutated model folders, chat templates and data folders, in turn, through the package's functions in this
+process (fuzz_cases.py, which also knows what would be silently wrong). Otherwise each case is a process forked from one that has imported everything, with a time limit and a memory limit. Wrong are: a
 traceback, a signal, a failure without an "error: ..." line, a success that trained nothing, a hang. Such cases are kept
 in WORK/wrong with their input and output. Cases follow from their number alone; call again to go on where it stopped.
 """
@@ -325,17 +327,47 @@ def one(kind: str, number: int, work: Path, made: tuple[Path, dict[str, Any], li
     return {"kind": kind, "number": number, "verdict": verdict, "seconds": round(seconds, 2), "last": last}
 
 
+def folders(work: Path, count: int, deadline: float) -> None:
+    """Run mutated model folders, chat templates and data folders in this process."""
+    import tempfile
+
+    import fuzz_cases
+
+    base = fuzz_cases.Base.of_small_models(Path(tempfile.mkdtemp(dir=work)))
+    lines = work / "folders.jsonl"
+    found = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    for number in range(len(found), count):
+        if time.perf_counter() > deadline:
+            break
+        kind = fuzz_cases.KINDS[number % 3]
+        one = fuzz_cases.run(kind, number // 3, work / "folder", base)
+        found.append({"kind": kind, "verdict": one.verdict, "mutation": one.mutation, "detail": one.detail})
+        with lines.open("a") as file:
+            file.write(json.dumps(found[-1]) + "\n")
+        if one.wrong:
+            print(kind, number // 3, one, flush=True)
+    verdicts = ("message", "counted", "right", "another", "wrong")
+    print(f"\n| | cases | {' | '.join(verdicts)} |\n|---|---|---|---|---|---|---|")
+    for kind in fuzz_cases.KINDS:
+        mine = [state["verdict"] for state in found if state["kind"] == kind]
+        print(f"| {kind} | {len(mine)} | {' | '.join(str(sum(v.startswith(x) for v in mine)) for x in verdicts)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--configs", type=int, default=2000)
     parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--folders", type=int, help="instead: models, templates and data folders, so many in all")
     parser.add_argument("--minutes", type=float, default=3.0, help="stop after this long; call again to go on")
     parser.add_argument("--again", action="store_true", help="only what was wrong before")
     a = parser.parse_args()
     a.work = a.work.resolve()
     a.work.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(a.work / "cache")}
+    if a.folders is not None:
+        folders(a.work, a.folders, time.perf_counter() + 60 * a.minutes)
+        return
     preload()
     made, lines = prepared(a.work), a.work / "cases.jsonl"
     read = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []

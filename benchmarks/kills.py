@@ -3,10 +3,11 @@
 python benchmarks/kills.py --work /tmp/kills --kills 100
 
 Runs are real ones of the command line (``rap-lightning fit ... --ckpt_path last``) on a tiny model, with a checkpoint
-after every step, over all combinations of layout, source, data workers and adapter. They are forked from a server that
-has imported everything, so that a kill costs seconds. Half of the kills come at a moment drawn from the whole life of
-the process, half while a checkpoint is being written. Lines are added to WORK/kills.jsonl; --first and --kills cut the
-work into parts, and the table is printed at the end of each.
+after every step, over all combinations of layout, source, data workers and adapter; with --defaults only streams, whose
+runs end with the command line's default, one epoch. They are forked from a server that has imported everything, so that
+a kill costs seconds. Half of the kills come at a moment drawn from the whole life of the process, half while a
+checkpoint is being written. Lines are added to WORK/kills.jsonl; call again to go on, and the table is printed at the
+end of each call.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 10
+EPOCH, MORE = 14, 40
+"""Optimizer steps of one epoch (110 training pairs, 4 to a batch, 2 batches to a step), and more than that."""
 COMBINATIONS = list(
     itertools.product(("padded", "packed", "tree"), ("table", "stream"), (0, 2), ("full", "adapter"))
 )  # fmt: skip
+DEFAULTS = list(itertools.product(("tree",), ("stream",), (0, 2), ("full", "adapter")))
 
 
 def server() -> Any:
@@ -81,8 +85,8 @@ def make(work: Path) -> Path:
     return work / "world"
 
 
-def arguments(world: Path, root: Path, combination: tuple[str, str, int, str], steps: int = STEPS) -> list[str]:
-    """The command line of a run."""
+def arguments(world: Path, root: Path, combination: tuple[str, str, int, str], steps: int | None = STEPS) -> list[str]:
+    """The command line of a run: of so many optimizer steps, or None for one epoch, as by default."""
     layout, source, workers, trained = combination
     stream = ["--data.streaming", "true", "--data.shuffle_buffer", "30"]
     adapter = ["--model.policy.lora.r", "4", "--model.policy.lora.dropout", "0.1"]
@@ -90,11 +94,11 @@ def arguments(world: Path, root: Path, combination: tuple[str, str, int, str], s
         "fit", "--model.policy.path", str(world / "base"), "--data.source", str(world), "--data.max_length", "128",
         "--data.batch_size", "4", "--data.layout", layout, "--data.num_workers", str(workers),
         "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "1e-3",
-        "--trainer.accelerator", "cpu", "--trainer.max_steps", str(steps), "--trainer.accumulate_grad_batches", "2",
+        "--trainer.accelerator", "cpu", "--trainer.accumulate_grad_batches", "2",
         "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "8", "--trainer.default_root_dir",
         str(root), "--trainer.enable_model_summary", "false", "--checkpoint.every_n_train_steps", "1",
         "--export.enabled", "false", "--ckpt_path", "last", *(stream if source == "stream" else []),
-        *(adapter if trained == "adapter" else []),
+        *(adapter if trained == "adapter" else []), "--trainer.max_steps", str(steps or MORE),
     ]  # fmt: skip
 
 
@@ -103,12 +107,12 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted((p for p in root.rglob("*.ckpt") if not p.is_symlink()), key=lambda p: p.stat().st_mtime)
 
 
-def outcome(root: Path, steps: int = STEPS) -> str:
+def outcome(root: Path, steps: int | None = STEPS) -> str:
     """Digest of weights, optimizer, schedule and random numbers after the last step; "" where it wasn't reached."""
     import torch
 
     saved = [torch.load(path, map_location="cpu", weights_only=True) for path in checkpoints(root)[-1:]]
-    if not saved or saved[0]["global_step"] != steps:
+    if not saved or saved[0]["global_step"] != (steps or EPOCH):
         return ""
     digest = hashlib.sha256()
     content = [
@@ -132,7 +136,9 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def run(context: Any, world: Path, root: Path, combination: Any, steps: int = STEPS, limit: float = 300) -> float:
+def run(
+    context: Any, world: Path, root: Path, combination: Any, steps: int | None = STEPS, limit: float = 300
+) -> float:
     """One whole run; its seconds."""
     start = time.perf_counter()
     process = context.Process(target=command, args=(arguments(world, root, combination, steps), str(root) + ".log"))
@@ -157,12 +163,12 @@ def partials(root: Path) -> list[Path]:
 
 def killed(
     context: Any, world: Path, root: Path, combination: Any, rng: random.Random, seconds: float, *, aimed: bool,
-    steps: int = STEPS,
+    steps: int | None = STEPS,
 ) -> dict[str, Any]:  # fmt: skip
     """Start a run and kill it; what state it was in, or {} if it was over before."""
     process = context.Process(target=command, args=(arguments(world, root, combination, steps), str(root) + ".log"))
     process.start()
-    wanted, seen, names = rng.randrange(1, steps), 0, set()
+    wanted, seen, names = rng.randrange(1, steps or EPOCH), 0, set()
     end = time.perf_counter() + (120 if aimed else rng.uniform(0, seconds))
     while process.is_alive() and time.perf_counter() < end:
         if not aimed:
@@ -187,6 +193,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=100, help="how many there are to be in all")
     parser.add_argument("--minutes", type=float, default=3.0, help="stop after this long; call again to go on")
+    parser.add_argument("--defaults", action="store_true", help="streams, one epoch: the command line's defaults")
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(a.work / "cache")}
@@ -195,28 +202,31 @@ def main() -> None:
     done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     known = a.work / "whole.json"
     whole: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
+    combinations, steps = (DEFAULTS, None) if a.defaults else (COMBINATIONS, STEPS)
     deadline = time.perf_counter() + 60 * a.minutes
     for number in range(len(done), a.kills):
         if time.perf_counter() > deadline:
             break
-        combination, rng = COMBINATIONS[number % len(COMBINATIONS)], random.Random(number)
+        combination, rng = combinations[number % len(combinations)], random.Random(number)
         name = " ".join(map(str, combination))
         if name not in whole:
             root = a.work / "whole" / name.replace(" ", "-")
             shutil.rmtree(root, ignore_errors=True)
-            seconds = run(context, world, root, combination)
-            whole[name] = {"digest": outcome(root), "seconds": seconds}
+            seconds = run(context, world, root, combination, steps)
+            whole[name] = {"digest": outcome(root, steps), "seconds": seconds}
             assert whole[name]["digest"], "the run that is not killed must end"
             known.write_text(json.dumps(whole))
         state: dict[str, Any] = {}
         while not state:
             root = a.work / "killed" / str(number)
             shutil.rmtree(root, ignore_errors=True)
-            state = killed(context, world, root, combination, rng, whole[name]["seconds"], aimed=number % 2 == 1)
+            state = killed(
+                context, world, root, combination, rng, whole[name]["seconds"], aimed=number % 2 == 1, steps=steps
+            )
         start = time.perf_counter()
         try:
-            run(context, world, root, combination)
-            state["same"] = outcome(root) == whole[name]["digest"]
+            run(context, world, root, combination, steps)
+            state["same"] = outcome(root, steps) == whole[name]["digest"]
         except RuntimeError as error:
             state |= {"same": False, "error": str(error)[-2000:]}
         state |= {"number": number, "combination": name, "seconds": round(time.perf_counter() - start, 1)}

@@ -20,6 +20,7 @@ from rap_lightning.preferences.pairs import BadRow, Message
 from rap_lightning.preferences.rendering import (
     lost_texts,
     render,
+    render_short,
     resolve_placement,
     shows_system,
     template_texts,
@@ -89,7 +90,9 @@ class ChatRenderer:
         """
         turns = [("user", FIRST), ("assistant", SECOND), ("user", THIRD)]
         try:
-            text = render(self.tokenizer, [{"role": r, "content": c} for r, c in turns], generation_prompt=True)
+            text = render_short(self.tokenizer, [{"role": r, "content": c} for r, c in turns])
+        except ConfigError:
+            raise
         except Exception as error:  # of the template's author
             raise ConfigError(
                 f"the tokenizer's chat template fails on a short conversation: {type(error).__name__}: {error}"
@@ -100,6 +103,12 @@ class ChatRenderer:
             raise ConfigError(
                 "the tokenizer's chat template does not write the text of user messages (perhaps it expects content in "
                 "parts). Training would see empty prompts. Use a template that writes texts, or correct it."
+            )
+        places = [text.index(one) for one in (FIRST, SECOND, THIRD) if one in text]
+        if places != sorted(places) or any(text.count(one) > 1 for one in (FIRST, SECOND, THIRD)):
+            raise ConfigError(
+                "the tokenizer's chat template writes the messages of a conversation in another order, or more than "
+                "once. Correct it."
             )
         if second and between == after_second.partition(THIRD)[0]:
             raise ConfigError(

@@ -7,6 +7,7 @@ training continues) to ``build`` (with a new adapter, frozen parameters, gradien
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, join_some
 from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now
 from rap_lightning.models.policy import Policy, compile_layers, decoder_layers
-from rap_lightning.models.pretrained import OtherWeights, load_pretrained, load_weights
+from rap_lightning.models.pretrained import OtherWeights, check_config_names, load_pretrained, load_weights
 from rap_lightning.models.router_loss import check_router_loss
 from rap_lightning.models.token_strength import strength_as_now
 from rap_lightning.preferences.chat_template import restore_own_template
@@ -208,6 +209,12 @@ class PolicyConfig:
         config: PretrainedConfig = load_pretrained(
             "model config", self.path, AutoConfig.from_pretrained, self.hub_options()
         )
+        if defaults := check_config_names(self.path, config):
+            warnings.warn(
+                f"{self.path}/config.json names no {join_some([one.split()[0] for one in defaults])}: the default of "
+                f"{type(config).__name__} is used ({join_some(defaults)})",
+                stacklevel=2,
+            )
         if not self.dropout:
             silence_dropout(config)
         return config

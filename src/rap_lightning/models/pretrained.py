@@ -6,6 +6,7 @@ them, and ignores those that the model has no place for; it only prints a table.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 NO_WEIGHTS = re.compile(r"(^|[._])(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|_extra_state)$")
 """Buffers that older versions of models stored: they are computed, and hold nothing that was trained."""
+
+NUMBERS = re.compile(r"eps(ilon)?$|_act$|activation|rope|softcapping|sliding_window$")
+"""Values of a config that change what a model computes, though its weights load without them."""
 
 
 class OtherWeights(ConfigError):
@@ -44,10 +48,12 @@ def load_pretrained(what: str, path: str, load: Callable[..., Any], options: dic
     refuse_no_model("--model.policy.path", path)
     try:
         return load(path, **options)
-    except OtherWeights:
+    except (OtherWeights, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # damaged files fail in any way: tokenizers raises Exception itself
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+        if not reason or not isinstance(error, OSError | ValueError | ImportError):
+            reason = f"{type(error).__name__}: {reason}"
         where = "the folder exists, but" if Path(path).is_dir() else "not a folder here, and"
         raise ConfigError(
             f"--model.policy.path {path}: {where} no {what} could be loaded from it: {reason} "
@@ -106,6 +112,11 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
             f"{facts}. transformers would draw missing ones at random and ignore unexpected ones. Restore the files, "
             "or correct config.json (number of layers, tie_word_embeddings, architecture)."
         )
+    if whole := _stored_whole(model, path, options.get("revision")):
+        raise OtherWeights(
+            f"{option} {path}: {len(whole)} weights are stored as {', '.join(sorted(set(whole.values())))} and not as "
+            f"fractions ({join_some(sorted(whole))}), which cuts off what is behind the point. Restore the files."
+        )
     if broken := [name for name, p in model.named_parameters() if not _finite(p)]:
         raise OtherWeights(
             f"{option} {path}: {len(broken)} weights have values that are infinite or not a number ({join_some(broken)}"
@@ -126,7 +137,9 @@ def _tensors(path: str, revision: str | None) -> Iterator[tuple[str, Any]]:
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    for file in sorted(Path(str(cached_file(path, "config.json", revision=revision))).parent.glob("*.safetensors")):
+    for file in sorted(
+        Path(str(cached_file(path, "config.json", revision=revision))).parent.glob("model*.safetensors")
+    ):
         with safe_open(file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118 (not a dict)
                 yield name, content.get_slice(name)
@@ -181,6 +194,61 @@ def _missing_layers(factory: Any, path: str, options: dict[str, Any]) -> list[st
     stored = {name for name, _ in _tensors(path, options.get("revision"))}
     missing = sorted(set(own) - stored)
     return missing if len(missing) < len(own) / 2 else []
+
+
+def _stored_whole(model: PreTrainedModel, path: str, revision: str | None) -> dict[str, str]:
+    """Return name and type of the weights that are stored as integers, though the model isn't quantised.
+
+    transformers converts whatever it reads to the dtype that is asked for.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return {}
+    own = {name.rpartition("model.")[2] for name, _ in model.named_parameters()}
+    kinds = ((name, tensor.get_dtype()) for name, tensor in _tensors(path, revision))
+    return {
+        name: kind for name, kind in kinds
+        if not kind.startswith(("F", "BF")) and name.rpartition("model.")[2] in own
+    }  # fmt: skip
+
+
+def check_config_names(path: str, config: PretrainedConfig) -> list[str]:
+    """Compare the names in a folder's config.json with those that its class reads.
+
+    Returns:
+        What is missing of the values that change the numbers of a model and not its shapes.
+
+    Raises:
+        ConfigError: a name that isn't known, of which one that is missing differs in a letter.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return []
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    known = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    other = {name for pair in type(config).attribute_map.items() for name in pair}
+    missing = known - set(stored)
+    for name in set(stored) - known - other:
+        if near := [one for one in missing if _one_letter_apart(name, one)]:
+            raise ConfigError(
+                f"--model.policy.path {path}: config.json has {name}, which {type(config).__name__} doesn't know, and "
+                f"lacks {near[0]}, whose default would be used. Correct the name."
+            )
+    written = " ".join(stored)
+    return sorted(
+        f"{name} {getattr(config, name)}" for name in missing
+        if (found := NUMBERS.search(name)) and found[0] not in written
+    )  # fmt: skip
+
+
+def _one_letter_apart(one: str, other: str) -> bool:
+    """Return whether two names differ in one letter that is added, removed or changed, or in capitals only."""
+    short, long = sorted((one.lower(), other.lower()), key=len)
+    if short == long:
+        return True
+    if len(long) - len(short) > 1:
+        return False
+    start = next((i for i, letter in enumerate(short) if letter != long[i]), len(short))
+    return short[start + (len(short) == len(long)) :] == long[start + 1 :]
 
 
 def check_generation_config(path: str) -> None:

@@ -25,7 +25,6 @@ from rap_lightning.preferences.pairs import BadRow, shown
 
 ROWS = 1000  # in a chunk
 CHUNK_BYTES = 2**24  # of lines in a chunk
-JSON = json.JSONDecoder(strict=False)  # accepts unescaped control characters inside a string
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file"}
 
@@ -106,6 +105,22 @@ def _nullable(schema: dict[str, Any]) -> bool:
     )  # fmt: skip
 
 
+class RepeatedKey(ValueError):
+    """A JSON object gives a key twice; the JSON module would take the last one."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RepeatedKey(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+JSON = json.JSONDecoder(strict=False, object_pairs_hook=_unique)
+"""It accepts unescaped control characters inside a string."""
+
+
 def parse_line(line: bytes, number: int) -> ParsedRow:
     """Parse a line of a JSON Lines file."""
     if number == 1 and line.startswith(b"\xef\xbb\xbf"):
@@ -127,6 +142,8 @@ def parse_line(line: bytes, number: int) -> ParsedRow:
         return BadRow(where, f"not JSON ({error.msg.lower()}); is the file truncated?", stops=True)
     except TooDeep:
         return BadRow("row", "JSON nested too deeply to be read", stops=True)
+    except RepeatedKey as error:
+        return BadRow(str(error), "a key that is given twice")
     except ValueError as error:  # a number with more digits than Python converts, say
         return BadRow("row", f"JSON that can't be read ({type(error).__name__})", stops=True)
 
@@ -224,13 +241,15 @@ def _lines(stream: BinaryIO, label: str, path: str) -> Iterator[Chunk]:
 
 def _array(stream: BinaryIO, label: str, path: str) -> Iterator[Chunk]:
     try:
-        values = load_json(stream.read().decode("utf-8-sig"))
+        values = load_json(stream.read().decode("utf-8-sig"), JSON.decode)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start + 1} is not UTF-8.") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg}). Is the file truncated?") from error
     except TooDeep as error:
         raise DataError(f"{path}: JSON nested too deeply to be read.") from error
+    except RepeatedKey as error:
+        raise DataError(f"{path}: an object gives the key {error} twice. Remove one.") from error
     if not isinstance(values, list) or not values:
         raise DataError(f"{path} has no rows.")
     for start in range(0, len(values), ROWS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n\n"  # between the goal and what follows it in the same turn
+SHORT_S, SHORT_CHARACTERS = 30, 1_000_000
+"""What a short conversation may take to render: it takes a millisecond, and is a thousand characters long."""
 
 
 def render(
@@ -29,6 +32,31 @@ def render(
         list(messages), tokenize=False, add_generation_prompt=generation_prompt, **options
     )
     return str(text)
+
+
+def render_short(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Render a short conversation up to the generation prompt, as :func:`render`, with a limit of time and size.
+
+    Raises:
+        ConfigError: the template takes longer, as one whose loops don't end, or writes more.
+    """
+    done: list[str | Exception] = []
+
+    def call() -> None:
+        try:
+            done.append(render(tokenizer, messages, generation_prompt=True))
+        except Exception as error:  # of the template's author
+            done.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # Jinja can't be interrupted: it is left behind
+    thread.start()
+    thread.join(SHORT_S)
+    if not done or (isinstance(done[0], str) and len(done[0]) > SHORT_CHARACTERS):
+        fault = f"writes {len(done[0]):,} characters" if done else f"has not ended after {SHORT_S} s"  # type: ignore[arg-type]
+        raise ConfigError(f"the tokenizer's chat template {fault} for a short conversation. Correct its loops.")
+    if isinstance(done[0], Exception):
+        raise done[0]
+    return done[0]
 
 
 def template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -66,7 +94,9 @@ def shows_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     probe = "a-system-message-to-look-for"
     messages = [{"role": "system", "content": probe}, {"role": "user", "content": "hello"}]
     try:
-        return probe in render(tokenizer, messages, generation_prompt=True)
+        return probe in render_short(tokenizer, messages)
+    except ConfigError:
+        raise
     except Exception:  # templates refuse a role with any exception that their author raised
         return False
 

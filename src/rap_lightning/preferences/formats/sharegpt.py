@@ -39,6 +39,6 @@ class ShareGPT(ScoredPairs):
 def _message(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise BadRow(where, "not a turn with from and value", turn, stops=turn is not None)
-    if turn.get("from") not in ROLE_OF:
+    if not isinstance(turn.get("from"), str) or turn["from"] not in ROLE_OF:
         raise BadRow(f"{where}.from", f"none of {', '.join(ROLE_OF)}", turn.get("from"))
     return {"role": ROLE_OF[turn["from"]], "content": turn.get("value")}
