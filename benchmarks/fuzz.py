@@ -4,9 +4,10 @@ python benchmarks/fuzz.py --work /tmp/fuzz --configs 2000 --files 2000
 python benchmarks/fuzz.py --work /tmp/fuzz --folders 2000
 
 With --folders: mutated model folders, chat templates and data folders, in turn, through the package's functions in this
-process (fuzz_cases.py, which also knows what would be silently wrong). Otherwise each case is a process forked from one that has imported everything, with a time limit and a memory limit. Wrong are: a
-traceback, a signal, a failure without an "error: ..." line, a success that trained nothing, a hang. Such cases are kept
-in WORK/wrong with their input and output. Cases follow from their number alone; call again to go on where it stopped.
+process (fuzz_cases.py, which also knows what would be silently wrong). Otherwise each case is a process forked from one
+that has imported everything, with a time limit and a memory limit. Wrong are: a traceback, a signal, a failure without
+an "error: ..." line, a success that trained nothing, a hang. Such cases are kept in WORK/wrong with their input and
+output. Cases follow from their number alone; call again to go on where it stopped.
 """
 
 from __future__ import annotations

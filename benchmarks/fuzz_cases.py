@@ -473,7 +473,8 @@ def write_file(path: Path, rows: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     try:
         if path.suffix in (".parquet", ".arrow"):
-            table = pa.Table.from_pylist(rows)
+            names = list(dict.fromkeys(key for row in rows for key in row))  # of the first row alone, it would be
+            table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
             if path.suffix == ".parquet":
                 pq.write_table(table, path)
             else:
