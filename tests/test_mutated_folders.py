@@ -49,6 +49,7 @@ def edit(path: Path, **values: Any) -> None:
 DAMAGE: list[tuple[str, dict[str, Any]]] = [
     ("tokenizer.json", {"model": -1}), ("tokenizer.json", {"padding": "x"}), ("tokenizer.json", {"added_tokens": 1}),
     ("tokenizer_config.json", {"tokenizer_class": 1e300}), ("tokenizer_config.json", {"bos_token": {}}),
+    ("tokenizer_config.json", {"model_max_length": {"a": 1}}),
     ("config.json", {"num_attention_heads": 0}), ("config.json", {"hidden_size": "32"}),
     ("config.json", {"hidden_act": "none such"}), ("config.json", {"rope_parameters": [1]}),
     ("config.json", {"num_hidden_layers": -1}), ("config.json", {"model_type": []}),

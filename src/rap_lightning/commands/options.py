@@ -13,7 +13,7 @@ from jsonargparse import ActionConfigFile
 from rap_lightning.cli.error_messages import check_nulls
 from rap_lightning.cli.help_format import FunctionParser, ReadableDefaultsHelp, arrange
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences.chat_template import restore_own_template
+from rap_lightning.preferences.chat_template import read_tokenizer, restore_own_template
 from rap_lightning.preferences.sources import refuse_no_model
 
 if TYPE_CHECKING:
@@ -25,12 +25,10 @@ command_line: list[str] = []
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer by folder or Hub id."""
-    from transformers import AutoTokenizer
-
     refuse_no_model("--tokenizer", path)
     try:
         with contextlib.redirect_stderr(None):
-            return restore_own_template(AutoTokenizer.from_pretrained(path))
+            return restore_own_template(read_tokenizer(path))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--tokenizer {path}: no tokenizer can be loaded from it: {reason}") from error

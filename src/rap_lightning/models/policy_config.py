@@ -25,7 +25,7 @@ from rap_lightning.models.policy import Policy, compile_layers, decoder_layers
 from rap_lightning.models.pretrained import OtherWeights, check_config_names, load_pretrained, load_weights
 from rap_lightning.models.router_loss import check_router_loss
 from rap_lightning.models.token_strength import strength_as_now
-from rap_lightning.preferences.chat_template import restore_own_template
+from rap_lightning.preferences.chat_template import read_tokenizer, restore_own_template
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -175,11 +175,9 @@ class PolicyConfig:
         Raises:
             ConfigError: it can't be loaded.
         """
-        from transformers import AutoTokenizer
-
         folder = None if self.adapter is None else adapters.adapter_folder(self.adapter, self.adapter_revision)
         own = folder is not None and adapters.has_tokenizer(folder)
-        load, base = AutoTokenizer.from_pretrained, self.hub_options()
+        load, base = read_tokenizer, self.hub_options()
         options = {"trust_remote_code": self.trust_remote_code} if own else base
         tokenizer: PreTrainedTokenizerBase = load_pretrained(
             "tokenizer", str(folder) if own else self.path, load, options

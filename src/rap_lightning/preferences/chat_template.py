@@ -68,6 +68,15 @@ def unbaked(template: str) -> str:
     return own
 
 
+def read_tokenizer(path: str, **options: Any) -> Any:
+    """Load a tokenizer and try it on a text: with some damaged values of its files, it is loaded and can't encode."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    tokenizer(["a text"], add_special_tokens=False)
+    return tokenizer
+
+
 def restore_own_template(tokenizer: Any) -> Any:
     """Reset an exported model's tokenizer to the chat template of training, which writes no goals by itself."""
     template = getattr(tokenizer, "chat_template", None)

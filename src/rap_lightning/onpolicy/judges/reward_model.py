@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.judges.model_judge import BatchJudge, EncodedResponse, ModelJudge
 from rap_lightning.onpolicy.model_source import default_device, weights_dtype
+from rap_lightning.preferences.chat_template import read_tokenizer
 from rap_lightning.preferences.judge import Verdict, declared
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class RewardModel(ModelJudge):
 
     def load(self) -> tuple[Encoder, BatchJudge]:
         """Load model and tokenizer."""
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from torch import OutOfMemoryError
+        from transformers import AutoModelForSequenceClassification
 
         from rap_lightning.batches.encode import Encoder
         from rap_lightning.models.pretrained import OtherWeights, load_weights
@@ -77,14 +79,14 @@ class RewardModel(ModelJudge):
         path, device = self.source.path, default_device()
         hub = {"revision": self.source.revision, "trust_remote_code": self.source.trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+            tokenizer = read_tokenizer(path, **hub)
             model = load_weights(
                 AutoModelForSequenceClassification, "--judge.model", LM_HEAD, path,
                 dtype=weights_dtype(self.dtype, device), **hub,
             )  # fmt: skip
-        except OtherWeights:
+        except (OtherWeights, MemoryError, OutOfMemoryError):
             raise
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # damaged files fail in any way
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             code = "" if self.source.trust_remote_code or "trust_remote_code" not in str(error) else (
                 " It brings code of its own: --judge.trust_remote_code true, if you trust its authors."
