@@ -114,8 +114,8 @@ def encoded(config: PolicyConfig, pairs: list[Pair], report: DataReport) -> tupl
     for pair, row, good in zip(pairs, rows, kept, strict=True):
         if not good:
             continue
-        for origin, shown in encode.readable(pair).items():
-            examples.append(example_of(row, origin))
+        for place, shown in enumerate(encode.readable(pair)):
+            examples.append(example_of(row, place))
             texts.append((examples[-1].goal, *shown))
     return examples, texts
 
