@@ -344,7 +344,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny: Path, pairs_folder: Path, 
     resumed = fit_adam(tmp_path / "part", tiny, pairs_folder, ckpt=ckpt, **options())
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(resumed)[name]), name
-    with pytest.raises(ConfigError, match="other rewards or goals"):
+    with pytest.raises(ConfigError, match="other rewards, goals or weights"):
         fit_adam(tmp_path / "part", tiny, pairs_folder, ckpt=ckpt, **(options() | {"goal": AdapterStrength(neutral=4)}))
 
 
