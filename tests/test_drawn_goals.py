@@ -76,7 +76,11 @@ def test_every_goal_of_the_scale_is_drawn_equally_often(decimals: int) -> None:
     assert chi_squared < count + 4 * (2 * count) ** 0.5
 
 
-@pytest.mark.parametrize("goal", [OverallGoal(), OverallGoal(RewardScale(1, 10, 0)), OverallGoal(SCALES[3])], ids=str)
+@pytest.mark.parametrize(
+    "goal",
+    [OverallGoal(), OverallGoal(RewardScale(1, 10, 0)), OverallGoal(SCALES[3])],
+    ids=["tenths", "whole", "quantiles"],
+)
 @pytest.mark.parametrize("options", [{}, {"best_goal": True}, {"mode": "chosen", "keep_original": True}])
 def test_no_prompt_is_repeated_or_contradicted_and_what_is_left_out_is_counted(
     goal: GoalTemplate, options: dict[str, Any]
