@@ -100,6 +100,7 @@ def export(
     if goals is not None and push_to_hub is not None:
         raise ConfigError("--push_to_hub uploads one model, and --goals writes several; remove one of the two.")
     tokenizer = config.load_tokenizer()
+    tokenizer.chat_template = saved.record.get("chat_template") or tokenizer.chat_template  # as it was trained with
     facts = _facts(saved)
     for folder, (goal, strength) in _places(Path(output), saved.record.get("goal"), goals).items():
         goal = goal if as_adapter else merged_record(goal)
