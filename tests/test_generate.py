@@ -441,7 +441,7 @@ def test_an_endpoint_that_is_down_or_refuses_everybody_ends_the_run(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"goal": 11}, "on the scale of 1 to 10"),
+        ({"goal": 11}, "on the scale from 1 to 10"),
         ({"goal": "[3, 3]"}, "two of them read the same"),
         ({"goal": "none", "template": "OverallGoal"}, "--template has no effect"),
         ({"samples": 2, "temperature": 0}, "equal responses at temperature 0"),
