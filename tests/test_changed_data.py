@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import kills
 from conftest import build, make_trainer, scored_rows, sgd, write_jsonl
 from rap_lightning.errors import ConfigError
+from rap_lightning.preferences.adapter_strength import AdapterStrength
 
 ROWS = scored_rows(20)
 
@@ -52,6 +53,16 @@ def test_resuming_with_changed_data_is_refused(streaming: bool, tiny: Path, tmp_
         assert fit(tiny, data, tmp_path / f"{name}-allowed", 4, stop, streaming=streaming, allow_changed=True)
     write_jsonl(data, ROWS)
     assert fit(tiny, data, tmp_path / "same", 4, stop, streaming=streaming).global_step == 4
+
+
+def test_other_strengths_are_other_data(tiny: Path, tmp_path: Path) -> None:
+    """A stream's too: no token tells them apart."""
+    data, options = write_jsonl(tmp_path / "train.jsonl", ROWS), {"lora": True, "streaming": True}
+    fit(tiny, data, tmp_path / "first", 2, goal=AdapterStrength(neutral=4.0), **options)
+    stop = tmp_path / "first" / "stop.ckpt"
+    with pytest.raises(ConfigError, match="had other rewards, goals or weights"):
+        fit(tiny, data, tmp_path / "other", 4, stop, goal=AdapterStrength(neutral=5.0), **options)
+    assert fit(tiny, data, tmp_path / "same", 4, stop, goal=AdapterStrength(neutral=4.0), **options).global_step == 4
 
 
 def test_another_split_or_a_stream_is_other_data_and_another_batch_or_file_is_not(tiny: Path, tmp_path: Path) -> None:

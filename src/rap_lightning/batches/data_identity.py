@@ -18,7 +18,7 @@ class DataIdentity:
     Attributes:
         pairs: scored pairs of the training split; of a stream, those of its beginning.
         ids: digest of their ids, which are digests of their texts, in order.
-        scores: digest of their rewards, goals and weights, in order.
+        scores: digest of their rewards, goals, strengths and weights, in order.
         streamed: they are read during training.
         tokens: digest of their token ids: goals, tools, chat template and lengths decide these too.
     """
@@ -49,7 +49,10 @@ class DataIdentity:
     def of_stream(cls, first: Sequence[Pair], rows: Sequence[EncodedRow]) -> DataIdentity:
         """The identity of a stream, by its first pairs: the others are not known before they are trained on."""
         tokens = [(row.get("prompt_ids"), row.get("response_ids")) for row in rows]
-        scores = [(pair.rewards, pair.attributes, *([pair.weight] if pair.weight != 1 else [])) for pair in first]
+        scores = [
+            (pair.rewards, pair.attributes, *([pair.weight] if pair.weight != 1 else []), *_strengths(row))
+            for pair, row in zip(first, rows, strict=True)
+        ]
         return cls(len(first), _digest([pair.id for pair in first]), _digest(scores), True, _digest(tokens))
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,6 +72,11 @@ class DataIdentity:
         if before.scores != self.scores:
             return f"its {self.pairs:,} scored pairs have the same texts, and had other rewards, goals or weights"
         return f"its {self.pairs:,} scored pairs were encoded otherwise (tools, chat template or its switches, lengths)"
+
+
+def _strengths(row: EncodedRow) -> list[float]:
+    """Return the strengths of a row's training pairs; a goal that is text has none, and is in the token ids."""
+    return [one for one in row.get("strengths") or () if one is not None]
 
 
 def _digest(values: Sequence[Any]) -> str:
