@@ -64,6 +64,12 @@ def test_a_file_is_copied_once_and_again_when_it_changes(bucket: Any, monkeypatc
     assert len(copies) == 2
 
 
+def test_a_damaged_file_is_not_called_absent(bucket: Any) -> None:
+    bucket.pipe("/data/train.csv", b"prompt,chosen,rejected\n\xff,a,b\n")
+    with pytest.raises(DataError, match=r"memory://data can't be read: .*codec can't decode"):
+        read("memory://data")
+
+
 def test_a_copy_that_fails_leaves_nothing(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.pipe("/data/train.jsonl", jsonl(scored_rows(3)))
 

@@ -315,13 +315,13 @@ def _unreadable(source: Source, error: Exception) -> DataError:
         return error
     if unusable := cache_unusable(error):
         return unusable
-    if len(configs := _configs(local_path(source.path))) > 1:
+    path = _local(source)  # of a URL its copy, which was made before anything of it could fail
+    if len(configs := _configs(path)) > 1:
         return DataError(
             f"{source.path} is the clone of a dataset with the configs {join_some(configs)}, of which a local source "
             "has only one. Name the files or the folder of one, or the dataset on the Hub with its config."
         )
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    path = local_path(source.path)
     kind = "can't be read" if path is not None else "is neither a local file nor a Hub dataset that can be reached"
     advice = ""
     if path is not None and path.is_dir():
