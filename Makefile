@@ -28,6 +28,8 @@ newest = $$(ls -td runs/$(1)/version_* | head -1)
 evaluate = $(BIN)/rap-lightning evaluate --model $(1) --source runs/world --judge Function \
 	--judge.function rap_lightning.world.rule.score --temperature 0.7
 
+# On matrices this small, threads wait for each other longer than they work.
+demo: export OMP_NUM_THREADS := 1
 demo: setup ## train plain DPO and goals as text and as strength on the embedded world, measure how they steer, write a report (3 minutes)
 	$(BIN)/rap-lightning fit -c configs/quickstart.yaml -c configs/plain-dpo.yaml --trainer.default_root_dir runs/plain-dpo
 	$(BIN)/rap-lightning fit -c configs/quickstart.yaml -c configs/paper.yaml --trainer.default_root_dir runs/goal-as-text
