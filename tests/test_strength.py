@@ -410,6 +410,7 @@ def test_text_and_strength_go_together(tiny: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     both = AdapterStrength(neutral=4.0, prompt=OverallGoal())
+    assert both.describe() == AdapterStrength(neutral=4.0, prompt=OverallGoal()).describe(), "caches are found again"
     assert both.state(7.0) == StatedGoal(OverallGoal().text(7.0), 0.5)
     text, alone_, mixed = (
         encode(tokenizer, scored_rows(6), goal=goal)[0] for goal in (OverallGoal(), AdapterStrength(neutral=4.0), both)

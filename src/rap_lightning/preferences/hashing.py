@@ -59,8 +59,14 @@ def hash_code(thing: Any) -> str:
 
 def describe_object(thing: Any) -> str:
     """Return the code and the attributes of an object, for cache keys."""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(thing).items()))
+    arguments = ", ".join(f"{name}={_described(value)}" for name, value in sorted(vars(thing).items()))
     return f"{hash_code(type(thing))} ({arguments})"
+
+
+def _described(value: Any) -> str:
+    """Return a value without its address in memory, which differs between processes."""
+    text = repr(value)
+    return describe_object(value) if text == object.__repr__(value) and hasattr(value, "__dict__") else text
 
 
 def _file_digest(thing: Any) -> str:
