@@ -89,6 +89,7 @@ def test_validation_needs_no_weights(tiny: Path, tmp_path: Path) -> None:
     write_jsonl(data / "test.jsonl", scored_rows(4, seed=1))
     module = one_step(tmp_path / "run", tiny, data, weight_column="importance")
     assert module.trainer.datamodule.reports["test"][0].pairs == 4
+    assert len(module.trainer.datamodule.histories()) == 4, "nor do the prompts of samples"
 
 
 def test_rows_whose_weight_can_not_be_used_are_dropped_and_counted(tmp_path: Path) -> None:

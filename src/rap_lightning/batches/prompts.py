@@ -155,12 +155,12 @@ def distinct_histories(
 ) -> list[list[Message]]:
     """The distinct conversations of a split, in order, without responses.
 
-    Goals, relabelling, filters and selection of the rules are not applied. Rows that can't be used are left out, and
-    ``tell`` gets their counts.
+    Goals, relabelling, filters, selection and weights of the rules are not applied. Rows that can't be used are left
+    out, and ``tell`` gets their counts.
     """
     plain = replace(
         rules, goal=None, relabelling=Relabelling("none"), ties="drop", outside_scale="error",
-        filters=Filters(), selection=None, tool_turns=False,
+        filters=Filters(), selection=None, tool_turns=False, weight_column=None,
     )  # fmt: skip
     seen: dict[tuple[str, str | None], None] = {}
     for source in sources:
