@@ -125,6 +125,13 @@ def test_without_thoughts_a_response_must_remain(responses: tuple[str, str], rea
     assert [(reason in why, tally.count) for why, tally in report.dropped.items()] == [(True, 6)]
 
 
+def test_rows_without_thoughts_are_not_counted_as_changed() -> None:
+    texts = ("<think>\nwithout an end", "yes", "no")
+    completions = [{"text": text, "score": score} for text, score in zip(texts, (9, 8, 3), strict=True)]
+    _, report = pairs_of([{"prompt": "2 + 2?", "completions": completions}], thinking="strip")
+    assert (report.pairs, report.noted, sum(one.count for one in report.left_out.values())) == (1, {}, 1)
+
+
 def test_reasoning_content_is_read_and_written_as_the_template_writes_it() -> None:
     (row,) = rows(("yes", "no"), 1)
     row["chosen"][1] |= {"reasoning_content": "red", "weight": 1}

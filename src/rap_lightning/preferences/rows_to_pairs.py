@@ -96,7 +96,7 @@ def _treat_thoughts(judged: Judged, thinking: Thinking, place: str, report: Data
     Raises:
         BadRow: one of the two responses of a pair can't be used then.
     """
-    good, bad, seen = list[Response](), list[BadRow](), set[str]()
+    good, bad, seen, changed = list[Response](), list[BadRow](), set[str](), False
     for response in judged.responses:
         text = treated(response.text, thinking)
         if never_end(text):
@@ -107,10 +107,11 @@ def _treat_thoughts(judged: Judged, thinking: Thinking, place: str, report: Data
             bad.append(BadRow(response.column, f"the same answer as another response (thinking {thinking})"))
         else:
             good.append(replace(response, text=text))
+            changed = changed or text != response.text
         seen.add(text.strip())
     if bad and judged.paired:
         raise bad[0]
-    if any(a.text != b.text for a, b in zip(good, judged.responses, strict=False)):
+    if changed:
         report.note("noted", f"thoughts of responses: thinking {thinking}", place, "responses")
     return replace(judged, responses=good, left_out=[*judged.left_out, *bad])
 
