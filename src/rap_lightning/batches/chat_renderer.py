@@ -206,19 +206,17 @@ class ChatRenderer:
 
     def _after_prompt(self, prompt: str, thoughts: str | None, answer: str, column: str) -> str:
         """The response as generation would write it after the prompt, and the end of turn."""
-        lead, end = self._around_response
-        if self.tags is None:
-            return lead + answer + end
-        if prompt.rstrip().endswith(self.tags.close):
+        (lead, end), tags, before = self._around_response, self.tags, prompt.rstrip()
+        if tags and before.endswith(tags.close):
             if thoughts is not None and thoughts.strip():
                 raise BadRow(column, CLOSED)
             return answer.lstrip("\n") + end
-        if prompt.rstrip().endswith(self.tags.open):
-            block = join_thoughts(thoughts or "", answer.lstrip("\n"), self.tags).removeprefix(self.tags.open)
+        if tags and before.endswith(tags.open):
+            block = join_thoughts(thoughts or "", answer.lstrip("\n"), tags).removeprefix(tags.open)
             return (block.removeprefix("\n") if prompt.endswith("\n") else block) + end
-        if thoughts is None:
+        if tags is None or thoughts is None:
             return lead + answer + end
-        return f"{lead}{self.tags.open}{thoughts}{self.tags.close}{answer}{end}"
+        return f"{lead}{tags.open}{thoughts}{tags.close}{answer}{end}"
 
     @cached_property
     def _around_response(self) -> tuple[str, str]:

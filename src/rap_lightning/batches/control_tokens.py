@@ -1,7 +1,7 @@
 """Which tokens a text from the data must never become, and the marks that prevent it.
 
 A mark is inserted into whatever reads like a control token, which breaks it; encode.py tokenises marked text piece by
-piece, and removes the marks. Thinking tags are no control tokens: those of the data are the template's own.
+piece, and removes the marks. Thinking tags are not control tokens: those of the data are the template's own.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ControlTokens:
             return text, False
         text = self.pattern.sub(lambda m: m[0][0] + MARK + m[0][1:], text)
         if self._normalizer is not None and any(map(self.imitated_in, text.split(MARK))):
-            # what the normalizer changes stands alone, so that it can't complete a token
+            # each character that the normalizer changes is tokenised alone, so that it can't complete a token
             normalize = self._normalizer.normalize_str
             text = "".join(c if c == MARK or normalize(c) == c else f"{MARK}{c}{MARK}" for c in text)
             if any(map(self.imitated_in, text.split(MARK))):

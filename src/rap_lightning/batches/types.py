@@ -47,7 +47,7 @@ class _Movable:
         return self.map(lambda tensor: tensor.to(target, non_blocking=copies_at_once(target)))
 
     def pin_memory(self) -> Self:
-        """Copy to page-locked memory, from which a GPU copies while the host goes on."""
+        """Copy to page-locked memory, from which a GPU copies while the host continues."""
         return self.map(lambda tensor: tensor.pin_memory())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:

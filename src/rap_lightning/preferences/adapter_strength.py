@@ -1,4 +1,4 @@
-"""A goal that is no text: the strength of the policy's LoRA adapter."""
+"""A goal that is not text: the strength of the policy's LoRA adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AdapterStrength(GoalTemplate):
     """The goal as a factor on the LoRA adapter: weights W + s(goal) BA, and the same prompt under every goal.
 
     The strength s is -1 at the lowest goal of the scale, 0 where the policy is the base model, and 1 at the highest. It
-    goes on beyond the scale, so that goals that training never stated can be asked for.
+    extends beyond the scale, so that goals that training never stated can be asked for.
 
     Args:
         scale: the judge's scale, and the numbers of goals; by default that of ``prompt``, or 1 to 10.
@@ -60,7 +60,7 @@ class AdapterStrength(GoalTemplate):
                 )
         elif not isinstance(self.neutral, str) and not self.scale.low < self.neutral < self.scale.high:
             raise ConfigError(
-                f"AdapterStrength: neutral must lie inside of the scale from {self.scale.low:g} to "
+                f"AdapterStrength: neutral must be inside of the scale from {self.scale.low:g} to "
                 f"{self.scale.high:g}, found {self.neutral:g}"
             )
 

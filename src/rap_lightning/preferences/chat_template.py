@@ -9,6 +9,7 @@ end of the file.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -109,7 +110,7 @@ def _explicit(wording: Wording) -> list[str]:
         [n.name, n.low, n.high, n.decimals, f"%.{n.decimals}f", wording.best(n), after]
         for n, after in zip(wording.numbers, wording.parts[1:], strict=True)
     ]
-    alone = f"{{%- set rap_asked = {{{_literal(wording.alone)}: goal}} -%}}"
+    alone = f"{{%- set rap_asked = {{{literal(wording.alone)}: goal}} -%}}"
     refused = '{{- raise_exception("goal must be a mapping of numbers, or false") -}}'
     asked = [
         "{%- if goal is mapping -%}",
@@ -118,17 +119,25 @@ def _explicit(wording: Wording) -> list[str]:
         alone if wording.alone is not None else refused,
         "{%- endif -%}",
     ]
-    start = f"{{%- set rap_text = namespace(value={_literal(wording.parts[0])}) -%}}"
+    start = f"{{%- set rap_text = namespace(value={literal(wording.parts[0])}) -%}}"
     return [*asked, _set("rap_names", names), _set("rap_rows", rows), start, NUMBERS]
 
 
 def _set(name: str, value: Any) -> str:
-    return f"{{%- set {name} = {_literal(value)} -%}}"
+    return f"{{%- set {name} = {literal(value)} -%}}"
 
 
-def _literal(value: Any) -> str:
-    """Return a Jinja literal: JSON is one, as long as it contains no surrogate pairs."""
-    return json.dumps(value, ensure_ascii=False)
+def literal(value: Any) -> str:
+    """Return a Jinja literal of a plain value."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value, ensure_ascii=False)  # Jinja knows no escaped surrogate pairs
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(str(key))}: {literal(item)}" for key, item in value.items()) + "}"
+    raise ConfigError(f"chat_template_kwargs: {value!r} is not a plain value.")
 
 
 def variables_of(template: str) -> set[str] | None:

@@ -31,7 +31,7 @@ def missing_in_csv(files: Sequence[Path]) -> dict[str, Any]:
                         values = part[name][~part[name].isin(WORDS)].dropna()
                         fine = bool(pandas.to_numeric(values, errors="coerce").notna().all())
                         numbers[name] = numbers.get(name, True) and fine
-        except (ValueError, OSError, UnicodeDecodeError):  # what can't be read is reported by the library that reads it
+        except (ValueError, OSError):  # what can't be read is reported by the library that reads it
             continue
     missing = {name: WORDS if of_numbers else [""] for name, of_numbers in numbers.items()}
     return {"keep_default_na": False, "na_values": missing} if files else {}

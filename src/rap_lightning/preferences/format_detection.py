@@ -9,6 +9,7 @@ from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.data_report import describe_place
 from rap_lightning.preferences.formats import FORMATS, Adapted, RowFormat
 from rap_lightning.preferences.formats.base import Row, call_adapter
+from rap_lightning.preferences.formats.context_columns import CONTEXT_COLUMNS
 from rap_lightning.preferences.pairs import BadRow
 from rap_lightning.preferences.readers import Chunk
 from rap_lightning.preferences.rows_to_pairs import rename_columns
@@ -21,7 +22,7 @@ SIDE_SCORES = {"scores_chosen", "scores_rejected"}  # of attributes
 OURS = {
     *SCORE_COLUMNS, "prompt", "prompt_id", "chosen", "rejected", "scores_chosen", "scores_rejected", "tools",
     "completions", "responses", "scores", "instruction", "response", "helpfulness", "answers", "conversations",
-    "system", "system_prompt", "history",
+    *CONTEXT_COLUMNS,
 }  # fmt: skip
 """Columns of the known formats. As keys of the option ``columns`` they show that the map is the wrong way round."""
 

@@ -27,7 +27,6 @@ def stored_pairs(
     """Return the scored pairs of a split as a memory-mapped ``datasets.Dataset``, and the report of reading them.
 
     The key of the cache is a digest of the source's content and the rules. Several runs can use it at the same time.
-
     """
     import datasets
 

@@ -40,9 +40,9 @@ class ReadingOptions:
         best_goal: also train on each pair under the best goal, where the response with the higher reward wins. Pairs
             for which one of the own goals is the best goal already are not trained on twice, and counted.
         goals_per_pair: also train on each pair under this many goals, drawn uniformly from the whole scale: under a
-            goal, the response whose reward is nearer to it wins. A pair has the same ones whatever the order of the
-            data. A draw that reads like the midpoint of the two rewards, or like another goal of the pair, is left out,
-            and counted.
+            goal, the response whose reward is nearer to it wins. A pair has the same ones in any order of the data. A
+            draw that reads like the midpoint of the two rewards, or like another goal of the pair, is left out, and
+            counted.
         ties: a pair whose goals print the same: drop it, keep its chosen half only, or stop with an error.
         rewards: a judge that gives every response its reward before training, in the place of the scores that the data
             have or lack: ImplicitReward (the log-ratio of a trained DPO model and its base, for data without scores),

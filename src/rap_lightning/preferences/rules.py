@@ -25,7 +25,7 @@ from rap_lightning.preferences.thoughts import Thinking
 class Rules:
     """How rows become scored pairs; the other options are those of :class:`ReadingOptions`.
 
-    A damaged file, or one that changes its types between rows, stops a run whatever ``bad_rows`` is.
+    A damaged file, or one that changes its types between rows, stops a run for every value of ``bad_rows``.
 
     Args:
         goal: the goal template; None for plain pairs, which need no scores.

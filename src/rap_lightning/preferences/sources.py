@@ -203,14 +203,12 @@ def _local(source: Source) -> Path | None:
     path = local_path(source.path)
     if path is None and is_remote(source.path):
         path = copied(source.path, source.storage_options or {})
-    if path is not None and not path.is_dir():
-        if kind_of(str(path)) is None:
+    if path is not None:
+        if not path.is_dir() and kind_of(str(path)) is None:
             raise DataError(
                 f"{source.path}: expected a file ending in .parquet, .arrow, .jsonl or .json "
                 f"(text also compressed: {', '.join(COMPRESSIONS)})."
             )
-        return path
-    if path is not None:
         return path
     if source.path.startswith(("[", "{")):
         raise ConfigError(

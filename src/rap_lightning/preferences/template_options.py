@@ -1,19 +1,18 @@
 """Which of a tokenizer's chat templates renders, and the values of its switches (``chat_template_kwargs``).
 
-The values are written into the template as defaults, in one line before it. So whatever renders with the tokenizer has
-them, they are part of every digest of the template, and an exported folder has them too.
+The values are written into the template as defaults, in one line before it. So everything that renders with the
+tokenizer uses them, they are part of every digest of the template, and an exported folder has them too.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError
-from rap_lightning.preferences.chat_template import SEAM, variables_of
+from rap_lightning.preferences.chat_template import SEAM, literal, variables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +91,7 @@ class TemplateOptions:
             return own
         shown = json.dumps(values, ensure_ascii=False).replace("#}", "#\\u007d")  # must not end the comment
         sets = [
-            f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}{{%- endif -%}}"
+            f"{{%- if {name} is not defined -%}}{{%- set {name} = {literal(value)} -%}}{{%- endif -%}}"
             for name, value in values.items()
         ]
         return "".join([BEGIN, shown, MIDDLE, *sets, END, own])
@@ -111,16 +110,3 @@ def split_defaults(template: str) -> tuple[dict[str, Any], str]:
     head, _, own = template.partition(END)
     values: dict[str, Any] = json.loads(head[len(BEGIN) :].partition(MIDDLE)[0])
     return values, own
-
-
-def _literal(value: Any) -> str:
-    """Return a Jinja literal of a plain value."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
-    raise ConfigError(f"chat_template_kwargs: {value!r} is not a plain value.")

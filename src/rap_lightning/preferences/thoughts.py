@@ -42,7 +42,7 @@ def tags_of(templates: Iterable[str], tokens: Collection[str]) -> Tags | None:
     return next(in_text, None) or next((tags for tags in KNOWN if set(tags) <= set(tokens)), None)
 
 
-def split_thoughts(text: str, tags: Iterable[Tags] = KNOWN) -> tuple[str | None, str]:
+def split_thoughts(text: str) -> tuple[str | None, str]:
     """Return thoughts and answer of a response, whitespace included; thoughts are None where there are none.
 
     >>> split_thoughts("<think>hm</think>yes")
@@ -52,7 +52,7 @@ def split_thoughts(text: str, tags: Iterable[Tags] = KNOWN) -> tuple[str | None,
     >>> split_thoughts("the tags are <think> and </think>")
     (None, 'the tags are <think> and </think>')
     """
-    for own in tags:
+    for own in KNOWN:
         before, found, answer = text.partition(own.close)
         if found:
             head = before.lstrip()
