@@ -172,6 +172,11 @@ def test_a_logger_that_starts_sees_no_key_on_the_command_line(
     assert sys.argv is given
 
 
+def test_a_logger_may_have_no_options() -> None:
+    logger = Namespace(class_path="lightning.pytorch.loggers.logger.DummyLogger")
+    trainer_cli.take_secrets_from_environment(Namespace(trainer=Namespace(logger=logger)), print)
+
+
 def test_a_saved_config_takes_keys_from_the_environment_or_again(world: Path, here: Path) -> None:
     assert fit(world, here, "--trainer.logger", "my_recorder.Recorder", "--trainer.logger.api_key", "k").returncode == 0
     config = ["fit", "--config", "runs/version_0/config.yaml", "--trainer.max_steps", "3", "--ckpt_path", "last"]

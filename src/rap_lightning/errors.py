@@ -14,6 +14,11 @@ def join_some(names: Sequence[object], most: int = 4) -> str:
     return ", ".join(map(str, names[:most])) + more
 
 
+def first_line(error: object) -> str:
+    """Return the first line of an error's message, "" where it has none."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 def print_error(message: object) -> None:
     """Print an error to standard error as the command line does, after everything printed before it."""
     from rap_lightning.provenance import mask_keys

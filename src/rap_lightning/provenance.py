@@ -7,6 +7,7 @@ import platform
 import re
 import shlex
 import subprocess
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
@@ -31,7 +32,7 @@ _TOKEN = re.compile(
     r"(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|r8_)(?=[\w-]*\d|[\w-]{16})[\w-]{8,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"  # a JSON web token
 )
-"""Values that are keys whatever their name is."""
+"""Values that are keys under any name."""
 _SCHEME = re.compile(r"\b(Bearer|Basic)\s+(?!\*)(?=\S*\d|\S{16})[\w.~+/=-]{8,}", re.IGNORECASE)
 _IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@'\"]+@", re.IGNORECASE)
 _NAMED = re.compile(
@@ -97,7 +98,7 @@ def mask_text(text: str) -> str:
 
 
 def mask_keys(text: str) -> str:
-    """Mask what is a secret whatever its name: a value of the environment, credentials in a URL, a key by its form."""
+    """Mask what is a secret under any name: a value of the environment, credentials in a URL, a key by its form."""
     for value in _environment_secrets():
         text = text.replace(value, MASK)
     text = _IN_URL.sub(rf"\1{MASK}@", text)
@@ -111,12 +112,14 @@ def _environment_secrets() -> list[str]:
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """Return plain values with every secret in them replaced by ***, at any depth of dicts and lists.
+    """Return options with every secret in them replaced by ***, at any depth of dicts, namespaces and lists.
 
     A text is searched for keys by their form alone: a goal template may well say "token: 7".
     """
     if isinstance(value, dict):
         return {key: masked(inner, f"{name}.{key}") for key, inner in value.items()}
+    if isinstance(value, Namespace):
+        return type(value)(**masked(vars(value), name))
     if isinstance(value, list | tuple):
         return [masked(inner, name) for inner in value]
     if value is None or isinstance(value, bool):

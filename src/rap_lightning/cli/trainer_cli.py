@@ -55,7 +55,7 @@ from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.distributed.consistency import comparable, model_files, without_address
 from rap_lightning.distributed.deepspeed_checks import check_deepspeed_config
 from rap_lightning.distributed.rank_monitor import RankMonitor
-from rap_lightning.errors import ConfigError, UserError
+from rap_lightning.errors import ConfigError, UserError, first_line
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.checkpoint.read_checkpoint import (
     all_checkpoints,
@@ -251,16 +251,7 @@ class SaveConfig(SaveConfigCallback):
     """Writes config.yaml without secrets."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
-        super().__init__(parser, _masked_namespace(config), **options)
-
-
-def _masked_namespace(value: Any, name: str = "") -> Any:
-    """Return options with every secret replaced by ***, as ``provenance.masked`` does for plain values."""
-    if isinstance(value, Namespace):
-        return Namespace(**{key: _masked_namespace(inner, f"{name}.{key}") for key, inner in vars(value).items()})
-    if isinstance(value, list):
-        return [_masked_namespace(inner, name) for inner in value]
-    return masked(value, name)
+        super().__init__(parser, masked(config), **options)
 
 
 def take_secrets_from_environment(options: Namespace, say: Callable[[str], None]) -> None:
@@ -270,7 +261,7 @@ def take_secrets_from_environment(options: Namespace, say: Callable[[str], None]
         ConfigError: another option is masked.
     """
     for logger in _as_list(options["trainer"].get("logger")):
-        arguments = logger.get("init_args") or {}
+        arguments = logger.get("init_args") or Namespace()
         for name in [name for name, value in vars(arguments).items() if value == MASK]:
             arguments[name] = None
             say(
@@ -364,7 +355,7 @@ def unwrap_user_error(error: Exception) -> Exception:
         return ours[-1]
     if raised_in(chain[-1]) not in LIBRARIES:
         return error  # of the user's own class: they need its traceback
-    text = (str(chain[-1]).strip().splitlines() or [""])[0]
+    text = first_line(chain[-1])
     return ConfigError(f"the options can't be used: {type(chain[-1]).__name__}: {text}")
 
 
