@@ -39,6 +39,20 @@ def atomic_file(
         raise
 
 
+@contextmanager
+def appending(path: Path) -> Iterator[None]:
+    """Leave a file as it was when the block, which appends to it, can't write: no half line, and no empty new file."""
+    size = path.stat().st_size if path.is_file() else None
+    try:
+        yield
+    except OSError:
+        if size is None:
+            path.unlink(missing_ok=True)
+        elif path.is_file():
+            os.truncate(path, size)
+        raise
+
+
 def _open_new(path: Path, mode: str, errors: str | None) -> IO[Any]:
     """Open a file that nobody else has made: in a shared folder, a link of that name could lead anywhere."""
     path.unlink(missing_ok=True)  # what a killed process left

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from rap_lightning.atomic_write import atomic_file
+from rap_lightning.atomic_write import appending, atomic_file
 from rap_lightning.callbacks.goal_sampling import log_now
 from rap_lightning.callbacks.run_folder import run_folder, written_or_warned
 from rap_lightning.errors import ConfigError
@@ -109,16 +109,10 @@ def _append(path: Path, rows: list[Row]) -> None:
     """Append lines, all or none; on a full disk they are missing, with a warning."""
     with written_or_warned(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        size = path.stat().st_size if path.is_file() else 0
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            if path.is_file():
-                os.truncate(path, size)
-            raise
+        with appending(path), path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _step_of(line: str) -> float:

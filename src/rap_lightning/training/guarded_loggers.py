@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from weakref import WeakKeyDictionary
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from rap_lightning.atomic_write import atomic_file
+from rap_lightning.atomic_write import appending, atomic_file
+from rap_lightning.errors import first_line
 from rap_lightning.provenance import mask_text
 
 METHODS = ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint")
@@ -72,11 +72,10 @@ def guarded(logger: Logger, *, lines: int = 1) -> Iterator[None]:
         failures.lines += lines
         if not failures.told:
             failures.told = True
-            reason = (str(error).strip().splitlines() or [""])[0]
             later = " Its lines are kept and written when that works again." if isinstance(logger, CSVLogger) else ""
             rank_zero_warn(
-                f"{type(logger).__name__} can't log: {type(error).__name__}: {mask_text(reason)}. Training continues; "
-                f"this is reported once, and lines that are missing are counted in run.json.{later}"
+                f"{type(logger).__name__} can't log: {type(error).__name__}: {mask_text(first_line(error))}. "
+                f"Training continues; this is reported once, and missing lines are counted in run.json.{later}"
             )
 
 
@@ -94,7 +93,7 @@ def _guarded_method(logger: Logger, name: str) -> Callable[..., None]:
 
 
 def _saves_whole_lines(logger: CSVLogger, save: Callable[[], None]) -> Callable[[], None]:
-    """Save metrics.csv so that a full disk costs nothing that is on it.
+    """Save metrics.csv so that a full disk loses nothing that was written.
 
     Lightning 2.6.6 empties the file before it writes it again with a wider header, and leaves half a line where it
     can't write one.
@@ -107,20 +106,13 @@ def _saves_whole_lines(logger: CSVLogger, save: Callable[[], None]) -> Callable[
         if not writer.metrics:
             return
         path = Path(writer.metrics_file_path)
-        size = path.stat().st_size if path.is_file() else None
         new = sorted({name for line in writer.metrics for name in line} - set(writer.metrics_keys))
-        try:
-            if new and size is not None:
-                header = sorted([*writer.metrics_keys, *new])
-                _write_with_header(path, header)
-                writer.metrics_keys, size = header, path.stat().st_size
+        if new and path.is_file():
+            header = sorted([*writer.metrics_keys, *new])
+            _write_with_header(path, header)
+            writer.metrics_keys = header
+        with appending(path):
             save()
-        except OSError:
-            if size is None:
-                path.unlink(missing_ok=True)
-            elif path.is_file():
-                os.truncate(path, size)
-            raise
 
     return call
 
