@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from rap_lightning.callbacks.run_folder import run_folder
 from rap_lightning.callbacks.run_metadata import run_facts
 from rap_lightning.callbacks.trackers import BY_NAME, Continued, Tracker, tracker_of
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, first_line
 from rap_lightning.provenance import flatten, mask_text, masked_arguments
 from rap_lightning.training.guarded_loggers import guarded
 
@@ -46,7 +47,8 @@ class RunTracking(pl.Callback):
         folder = run_folder(trainer)
         trainer.loggers = [*trainer.loggers, *(self._start(BY_NAME[name], folder) for name in names)]
         for logger in trainer.loggers:
-            with _Starting(logger):
+            tracker = tracker_of(logger)
+            with _starting(type(logger).__name__ if tracker is None else tracker.name):
                 _log_hyperparameters(logger, self._hyperparameters)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -70,35 +72,32 @@ class RunTracking(pl.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         name = "/".join(folder.resolve().parts[-2:])
         options = tracker.options(folder, name) | self._continued.take(tracker)
-        with _Starting(tracker.name):
+        with _starting(tracker.name):
             logger = tracker.kind(**options)
             assert logger.version is not None or logger.experiment is not None  # type: ignore[attr-defined]
         return logger
 
 
-class _Starting:
+@contextmanager
+def _starting(name: str) -> Iterator[None]:
     """A failure to start is the user's to resolve, before the first step; later ones end no run (guarded_loggers).
 
     W&B and Comet record the command line, which they read from ``sys.argv`` when they start and have no option for: it
     has no keys meanwhile.
     """
-
-    def __init__(self, what: Any) -> None:
-        tracker = None if isinstance(what, str) else tracker_of(what)
-        self.name = what if isinstance(what, str) else tracker.name if tracker else type(what).__name__
-
-    def __enter__(self) -> None:
-        self._argv = sys.argv
-        sys.argv = [*sys.argv[:1], *masked_arguments(sys.argv[1:])]
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        sys.argv = self._argv
-        if isinstance(error, Exception) and not isinstance(error, ConfigError):
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise ConfigError(
-                f"{self.name} can't start: {type(error).__name__}: {mask_text(reason)}. Check its login and address "
-                "(docs/tracking.md), or leave it out: metrics.csv is written without it."
-            ) from error
+    argv = sys.argv
+    sys.argv = [*argv[:1], *masked_arguments(argv[1:])]
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # trackers raise errors of several libraries
+        raise ConfigError(
+            f"{name} can't start: {type(error).__name__}: {mask_text(first_line(error))}. Check its login and address "
+            "(docs/tracking.md), or leave it out: metrics.csv is written without it."
+        ) from error
+    finally:
+        sys.argv = argv
 
 
 def _log_hyperparameters(logger: Logger, values: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from jsonargparse import ActionConfigFile
 
 from rap_lightning.cli.error_messages import check_nulls
 from rap_lightning.cli.help_format import FunctionParser, ReadableDefaultsHelp, arrange
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, first_line
 from rap_lightning.preferences.chat_template import read_tokenizer, restore_own_template
 from rap_lightning.preferences.sources import refuse_no_model
 
@@ -30,7 +30,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         with contextlib.redirect_stderr(None):
             return restore_own_template(read_tokenizer(path))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         raise ConfigError(f"--tokenizer {path}: no tokenizer can be loaded from it: {reason}") from error
 
 

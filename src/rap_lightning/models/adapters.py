@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rap_lightning.errors import ConfigError, join_some
+from rap_lightning.errors import ConfigError, first_line, join_some
 from rap_lightning.models.digests import weights_digest
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def adapter_folder(path: str, revision: str | None = None) -> Path:
         try:
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(BESIDE)))
         except Exception as error:  # the Hub's client raises many types for a wrong name or a missing connection
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error) or type(error).__name__
             raise ConfigError(f"adapter {path}: no such folder, and the Hub has none: {reason}") from error
     elif revision is not None:
         raise ConfigError(f"adapter {path} is a folder, so adapter_revision {revision} has no effect; remove it.")
@@ -165,7 +165,7 @@ def _read_weights(folder: Path, path: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         raise ConfigError(
             f"adapter {path}: {WEIGHTS} can't be read: {reason}. It is cut off, or not a safetensors file."
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, first_line
 
 
 def check_push(repository: str) -> str:
@@ -57,7 +57,7 @@ def push(folder: Path, repository: str, token: str, *, private: bool, step: int 
     except ConfigError:
         raise
     except Exception as error:  # the client raises errors of several libraries
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(token, "***")
+        reason = (first_line(error) or type(error).__name__).replace(token, "***")
         raise ConfigError(
             f"{repository}: the Hub didn't take the folder: {reason}. {folder} is written; to try again: "
             f"hf upload {repository} {folder}"

@@ -15,7 +15,7 @@ from rap_lightning.batches.dataset import Example
 from rap_lightning.batches.layouts import LAYOUTS, lay_out
 from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.batches.types import Batch
-from rap_lightning.errors import ConfigError, join_some
+from rap_lightning.errors import ConfigError, first_line, join_some
 from rap_lightning.models.attention import Seen, declared_windows, forest_attention, is_flash
 from rap_lightning.models.digests import not_finite
 from rap_lightning.models.logps import Head
@@ -91,7 +91,7 @@ def check_sharing(policy: Policy) -> str | None:
         except Exception as error:  # a model's own code fails in its own way on an attention it doesn't know
             if error in seen.failures or isinstance(error, torch.OutOfMemoryError):
                 raise  # ours failed, or the device: that says nothing about the model
-            reason = (str(error).strip().splitlines() or [""])[0]
+            reason = first_line(error)
             return f"its attention can't be replaced ({type(error).__name__}: {reason})"
     policy.attention = sorted(map(str, seen.paths))
     difference, declared = float((together - apart).abs().max()), declared_windows(config)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from rap_lightning.errors import ConfigError, join_some
+from rap_lightning.errors import ConfigError, first_line, join_some
 from rap_lightning.models import adapters, alterations
 from rap_lightning.models.attention import attention_as_now
 from rap_lightning.models.policy import Policy, compile_layers, decoder_layers
@@ -262,7 +262,7 @@ class PolicyConfig:
 
     def no_such_attention(self, error: BaseException | None) -> ConfigError:
         """Return the error to raise where transformers refuses ``attn_implementation``."""
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         return ConfigError(
             f"--model.policy.attn_implementation {self.attn_implementation}: this model or this machine has no "
             f"such attention: {reason} Leave it out for transformers' own choice."

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from rap_lightning.batches.types import Batch
-from rap_lightning.errors import OutOfMemory
+from rap_lightning.errors import OutOfMemory, first_line
 from rap_lightning.losses import PreferenceLoss
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig
@@ -43,7 +43,7 @@ def explained(what: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         # the traceback's frames hold the tensors that took the memory, which a checkpoint may need now
         error.__traceback__ = None
         if torch.cuda.is_available():
