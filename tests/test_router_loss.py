@@ -14,6 +14,7 @@ from rap_lightning.batches.sampler import BatchPlan
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import SimPO
 from rap_lightning.models.policy_config import PolicyConfig
+from rap_lightning.training.checks import check_router_strategy
 from rap_lightning.training.schedules import ConstantWithWarmup
 from test_fit import logged
 from test_layouts import conversations, policy_of
@@ -104,3 +105,11 @@ def test_a_step_adds_it_to_the_loss_of_pairs_and_logs_it_apart(pairs_folder: Pat
         one, two = moved[1.0][name] - plain, moved[2.0][name] - plain
         torch.testing.assert_close(two, 2 * one, rtol=1e-3, atol=1e-6)
         assert name not in gates or one.abs().max() > 1e-5
+
+
+def test_the_loss_is_refused_where_weights_are_sharded(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    for weight, sharded in ((None, True), (0.01, False)):
+        check_router_strategy(PolicyConfig("m", router_aux_loss=weight), trainer, sharded=sharded)
+    with pytest.raises(ConfigError, match="router_aux_loss needs whole weights on every device"):
+        check_router_strategy(PolicyConfig("m", router_aux_loss=0.01), trainer, sharded=True)

@@ -446,7 +446,7 @@ class PreferenceModule(pl.LightningModule):
     def _load(self, data: PreferenceData | None) -> None:
         """Load, check and shard policy and reference."""
         sharding = build.sharding_of(self.trainer, self.device_mesh)
-        checks.check_router_loss(self.policy_config, self.trainer, sharded=sharding is not None)
+        checks.check_router_strategy(self.policy_config, self.trainer, sharded=sharding is not None)
         dtype, reference_dtype = build.weight_dtypes(self.policy_config, self.trainer, sharding)
         self.policy = build.build_policy(self.policy_config, self.trainer, sharding, dtype)
         if data is not None and isinstance(data.goal, AdapterStrength):

@@ -114,27 +114,23 @@ def check_data(loss: PreferenceLoss, data: PreferenceData) -> None:
             f"{name} compares all pairs of a batch ({loss.batch_level}), and --data.token_budget splits a batch. "
             "Remove it, or set a smaller --data.batch_size."
         )
-    for option, weight in (("rejected_weight", data.rejected_weight), ("best_goal_weight", data.best_goal_weight)):
-        if loss.batch_level and weight != 1:
+    for option in ("rejected_weight", "best_goal_weight", "weight_column"):
+        if loss.batch_level and (weight := getattr(data, option)) not in (1, None):
+            shown = weight if isinstance(weight, str) else f"{weight:g}"
             raise ConfigError(
-                f"--data.{option} {weight:g} weights single pairs, and {name} has no loss of single "
+                f"--data.{option} {shown} weights single pairs, and {name} has no loss of single "
                 f"pairs ({loss.batch_level}). Remove it, or choose another loss."
             )
-    if loss.batch_level and data.weight_column is not None:
-        raise ConfigError(
-            f"--data.weight_column {data.weight_column} weights single pairs, and {name} has no loss of single "
-            f"pairs ({loss.batch_level}). Remove it, or choose another loss."
-        )
     if "rewards" in loss.requires and not data.has_rewards:
         raise ConfigError(
             f"{name} needs the judge's rewards, and the data have none. Use another loss, or scored data."
         )
 
 
-def check_router_loss(config: PolicyConfig, trainer: pl.Trainer, *, sharded: bool) -> None:
+def check_router_strategy(config: PolicyConfig, trainer: pl.Trainer, *, sharded: bool) -> None:
     """Refuse a router's loss where weights are sharded."""
     # its gradient reaches a router past the hook that gathers the layer's weights again
-    if config.router_aux_loss is not None and (sharded or type(trainer.strategy).__name__ == "DeepSpeedStrategy"):
+    if config.router_aux_loss is not None and (sharded or isinstance(trainer.strategy, DeepSpeedStrategy)):
         raise ConfigError(
             "--model.policy.router_aux_loss needs whole weights on every device: use --trainer.strategy ddp, or leave "
             "it out."
