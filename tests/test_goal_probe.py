@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def test_advice_names_what_helps_only_where_goals_are_not_read() -> None:
         advice([blind, sees])
         == "Goals reach the model: 60.0% of plain DPO's gradient is left of a pair with Sees; train with it."
     )
+
+
+def test_inspect_prints_the_neutral_goal_that_it_fitted(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "rows.jsonl", wide_rows(16))
+    goal = ["--goal", "AdapterStrength", "--goal.neutral", "mean"]
+    shown = run_command("inspect", "--source", str(source), "--examples", "0", *goal)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^scale fitted: RewardScale\(.*, 0 at \d", shown.stdout, re.MULTILINE), shown.stdout
 
 
 def test_inspect_prints_a_line_for_each_template(tiny: Path, tmp_path: Path) -> None:

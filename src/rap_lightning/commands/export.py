@@ -102,7 +102,9 @@ def export(
     tokenizer = config.load_tokenizer()
     tokenizer.chat_template = saved.record.get("chat_template") or tokenizer.chat_template  # as it was trained with
     facts = _facts(saved)
-    for folder, (goal, strength) in _places(Path(output), saved.record.get("goal"), goals).items():
+    places = _places(Path(output), saved.record.get("goal"), goals)
+    policy = None if merge else restored(saved, config, torch.bfloat16 if as_adapter else saved.dtype)
+    for folder, (goal, strength) in places.items():
         goal = goal if as_adapter else merged_record(goal)
         card = model_card(
             facts | {"goal": goal}, adapter=as_adapter, goal_in_template=goal_in_template,
@@ -112,7 +114,7 @@ def export(
             getattr(torch, dtype) if dtype else None, max_shard_size or files.SHARD, goal, strength, goal_in_template,
             base_model, card,
         )  # fmt: skip
-        if merge:
+        if policy is None:
             _say("merging: the base model is loaded, and loaded again to compare what was written")
 
             def load() -> Any:
@@ -120,7 +122,6 @@ def export(
 
             _say(files.merge(load, tokenizer, folder, config, options))
         else:
-            policy = restored(saved, config, torch.bfloat16 if as_adapter else saved.dtype)
             files.export(policy, policy.state_dict(), tokenizer, folder, config, options)
         print(f"wrote {folder}")
     if push_to_hub is not None:
@@ -138,7 +139,7 @@ def _places(output: Path, record: Record, goals: list[float] | None) -> dict[Pat
     if goals is None:
         return {output: at_best(record)}
     template = None if record is None or "adapter_at" not in record else template_of(record)
-    if record is None or not isinstance(template, AdapterStrength):
+    if not isinstance(template, AdapterStrength):
         raise ConfigError(
             "--goals has no effect: the policy's goal is not the strength of its adapter (--data.goal AdapterStrength)."
         )

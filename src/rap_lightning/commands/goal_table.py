@@ -17,6 +17,7 @@ from rap_lightning.preferences.sources import having
 from rap_lightning.progress_bar import progress
 
 if TYPE_CHECKING:
+    from rap_lightning.batches.encode import Encoder
     from rap_lightning.training.goal_probe import GoalProbe
 
 PAIRS = 12
@@ -40,7 +41,7 @@ def check_options(model: str | None, goals: Sequence[GoalTemplate] | None, count
 
 def probe_goals(
     model: str, goals: Sequence[GoalTemplate] | None, count: int | None, read: ReadingOptions, split: str,
-    max_length: int,
+    encoder: Encoder,
 ) -> list[GoalProbe]:  # fmt: skip
     """Measure each goal template on the same pairs of a split.
 
@@ -48,7 +49,6 @@ def probe_goals(
         DataError: the split has no scored pairs that differ.
         ConfigError: a template needs attributes that ``--goal`` doesn't name, or prints nothing.
     """
-    from rap_lightning.models.policy_config import PolicyConfig
     from rap_lightning.training import goal_probe
 
     assert read.goal is not None, "check_options comes first"
@@ -71,10 +71,12 @@ def probe_goals(
     for other in templates:
         if other is not read.goal:
             fit_scale(replace(read.rules, goal=other), sources, split, num_proc=read.num_proc)
-    tokenizer = read.template.applied(PolicyConfig(model).load_tokenizer())
     policy = goal_probe.load_policy(model)
     with progress(desc="probing goals", total=len(pairs) * len(templates), unit=" pairs") as bar:
-        return [goal_probe.probe_goal(policy, one, pairs, tokenizer, max_length, bar.update) for one in templates]
+        return [
+            goal_probe.probe_goal(policy, one, pairs, encoder.tokenizer, encoder.max_length, bar.update)
+            for one in templates
+        ]
 
 
 def print_probes(found: Sequence[GoalProbe]) -> None:

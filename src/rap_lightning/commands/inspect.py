@@ -125,8 +125,8 @@ def inspect(
     empty = [f"{report.source} (split {report.split})" for report in reports if not report.pairs]
     listed = write_rows(target, reports) if target is not None else 0
     probes = []
-    if model is not None and not faulty and reports and reports[0].pairs:
-        probes = probe_goals(model, goals, probe_pairs, read, splits[0], max_length)
+    if model is not None and encode is not None and not faulty and reports and reports[0].pairs:
+        probes = probe_goals(model, goals, probe_pairs, read, splits[0], encode.encoder)
     if json:
         documents = [{**one.report.as_dict(), "figures": one.statistics.as_dict()} for one in inspected]
         scale = read.goal.record()["scale"] if read.goal is not None else None
@@ -136,7 +136,7 @@ def inspect(
         print(jsonlib.dumps(found, ensure_ascii=False))
         return int(faulty or bool(empty))
     if fitted and read.goal is not None:
-        print(f"scale fitted: {read.goal.scale}")
+        print(f"scale fitted: {read.goal.fitted()}")
     if any(one.weight != 1.0 for one in read.sources):
         print("every pair is shown once; the sources' weights apply in training")
     for name, note in notes.items():
