@@ -6,7 +6,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from rap_lightning.callbacks.goal_sampling import parts_of_fit
-from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.relabelling import CHOSEN_GOAL, REJECTED_GOAL
 from rap_lightning.training.goal_probe import AMONG, encode_halves, mean_shift, measure_margins, sample_pairs
@@ -33,7 +32,11 @@ class GoalMargins(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure on every rank, as a sharded policy needs, and print on rank zero."""
         module, data = parts_of_fit(trainer, pl_module, "GoalMargins")
-        self._check(data)
+        if not {CHOSEN_GOAL, REJECTED_GOAL} <= set(data.relabelling.origins):
+            raise ConfigError(
+                f"GoalMargins compares a pair's two goals, and relabel {data.relabelling.mode} doesn't train on both. "
+                "Use relabel both, or remove it."
+            )
         if trainer.global_step > 0:
             return
         assert module.policy is not None, "fit builds the policy"
@@ -47,10 +50,3 @@ class GoalMargins(pl.Callback):
             f"goals: the margin moves by {shift.value:+.2f} nats{between} between the two goals of {shift.n} pairs; "
             "inspect --model says how much of plain DPO's gradient is left"
         )
-
-    def _check(self, data: PreferenceDataModule) -> None:
-        if not {CHOSEN_GOAL, REJECTED_GOAL} <= set(data.relabelling.origins):
-            raise ConfigError(
-                f"GoalMargins compares a pair's two goals, and relabel {data.relabelling.mode} doesn't train on both. "
-                "Use relabel both, or remove it."
-            )

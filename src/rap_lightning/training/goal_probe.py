@@ -70,7 +70,7 @@ class GoalProbe:
 
 
 def sample_pairs(pairs: Iterable[Pair], count: int, seed: int) -> list[Pair]:
-    """Return the pairs with the widest gaps of a seeded sample, whatever the order of ``pairs``; ties are left out."""
+    """Return the pairs with the widest gaps of a seeded sample, in any order of ``pairs``; ties are left out."""
     scored = (pair for pair in pairs if not pair.tie and pair.rewards[0] > pair.rewards[1])
     drawn = heapq.nsmallest(count * AMONG, scored, key=lambda pair: hash_text(f"{seed} {pair.id}"))
     return heapq.nsmallest(count, drawn, key=lambda pair: (pair.rewards[1] - pair.rewards[0], pair.id))
