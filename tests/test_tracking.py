@@ -15,7 +15,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import kills
 from conftest import run_command
+from rap_lightning.callbacks import run_tracking
 from rap_lightning.callbacks.trackers import BY_NAME, Continued, require_installed
 from rap_lightning.cli import trainer_cli
 from rap_lightning.errors import ConfigError
@@ -338,6 +339,20 @@ def test_metrics_csv_keeps_every_line_through_a_full_disk(tmp_path: Path) -> Non
     logger.finalize("success")
     assert steps_of(tmp_path) == [1, 2, 3, 4]
     assert lines_lost([logger]) == {}
+
+
+def test_every_upload_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        name, takes_folders = "full", True
+
+        def log_folder(self, logger: Any, folder: Path) -> None:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(run_tracking, "tracker_of", lambda logger: Full())
+    trainer: Any = SimpleNamespace(loggers=[object()])
+    for folder in ("hf", "hf-merged"):
+        with pytest.warns(UserWarning, match=f"{folder} was not sent to full: OSError: No space left on device"):
+            run_tracking.log_folder(trainer, tmp_path / folder)
 
 
 FILLER = """

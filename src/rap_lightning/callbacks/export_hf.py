@@ -72,8 +72,8 @@ class ExportHF(pl.Callback):
             try:
                 facts = run_facts(trainer, pl_module)
                 for folder in self._write(run_folder(trainer), pl_module, pl_module.policy, state, facts):
-                    if self.track and (sent := log_folder(trainer, folder)):
-                        rank_zero_info(f"sent {folder} to {', '.join(sent)}")
+                    if self.track:
+                        log_folder(trainer, folder)
             except Exception as error:  # raised after the other ranks know: they would wait forever
                 problem = error
         if trainer.strategy.broadcast(problem is not None):

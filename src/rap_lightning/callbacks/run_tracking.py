@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rap_lightning.callbacks.run_folder import run_folder
 from rap_lightning.callbacks.run_metadata import run_facts
@@ -128,12 +129,14 @@ def log_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequ
                 tracker.log_table(logger, name, columns, rows, trainer.global_step)
 
 
-def log_folder(trainer: pl.Trainer, folder: Path) -> list[str]:
-    """Send a folder to every tracker of a run that takes files, and return their names; in rank zero."""
-    sent = []
+def log_folder(trainer: pl.Trainer, folder: Path) -> None:
+    """Send a folder to every tracker of a run that takes files, and report each that fails; in rank zero."""
     for logger in trainer.loggers:
         if (tracker := tracker_of(logger)) is not None and tracker.takes_folders:
-            with guarded(logger, lines=0):
+            try:
                 tracker.log_folder(logger, folder)
-                sent.append(tracker.name)
-    return sent
+            except Exception as error:  # trackers raise errors of several libraries
+                reason = f"{type(error).__name__}: {mask_text(first_line(error))}"
+                rank_zero_warn(f"{folder} was not sent to {tracker.name}: {reason}")
+            else:
+                rank_zero_info(f"sent {folder} to {tracker.name}")
