@@ -271,8 +271,8 @@ def take_secrets_from_environment(options: Namespace, say: Callable[[str], None]
     hidden = [name for name, value in flatten(_plain(options)).items() if _has_mask(value)]
     if hidden:
         raise ConfigError(
-            f"{hidden[0]} is {MASK} in the config: a run's config.yaml is saved without keys and passwords. Give it "
-            f"again on the command line: --{hidden[0]} VALUE"
+            f"{hidden[0]} is {MASK} in the config: a run's config.yaml is saved without keys and passwords. Write it "
+            "there again, or give its option on the command line."
         )
 
 
