@@ -114,9 +114,7 @@ class SteeringTable(pl.Callback):
             )
         return other
 
-    def _write(
-        self, trainer: pl.Trainer, path: Path, samples: dict[float, list[tuple[str, str, float]]]
-    ) -> None:  # fmt: skip
+    def _write(self, trainer: pl.Trainer, path: Path, samples: dict[float, list[tuple[str, str, float]]]) -> None:
         rows = [
             {
                 "before": _figures(self.before[goal]), "after": _figures(self.after[goal]),

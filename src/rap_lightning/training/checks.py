@@ -114,8 +114,13 @@ def check_data(loss: PreferenceLoss, data: PreferenceData) -> None:
             f"{name} compares all pairs of a batch ({loss.batch_level}), and --data.token_budget splits a batch. "
             "Remove it, or set a smaller --data.batch_size."
         )
-    for option in ("rejected_weight", "best_goal_weight", "weight_column"):
-        if loss.batch_level and (weight := getattr(data, option)) not in (1, None):
+    single = {
+        "rejected_weight": data.rejected_weight,
+        "best_goal_weight": data.best_goal_weight,
+        "weight_column": data.weight_column,
+    }
+    for option, weight in single.items():
+        if loss.batch_level and weight not in (1, None):
             shown = weight if isinstance(weight, str) else f"{weight:g}"
             raise ConfigError(
                 f"--data.{option} {shown} weights single pairs, and {name} has no loss of single "

@@ -94,7 +94,7 @@ class TransformersSchedule(Schedule):
         for option, instead in FROM_TOTAL.items():
             if option in self.options:
                 raise ConfigError(f"schedule {name}: {option} follows from {instead}; remove it from the options.")
-        # a trial over more steps than any run has: what is missing or wrong is told before a model is loaded
+        # a trial over more steps than any run has: what is missing or wrong is reported before a model is loaded
         self(torch.optim.SGD([torch.zeros(1)], lr=1.0), 10**9)
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
