@@ -198,3 +198,15 @@ def test_changed_weights_are_changed_data(tiny: Path, tmp_path: Path) -> None:
         module = one_step(tmp_path / f"run{number}", tiny, data, weight_column="importance")
         found.append(module.trainer.datamodule.state_dict())
     assert "had other rewards, goals or weights" in DataIdentity(**found[0]).change_since(found[1])
+
+
+def test_inspect_reads_validation_without_weights_as_fit_does(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "pairs", weighted_rows())
+    write_jsonl(folder / "test.jsonl", scored_rows(3))  # without the column
+    shown = run_command("inspect", "--source", folder, "--weight_column", "importance", "--json").stdout
+    train, test = json.loads(shown)["splits"]
+    assert "weights" in train["figures"]
+    assert "weights" not in test["figures"]
+    named = run_command("inspect", "--source", folder, "--weight_column", "importance", "--split", "test")
+    assert named.returncode  # a split asked for by name is taken for training data
+    assert "no column 'importance'" in named.stderr

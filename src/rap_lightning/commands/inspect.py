@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from rap_lightning.preferences.read_pairs import read_pairs, unreached_goal_note
 from rap_lightning.preferences.reading_options import ReadingOptions
 from rap_lightning.preferences.relabelling import RelabelledPair, relabel
 from rap_lightning.preferences.rendering import with_goal
+from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, having, splits_among
 
 Encode = Any
@@ -110,7 +111,10 @@ def inspect(
     for name in splits:
         for one in having(read.sources, name):
             report = DataReport(one.path, name, rows=None if target is None else [])
-            inspected.append(_inspect(one, read, encode, max_length, examples, report))
+            # weights are those of training: fit reads a validation split without them
+            weighted = name not in VALIDATION_NAMES or name == split
+            rules = read.rules if weighted else replace(read.rules, weight_column=None)
+            inspected.append(_inspect(one, rules, read.num_proc, encode, max_length, examples, report))
             if not json:
                 _print(inspected[-1], max_length)
                 _print_examples(inspected[-1].shown, read, encode)
@@ -182,12 +186,13 @@ class _Inspected:
 
 
 def _inspect(
-    source: Source, read: ReadingOptions, encode: Encode | None, max_length: int, examples: int, report: DataReport
-) -> _Inspected:
+    source: Source, rules: Rules, num_proc: int | None, encode: Encode | None, max_length: int, examples: int,
+    report: DataReport,
+) -> _Inspected:  # fmt: skip
     found = _Inspected(report, PairStatistics(), [])
     pairs = read_pairs(
-        source, report.split, read.rules, report,
-        num_proc=read.num_proc, collect_faults=True, progress=sys.stderr.isatty(),
+        source, report.split, rules, report,
+        num_proc=num_proc, collect_faults=True, progress=sys.stderr.isatty(),
     )  # fmt: skip
     while chunk := list(islice(pairs, CHUNK)):
         found.shown.extend(chunk[: max(0, examples - found.statistics.pairs)])
