@@ -206,6 +206,19 @@ def test_a_baked_goal_is_not_written_twice(prompts: Path, knowing: Path, tmp_pat
         assert all(record["best"] in body["messages"][0]["content"] for _, body, _ in server.requests)
 
 
+def test_a_damaged_tokenizer_of_a_served_folder_ends_in_one_message(
+    prompts: Path, knowing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(knowing, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{}")
+    with Server(echo) as server:
+        args = options(prompts, damaged, tmp_path / "o.jsonl", **{"engine": "Endpoint", "engine.url": server.url})
+        args = [a for i, a in enumerate(args) if "batch_size" not in str(a) and "batch_size" not in str(args[i - 1])]
+        assert called(*args) == 2
+        assert not server.requests
+    assert f"error: --model {damaged}: the folder exists, but no tokenizer" in capsys.readouterr().err
+
+
 def test_checkpoints_and_adapters_are_sampled_from(
     prompts: Path, tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy.requested_goals import GoalRecord, read_goal_record, without_own_goal
+from rap_lightning.preferences.chat_template import read_tokenizer
 from rap_lightning.preferences.template_options import TemplateOptions
 
 if TYPE_CHECKING:
@@ -79,9 +80,19 @@ class ModelSource:
         """Load the tokenizer as fit does, with the chat template of a checkpoint's run."""
         with _naming(self.option):
             tokenizer = self._config().load_tokenizer()
-            if self.is_checkpoint:  # what it was trained with, whatever is now in the base model's folder
+            if self.is_checkpoint:  # that of training, not that of the base model's folder now
                 tokenizer.chat_template = self._checkpoint().record.get("chat_template") or tokenizer.chat_template
             return self.template.applied(tokenizer)
+
+    def tokenizer_as_saved(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer of a local folder, with the chat template that a server reads there."""
+        from rap_lightning.models.pretrained import load_pretrained
+
+        with _naming(self.option):
+            found: PreTrainedTokenizerBase = load_pretrained(
+                "tokenizer", self.path, read_tokenizer, {"trust_remote_code": self.trust_remote_code}
+            )
+        return found
 
     def context(self) -> int:
         """Return the longest sequence in tokens, from the model's config and the tokenizer."""

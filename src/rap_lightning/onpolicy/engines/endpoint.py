@@ -46,18 +46,15 @@ class Endpoint(Engine):
         return {"path": model.path}
 
     def sends(self, model: ModelSource) -> None:
-        """Send the switches of the chat template, and switch off the goal that the template writes by itself."""
+        """Send the switches of the chat template, and switch off the goal that the template writes on its own."""
         if model.template.kwargs:
             own = self.client.extra_body.get("chat_template_kwargs") or {}
             self.client.extra_body["chat_template_kwargs"] = {**own, **model.template.kwargs}
         record = model.record()
         if record is None or not model.place.is_dir():
             return
-        from transformers import AutoTokenizer
-
-        own = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         sent = self.client.extra_body.get("chat_template_kwargs") or {}
-        if template_writes(own, record["best"]) and "goal" not in sent:
+        if "goal" not in sent and template_writes(model.tokenizer_as_saved(), record["best"]):
             self.client.extra_body["chat_template_kwargs"] = {**sent, "goal": False}
             print("the served chat template writes the best goal by itself: switched off, the messages hold the goal")
 
