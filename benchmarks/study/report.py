@@ -50,8 +50,7 @@ class Results:
     def minus(self, stage: str, arm: str, other: str, temperature: str | None = None) -> Difference | None:
         """An arm minus another; None where no seed has both."""
         ones, others = self.scores(stage, arm, temperature), self.scores(stage, other, temperature)
-        pairs = [(ones[seed], others[seed]) for seed in ones if seed in others]
-        return difference(pairs) if pairs else None
+        return _paired(ones, others)
 
     def better_strength(self) -> str | None:
         """``strength`` or ``strength+best``, whichever tuning prefers."""
@@ -80,9 +79,9 @@ class Results:
         found["dpo"] = [start, *((r["frontier"][0]["kl"], r["frontier"][0]["score"]) for r in runs if r is not None)]
         return found
 
-    def areas(self, names: Sequence[str], near: float | None = None) -> dict[str, dict[int, float]]:
-        """Mean score under each frontier by seed, up to a KL, or to the largest one that all the named ones reach."""
-        found: dict[str, dict[int, float]] = {name: {} for name in names}
+    def areas(self, names: Sequence[str], near: float | None = None) -> dict[str, dict[int, list[float]]]:
+        """[Mean score under each frontier] by seed, up to a KL, or to the largest one that all the named ones reach."""
+        found: dict[str, dict[int, list[float]]] = {name: {} for name in names}
         for seed in self.size.seeds:
             points = self.frontiers(seed)
             if not all(name in points for name in names):
@@ -90,7 +89,7 @@ class Results:
             until = near or min(max(kl for kl, _ in points[name]) for name in names)
             if until > 0:  # else a policy didn't move
                 for name in names:
-                    found[name][seed] = area(points[name], until)
+                    found[name][seed] = [area(points[name], until)]
         return found
 
 
@@ -117,6 +116,12 @@ def _mean(values: Iterable[float], digits: int = 2) -> str:
     return f"{statistics.fmean(known):.{digits}f}" if known else ""
 
 
+def _paired(ones: dict[int, list[float]], others: dict[int, list[float]]) -> Difference | None:
+    """The first minus the second over the seeds that both have; None where there is none."""
+    pairs = [(ones[seed], others[seed]) for seed in ones if seed in others]
+    return difference(pairs) if pairs else None
+
+
 def _shown(found: Difference | None, bound: float | None = None) -> list[str]:
     if found is None:
         return [""] * (3 if bound is None else 4)
@@ -137,11 +142,10 @@ def _claims(results: Results) -> str:
             *_shown(results.minus("long", ours, "dpo"), 0),
         ],
     ]
+    areas = results.areas([ours, "dpo", "dpo scaled"])
     for other, words in (("dpo", "plain DPO"), ("dpo scaled", "plain DPO, scaled")):
-        areas = results.areas([ours, "dpo", "dpo scaled"])
-        pairs = [([areas[ours][s]], [areas[other][s]]) for s in areas[ours]]
         rows.append([f"H3: area under the frontier minus that of {words}; above 0",
-                     *_shown(difference(pairs) if pairs else None, 0)])  # fmt: skip
+                     *_shown(_paired(areas[ours], areas[other]), 0)])  # fmt: skip
     lines = results.of("main", ours).values()
     peaks = [max(GOALS, key=lambda g, line=line: line["curve"][f"{g:g}"]) for line in lines]  # type: ignore[misc]
     spearman, missed = [line["spearman"] for line in lines], [line["missed"] for line in lines]
@@ -208,9 +212,8 @@ def _frontier(results: Results) -> str:
         title = {"dpo": "plain DPO, its runs", "dpo scaled": "plain DPO, scaled"}.get(name) or ARMS[name].title
         cells = []
         for areas in (whole, near):
-            pairs = [([areas[name][s]], [areas["dpo scaled"][s]]) for s in areas[name]]
-            minus = difference(pairs) if pairs and name != "dpo scaled" else None
-            cells += [_mean(areas[name].values()), _shown(minus)[0]]
+            minus = _paired(areas[name], areas["dpo scaled"]) if name != "dpo scaled" else None
+            cells += [_mean(itertools.chain(*areas[name].values())), _shown(minus)[0]]
         rows.append([title, *cells])
     minus_scaled = "minus plain DPO, scaled"
     return _table(["frontier", "mean score under it", minus_scaled, f"up to {NEAR:g} nats", minus_scaled], rows)

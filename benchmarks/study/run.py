@@ -6,7 +6,6 @@ itself can be scaled (decoding-time realignment): the control that an arm by str
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -220,8 +219,3 @@ def _point(lab: Laboratory, asker: Asker, stated: StatedGoal, times: int, seed: 
     kl = statistics.fmean(ours - theirs for ours, theirs in zip(mine, base, strict=True))
     assert math.isfinite(kl)
     return {"scale": scale, "kl": round(kl, 3), "score": round(_mean(lab, samples), 3)}
-
-
-def line(found: dict[str, Any]) -> str:
-    """One line of results."""
-    return json.dumps(found, separators=(",", ":")) + "\n"
