@@ -433,15 +433,14 @@ def layouts(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     }  # fmt: skip
 
 
-def mutate_rows(rows: list[dict[str, Any]], rng: random.Random) -> tuple[str, set[int]]:
-    """Change one place of one row or of all; what was done, and to which rows."""
+def mutate_rows(rows: list[dict[str, Any]], rng: random.Random) -> str:
+    """Change one place of one row or of all; what was done."""
     place, kind, every = (
         rng.choice(keys_of(rows[0])),
         rng.choice(("cell", "cell", "gone", "renamed", "extra")),
         rng.random() < 0.4,
     )
     value, column, at = copy.deepcopy(rng.choice(CELLS)), rng.choice(NAMES_OF_COLUMNS), rng.randrange(len(rows))
-    changed = set()
     for number, row in enumerate(rows):
         if not every and number != at:
             continue
@@ -460,12 +459,8 @@ def mutate_rows(rows: list[dict[str, Any]], rng: random.Random) -> tuple[str, se
                 row[column] = value
         except (KeyError, IndexError, TypeError, AttributeError):
             continue
-        changed.add(number)
     where = ".".join(map(str, place)) if kind != "extra" else column
-    return (
-        f"{where} {kind}{f' {value!r}'[:40] if kind in ('cell', 'extra') else ''}{' in all' if every else ''}",
-        changed,
-    )
+    return f"{where} {kind}{f' {value!r}'[:40] if kind in ('cell', 'extra') else ''}{' in all' if every else ''}"
 
 
 def write_file(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -526,7 +521,7 @@ def data_case(number: int, work: Path, base: Base) -> Found:
     layout = rng.choice(sorted(base.layouts))
     rows, mutations = copy.deepcopy(base.layouts[layout]), []
     for _ in range(rng.choice((0, 1, 1, 1, 2))):
-        mutations.append(mutate_rows(rows, rng)[0])
+        mutations.append(mutate_rows(rows, rng))
     folder = work / rng.choice(("data", "data", "parquet", "data [v1]", "dätä", "train", "-d", "da*ta"))
     folder.mkdir()
     path = folder / (rng.choice(FILES) if rng.random() < 0.5 else "train.jsonl")

@@ -290,6 +290,8 @@ def fits_lines(section: Section) -> list[str]:
 
 def shapes_lines(section: Section) -> list[str]:
     """A line for each model and length, with the plan's figures beside the measured ones."""
+    from gpu_steps import FORMULA
+
     lines, waits = [], []
     for name, case in section.cases.items():
         if said := failure(case):
@@ -314,15 +316,8 @@ def shapes_lines(section: Section) -> list[str]:
         "bf16-mixed, layout tree, prompts half of the tokens, random weights; all weights trained with stored "
         "log-probabilities, or LoRA of rank 16 with the policy without it as its reference. Peak: torch's allocations "
         "in the timed steps; planned: what `plan` says without its line for the process.", "", *table(head, lines), "",
-        formula(), *(["", *said] if said else []),
+        FORMULA, *(["", *said] if said else []),
     ]  # fmt: skip
-
-
-def formula() -> str:
-    """Return the formula of useful operations."""
-    from gpu_steps import FORMULA
-
-    return FORMULA
 
 
 def trl_lines(section: Section) -> list[str]:
@@ -402,15 +397,16 @@ def summary(found: dict[str, Section]) -> list[str]:
 
 def write(found: dict[str, Section], out: Path, *, toy: bool, minutes: float) -> None:
     """Write page and figures, each complete or not at all."""
+    from rap_lightning.atomic_write import atomic_file
+
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {"format": 1, "toy": toy, "sections": {name: asdict(section) for name, section in found.items()}}
     for path, text in (
         (out.with_suffix(".json"), json.dumps(document, indent=1) + "\n"),
         (out, report(found, toy=toy, minutes=minutes)),
     ):
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with atomic_file(path) as file:
+            file.write(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -449,7 +445,7 @@ def run_all(a: argparse.Namespace, work: Path, out: Path) -> dict[str, Section]:
     first = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     names = [name for name in SHARES if name == "environment" or a.only is None or name in a.only]
     for number, name in enumerate(names):
-        # the first section has the time that importing takes, whatever its share
+        # the first section gets at least a fifth of the time, since imports take long
         share = max(SHARES[name] / sum(SHARES[later] for later in names[number:]), 0.2 if number == 0 else 0.0)
         budget = (end - monotonic()) * share
 

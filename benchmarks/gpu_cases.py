@@ -493,7 +493,7 @@ SECTIONS: dict[str, Callable[[Setting], dict[str, Case]]] = {
 def last_line(text: str) -> str:
     """Return the last line of an error's output that says something."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return lines[-1][:400] if lines else "it ended without a word"
+    return lines[-1][:400] if lines else "no output"
 
 
 def outcome(case: Case) -> dict[str, Any]:
@@ -504,15 +504,13 @@ def outcome(case: Case) -> dict[str, Any]:
     except Skipped as reason:
         found = {"skipped": str(reason)}
     except Exception as error:
-        kind = "" if is_out_of_memory(error) else f"{type(error).__name__}: "
+        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
         text = " ".join(str(error).split()) or type(error).__name__
-        found = {"error": (f"out of memory: {text}" if not kind else f"{kind}{text}")[:600]}
+        found = {"error": f"{kind}: {text}"[:600]}
         error.__traceback__ = None  # its frames hold tensors
     gc.collect()
     if torch.cuda.is_available():
-        with contextlib.suppress(
-            RuntimeError
-        ):  # after an illegal access every call fails; the next process is a new one
+        with contextlib.suppress(RuntimeError):  # after an illegal access every call fails, until the next process
             torch.cuda.empty_cache()
     return found | {"took": round(time.perf_counter() - begun, 1)}
 

@@ -83,12 +83,7 @@ class StepMeter(pl.Callback):
                 self.found["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
             self._waits = self._counting.enter_context(synchronisations(self.device))
         if step == self.steps - 1:
-            self.stop()
-
-    def stop(self) -> None:
-        """End the counting, also where a run was stopped within."""
-        self._counting.close()
-        if hasattr(self, "_waits") and "synchronisations" not in self.found:
+            self._counting.close()
             self.found["synchronisations"] = round(sum(self._waits.values()) / self.counted, 2)
             self.found["waits"] = dict(self._waits.most_common(6))
             self.found["recompiles"] = graphs_compiled() - self._graphs

@@ -1,11 +1,11 @@
-"""Does the probe of goals foretell what training does? Its figure and the result of a short training, over cases.
+"""Does the probe of goals predict what training does? Its figure and the result of a short training, over cases.
 
     python benchmarks/probe.py [--worlds DIR] [--base_steps 600] [--steps 80] [--pairs 12] [--output FILE.jsonl]
 
 A case is a base model of the embedded world (one that has seen goals in its pre-training, one that has not) and a
 goal template with its placement. The probe's figure is the share of plain DPO's gradient that is left, of the mean over
 pairs (`rap-lightning inspect --model`). What training did is the accuracy on held-out pairs after some steps of DPO on
-both halves: 50% for a policy that ignores the goal, whatever else it learned, since each pair comes both ways round.
+both halves: 50% for any policy that ignores the goal, since each pair comes in both orders.
 Prints a Markdown table and rank correlations (Spearman), those with the held-out margin included.
 """
 
@@ -24,6 +24,7 @@ import torch
 
 from rap_lightning.commands.goal_table import probe_goals
 from rap_lightning.datamodule import PreferenceDataModule
+from rap_lightning.evaluation.statistics import spearman
 from rap_lightning.losses import DPO
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.module import PreferenceModule
@@ -126,13 +127,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['base']} | {row['goal']} | {row['shift']:+.2f} | {row['left']:.1%} | {row['left_of_mean']:.1%} | "
             f"{row['accuracy']:.1%} |"
         )
-    rank = {
-        name: np.argsort(np.argsort([row[name] for row in rows])) for name in rows[0] if name not in ("base", "goal")
-    }
+    of = {name: np.asarray([row[name] for row in rows]) for name in rows[0] if name not in ("base", "goal")}
+    once = np.ones((1, len(rows)))
     for figure in ("shift", "left", "left_of_mean"):
-        found = [
-            f"{np.corrcoef(rank[figure], rank[result])[0, 1]:.2f} with {result}" for result in ("accuracy", "margin")
-        ]
+        found = [f"{spearman(of[figure], of[result], once)[0]:.2f} with {result}" for result in ("accuracy", "margin")]
         lines.append(f"\nSpearman of {figure} over {len(rows)} cases: {', '.join(found)}")
     return "\n".join(lines)
 
