@@ -215,7 +215,7 @@ class ChatClient:
         return shown(self._masked(text), 300)
 
     def _masked(self, value: Any) -> Any:
-        """Return an answer with the keys that were sent replaced by ***, whatever the server made of them."""
+        """Return an answer with the keys that were sent replaced by ***, in plain text and as JSON writes them."""
         if isinstance(value, dict):
             return {self._masked(name): self._masked(inner) for name, inner in value.items()}
         if isinstance(value, list):

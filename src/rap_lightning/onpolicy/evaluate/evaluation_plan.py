@@ -127,7 +127,7 @@ class EvaluationPlan:
 def make_rules(template: GoalTemplate | None, options: dict[str, Any], sources: Sequence[Source]) -> Rules:
     """Return the rules of reading: scored pairs, without those of equal reward.
 
-    Without a template, rewards are used as they are, whatever their range.
+    Without a template, rewards of any range are used as they are.
     """
     goal = template or OverallGoal(LinearScale(decimals=6))
     rules = Rules(goal, Relabelling("none"), **options)
