@@ -13,7 +13,9 @@ import yaml
 from conftest import ROOT, called, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy import round_fit
+from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.onpolicy.stages import Stages
+from rap_lightning.preferences.template_options import TemplateOptions
 from rap_lightning.world.make import make_world
 from rap_lightning.world.world_data import make_prompts
 
@@ -126,6 +128,35 @@ def test_a_round_is_files_that_are_made_once_and_used_as_they_are_edited(
     (folder / "relabelled.parquet").write_bytes(b"something else")
     assert called("rounds", "--config", config) == 2
     assert "only shows what pairs.jsonl and goal.yaml make" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("commands_in_process")
+def test_the_view_is_made_again_when_fit_draws_with_another_seed(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed(config, relabel="half", held_out=None)
+    folder = tmp_path / "rounds" / "round-1"
+    assert called("rounds", "--config", config) == 0
+    first = (folder / "relabelled.parquet").read_bytes()
+    options = yaml.safe_load(config.read_text())
+    options["fit"]["data"]["seed"] = 7
+    config.write_text(yaml.safe_dump(options))
+    capsys.readouterr()
+    assert called("rounds", "--config", config) == 0
+    shown = capsys.readouterr().out
+    assert "view is done again" in shown
+    assert "generate is done again" not in shown
+    assert (folder / "relabelled.parquet").read_bytes() != first
+
+
+def test_a_model_asked_through_another_template_is_another_input(world: Path) -> None:
+    base = str(world / "base")
+    same, switched, named = (
+        ModelSource(base, template=TemplateOptions(name, kwargs)).identity()
+        for name, kwargs in ((None, {}), (None, {"enable_thinking": False}), ("tools", {}))
+    )
+    assert same == ModelSource(base).identity()
+    assert len({json.dumps(one) for one in (same, switched, named)}) == 3
 
 
 @pytest.mark.usefixtures("commands_in_process")

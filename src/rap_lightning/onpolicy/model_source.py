@@ -116,9 +116,13 @@ class ModelSource:
         return policy
 
     def identity(self) -> dict[str, Any]:
-        """Return plain values that identify the model: name, and digest of its files' sizes, beginnings and ends."""
+        """Return plain values that identify the model and the template options that its prompts are rendered with.
+
+        A local model is its name and a digest of its files' sizes, beginnings and ends.
+        """
+        asked = {"template": [self.template.name, dict(self.template.kwargs)]} if self.template else {}
         if not self.place.exists():
-            return {"path": self.path, "revision": self.revision}
+            return {"path": self.path, "revision": self.revision} | asked
         files = [self.place] if self.place.is_file() else sorted(
             file for file in self.place.iterdir() if file.suffix in WEIGHT_FILES
         )  # fmt: skip
@@ -131,7 +135,7 @@ class ModelSource:
                     content.seek(-DIGEST_BYTES, 2)
                     digest.update(content.read())
         base = {"base": self.adapter_base()} if self.is_adapter else {}
-        return {"path": self.name, "digest": digest.hexdigest()[:24]} | base
+        return {"path": self.name, "digest": digest.hexdigest()[:24]} | base | asked
 
     def trained_from(self) -> dict[str, Any]:
         """Return the recorded options of the policy with which a checkpoint's run began."""

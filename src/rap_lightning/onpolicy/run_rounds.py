@@ -164,20 +164,21 @@ class Round:
                 f"remove {VIEW}."
             )
 
+        seed = round_fit.data_seed(self.plan.fit)
+
         def make() -> None:
             options = round_pairs.read_goal(self.folder / GOAL)  # possibly edited by hand
             as_edited = replace(
                 rules, goal=round_pairs.parse_goal(options["goal"]), selection=None, filters=Filters(),
                 relabelling=Relabelling(
-                    options.get("relabel", "both"), options.get("keep_original", False),
-                    round_fit.data_seed(self.plan.fit), options.get("best_goal", False),
-                    options.get("goals_per_pair", 0),
+                    options.get("relabel", "both"), options.get("keep_original", False), seed,
+                    options.get("best_goal", False), options.get("goals_per_pair", 0),
                 ),
                 ties=options.get("ties", "drop"),
             )  # fmt: skip
             round_pairs.write_view(self.folder / PAIRS, as_edited, self.policy, view)
 
-        self.stages.run("view", digest_of(made, pairs), [VIEW], make)
+        self.stages.run("view", digest_of(made, pairs, seed), [VIEW], make)
         return made
 
     def _fit(self, pairs: str, relabelled: str) -> str:
