@@ -22,12 +22,13 @@ from rap_lightning.models.generation import Generation
 from rap_lightning.models.guidance import PlausibilityFloor
 from rap_lightning.onpolicy import chat_client
 from rap_lightning.onpolicy import requested_goals as goals
-from rap_lightning.onpolicy.engines import Transformers
+from rap_lightning.onpolicy.engines import Endpoint, Transformers
 from rap_lightning.onpolicy.engines.seeded_sampling import SeededSampling, draw
 from rap_lightning.onpolicy.jsonl_ledger import parts_of, read_rows
 from rap_lightning.onpolicy.model_source import ModelSource
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from rap_lightning.preferences.scales import LinearScale, RewardScale
+from rap_lightning.preferences.template_options import TemplateOptions
 
 called = partial(called, "generate")
 
@@ -204,6 +205,13 @@ def test_a_baked_goal_is_not_written_twice(prompts: Path, knowing: Path, tmp_pat
         assert called(*args) == 0
         assert all(body["chat_template_kwargs"] == {"goal": False} for _, body, _ in server.requests)
         assert all(record["best"] in body["messages"][0]["content"] for _, body, _ in server.requests)
+
+
+def test_a_chat_template_that_only_the_server_can_choose_is_named(
+    knowing: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Endpoint("http://localhost:9/v1").sends(ModelSource(str(knowing), template=TemplateOptions("loud")))
+    assert "chat_template loud is not sent" in capsys.readouterr().out
 
 
 def test_a_damaged_tokenizer_of_a_served_folder_ends_in_one_message(

@@ -47,6 +47,8 @@ class Endpoint(Engine):
 
     def sends(self, model: ModelSource) -> None:
         """Send the switches of the chat template, and switch off the goal that the template writes on its own."""
+        if (name := model.template.name) is not None:
+            print(f"chat_template {name} is not sent, the API has no field for it: start the server with it")
         if model.template.kwargs:
             own = self.client.extra_body.get("chat_template_kwargs") or {}
             self.client.extra_body["chat_template_kwargs"] = {**own, **model.template.kwargs}
@@ -56,7 +58,7 @@ class Endpoint(Engine):
         sent = self.client.extra_body.get("chat_template_kwargs") or {}
         if "goal" not in sent and template_writes(model.tokenizer_as_saved(), record["best"]):
             self.client.extra_body["chat_template_kwargs"] = {**sent, "goal": False}
-            print("the served chat template writes the best goal by itself: switched off, the messages hold the goal")
+            print("the served chat template adds the best goal: switched off, since the messages state the goal")
 
     def no_guidance(self) -> str:
         """Return why guidance is unavailable: the API takes a single prompt."""
