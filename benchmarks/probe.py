@@ -119,13 +119,14 @@ def case(world: Path, goal: GoalTemplate, steps: int, pairs: int, lr: float) -> 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the cases as Markdown, with the rank correlation of the probe's figure and the accuracy."""
     lines = [
-        "| base | goal | margin shift (nats) | gradient left, per pair | of the mean | held-out accuracy |",
-        "|---|---|---|---|---|---|",
+        "| base | goal | margin shift (nats) | gradient left, per pair | of the mean | held-out accuracy | "
+        "held-out margin |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda one: -float(one["left_of_mean"])):
+    for row in sorted(rows, key=lambda one: -float(one["left"])):
         lines.append(
             f"| {row['base']} | {row['goal']} | {row['shift']:+.2f} | {row['left']:.1%} | {row['left_of_mean']:.1%} | "
-            f"{row['accuracy']:.1%} |"
+            f"{row['accuracy']:.1%} | {row['margin']:.3f} |"
         )
     of = {name: np.asarray([row[name] for row in rows]) for name in rows[0] if name not in ("base", "goal")}
     once = np.ones((1, len(rows)))
