@@ -421,6 +421,15 @@ def test_requests_per_minute_are_kept(prompts: Path, tmp_path: Path) -> None:
         assert times[-1] - times[0] >= 4 * 60 / 300 - 0.05
 
 
+def test_a_key_as_short_as_a_word_leaves_responses_as_they_are(
+    prompts: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "answer")
+    with Server(echo) as server:
+        assert called(*at_endpoint(prompts, server.url, tmp_path / "e.jsonl")) == 0
+    assert all(row["response"].startswith("answer to ") for row in rows_of(tmp_path / "e.jsonl").values())
+
+
 def test_what_an_endpoint_refuses_is_listed_and_asked_again_alone(
     prompts: Path, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

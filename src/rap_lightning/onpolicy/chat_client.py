@@ -31,6 +31,7 @@ R = TypeVar("R")
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)  # status codes that are retried
 FATAL = {401: "the key is not accepted", 403: "access is refused", 404: "no such address or model"}
 LONGEST = 64 << 20  # bytes of an answer, decompressed; one of 100,000 tokens has less than one MiB
+SHORTEST_KEY = 8  # characters; a shorter one may be part of a word in a response
 MAX_BACKOFF = 60.0  # seconds between two attempts, unless the server asks for more
 MAX_RETRY_AFTER = 600.0  # seconds that a server may ask for
 
@@ -172,11 +173,13 @@ class ChatClient:
             except TimeoutError:
                 why = f"no answer within {self.timeout:g} s"
             except (OSError, aiohttp.ClientError) as error:
-                why = self._masked(_in_a_line(error))
+                why = _without(self._secrets(), _in_a_line(error))
             else:
                 if status == 200:
                     try:
-                        choice: dict[str, Any] = self._masked(_first_choice(text))
+                        # local servers take "EMPTY" or "x" as a key: in a response, that is text
+                        keys = [key for key in self._secrets() if len(key) >= SHORTEST_KEY]
+                        choice: dict[str, Any] = _without(keys, _first_choice(text))
                         return choice
                     except (ValueError, KeyError, IndexError, TypeError) as error:
                         why = f"not a chat completion ({_in_a_line(error)}), found {self._excerpt(text)}"
@@ -212,22 +215,24 @@ class ChatClient:
 
     def _excerpt(self, text: str) -> str:
         """Return the beginning of a server's message, with the key masked in case the message repeats it."""
-        return shown(self._masked(text), 300)
-
-    def _masked(self, value: Any) -> Any:
-        """Return an answer with the keys that were sent replaced by ***, in plain text and as JSON writes them."""
-        if isinstance(value, dict):
-            return {self._masked(name): self._masked(inner) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [self._masked(inner) for inner in value]
-        if isinstance(value, str):
-            for secret in self._secrets():
-                value = value.replace(secret, MASK).replace(json.dumps(secret)[1:-1], MASK)
-        return value
+        return shown(_without(self._secrets(), text), 300)
 
     def _secrets(self) -> list[str]:
+        """Return the keys that are sent."""
         sent = [value for name, value in flatten(self.extra_body).items() if names_secret(name)]
         return [str(one) for one in (os.environ.get(self.api_key_env), *sent) if one and not isinstance(one, bool)]
+
+
+def _without(secrets: Sequence[str], value: Any) -> Any:
+    """Return plain values with the secrets replaced by ***, in plain text and as JSON writes them."""
+    if isinstance(value, dict):
+        return {_without(secrets, name): _without(secrets, inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without(secrets, inner) for inner in value]
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, MASK).replace(json.dumps(secret)[1:-1], MASK)
+    return value
 
 
 async def _read(response: ClientResponse) -> bytes:
