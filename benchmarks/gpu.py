@@ -420,6 +420,8 @@ def main(arguments: list[str] | None = None) -> int:
     a = parser.parse_args(arguments)
     if a.minutes <= 0:
         parser.error(f"--minutes must be above 0, found {a.minutes:g}")
+    if a.toy and a.teraflops is not None:
+        parser.error("--teraflops has no effect with --toy, which measures no GPU")
     import torch
 
     if not a.toy and not torch.cuda.is_available():

@@ -195,6 +195,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="stop after this long; call again to go on")
     parser.add_argument("--defaults", action="store_true", help="streams, one epoch: the command line's defaults")
     a = parser.parse_args()
+    if a.defaults:
+        a.work /= "defaults"  # its runs are compared with whole runs of their own
     a.work.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(a.work / "cache")}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from benchmarks.study.schedule import Lines, Plan, key_of, work
@@ -22,7 +23,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder of worlds; by default runs/study")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--short", action="store_true", help="a study of the same shape in a minute")
-    parser.add_argument("--until", metavar="HH:MM", help="start no run after this time of day")
+    parser.add_argument("--until", type=time_of_day, metavar="HH:MM", help="start no run after this time of day")
     parser.add_argument("--report", action="store_true", help="run nothing; write tables and pictures of what is there")
     options = parser.parse_args()
     size = SHORT if options.short else FULL
@@ -41,6 +42,11 @@ def main() -> int:
 
     write(output, lines, size)
     return 0
+
+
+def time_of_day(text: str) -> str:
+    """A time of day in the form that it is compared in; argparse refuses others."""
+    return time.strftime("%H:%M", time.strptime(text, "%H:%M"))
 
 
 def read(results: Path) -> Lines:
