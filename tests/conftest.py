@@ -375,6 +375,27 @@ def sgd(params: Any) -> torch.optim.Optimizer:
 
 
 @pytest.fixture
+def true_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models compute norms, softmaxes and routers in float32 for every dtype; here float64 stays float64."""
+    to, as_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+
+    def kept(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        asked = [*args, *kwargs.values()]
+        if self.dtype == torch.float64 and torch.float32 in [x for x in asked if isinstance(x, torch.dtype)]:
+            return self
+        return to(self, *args, **kwargs)
+
+    def soft(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if x.dtype == torch.float64:
+            kwargs.pop("dtype", None)
+        return softmax(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", kept)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x))
+    monkeypatch.setattr(torch.nn.functional, "softmax", soft)
+
+
+@pytest.fixture
 def real_pairs() -> Path:
     folder = REAL_DATA / "ultrafeedback_pairs_scored"
     if not folder.is_dir():

@@ -48,10 +48,8 @@ from test_layouts import (
     loss_and_gradients,
     naive,
     policy_of,
-    true_float64,
 )
 
-__all__ = ["true_float64"]
 HOPPER = Machine.cuda((9, 0))
 CPU = torch.device("cpu")
 

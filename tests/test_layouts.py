@@ -136,27 +136,6 @@ def assert_same_gradients(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]
         assert float((a[name] - expected).norm()) <= bound * size, name
 
 
-@pytest.fixture
-def true_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models compute norms, softmaxes and routers in float32 whatever their dtype; here float64 stays float64."""
-    to, as_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
-
-    def kept(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        asked = [*args, *kwargs.values()]
-        if self.dtype == torch.float64 and torch.float32 in [x for x in asked if isinstance(x, torch.dtype)]:
-            return self
-        return to(self, *args, **kwargs)
-
-    def soft(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if x.dtype == torch.float64:
-            kwargs.pop("dtype", None)
-        return softmax(x, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", kept)
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x))
-    monkeypatch.setattr(torch.nn.functional, "softmax", soft)
-
-
 SHARING = [
     "Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Mistral", "Phi3", "GPT2", "Cohere", "Granite", "Mixtral",
     "Qwen3Moe", "GptOss",

@@ -24,10 +24,7 @@ from test_layouts import (
     loss_and_gradients,
     naive,
     policy_of,
-    true_float64,
 )
-
-__all__ = ["true_float64"]
 
 
 @pytest.mark.parametrize(

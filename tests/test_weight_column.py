@@ -19,7 +19,6 @@ from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.preferences.pairs import BadRow, read_weight
 from test_fit import assert_same, logged, weights
 from test_formats import read
-from test_layouts import true_float64  # noqa: F401 (a fixture)
 from test_weights import one_step
 
 WEIGHTS = (1, 2, 3)
