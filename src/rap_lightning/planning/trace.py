@@ -30,11 +30,9 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.models import attention, blockwise_attention, logps, masked_attention
 from rap_lightning.models.attention_choice import Choice, Demand, Machine, choose
 from rap_lightning.models.masked_attention import AttentionCall
-from rap_lightning.models.policy import Policy, evaluating
+from rap_lightning.models.policy import Policy, decoder_layers, evaluating
 from rap_lightning.models.policy_config import PolicyConfig
-
-_cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from rap_lightning.models.private_api import cpu_flash_attention, cpu_flash_attention_backward
 
 
 @dataclass(frozen=True)
@@ -200,12 +198,11 @@ def trace(
         moved = batch.map(mode.from_tensor)
         parameters = list(policy.parameters())
         trainable = [p for p in parameters if p.requires_grad]
-        names = set(policy.causal_lm._no_split_modules or [])
         text = policy.causal_lm.config.get_text_config()
         ratio = (kept or dtype).itemsize / dtype.itemsize
         width = lambda tensor: ratio if tensor.dtype == dtype else 1.0  # noqa: E731 (an adapter may be float32)
         size = lambda tensors: sum(int(t.nbytes * width(t)) for t in tensors)  # noqa: E731
-        units = [size(m.parameters()) for m in policy.modules() if type(m).__name__ in names]
+        units = [size(layer.parameters()) for layer in decoder_layers(policy)]
         alive = _AliveBytes(width)
         alive.ignore(
             iter([*parameters, *policy.buffers(), *(v for v in vars(moved).values() if isinstance(v, Tensor))])
@@ -214,7 +211,7 @@ def trace(
             parameter.register_post_accumulate_grad_hook(alive.became_gradient)
         reference_flops, ways = 0, set[Choice]()
         attention_there = _attention_on(machine or Machine("cpu"), ways)
-        with alive, _head_of(machine), _no_packed_mask(), attention_there:
+        with alive, _head_of(machine), attention_there:
             # as Lightning enters it: casted weights are not cached for the rest of the pass
             with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
                 loss = policy(moved).sum()
@@ -293,20 +290,6 @@ def _head_of(machine: Machine | None) -> Iterator[None]:
         logps.ROWS_IN_CACHE, logps.CHUNK_BYTES = before
 
 
-@contextmanager
-def _no_packed_mask() -> Iterator[None]:
-    """Pass no mask for rows of one sequence each, as with real tensors: transformers can't inspect fake ones."""
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    before = getattr(masking_utils, name, None)
-    setattr(masking_utils, name, lambda position_ids: None)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, before)
-
-
 def _worst(moments: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """The moments that no other exceeds in both."""
     kept: list[tuple[int, int]] = []
@@ -332,4 +315,6 @@ def _attention_backward(
 
 
 # torch's registry lacks the CPU attention kernels
-_FLOPS: dict[Any, Any] = flop_registry | {_cpu_flash: _attention, _cpu_flash_backward: _attention_backward}
+_FLOPS: dict[Any, Any] = flop_registry | {
+    cpu_flash_attention: _attention, cpu_flash_attention_backward: _attention_backward,
+}  # fmt: skip
