@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from conftest import make_tokenizer
@@ -118,8 +120,6 @@ def test_files_that_name_weights_otherwise_are_loaded_whole_and_it_is_said(shard
 
 
 def test_files_of_another_shape_are_refused(sharding: Any, tmp_path: Path) -> None:
-    import json
-
     folder = save(tmp_path / "model", "llama")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 700}))
@@ -129,8 +129,6 @@ def test_files_of_another_shape_are_refused(sharding: Any, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["v_head.weight", "model.norm.weight"])
 def test_weights_other_than_the_models_are_refused_before_sharding(name: str, sharding: Any, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = save(tmp_path / "model", "llama")
     file = max(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
@@ -149,14 +147,48 @@ def test_weights_other_than_the_models_are_refused_before_sharding(name: str, sh
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.to(torch.int32), r"1 weights are stored as I32 .*\(model\.norm\.weight\)"),
+        (lambda weight: weight.index_fill(0, torch.tensor([5]), torch.nan), r"not a number \(model\.norm\.weight\)"),
+    ],
+    ids=["integers", "nan"],
+)
+def test_damaged_weights_are_refused_as_by_a_whole_load(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str, sharding: Any, tmp_path: Path
+) -> None:
+    folder, name = save(tmp_path / "model", "llama"), "model.norm.weight"
+    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    state = load_file(file)
+    save_file(state | {name: change(state[name])}, file, {"format": "pt"})
+    config = PolicyConfig(str(folder))
+    with pytest.raises(ConfigError, match=message) as sharded:
+        load_sharded(config, torch.float32, sharding, trained=True)
+    with pytest.raises(ConfigError) as whole:
+        config.load_initial(torch.float32)
+    assert str(sharded.value) == str(whole.value)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(sharding: Any, tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "llama")
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.add_tokens([f"<added {number}>" for number in range(600)])
+    tokenizer.save_pretrained(folder)
+    config = PolicyConfig(str(folder))
+    with pytest.raises(ConfigError, match=r"tokens and the model 600 embeddings") as sharded:
+        load_sharded(config, torch.float32, sharding, trained=True)
+    with pytest.raises(ConfigError) as whole:
+        config.load_initial(torch.float32)
+    assert str(sharded.value) == str(whole.value)
+
+
+@pytest.mark.parametrize(
     ("kind", "name"),
     [("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("gpt2", "transformer.h.0.attn.bias")],
 )
 def test_stored_buffers_that_are_computed_do_not_cost_a_whole_load(
     kind: str, name: str, sharding: Any, tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = save(tmp_path / "model", kind)
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())

@@ -18,10 +18,18 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from rap_lightning.distributed.fsdp2 import Sharding, shard
+from rap_lightning.distributed.gather import gathered
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.alterations import refuse_too_few_embeddings
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig, silence_dropout_layers
-from rap_lightning.models.pretrained import check_generation_config, unexpected_weights
+from rap_lightning.models.pretrained import (
+    check_generation_config,
+    finite,
+    not_finite_files,
+    stored_whole,
+    unexpected_weights,
+)
 from rap_lightning.models.private_api import save_under_own_names, skip_initialization
 
 INDEX = "model.safetensors.index.json"
@@ -48,10 +56,13 @@ def load_sharded(config: PolicyConfig, dtype: torch.dtype, sharding: Sharding, *
         model, why = None, f"its files use other weight names than its code ({lacking[0]})"
     if model is not None and (unknown := unexpected_weights(model, files)):
         model, why = None, f"its files hold weights that its code doesn't name ({unknown[0]})"
+    if model is not None and stored_whole(model, files.items()):
+        model, why = None, "its files hold integers"  # which the whole load refuses
     if model is None:
         whole = config.load_initial(dtype)
     else:
         whole = model
+        refuse_too_few_embeddings(model, len(config.load_tokenizer()), config.path)
         save_under_own_names(model)
     if trained:
         random = torch.get_rng_state()
@@ -169,7 +180,11 @@ def _materialise(policy: Policy, device: torch.device) -> None:
 
 @torch.no_grad()
 def _fill(model: Any, files: dict[str, Any], path: str) -> None:
-    """Copy this rank's slice of each tensor from the files, whose names are those without peft's wrappers."""
+    """Copy this rank's slice of each tensor from the files, whose names are those without peft's wrappers.
+
+    All ranks must call it, and all raise the error of one that finds values which are no numbers.
+    """
+    broken: list[str] = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         source = files.get(name.replace(".base_layer.", "."))
         if source is None:
@@ -180,12 +195,15 @@ def _fill(model: Any, files: dict[str, Any], path: str) -> None:
                 f"--model.policy.path {path}: {name} has the shape {shape} in the model's files, and "
                 f"{tuple(tensor.shape)} in its config."
             )
-        if not isinstance(tensor, DTensor):
-            tensor.copy_(source[:] if shape else source[...])
-            continue
-        local = tensor.to_local()
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.numel():  # with more ranks than rows, some hold none
-            local.copy_(source[_local_slice(tensor)])
+            local.copy_(source[_local_slice(tensor) if isinstance(tensor, DTensor) else ...])
+        if not finite(local):
+            broken.append(name)
+    if found := sorted({name for names in gathered(broken) for name in names}):
+        error = not_finite_files("--model.policy.path", path, found)
+        error.on_all_ranks, error.saves = True, False
+        raise error
 
 
 def _local_slice(tensor: DTensor) -> tuple[slice, ...]:

@@ -79,6 +79,7 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
     from transformers.utils import logging
 
     check_generation_config(path)
+    revision = options.get("revision")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of missing weights: ours names them
     try:
@@ -91,19 +92,19 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
     except SafetensorError as error:  # a truncated file
         raise ValueError(str(error)) from error
     except RuntimeError as error:  # one expert of several can't be joined, an integer weight can't be drawn at random
-        gaps = _missing_experts(path, options.get("revision")) or _missing_four_bit(path, options.get("revision"))
+        gaps = _missing_experts(path, revision) or _missing_four_bit(path, revision)
         gaps = gaps or _missing_layers(factory, path, options)
         named = f"these are missing: {join_some(gaps)}." if gaps else f"some may be missing. {error}"
         raise ValueError(f"its weights can't be put together, {named}") from error
     finally:
         logging.set_verbosity(verbosity)
-    found["unexpected_keys"] = set(found["unexpected_keys"]) - _zero_biases(model, path, options.get("revision"))
+    found["unexpected_keys"] = set(found["unexpected_keys"]) - _zero_biases(model, path, revision)
     names = [
         name for name in unexpected_weights(model, found["unexpected_keys"]) if not (unused and re.search(unused, name))
     ]
     shapes = [f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in sorted(found["mismatched_keys"])]
     if getattr(model, "hf_quantizer", None) is not None:  # without any states, packed bytes are loaded as plain weights
-        found["missing_keys"] = {*found["missing_keys"], *_missing_four_bit(path, options.get("revision"))}
+        found["missing_keys"] = {*found["missing_keys"], *_missing_four_bit(path, revision)}
     parts = {"missing": sorted(found["missing_keys"]), "unexpected": names, "of another shape": shapes}
     if any(parts.values()):
         facts = "; ".join(f"{len(part)} {kind} ({join_some(part)})" for kind, part in parts.items() if part)
@@ -112,20 +113,25 @@ def load_weights(factory: Any, option: str, unused: str | None, path: str, **opt
             f"{facts}. transformers would draw missing ones at random and ignore unexpected ones. Restore the files, "
             "or correct config.json (number of layers, tie_word_embeddings, architecture)."
         )
-    if whole := _stored_whole(model, path, options.get("revision")):
+    if whole := stored_whole(model, _tensors(path, revision)):
         raise OtherWeights(
             f"{option} {path}: {len(whole)} weights are stored as {', '.join(sorted(set(whole.values())))} and not as "
             f"fractions ({join_some(sorted(whole))}), which cuts off what is behind the point. Restore the files."
         )
-    if broken := [name for name, p in model.named_parameters() if not _finite(p)]:
-        raise OtherWeights(
-            f"{option} {path}: {len(broken)} weights have values that are infinite or not a number ({join_some(broken)}"
-            "). The files are damaged, or of a run that diverged. Use others."
-        )
+    if broken := [name for name, p in model.named_parameters() if not finite(p)]:
+        raise not_finite_files(option, path, broken)
     return model
 
 
-def _finite(values: torch.Tensor) -> bool:
+def not_finite_files(option: str, path: str, names: list[str]) -> OtherWeights:
+    """Return the error to raise for weights that aren't all numbers."""
+    return OtherWeights(
+        f"{option} {path}: {len(names)} weights have values that are infinite or not a number ({join_some(names)}). "
+        "The files are damaged, or of a run that diverged. Use others."
+    )
+
+
+def finite(values: torch.Tensor) -> bool:
     """Return whether all values are numbers, by their extremes: that takes no copy of them."""
     if values.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not values.numel():
         return True
@@ -196,15 +202,19 @@ def _missing_layers(factory: Any, path: str, options: dict[str, Any]) -> list[st
     return missing if len(missing) < len(own) / 2 else []
 
 
-def _stored_whole(model: PreTrainedModel, path: str, revision: str | None) -> dict[str, str]:
+def stored_whole(model: PreTrainedModel, tensors: Iterable[tuple[str, Any]]) -> dict[str, str]:
     """Return name and type of the weights that are stored as integers, though the model isn't quantised.
 
-    transformers converts whatever it reads to the dtype that is asked for.
+    transformers converts everything it reads to the dtype that is asked for.
+
+    Args:
+        model: whose weights they are.
+        tensors: name and slice of safetensors of each of the checkpoint's.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return {}
     own = {name.rpartition("model.")[2] for name, _ in model.named_parameters()}
-    kinds = ((name, tensor.get_dtype()) for name, tensor in _tensors(path, revision))
+    kinds = ((name, tensor.get_dtype()) for name, tensor in tensors)
     return {
         name: kind for name, kind in kinds
         if not kind.startswith(("F", "BF")) and name.rpartition("model.")[2] in own
