@@ -68,7 +68,7 @@ def forest_attention(config: Any, seen: Seen | None = None) -> AbstractContextMa
     """Replace the attention of the model that was built from ``config`` by attention over a forest, within a block.
 
     The model's forward pass must be given the ``forest``. transformers makes no mask for an implementation that it has
-    no mask function for, so none is computed in vain.
+    no mask function for, so no unused one is computed.
 
     Args:
         config: the text config, which the layers read.

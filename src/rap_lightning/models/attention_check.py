@@ -1,7 +1,7 @@
 """A GPU's attention kernels against masked attention, gradients included, before the first call of their kind.
 
-No GPU was at hand when these paths were written, and compilers, drivers and torch versions differ, so each process
-tries a kernel on a small tree with the options that a layer asks for. What fails is not used, with one warning.
+Compilers, drivers and torch versions differ, and no GPU run of these paths is recorded, so each process runs a kernel
+on a small tree with the options that a layer asks for. A path that fails is not used, with one warning.
 """
 
 from __future__ import annotations

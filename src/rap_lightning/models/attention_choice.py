@@ -112,7 +112,7 @@ def choose(demand: Demand, machine: Machine) -> Choice:
 
 
 def _no_blockwise(demand: Demand, machine: Machine) -> str | None:
-    """Why not, or None; "" where it isn't worth a word."""
+    """Return why not, or None where it can; "" where the reason needs no mention."""
     if machine.device_type != "cpu":
         return ""
     return _options(demand, ("softcap", "window", "sinks", "dropout")) or _sizes(demand)

@@ -1,4 +1,4 @@
-"""A chat template that writes goals by itself, compared with what training wrote."""
+"""A chat template that writes goals, compared with what training wrote."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def model_card(
     Args:
         facts: as ``callbacks.run_metadata.run_facts`` returns them.
         adapter: the folder holds an adapter, not a whole model.
-        goal_in_template: the chat template asks for the best goal by itself.
+        goal_in_template: the chat template asks for the best goal.
         name: of the model, for the code examples: a folder or ORG/NAME.
         base_model: its Hub id, where the model was loaded from a folder.
         license: of the model.

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts, over the sequences of a batch whatever its layout."""
+"""The load-balancing loss of a mixture of experts, over the sequences of a batch in any layout."""
 
 from __future__ import annotations
 

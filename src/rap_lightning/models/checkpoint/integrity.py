@@ -120,7 +120,7 @@ def _verify_archive(file: IO[bytes], path: Path) -> bool:
                     with archive.open(record) as content:
                         while chunk := content.read(CHUNK):
                             bar.update(len(chunk))
-    except Exception as error:  # a damaged archive fails in whatever way its bytes happen to
+    except Exception as error:  # a damaged archive fails with any type of error
         raise _damaged(path, "its content is not what was written") from error
     return True
 

@@ -105,7 +105,7 @@ def newest_whole(
 
 
 def all_checkpoints(*roots: Path) -> list[Path]:
-    """Return the checkpoints below folders, the newest first, whatever state they are in."""
+    """Return the checkpoints below folders, the newest first, damaged ones too."""
     below = [path for root in roots if root.is_dir() for path in root.rglob("*.ckpt") if not path.is_symlink()]
     found = {path.resolve(): path for path in reversed(below)}.values()  # one folder may be in another
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
@@ -122,7 +122,7 @@ def recorded(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return saved if isinstance(saved, dict) else {}
-    except Exception:  # a foreign file fails in whatever way its bytes happen to
+    except Exception:  # a foreign file fails with any type of error
         return {}
 
 
@@ -140,7 +140,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is refused: it holds more than plain values and tensors, and unpickling it could run code. Use a "
             "checkpoint that fit wrote."
         ) from error
-    except Exception as error:  # a foreign or broken file fails in whatever way its bytes happen to
+    except Exception as error:  # a foreign or broken file fails with any type of error
         raise ConfigError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from error
     if not isinstance(saved, dict) or "rap_lightning" not in saved:
         raise ConfigError(f"{path} is not a checkpoint of rap-lightning.")

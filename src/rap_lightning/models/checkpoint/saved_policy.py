@@ -178,7 +178,7 @@ class Shards(SavedPolicy):
             super().__init__(path, content)
         except ConfigError:
             raise
-        except Exception as error:  # broken files fail in whatever way their bytes happen to
+        except Exception as error:  # broken files fail with any type of error
             raise ConfigError(f"{path} can't be read as a sharded checkpoint: {short(error)}") from error
         lead = f"state_dict.{PREFIX}"
         entries = {k: v for k, v in metadata.state_dict_metadata.items() if k.startswith(lead) and hasattr(v, "size")}

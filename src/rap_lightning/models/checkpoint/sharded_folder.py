@@ -63,7 +63,7 @@ def refuse_incomplete(folder: Path) -> None:
         ]  # fmt: skip
     except CodeFound:
         raise
-    except Exception as error:  # broken files fail in whatever way their bytes happen to
+    except Exception as error:  # broken files fail with any type of error
         raise ConfigError(f"{folder} can't be read as a sharded checkpoint: {short(error)}") from error
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:

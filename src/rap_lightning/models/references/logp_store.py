@@ -1,7 +1,7 @@
 """Log-probabilities of response tokens on disk.
 
 A folder holds what one model computes at one precision; inside it, a response is found by a digest of its own and its
-prompt's token ids. So whatever changes the tokens (a template, a goal's text, a length, one character of a row) makes
+prompt's token ids. So every change of the tokens (a template, a goal's text, a length, one character of a row) makes
 another entry, and what didn't change is used again.
 
 Files are written whole under unique names and never changed: several processes and several runs can write at once, and
