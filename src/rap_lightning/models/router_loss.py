@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
+from rap_lightning.models.per_forest import to_device
 
 Routed = tuple[tuple[Tensor, ...], Tensor]
 """Router logits of each layer, [N, E], and how many sequences each of the N tokens belongs to, [N]."""
@@ -64,4 +65,4 @@ def sequences_of_tokens(batch: Batch) -> Tensor:
     for path in batch.forest.paths:
         for start, stop in path:
             counts[start:stop] += 1
-    return counts.to(batch.input_ids.device, non_blocking=True)
+    return to_device(counts, batch.input_ids.device)
