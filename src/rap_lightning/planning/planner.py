@@ -126,16 +126,11 @@ class Planner:
         self, step: Step, spread: Spread | None = None, reference: ReferenceKind | None = None,
         passes: int | None = None,
     ) -> Memory:  # fmt: skip
-        run = self.run
+        run, share = self.run, self.reference_dtype.itemsize / self.kept.itemsize
         return memory(
             step, spread or run.spread, reference or run.reference_kind, run.device, passes=passes or self.passes,
-            reference_weights=self._reference_weights or int(step.weights * self._reference_share),
+            reference_weights=self._reference_weights or int(step.weights * share),
         )  # fmt: skip
-
-    @property
-    def _reference_share(self) -> float:
-        """Bytes of a weight of the reference over those of the policy's."""
-        return self.reference_dtype.itemsize / self.kept.itemsize
 
     @cached_property
     def _reference_weights(self) -> int | None:

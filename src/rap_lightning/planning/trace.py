@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,7 @@ class _AliveBytes(TorchDispatchMode):
         self.moments: list[tuple[int, int]] = []
         self._known: dict[int, Any] = {}
 
-    def ignore(self, tensors: Iterator[Tensor]) -> None:
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Do not count tensors that existed before."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -204,9 +204,7 @@ def trace(
         size = lambda tensors: sum(int(t.nbytes * width(t)) for t in tensors)  # noqa: E731
         units = [size(layer.parameters()) for layer in decoder_layers(policy)]
         alive = _AliveBytes(width)
-        alive.ignore(
-            iter([*parameters, *policy.buffers(), *(v for v in vars(moved).values() if isinstance(v, Tensor))])
-        )
+        alive.ignore([*parameters, *policy.buffers(), *(v for v in vars(moved).values() if isinstance(v, Tensor))])
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(alive.became_gradient)
         reference_flops, ways = 0, set[Choice]()
