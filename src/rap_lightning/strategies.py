@@ -18,9 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from rap_lightning.distributed.fsdp2 import Sharding
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.checkpoint.sharded_folder import load_plain, needs_sharding_strategy, refuse_incomplete
-
-METADATA = "meta.pt"  # where Lightning keeps everything but weights and optimizer state
+from rap_lightning.models.checkpoint.sharded_folder import META, load_plain, needs_sharding_strategy, refuse_incomplete
 
 
 class FSDP2(ModelParallelStrategy):
@@ -163,7 +161,7 @@ class FSDP2(ModelParallelStrategy):
             state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
             load_plain(state, path)
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
-        content: dict[str, Any] = torch.load(path / METADATA, weights_only=plain)
+        content: dict[str, Any] = torch.load(path / META, weights_only=plain)
         return content
 
 

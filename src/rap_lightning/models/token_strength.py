@@ -55,7 +55,7 @@ def strength_as_now() -> AbstractContextManager[None]:
 
 def check_reach(model: nn.Module) -> None:
     """Raise ConfigError for trained weights that no strength would reach."""
-    reached = {id(p) for layer, factor in _scaled(model) for p in (factor.weight, *_second_factors(layer))}
+    reached = {id(factor.weight) for layer, first in _scaled(model) for factor in (first, *layer.lora_B.values())}
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached]
     if left:
         raise ConfigError(
@@ -93,7 +93,3 @@ def _scaled(model: nn.Module) -> list[tuple[Any, nn.Linear]]:
         for name, factor in layer.lora_A.items()
         if isinstance(factor, nn.Linear) and name not in layer.lora_variant
     ]
-
-
-def _second_factors(layer: Any) -> list[Tensor]:
-    return [factor.weight for factor in layer.lora_B.values()]

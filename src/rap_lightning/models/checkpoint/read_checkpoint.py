@@ -16,7 +16,7 @@ import torch
 
 from rap_lightning.errors import ConfigError, join_some
 from rap_lightning.models.checkpoint.integrity import verify
-from rap_lightning.models.checkpoint.sharded_folder import refuse_incomplete
+from rap_lightning.models.checkpoint.sharded_folder import META, refuse_incomplete
 
 
 def refuse_unreadable(path: Path) -> None:
@@ -118,7 +118,7 @@ def run_key(path: Path) -> str | None:
 
 def recorded(path: Path) -> dict[str, Any]:
     """Return what a checkpoint holds besides sharded tensors, read from disk when used; empty for a foreign file."""
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / META if path.is_dir() else path
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return saved if isinstance(saved, dict) else {}

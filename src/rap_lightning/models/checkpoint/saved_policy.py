@@ -17,14 +17,12 @@ from torch import Tensor
 
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.checkpoint.read_checkpoint import read_checkpoint
-from rap_lightning.models.checkpoint.sharded_folder import PlainReader, short
+from rap_lightning.models.checkpoint.sharded_folder import META, PlainReader, short
 from rap_lightning.models.digests import base_digest, same_base
 from rap_lightning.models.policy import Policy, of_adapter
 from rap_lightning.models.policy_config import Lora, PolicyConfig
 
 PREFIX = "policy."
-META = "meta.pt"
-"""What Lightning writes beside the shards of ModelParallelStrategy."""
 FACTS = "rap_lightning_facts"
 """Where a checkpoint keeps what a model card says of its run."""
 

@@ -23,6 +23,8 @@ from rap_lightning.errors import ConfigError, join_some
 
 INDEX = ".metadata"
 """What torch.distributed.checkpoint writes last, on rank zero: which tensor is in which file."""
+META = "meta.pt"
+"""What Lightning writes beside the shards: everything but weights and optimizer state."""
 LATEST = "latest"
 """What DeepSpeed writes: the name of the subfolder with its files."""
 DEEPSPEED_PICKLES = {
