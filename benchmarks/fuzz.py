@@ -363,6 +363,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="stop after this long; call again to go on")
     parser.add_argument("--again", action="store_true", help="only what was wrong before")
     a = parser.parse_args()
+    if a.folders is not None and (a.again or any(getattr(a, n) != parser.get_default(n) for n in ("configs", "files"))):
+        parser.error("--configs, --files and --again have no effect with --folders")
     a.work = a.work.resolve()
     a.work.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(a.work / "cache")}

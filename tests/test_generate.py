@@ -430,6 +430,19 @@ def test_a_key_as_short_as_a_word_leaves_responses_as_they_are(
     assert all(row["response"].startswith("answer to ") for row in rows_of(tmp_path / "e.jsonl").values())
 
 
+def test_retries_and_keys_that_are_masked_in_responses_are_counted(
+    prompts: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "answer to")
+    with Server(status(503), echo) as server:
+        assert called(*at_endpoint(prompts, server.url, tmp_path / "e.jsonl")) == 0
+    made = rows_of(tmp_path / "e.jsonl").values()
+    assert all(row["response"].startswith("*** ") for row in made)
+    shown = capsys.readouterr().out
+    assert "  1: requests tried again" in shown
+    assert f"  {len(made)}: responses that repeat a key that was sent, which is replaced by ***" in shown
+
+
 def test_what_an_endpoint_refuses_is_listed_and_asked_again_alone(
     prompts: Path, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import os
 import random
 import time
 import zlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from itertools import islice
@@ -85,7 +86,7 @@ class ChatClient:
         self.url, self.model, self.api_key_env = url.rstrip("/"), model, api_key_env
         self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
         self.requests_per_minute, self.extra_body = requests_per_minute, extra_body or {}
-        self.retries = 0
+        self.counts: Counter[str] = Counter()  # how often what happened, in words
         self._quiet_until = self._next_slot = 0.0  # time.monotonic()
         self._session: ClientSession
 
@@ -179,7 +180,10 @@ class ChatClient:
                     try:
                         # local servers take "EMPTY" or "x" as a key: in a response, that is text
                         keys = [key for key in self._secrets() if len(key) >= SHORTEST_KEY]
-                        choice: dict[str, Any] = _without(keys, _first_choice(text))
+                        found = _first_choice(text)
+                        choice: dict[str, Any] = _without(keys, found)
+                        if choice != found:
+                            self.counts[f"responses that repeat a key that was sent, which is replaced by {MASK}"] += 1
                         return choice
                     except (ValueError, KeyError, IndexError, TypeError) as error:
                         why = f"not a chat completion ({_in_a_line(error)}), found {self._excerpt(text)}"
@@ -193,7 +197,7 @@ class ChatClient:
                 else:
                     raise RequestFailed(f"HTTP {status}: {self._excerpt(text)}", rejected=True)
             if attempt < self.attempts:
-                self.retries += 1
+                self.counts["requests tried again"] += 1
                 await asyncio.sleep(pause)
         raise RequestFailed(why)
 

@@ -93,3 +93,5 @@ class Endpoint(Engine):
             tokens = int(result["usage"].get("completion_tokens") or 0)
             finish = str(result.get("finish_reason") or "stop")
             yield [Completion(request.id, result["message"]["content"], tokens, finish)]
+        for what, count in self.client.counts.items():
+            print(f"  {count:,}: {what}")

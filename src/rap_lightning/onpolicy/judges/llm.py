@@ -73,8 +73,7 @@ class LLMJudge(Judge):
             attributes = {name: fmean(vote[name] for vote in result) for name in rubric.ATTRIBUTES}
             notes = {"votes": overall} if self.votes > 1 else {}
             yield [Verdict(item.id, fmean(overall), attributes, notes)]
-        if self.client.retries:
-            self.counts["requests tried again"] = self.client.retries
+        self.counts |= self.client.counts  # of all calls so far
 
     async def _votes(self, item: Item) -> list[dict[str, float]]:
         return [await self._vote(item, number) for number in range(self.votes)]
