@@ -1,5 +1,6 @@
 """The probe: how far margins move between a pair's two goals, and which gradient is left where its halves meet."""
 
+import itertools
 import json
 import math
 import re
@@ -53,7 +54,7 @@ def test_the_gradient_that_is_left_is_that_of_full_sequences_by_another_route(ti
     )
     found = probe_goal(policy, goal, pairs, tokenizer, 512)
     b = [p for name, p in policy.named_parameters() if "lora_B" in name]
-    encoder, total, shares, shifts = Encoder(tokenizer, goal, 512), [0.0, 0.0], [], []
+    encoder, left, shares, shifts = Encoder(tokenizer, goal, 512), [], [], []
     for high, low in encode_halves(pairs, encoder):
         gradients, margins = [], []
         for prompt in (high.prompt_ids, low.prompt_ids):
@@ -66,13 +67,12 @@ def test_the_gradient_that_is_left_is_that_of_full_sequences_by_another_route(ti
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(margins[-1], b)]))
         shifts.append(float((margins[0] - margins[1]).detach()))
         shares.append(float((gradients[0] - gradients[1]).norm() / (gradients[0].norm() + gradients[1].norm())))
-        total = [t + g for t, g in zip(total, gradients, strict=True)]
+        left.append(gradients[0] - gradients[1])
     assert found.shift.value == pytest.approx(sum(shifts) / 3, abs=1e-5)
     assert found.left == pytest.approx(sum(shares) / 3, rel=1e-4)
-    assert found.left_of_mean == pytest.approx(
-        float((total[0] - total[1]).norm() / sum(t.norm() for t in total)), rel=1e-4
-    )
-    assert 0 < found.left_of_mean < 1
+    cosines = [float(torch.cosine_similarity(*two, dim=0)) for two in itertools.combinations(left, 2)]
+    assert found.agreement == pytest.approx(sum(cosines) / 3, abs=1e-5)
+    assert min(cosines) < found.agreement < max(cosines)
     halves = encode_halves(pairs, encoder)
     assert measure_margins(policy, halves, 0) == pytest.approx(shifts, abs=1e-5), "the cheap way is the same shift"
 
@@ -98,7 +98,9 @@ def test_strengths_of_different_sign_add_up_and_of_one_sign_partly_cancel(tiny: 
     for pair in pairs:
         high, low = (above.strength(reward) for reward in pair.rewards)
         shares.append((high - low) / (high + low))
-    assert probe_goal(policy, above, pairs, tokenizer, 512).left == pytest.approx(sum(shares) / 3, rel=1e-3)
+    found = probe_goal(policy, above, pairs, tokenizer, 512)
+    assert found.left == pytest.approx(sum(shares) / 3, rel=1e-3)
+    assert found.agreement == pytest.approx(across.agreement, abs=1e-4), "that of ∇m, whatever the strengths"
 
 
 def test_advice_names_what_helps_only_where_goals_are_not_read() -> None:
@@ -107,13 +109,17 @@ def test_advice_names_what_helps_only_where_goals_are_not_read() -> None:
     assert shift.low is not None
     assert shift.high is not None
     assert shift.low < 0.2 < shift.high
-    blind, sees = (GoalProbe(name, 3, shift, share, 1 - share) for name, share in (("Blind", 0.03), ("Sees", 0.6)))
-    assert "Goals hardly reach the model: 3.0%" in advice([blind])
+    blind, half, sees = (GoalProbe(f"Goal{at}", 3, shift, 0.6 - at, at) for at in (-0.002, 0.02, 0.1))
+    assert "Goals hardly reach the model: with Goal-0.002, 60.2% of plain" in advice([blind])
+    assert "Goals partly reach the model" in advice([blind, half])
+    faint = GoalProbe("Faint", 3, shift, 0.04, 0.3)
+    assert "Goals hardly reach the model: with Faint, 4.0% of plain" in advice([faint]), "a direction without size"
+    assert "with Goal0.02," in advice([faint, half])
     for word in ("--goals", "warm_up", "AdapterStrength"):
         assert word in advice([blind])
-    assert (
-        advice([blind, sees])
-        == "Goals reach the model: 60.0% of plain DPO's gradient is left of a pair with Sees; train with it."
+    assert advice([blind, sees, half]) == (
+        "Goals reach the model: with Goal0.1, 50.0% of plain DPO's gradient is left of a pair, and pairs agree by a "
+        "cosine of 0.100; train with it."
     )
 
 
@@ -132,12 +138,13 @@ def test_inspect_prints_a_line_for_each_template(tiny: Path, tmp_path: Path) -> 
     shown = run_command(*ask, "--goals", goals)
     assert shown.returncode == 0, shown.stderr
     assert "OverallGoal, user" in shown.stdout
-    assert "of plain DPO's gradient is left of a pair" in shown.stdout
+    assert "of plain DPO's gradient is left of a pair, and pairs agree by" in shown.stdout
     shown = run_command(*ask[:-2], "--json")
     assert shown.returncode == 0, shown.stderr
     (one,) = json.loads(shown.stdout)["probes"]
     assert (one["goal"], one["pairs"]) == ("OverallGoal", 3)
     assert 0 < one["left"] <= 1
+    assert -1 <= one["agreement"] <= 1
     assert math.isfinite(one["shift"]["value"])
 
 
@@ -174,6 +181,12 @@ def test_a_template_without_room_for_a_response_says_so(tiny: Path) -> None:
     encoder = Encoder(PolicyConfig(str(tiny)).load_tokenizer(), OverallGoal(), 20)
     with pytest.raises(DataError, match="OverallGoal: no pair can be encoded: "):
         encode_halves(pairs, encoder)
+
+
+def test_one_pair_has_no_other_to_agree_with(tiny: Path) -> None:
+    pairs, _ = pairs_of(wide_rows(1))
+    with pytest.raises(DataError, match="of 1 pairs a single one can be probed"):
+        probe_goal(load_policy(str(tiny)), OverallGoal(), pairs, PolicyConfig(str(tiny)).load_tokenizer(), 512)
 
 
 def test_data_without_scores_have_nothing_to_probe(tiny: Path, tmp_path: Path) -> None:

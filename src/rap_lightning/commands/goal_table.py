@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rap_lightning.batches.encode import Encoder
     from rap_lightning.training.goal_probe import GoalProbe
 
-PAIRS = 12
+PAIRS = 32
 """Pairs that are probed by default."""
 
 
@@ -88,11 +88,11 @@ def print_probes(found: Sequence[GoalProbe]) -> None:
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"how the model reads goals, {found[0].pairs} pairs with wide gaps", box=None)
-    for name in ("goal", "margin shift (nats)", "95% interval", "gradient left, per pair", "of the mean"):
+    for name in ("goal", "margin shift (nats)", "95% interval", "gradient left, per pair", "agreement of pairs"):
         table.add_column(name, justify="left" if name == "goal" else "right")
     for one in found:
         low, high = one.shift.low, one.shift.high
         between = "" if low is None or high is None else f"{low:+.2f} to {high:+.2f}"
-        table.add_row(one.goal, f"{one.shift.value:+.2f}", between, f"{one.left:.1%}", f"{one.left_of_mean:.1%}")
+        table.add_row(one.goal, f"{one.shift.value:+.2f}", between, f"{one.left:.1%}", f"{one.agreement:+.3f}")
     console.print(table)
     console.print(advice(found), soft_wrap=True)

@@ -78,11 +78,12 @@ def inspect(
             column and reason.
         json: print one JSON document for machines instead of tables.
         model: folder or Hub id of the model to train, in the place of tokenizer; with it, some pairs tell whether the
-            model reads goals: how far its margins move between a pair's two goals, and how much of plain DPO's gradient
-            is left where the two halves of a pair meet. A 135M model takes a minute or two on a CPU.
+            model reads goals: how far its margins move between a pair's two goals, how much of plain DPO's gradient is
+            left where the two halves of a pair meet, and whether pairs agree about it. A 135M model takes two minutes
+            on a CPU.
         goals: goal templates that are probed on the same pairs instead of that of goal, to compare texts and
             placements.
-        probe_pairs: pairs that are probed, those with the widest gaps of four times as many; by default 12.
+        probe_pairs: pairs that are probed, those with the widest gaps of four times as many; by default 32.
         reading: how rows become pairs.
     """
     if model is not None and tokenizer is not None:

@@ -2,13 +2,15 @@
 
 m(g) = log π(y_w | x, g) - log π(y_l | x, g) is the margin of the better response under a goal, in nats. At the first
 step, where policy and reference agree, the two halves of a relabelled pair push along +∇m(g_w) and -∇m(g_l), each as
-hard as plain DPO. Plain DPO, with the pair twice, pushes along ∇m twice; of that is left
+hard as plain DPO; together, along d = ∇m(g_w) - ∇m(g_l). What that is worth:
 
-    of a pair       |∇m(g_w) - ∇m(g_l)| / (|∇m(g_w)| + |∇m(g_l)|)
-    of their mean   |Σ (∇m(g_w) - ∇m(g_l))| / (|Σ ∇m(g_w)| + |Σ ∇m(g_l)|)
+    share left, per pair   |d| / (|∇m(g_w)| + |∇m(g_l)|)
+    agreement of pairs     the mean cosine of d of one pair and d of another
 
-0 where the halves cancel because the model ignores the goal, 1 where they add up. Gradients are those of a new LoRA
-adapter on all linear layers (of its factor B; A is random, so this is a random projection of each weight's gradient).
+The share is 0 where the halves cancel because the model ignores the goal, 1 where they add up. The agreement is how far
+a step on one pair also helps another, as in training: what is left may be about that pair's words alone. Gradients are
+those of a new LoRA adapter on all linear layers (of its factor B; A is random, so this is a random projection of each
+weight's gradient).
 
 :func:`sample_pairs` chooses pairs, :func:`probe_goal` measures one template on them, :func:`advice` says what to do.
 """
@@ -16,14 +18,14 @@ adapter on all linear layers (of its factor B; A is random, so this is a random 
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from rap_lightning.batches.at_goals import batch_of
 from rap_lightning.batches.dataset import Example, PairEncoder, example_of
@@ -39,11 +41,14 @@ from rap_lightning.preferences.relabelling import Relabelling, is_tie
 
 AMONG = 4
 """The pairs with the widest gap are taken of a sample this many times as large."""
-LITTLE, ENOUGH = 0.1, 0.25
-"""Shares of a pair's gradient below which a goal hardly reaches the model, and from which on it does."""
+LITTLE, ENOUGH = 0.01, 0.04
+"""Agreement below which a goal hardly reaches the model, and from which on it does (benchmarks/results/probe.md)."""
+LEAST_LEFT = 0.1
+"""Share of a pair's gradient below which agreement is not trusted: no measured case was so low."""
 
 Halves = tuple[Example, Example]
 """A pair under its winner's goal and under its loser's; the second one's chosen response is the loser."""
+MarginAndGradient = tuple[float, Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,14 @@ class GoalProbe:
         pairs: how many pairs it was measured on.
         shift: m(g_w) - m(g_l), nats, the mean over pairs.
         left: share of plain DPO's gradient that is left, the mean over pairs.
-        left_of_mean: that of the mean gradient.
+        agreement: cosine of what is left of two different pairs, the mean over all of them.
     """
 
     goal: str
     pairs: int
     shift: Figure
     left: float
-    left_of_mean: float
+    agreement: float
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -100,18 +105,21 @@ def probe_goal(
 
     Raises:
         ConfigError: the template states the same goal for both responses of every pair.
-        DataError: no pair can be encoded, with the first one's reason.
+        DataError: no pair can be encoded, with the first one's reason; or a single one, which agrees with no other.
     """
-    parameters = [one for one in policy.parameters() if one.requires_grad]
-    shifts, left, sums = [], [], [torch.zeros(()), torch.zeros(())]
-    for halves in encode_halves(pairs, Encoder(tokenizer, goal, max_length)):
-        high, g_w = _margin_and_gradient(policy, halves[0], 1, parameters)
-        low, g_l = _margin_and_gradient(policy, halves[1], -1, parameters)
+    halves = encode_halves(pairs, Encoder(tokenizer, goal, max_length))
+    if len(halves) < 2:
+        raise DataError(f"{describe(goal)}: of {len(pairs)} pairs a single one can be probed. Raise --probe_pairs.")
+    shifts, left, directions = [], [], torch.zeros(())
+    for (high, g_w), (low, g_l) in margin_gradients(policy, halves):
         shifts.append(high - low)
-        left.append(_share(g_w, g_l))
-        sums = [g_w + sums[0], g_l + sums[1]]
+        left.append(float((g_w - g_l).norm() / (g_w.norm() + g_l.norm())))
+        directions = directions + normalize(g_w - g_l, dim=0)
         tick()
-    return GoalProbe(describe(goal), len(shifts), mean_shift(shifts), float(np.mean(left)), _share(*sums))
+    count = len(shifts)
+    # |Σu|² of unit vectors u is their number and the cosines of all ordered pairs of them
+    agreement = float(directions.square().sum() - count) / (count * (count - 1))
+    return GoalProbe(describe(goal), count, mean_shift(shifts), float(np.mean(left)), agreement)
 
 
 def encode_halves(pairs: Sequence[Pair], encoder: Encoder) -> list[Halves]:
@@ -129,6 +137,13 @@ def encode_halves(pairs: Sequence[Pair], encoder: Encoder) -> list[Halves]:
     if not good:
         raise DataError(f"{describe(goal)}: no pair can be encoded: {rows[0]['dropped']}.")
     return [(example_of(row, 0), example_of(row, 1)) for row in good]  # as Relabelling() orders them
+
+
+def margin_gradients(policy: Policy, halves: Iterable[Halves]) -> Iterator[tuple[MarginAndGradient, MarginAndGradient]]:
+    """Yield m in nats and ∇m, flat, of each pair under its winner's goal and under its loser's."""
+    parameters = [one for one in policy.parameters() if one.requires_grad]
+    for won, lost in halves:
+        yield _margin_and_gradient(policy, won, 1, parameters), _margin_and_gradient(policy, lost, -1, parameters)
 
 
 def measure_margins(policy: Policy, halves: Sequence[Halves], pad_id: int) -> list[float]:
@@ -151,18 +166,22 @@ def describe(goal: GoalTemplate) -> str:
 
 
 def advice(found: Sequence[GoalProbe]) -> str:
-    """Return one sentence that says what to do, by the share per pair.
+    """Return one sentence that says what to do, by the agreement of pairs where enough of their gradient is left.
 
-    That of the mean says less: its denominator is small where the pairs' gradients cancel each other (docs/LOG.md).
+    Of thirteen figures the agreement predicted best what a short training did (benchmarks/results/probe.md).
     """
-    best = max(found, key=lambda one: one.left)
-    share = f"{best.left:.1%} of plain DPO's gradient is left of a pair with {best.goal}"
-    if best.left >= ENOUGH:
-        return f"Goals reach the model: {share}; train with it."
-    reach = "hardly reach" if best.left < LITTLE else "partly reach"
+    best = max(found, key=lambda one: (one.left >= LEAST_LEFT, one.agreement))
+    measured = (
+        f"with {best.goal}, {best.left:.1%} of plain DPO's gradient is left of a pair, and pairs agree by a cosine of "
+        f"{best.agreement:.3f}"
+    )
+    agreement = best.agreement if best.left >= LEAST_LEFT else 0.0
+    if agreement >= ENOUGH:
+        return f"Goals reach the model: {measured}; train with it."
+    reach = "hardly reach" if agreement < LITTLE else "partly reach"
     return (
-        f"Goals {reach} the model: {share}, so training starts that much more slowly. Try another text or placement "
-        "(--goals), a warm-up (--model.warm_up.steps), or the goal as an adapter's strength (AdapterStrength)."
+        f"Goals {reach} the model: {measured}, so training starts slowly. Try another text or placement (--goals), a "
+        "warm-up (--model.warm_up.steps), or the goal as an adapter's strength (AdapterStrength)."
     )
 
 
@@ -172,13 +191,8 @@ def _margin(policy: Policy, half: Example, pad_id: int) -> Tensor:
     return logps[0] - logps[1]
 
 
-def _margin_and_gradient(policy: Policy, half: Example, sign: int, parameters: list[Any]) -> tuple[float, Tensor]:
+def _margin_and_gradient(policy: Policy, half: Example, sign: int, parameters: list[Any]) -> MarginAndGradient:
     """Return m in nats and ∇m, flat; ``sign`` is -1 for the half whose chosen response is the loser."""
     margin = sign * _margin(policy, half, 0)
     gradients = torch.autograd.grad(margin, parameters, allow_unused=True)
     return float(margin.detach()), torch.cat([one.flatten().float() for one in gradients if one is not None])
-
-
-def _share(g_w: Tensor, g_l: Tensor) -> float:
-    whole = float(g_w.norm() + g_l.norm())
-    return float((g_w - g_l).norm()) / whole if whole > 0 else math.nan
