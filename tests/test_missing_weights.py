@@ -14,7 +14,13 @@ from torch import Tensor
 from conftest import ROOT, make_tokenizer, run_command
 from rap_lightning.errors import ConfigError
 from rap_lightning.models.policy_config import PolicyConfig
-from rap_lightning.models.pretrained import OtherWeights, _missing_four_bit, _missing_layers, refuse_quantised
+from rap_lightning.models.pretrained import (
+    OtherWeights,
+    _missing_four_bit,
+    _missing_layers,
+    refuse_quantised,
+    weight_files,
+)
 from rap_lightning.onpolicy.judges import RewardModel
 from rap_lightning.onpolicy.model_source import ModelSource
 from test_score import reward_model
@@ -258,3 +264,47 @@ def test_the_case_from_a_bug_report_is_refused() -> None:
         PolicyConfig(str(CASES / "missing-weights" / "onemissing")).load_initial(torch.float32)
     with pytest.raises(ConfigError, match="4-bit bitsandbytes"):
         refuse_quantised(PolicyConfig(str(CASES / "four-bit-checkpoint" / "model")).load_config(), "model")
+
+
+def test_the_files_that_are_checked_are_those_that_transformers_reads(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+
+    def files() -> list[str]:
+        model = PolicyConfig(str(folder)).build(torch.float32).causal_lm
+        assert model.lm_head.weight.isfinite().all()
+        return [file.name for file in weight_files(str(folder), None)]
+
+    assert files() == ["model.safetensors"]
+    save_file({"stray": torch.zeros(1, dtype=torch.int8)}, folder / "model-old.safetensors")
+    assert files() == ["model.safetensors"], "not every file with a similar name"
+    state = load_file(folder / "model.safetensors")
+    halves = {"gptq_model-4bit-128g-1.safetensors": list(state)[::2], "other-2.safetensors": list(state)[1::2]}
+    for name, half in halves.items():
+        save_file({one: state[one].clone() for one in half}, folder / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {one: name for name, half in halves.items() for one in half}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert files() == ["model.safetensors"], "which transformers prefers to an index"
+    (folder / "model.safetensors").unlink()
+    assert files() == list(halves)
+    save_file({one: value.clone() for one, value in state.items()}, folder / "w.safetensors", {"format": "pt"})
+    edit_config(folder, transformers_weights="w.safetensors")
+    assert files() == ["w.safetensors"]
+
+
+def test_files_of_a_name_that_nothing_refers_to_are_no_model(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
+    with pytest.raises(ConfigError, match=r"no model could be loaded from it: .*model\.safetensors"):
+        PolicyConfig(str(folder)).build(torch.float32)
+
+
+def edit_config(folder: Path, **config: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def test_a_reward_model_that_can_not_be_loaded_names_its_option(tmp_path: Path) -> None:
+    folder = reward_model(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ConfigError, match=f"--judge.model {folder}: the folder exists, but no reward model could"):
+        RewardModel(str(folder)).load()

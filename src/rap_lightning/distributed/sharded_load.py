@@ -8,10 +8,7 @@ one on a model that was loaded whole.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,16 +21,16 @@ from rap_lightning.models.alterations import refuse_too_few_embeddings
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig, silence_dropout_layers
 from rap_lightning.models.pretrained import (
+    INDEX,
+    SINGLE,
     check_generation_config,
     finite,
     not_finite_files,
     stored_whole,
     unexpected_weights,
+    weight_files,
 )
 from rap_lightning.models.private_api import save_under_own_names, skip_initialization
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def load_sharded(config: PolicyConfig, dtype: torch.dtype, sharding: Sharding, *, trained: bool) -> tuple[Policy, str]:
@@ -143,7 +140,10 @@ def _open_files(config: PolicyConfig) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     found = {}
-    for path in _paths(config):
+    paths = weight_files(config.path, config.revision)
+    if not paths:
+        raise ConfigError(f"--model.policy.path {config.path}: there is neither {SINGLE} nor {INDEX} in it.")
+    for path in paths:
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -151,26 +151,6 @@ def _open_files(config: PolicyConfig) -> dict[str, Any]:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             found[name] = file.get_slice(name)
     return found
-
-
-def _paths(config: PolicyConfig) -> Iterator[str]:
-    from transformers.utils import cached_file
-
-    def fetched(name: str) -> str | None:
-        try:
-            path: str | None = cached_file(config.path, name, revision=config.revision)
-        except OSError:
-            return None
-        return path
-
-    if index := fetched(INDEX):
-        content = json.loads(Path(index).read_text(encoding="utf-8"))
-        for name in sorted(set(content["weight_map"].values())):
-            yield cached_file(config.path, name, revision=config.revision)
-    elif single := fetched(SINGLE):
-        yield single
-    else:
-        raise ConfigError(f"--model.policy.path {config.path}: there is neither {SINGLE} nor {INDEX} in it.")
 
 
 def _materialise(policy: Policy, device: torch.device) -> None:

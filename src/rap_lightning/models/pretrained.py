@@ -29,11 +29,16 @@ NUMBERS = re.compile(r"eps(ilon)?$|_act$|activation|rope|softcapping|sliding_win
 """Values of a config that change what a model computes, though its weights load without them."""
 
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
 class OtherWeights(ConfigError):
     """A checkpoint doesn't hold exactly the weights of the model that its config describes."""
 
 
-def load_pretrained(what: str, path: str, load: Callable[..., Any], options: dict[str, Any]) -> Any:
+def load_pretrained(
+    what: str, path: str, load: Callable[..., Any], options: dict[str, Any], option: str = "--model.policy.path"
+) -> Any:  # fmt: skip
     """Call ``load`` and turn its errors into one of ours.
 
     Args:
@@ -41,11 +46,12 @@ def load_pretrained(what: str, path: str, load: Callable[..., Any], options: dic
         path: a folder or Hub id.
         load: ``from_pretrained`` of an Auto class of transformers, or :func:`load_weights` with one.
         options: of ``from_pretrained``.
+        option: names the model, for messages.
 
     Raises:
         ConfigError: nothing can be loaded from ``path``.
     """
-    refuse_no_model("--model.policy.path", path)
+    refuse_no_model(option, path)
     try:
         return load(path, **options)
     except (OtherWeights, MemoryError, torch.OutOfMemoryError):
@@ -55,10 +61,16 @@ def load_pretrained(what: str, path: str, load: Callable[..., Any], options: dic
         if not reason or not isinstance(error, OSError | ValueError | ImportError):
             reason = f"{type(error).__name__}: {reason}"
         where = "the folder exists, but" if Path(path).is_dir() else "not a folder here, and"
-        raise ConfigError(
-            f"--model.policy.path {path}: {where} no {what} could be loaded from it: {reason} "
-            "Expected a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a Hub id."
-        ) from error
+        advice = "Expected a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a Hub id."
+        if "trust_remote_code" in str(error) and not options.get("trust_remote_code"):
+            advice = f"It brings code of its own: {trust_option(option)} true, if you trust its authors."
+        raise ConfigError(f"{option} {path}: {where} no {what} could be loaded from it: {reason} {advice}") from error
+
+
+def trust_option(option: str) -> str:
+    """Return the option that lets a model's own code run, for the option that names the model."""
+    section = option.rpartition(".")[0]
+    return f"{section}.trust_remote_code" if section else "--trust_remote_code"
 
 
 def load_weights(factory: Any, option: str, unused: str | None, path: str, **options: Any) -> PreTrainedModel:
@@ -138,14 +150,38 @@ def finite(values: torch.Tensor) -> bool:
     return all(bool(one.isfinite()) for one in values.detach().aminmax())
 
 
+def weight_files(path: str, revision: str | None) -> list[Path]:
+    """Return the safetensors files that transformers reads, downloaded from the Hub first if needed; [] without any.
+
+    They are what config.json names as transformers_weights, else model.safetensors, else those that its index names,
+    under whatever names.
+    """
+    from transformers.utils import cached_file
+
+    def fetched(name: str) -> Path | None:
+        try:
+            return Path(str(cached_file(path, name, revision=revision)))
+        except OSError:
+            return None
+
+    config = fetched("config.json")
+    named = None if config is None else json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
+    for name in [named] if named else [SINGLE, INDEX]:
+        if (file := fetched(name)) is None:
+            continue
+        if not name.endswith(".index.json"):
+            return [file]
+        shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        near = [file.parent / shard for shard in shards]
+        return [one if one.is_file() else Path(str(cached_file(path, one.name, revision=revision))) for one in near]
+    return []
+
+
 def _tensors(path: str, revision: str | None) -> Iterator[tuple[str, Any]]:
     """Yield the name of each tensor of a checkpoint, with the slice of safetensors that reads it."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
 
-    for file in sorted(
-        Path(str(cached_file(path, "config.json", revision=revision))).parent.glob("model*.safetensors")
-    ):
+    for file in weight_files(path, revision):
         with safe_open(file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118 (not a dict)
                 yield name, content.get_slice(name)

@@ -57,6 +57,11 @@ class ModelSource:
         return (self.place / "adapter_config.json").is_file()
 
     @property
+    def adapts(self) -> bool:
+        """Whether it is an adapter on a base model, or a checkpoint of one."""
+        return self._config().adapts
+
+    @property
     def name(self) -> str:
         """The folder's name, or the last part of a Hub id."""
         return self.place.resolve().name if self.place.exists() else self.path.rstrip("/").rpartition("/")[2]
@@ -209,4 +214,7 @@ def _naming(option: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(str(error).replace("--model.policy.path", option)) from error
+        from rap_lightning.models.pretrained import trust_option
+
+        text = str(error).replace("--model.policy.path", option)
+        raise ConfigError(text.replace("--model.policy.trust_remote_code", trust_option(option))) from error

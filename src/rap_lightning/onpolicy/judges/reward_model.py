@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,28 +71,17 @@ class RewardModel(ModelJudge):
 
     def load(self) -> tuple[Encoder, BatchJudge]:
         """Load model and tokenizer."""
-        from torch import OutOfMemoryError
         from transformers import AutoModelForSequenceClassification
 
         from rap_lightning.batches.encode import Encoder
-        from rap_lightning.models.pretrained import OtherWeights, load_weights
+        from rap_lightning.models.pretrained import load_pretrained, load_weights
 
-        path, device = self.source.path, default_device()
+        path, option, device = self.source.path, "--judge.model", default_device()
         hub = {"revision": self.source.revision, "trust_remote_code": self.source.trust_remote_code}
-        try:
-            tokenizer = read_tokenizer(path, **hub)
-            model = load_weights(
-                AutoModelForSequenceClassification, "--judge.model", LM_HEAD, path,
-                dtype=weights_dtype(self.dtype, device), **hub,
-            )  # fmt: skip
-        except (OtherWeights, MemoryError, OutOfMemoryError):
-            raise
-        except Exception as error:  # damaged files fail in any way
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            code = "" if self.source.trust_remote_code or "trust_remote_code" not in str(error) else (
-                " It brings code of its own: --judge.trust_remote_code true, if you trust its authors."
-            )  # fmt: skip
-            raise ConfigError(f"--judge.model {path}: no reward model can be loaded from it: {reason}{code}") from error
+        tokenizer = load_pretrained("tokenizer", path, read_tokenizer, hub, option)
+        load = partial(load_weights, AutoModelForSequenceClassification, option, LM_HEAD)
+        dtype = weights_dtype(self.dtype, device)
+        model = load_pretrained("reward model", path, load, hub | {"dtype": dtype}, option)
         if self.template:
             tokenizer.chat_template = self.template
         if not tokenizer.chat_template:
