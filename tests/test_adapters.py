@@ -317,6 +317,55 @@ def test_weights_that_modules_to_save_names_come_with_the_adapter(tiny: Path, tm
     torch.testing.assert_close(found[name], own * 2)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alora_invocation_tokens": [1, 2]}, "sets alora_invocation_tokens, which isn't supported"),
+        ({"use_qalora": True, "qalora_group_size": 4}, "sets use_qalora, which isn't supported"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "sets layer_replication, which isn't supported"),
+        ({"init_lora_weights": "pissa"}, "began as pissa.*which changes the base model's weights"),
+        ({"init_lora_weights": "olora"}, "began as olora"),
+    ],
+)
+def test_adapters_that_compute_something_else_than_lora_are_refused(
+    options: dict[str, Any], message: str, tiny: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | options))
+    with pytest.raises(ConfigError, match=message):
+        PolicyConfig(str(tiny), adapter=str(folder)).build(torch.float32)
+
+
+def test_an_adapter_keeps_its_own_scaling(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    """Of each layer, by patterns of rank and alpha."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32, "v_proj": 3}}
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "up_proj"], **patterns)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(tmp_path / "own")
+    module = fit(tmp_path / "run", pairs_folder, PolicyConfig(str(tiny), adapter=str(tmp_path / "own")), max_steps=1)
+    assert abs(logged(tmp_path / "run")[0]["loss"] - math.log(2)) < 1e-6
+    expected = by_plain_peft(tiny, tmp_path / "own", module.batches)
+    found = torch.cat([module.reference.logps(module.policy, batch) for batch in module.batches])
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+
+
+def test_biases_trained_beside_an_adapter_stay_when_it_is_off(tiny: Path) -> None:
+    policy = PolicyConfig(str(tiny), lora=Lora(r=2)).build(torch.float32)
+    AdaptersOff().follow(policy, 0)
+    policy.causal_lm.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"reference AdaptersOff: .*norm\.weight is trained beside the adapter"):
+        AdaptersOff().follow(policy, 0)
+
+
 def test_options_of_a_policy_that_have_no_effect_or_make_no_sense_are_refused(tiny: Path, adapter: Path) -> None:
     for options, message in [
         ({"adapter": str(adapter), "lora": Lora()}, "lora has no effect with --model.policy.adapter"),
@@ -342,6 +391,9 @@ def test_options_of_a_policy_that_have_no_effect_or_make_no_sense_are_refused(ti
             PolicyConfig(str(tiny), **options).build(torch.float32)
     with pytest.raises(ConfigError, match=r"is an adapter\. Give the model"):
         PolicyConfig(str(adapter)).build(torch.float32)
+    for alpha in (0, -4):
+        with pytest.raises(ConfigError, match=f"lora.alpha must be above 0, found {alpha}"):
+            Lora(alpha=alpha)
     config = PolicyConfig(str(tiny))
     for reference, message in [
         (AdapterAsLoaded(), "needs an adapter to continue"),

@@ -19,6 +19,13 @@ BESIDE = ("adapter_*", "tokenizer*", "special_tokens_map.json", "added_tokens.js
 """Files of an adapter on the Hub that are downloaded."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 EMBEDDINGS = re.compile(r"\b(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|output_layer)\.weight$")
+VARIANTS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora",
+    "use_qalora", "velora_config",
+)  # fmt: skip
+"""Options of peft's LoraConfig with which an adapter computes something else than LoRA, DoRA or rsLoRA."""
+KEEP_BASE = ("gaussian", "eva", "mica")
+"""Initialisations by name that leave the base model's weights as they are."""
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
 
@@ -111,9 +118,20 @@ def attach(model: PreTrainedModel, path: str, revision: str | None, base: str, *
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # peft raises many types for a config it doesn't know
         raise ConfigError(f"adapter {path}: {CONFIG} can't be read: {type(error).__name__}: {error}") from error
-    if not isinstance(config, LoraConfig) or getattr(config, "alora_invocation_tokens", None):
+    if not isinstance(config, LoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ConfigError(f"adapter {path}: expected a LoRA adapter (DoRA and rsLoRA among them), found {kind}.")
+    if variant := next((name for name in VARIANTS if getattr(config, name, None)), None):
+        raise ConfigError(
+            f"adapter {path}: expected a LoRA adapter (DoRA and rsLoRA among them), and {CONFIG} sets {variant}, which "
+            "isn't supported. Merge it into the base model with peft (merge_and_unload), and train that."
+        )
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in KEEP_BASE:
+        raise ConfigError(
+            f"adapter {path} began as {config.init_lora_weights} (init_lora_weights), which changes the base model's "
+            "weights: it doesn't add to those of the base model. Convert it with peft (save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge it into its base model."
+        )
     _refuse_other_base(config.base_model_name_or_path, base, path)
     tied = [name for name in config.modules_to_save or () if EMBEDDINGS.search(f"{name}.weight")]
     if tied and model.config.get_text_config().tie_word_embeddings:
@@ -122,7 +140,7 @@ def attach(model: PreTrainedModel, path: str, revision: str | None, base: str, *
             "other embedding. Merge the adapter into the base model, and train that."
         )
     config.inference_mode = False
-    config.init_lora_weights = True  # PiSSA and others would change the base again
+    config.init_lora_weights = True  # all of them are loaded
     if not dropout:
         config.lora_dropout = 0.0
     try:

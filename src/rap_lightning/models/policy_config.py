@@ -58,6 +58,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ConfigError(f"lora.r must be at least 1, found {self.r}")
+        if not self.alpha > 0:  # 0 would train nothing
+            raise ConfigError(f"lora.alpha must be above 0, found {self.alpha:g}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout must be from 0 to below 1, found {self.dropout}")
 

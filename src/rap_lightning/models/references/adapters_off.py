@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rap_lightning.batches.types import Batch
 from rap_lightning.errors import ConfigError
-from rap_lightning.models.policy import Policy, adapters_off, evaluating
+from rap_lightning.models.policy import Policy, adapters_off, evaluating, of_adapter
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.models.references.base import Reference
 
@@ -33,6 +33,16 @@ class AdaptersOff(Reference):
         if not policy.adapts:
             raise ConfigError(
                 "reference AdaptersOff needs an adapter to switch off. Set --model.policy.lora.r, or use Frozen."
+            )
+
+    def follow(self, policy: Policy, step: int) -> None:
+        """Raise ConfigError for trained weights that stay when the adapter is switched off."""
+        if step:  # looked at once
+            return
+        if left := [name for name, p in policy.named_parameters() if p.requires_grad and not of_adapter(name)]:
+            raise ConfigError(
+                f"reference AdaptersOff: {left[0]} is trained beside the adapter (peft's option bias), and stays when "
+                "the adapter is switched off. Remove --model.reference."
             )
 
     @torch.no_grad()
