@@ -157,7 +157,10 @@ def test_inspect_prints_a_line_for_each_template(tiny: Path, tmp_path: Path) -> 
         (["--model", "MODEL", "--tokenizer", "MODEL"], "--tokenizer has no effect with --model"),
         (["--model", "MODEL", "--goals", "[]"], "--goals is an empty list"),
         (["--model", "MODEL", "--probe_pairs", "1"], "at least 2"),
-        (["--model", "MODEL", "--goals", "[test_goal_probe.Silent]"], "states the same goal for both responses"),
+        (["--model", "MODEL", "--goals", "[test_goal_probe.Silent]"], "Silent states every goal alike, 'Answer well.'"),
+        (["--model", "ADAPTER"], "is an adapter, and the probe adds an adapter of its own"),
+        (["--model", "last.ckpt"], "--model last.ckpt is a checkpoint"),
+        (["--model", "no/where"], "--model no/where: no tokenizer"),
         (["--model", "MODEL", "--max_length", "20"], "No pair is left"),
         (
             ["--model", "MODEL", "--goals", '[{"class_path": "AttributeGoal", "init_args": {"attributes": ["kind"]}}]'],
@@ -169,7 +172,9 @@ def test_a_probe_that_can_say_nothing_is_refused_in_a_sentence(
     more: list[str], message: str, tiny: Path, tmp_path: Path
 ) -> None:
     source = write_jsonl(tmp_path / "rows.jsonl", wide_rows(6))
-    args = ["inspect", "--source", str(source), "--examples", "0", *(str(tiny) if a == "MODEL" else a for a in more)]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    named = {"MODEL": str(tiny), "ADAPTER": str(tmp_path)}
+    args = ["inspect", "--source", str(source), "--examples", "0", *(named.get(one, one) for one in more)]
     shown = run_command(*args)
     assert shown.returncode in (1, 2)
     assert message in " ".join(shown.stderr.split()), shown.stderr
@@ -198,6 +203,12 @@ def test_data_without_scores_have_nothing_to_probe(tiny: Path, tmp_path: Path) -
     assert "Traceback" not in shown.stderr
 
 
+def test_one_pair_is_too_few_to_probe(tiny: Path, tmp_path: Path) -> None:
+    shown = run_command("inspect", "--source", write_jsonl(tmp_path / "rows.jsonl", wide_rows(1)), "--model", tiny)
+    assert shown.returncode == 1
+    assert "needs at least 2 pairs with a winner and a loser by score, found 1." in shown.stderr
+
+
 # -- in fit -----------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +230,9 @@ def test_fit_prints_the_shift_before_its_first_step_and_trains_as_without(
     assert "goals of 3 pairs" in line
 
 
-def test_one_half_alone_or_a_stream_is_refused(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
+def test_one_half_alone_or_a_stream_is_refused_before_weights_are_loaded(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
     for options, message in (
         ({"relabel": "chosen"}, "relabel chosen doesn't train"),
         ({"streaming": True}, "a stream"),
@@ -227,5 +240,6 @@ def test_one_half_alone_or_a_stream_is_refused(tiny: Path, pairs_folder: Path, t
         module, data = build(tiny, pairs_folder, **options)
         with pytest.raises(ConfigError, match=message):
             make_trainer(tmp_path, max_steps=1, callbacks=[GoalMargins()]).fit(module, data)
+        assert module.policy is None
     with pytest.raises(ConfigError, match="at least 2, found 1"):
         GoalMargins(pairs=1)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from conftest import ROOT
 from rap_lightning.errors import ConfigError
 from rap_lightning.preferences.goal_spec import Number, Wording
 from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal, StatedGoal
+from rap_lightning.preferences.reading_options import ReadingOptions
 from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
 
 
@@ -276,3 +278,26 @@ def test_the_text_floor_imports_no_torch() -> None:
     code = "import sys\n" + "\n".join(f"import rap_lightning.preferences.{name}".strip(".") for name in names)
     code += "\nassert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Fixed(GoalTemplate):
+    """Writes the same for each goal, whatever that is."""
+
+    def __init__(self, wording: Any = "Be good.") -> None:
+        super().__init__()
+        self.fixed = wording
+
+    def text(self, goal: float, attributes: Any = ()) -> Any:
+        return self.fixed
+
+
+def test_a_template_that_tells_no_goals_apart_is_refused_with_its_text() -> None:
+    with pytest.raises(ConfigError, match=r"Fixed states every goal alike, 'Be good\.'.*Print the number in its text"):
+        ReadingOptions("rows.jsonl", goal=Fixed())
+    with pytest.raises(ConfigError, match="with enough decimals"):
+        OverallGoal(RewardScale(0.1, 0.3, decimals=0)).check_differ()
+    for wording, message in ((None, "must return a string, and returned None for the goal 1"), (" ", "writes nothing")):
+        with pytest.raises(ConfigError, match=message):
+            ReadingOptions("rows.jsonl", goal=Fixed(wording))
+    fitted = OverallGoal(QuantileScale(decimals=0))
+    ReadingOptions("rows.jsonl", goal=fitted)  # asked once it is fitted

@@ -209,3 +209,16 @@ def test_inspect_reads_validation_without_weights_as_fit_does(tmp_path: Path) ->
     named = run_command("inspect", "--source", folder, "--weight_column", "importance", "--split", "test")
     assert named.returncode  # a split asked for by name is taken for training data
     assert "no column 'importance'" in named.stderr
+
+
+def test_relabel_reads_validation_without_weights_as_fit_does(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    folder, out = folder_of(tmp_path / "pairs", weighted_rows()), tmp_path / "out"
+    write_jsonl(folder / "test.jsonl", scored_rows(3))  # without the column
+    options = ("--source", folder, "--weight_column", "importance")
+    run_command("relabel", *options, "--output", out)
+    assert set(pq.read_table(out / "train-00000.parquet")["weight"].to_pylist()) == {1.0, 2.0, 3.0}
+    assert set(pq.read_table(out / "test-00000.parquet")["weight"].to_pylist()) == {1.0}, "the same columns"
+    named = run_command("relabel", *options, "--split", "test", "--output", tmp_path / "named")
+    assert "no column 'importance'" in named.stderr

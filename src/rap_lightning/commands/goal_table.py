@@ -31,10 +31,20 @@ def check_options(model: str | None, goals: Sequence[GoalTemplate] | None, count
             if value is not None:
                 raise ConfigError(f"--{option} has no effect without --model, whose reading of goals it probes.")
         return
+    from rap_lightning.models.adapters import is_adapter
+
+    if is_adapter(model) or model.endswith(".ckpt"):
+        raise ConfigError(
+            f"--model {model} is {'a checkpoint' if model.endswith('.ckpt') else 'an adapter'}, and the probe adds an "
+            "adapter of its own. Name the base model, or write a whole model first (rap-lightning export --merge true)."
+        )
     if goal is None:
         raise ConfigError("--model probes how a model reads goals, and --goal null states none. Name a goal template.")
     if goals is not None and not goals:
         raise ConfigError("--goals is an empty list. Name goal templates, or leave it out to probe that of --goal.")
+    for other in goals or ():
+        if not other.needs_fit:
+            other.check_differ()
     if count is not None and count < 2:
         raise ConfigError(f"--probe_pairs must be at least 2, found {count}")
 
@@ -46,7 +56,7 @@ def probe_goals(
     """Measure each goal template on the same pairs of a split.
 
     Raises:
-        DataError: the split has no scored pairs that differ.
+        DataError: the split has fewer than two scored pairs that differ.
         ConfigError: a template needs attributes that ``--goal`` doesn't name, or prints nothing.
     """
     from rap_lightning.training import goal_probe
@@ -66,8 +76,11 @@ def probe_goals(
         for one, report in zip(sources, reports, strict=True)
     )
     pairs = goal_probe.sample_pairs(chain.from_iterable(rows), count or PAIRS, read.seed)
-    if not pairs:
-        raise DataError(f"split {split}: no pair has a winner and a loser by score, so there are no goals to probe.")
+    if len(pairs) < 2:
+        raise DataError(
+            f"split {split}: probing goals needs at least 2 pairs with a winner and a loser by score, found "
+            f"{len(pairs)}."
+        )
     for other in templates:
         if other is not read.goal:
             fit_scale(replace(read.rules, goal=other), sources, split, num_proc=read.num_proc)

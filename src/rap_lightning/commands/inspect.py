@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,15 @@ def inspect(
     if tokenizer is None and read.template:
         raise ConfigError("--chat_template has no effect without --tokenizer (nor has chat_template_kwargs); name one.")
     check_options(model, goals, probe_pairs, read.goal)
-    encode = None if tokenizer is None else _pair_encoder(tokenizer, read, max_length)
+    option = "--tokenizer" if model is None else "--model"
+    encode = None if tokenizer is None else _pair_encoder(tokenizer, option, read, max_length)
     splits = [split] if split is not None else splits_among(read.sources)
     fitted = read.fit_on_training_split(splits)
     inspected: list[_Inspected] = []
     for name in splits:
         for one in having(read.sources, name):
             report = DataReport(one.path, name, rows=None if target is None else [])
-            # weights are those of training: fit reads a validation split without them
-            weighted = name not in VALIDATION_NAMES or name == split
-            rules = read.rules if weighted else replace(read.rules, weight_column=None)
+            rules = read.rules_for(name, split)
             inspected.append(_inspect(one, rules, read.num_proc, encode, max_length, examples, report))
             if not json:
                 _print(inspected[-1], max_length)
@@ -168,11 +167,11 @@ def _new_file(path: str | None) -> Path | None:
     return target
 
 
-def _pair_encoder(path: str, read: ReadingOptions, max_length: int) -> Encode:
+def _pair_encoder(path: str, option: str, read: ReadingOptions, max_length: int) -> Encode:
     from rap_lightning.batches.dataset import PairEncoder
     from rap_lightning.batches.encode import Encoder
 
-    encoder = Encoder(read.template.applied(load_tokenizer(path)), read.goal, max_length)
+    encoder = Encoder(read.template.applied(load_tokenizer(path, option)), read.goal, max_length)
     encoder.check_thinking(read.rules.thinking)
     return PairEncoder(encoder, read.relabelling)
 

@@ -23,15 +23,15 @@ command_line: list[str] = []
 """The running command with its arguments, so that it can start other processes of the same command."""
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by folder or Hub id."""
-    refuse_no_model("--tokenizer", path)
+def load_tokenizer(path: str, option: str = "--tokenizer") -> PreTrainedTokenizerBase:
+    """Load a tokenizer by folder or Hub id; ``option`` names it, for messages."""
+    refuse_no_model(option, path)
     try:
         with contextlib.redirect_stderr(None):
             return restore_own_template(read_tokenizer(path))
     except Exception as error:
         reason = first_line(error) or type(error).__name__
-        raise ConfigError(f"--tokenizer {path}: no tokenizer can be loaded from it: {reason}") from error
+        raise ConfigError(f"{option} {path}: no tokenizer can be loaded from it: {reason}") from error
 
 
 def run(function: Callable[..., Any], args: list[str], name: str, flags: tuple[str, ...] = ()) -> Any:

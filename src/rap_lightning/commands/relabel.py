@@ -68,7 +68,7 @@ def relabel(
         raise ConfigError("--chat_template has no effect without --tokenizer (nor has chat_template_kwargs); name one.")
     placement, system_shown = _placement(rules, tokenizer, read.template)
     splits = [split] if split is not None else splits_among(sources)
-    tables = {} if read.rewards is None else _rated(read.rewards, sources, splits, rules, num_proc)
+    tables = {} if read.rewards is None else _rated(read.rewards, read, splits, split)
     read.fit_on_training_split(splits, tables)
     parts = [(name, one) for name in splits for one in having(sources, name)]
     prints = [fingerprint(one, name) for name, one in parts]
@@ -81,7 +81,7 @@ def relabel(
     shards, tools = Counter[str](), None
     for name, one in parts:
         report = DataReport(_public(one.path), name)
-        own = replace(rules, rewards=tables.get(name))
+        own = replace(read.rules_for(name, split), rewards=tables.get(name))
         pairs = read_pairs(one, name, own, report, num_proc=num_proc)
         if one.weight != 1.0 and name in ("train", split):
             pairs = weighted(pairs, one.weight, seed)
@@ -108,14 +108,13 @@ def relabel(
     print(f"wrote {output}")
 
 
-def _rated(
-    judge: Judge, sources: list[Source], splits: list[str], rules: Rules, num_proc: int | None
-) -> dict[str, RewardTable]:
+def _rated(judge: Judge, read: ReadingOptions, splits: list[str], named: str | None) -> dict[str, RewardTable]:
     from rap_lightning.models.judge_rewards import judge_rewards  # imported here: it imports torch, which takes seconds
 
     tables = {}
     for split in splits:
-        tables[split], lines = judge_rewards(judge, having(sources, split), split, rules, num_proc=num_proc)
+        rules = read.rules_for(split, named)
+        tables[split], lines = judge_rewards(judge, having(read.sources, split), split, rules, num_proc=read.num_proc)
         print("\n".join(lines))
     return tables
 

@@ -81,12 +81,26 @@ class GoalTemplate(ABC):
             ConfigError: the template writes nothing.
         """
         text = self.write(goal, attributes)
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"{type(self).__name__}.text must return a string, and returned {text!r} for the goal "
+                f"{self.printed(goal, attributes)}."
+            )
         if not text.strip():
             raise ConfigError(
                 f"{type(self).__name__} writes nothing for the goal {self.printed(goal, attributes)}, so the policy "
                 "can't know what it is asked for. Return a text; a goal without one is AdapterStrength."
             )
         return StatedGoal(text)
+
+    def check_differ(self) -> None:
+        """Raise ConfigError where goals from the lowest to the highest of the scale are all stated alike."""
+        stated = {self.state_at(goal) for goal in self.scale.grid(7)}
+        if len(stated) == 1:
+            raise ConfigError(
+                f"{type(self).__name__} states every goal alike, {stated.pop().key!r}, so the policy can't know which "
+                "one it is asked for. Print the number in its text, with enough decimals (scale.decimals)."
+            )
 
     @property
     def unstated(self) -> StatedGoal:

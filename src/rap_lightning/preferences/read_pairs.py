@@ -109,6 +109,7 @@ def fit_scale(rules: Rules, sources: Sequence[Source], split: str, *, num_proc: 
     if rules.goal is None or not rules.goal.needs_fit:
         return False
     rules.goal.fit([r for source in sources for r in rewards_of(source, split, rules, num_proc=num_proc)])
+    rules.goal.check_differ()
     return True
 
 

@@ -20,7 +20,7 @@ from rap_lightning.preferences.relabelling import UNCONDITIONED, Mode, Relabelli
 from rap_lightning.preferences.rewards import RewardTable
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.selection import Selection
-from rap_lightning.preferences.sources import Source, as_sources, having
+from rap_lightning.preferences.sources import VALIDATION_NAMES, Source, as_sources, having
 from rap_lightning.preferences.template_options import TemplateOptions
 from rap_lightning.preferences.thoughts import Thinking
 
@@ -97,6 +97,8 @@ class ReadingOptions:
         tool_turns: bool = True,
     ) -> None:
         self.rewards, self.goal = rewards, rated_goal(rewards, goal)
+        if self.goal is not None and not self.goal.needs_fit:
+            self.goal.check_differ()
         self.sources, self.num_proc, self.seed = as_sources(source), num_proc, seed
         self.template = TemplateOptions(chat_template, chat_template_kwargs or {})
         self.relabelling = Relabelling.of(relabel, self.goal, keep_original, seed, best_goal, goals_per_pair)
@@ -110,6 +112,14 @@ class ReadingOptions:
             self.goal, self.relabelling, ties, selection, filters, outside_scale, bad_rows, format, columns, tool_turns,
             thinking=thinking, weight_column=weight_column,
         )  # fmt: skip
+
+    def rules_for(self, split: str, named: str | None) -> Rules:
+        """Return the rules for a split; ``named`` is the one that the user asks for, of all where it is None.
+
+        Weights of pairs are those of training: as in fit, a validation split is read without them unless it is named.
+        """
+        weighted = split not in VALIDATION_NAMES or split == named
+        return self.rules if weighted else replace(self.rules, weight_column=None)
 
     def fit_on_training_split(self, splits: Sequence[str], rewards: Mapping[str, RewardTable] | None = None) -> bool:
         """Fit the goal's scale on the training split, or on the only split; returns whether the scale needed that."""

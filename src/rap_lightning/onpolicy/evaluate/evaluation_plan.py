@@ -22,6 +22,7 @@ from rap_lightning.onpolicy.requested_goals import (
     template_of,
     with_low_goal,
 )
+from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.preferences.goals import GoalTemplate, OverallGoal, is_trained
 from rap_lightning.preferences.read_pairs import fit_scale
 from rap_lightning.preferences.relabelling import Relabelling
@@ -104,8 +105,8 @@ class EvaluationPlan:
             else:
                 printed = self.template.scale.printed(goal)
                 found.append(RequestedGoal(self.template.state_at(goal), printed, self.template.placement))
-        if len({one.stated for one in found}) < len(found):
-            raise ConfigError(f"--goals {self.goals}: two of them read the same in the prompt.")
+        if len({one.stated for one in found}) < len(found) or len({one.printed for one in found}) < len(found):
+            raise ConfigError(f"--goals {self.goals}: two of them read the same.")
         return with_low_goal(found, self.sampling, None, self.template)
 
     @property
@@ -133,6 +134,8 @@ def make_rules(template: GoalTemplate | None, options: dict[str, Any], sources: 
     rules = Rules(goal, Relabelling("none"), **options)
     if template is not None and goal.needs_fit:
         raise ConfigError("--template: its open numbers are those of the training run; give them (goal.json has them).")
+    if template is not None:
+        template.check_differ()
     if goal.scale.needs_fit:
         splits = splits_among(sources)
         split = TRAIN if TRAIN in splits else splits[0]
@@ -193,6 +196,8 @@ def _goals(
     if goals is None:
         evenly: list[GoalOrNone] = [] if template is None else [*template.scale.grid(GOALS)]
         return evenly if own else [None, *evenly]
+    if not goals:
+        raise ConfigError("--goals is an empty list. Name goals, or leave it out for seven over the scale.")
     numbers = sorted({float(goal) for goal in goals if goal != "none"})
     if numbers and template is None:
         raise ConfigError(
@@ -219,6 +224,9 @@ def _obstacles(
         reasons["discrimination"] = "the model knows no goals (no goal.json). Name how they read with --template"
     if engine is not None and not engine.reads_ids and not model.place.exists():
         where = f"{type(engine).__name__} gives no log-probabilities of texts. Give the model's folder as --model"
+        reasons |= dict.fromkeys(FROM_LOGPS, where)
+    if isinstance(template, AdapterStrength) and not model.adapts:
+        where = "goals are the strength of an adapter, and the model has none. Give the adapter's folder as --model"
         reasons |= dict.fromkeys(FROM_LOGPS, where)
     if TRAIN not in (splits := splits_among(sources)):
         missing = f"the data have no split named {TRAIN}, only {', '.join(splits)}. Give data with that split"
