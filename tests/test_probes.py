@@ -192,8 +192,16 @@ def test_data_without_goals_are_sampled_without_one_and_have_no_rewards(
         fit(tmp_path / "b", tiny, pairs_folder, LikelihoodProbe(), goal=None, trainer={"max_steps": 1})
     with pytest.raises(ConfigError, match="goals have no effect with"):
         fit(tmp_path / "c", tiny, pairs_folder, GoalSamples(goals=[1]), goal=None, trainer={"max_steps": 1})
-    with pytest.raises(ConfigError, match="must be on the scale from 1 to 10, found 0"):
-        fit(tmp_path / "d", tiny, pairs_folder, GoalSamples(goals=[0, 5]), trainer={"max_steps": 1})
+
+
+def test_goals_that_can_not_be_asked_for_are_refused_before_weights_are_loaded(
+    tiny: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    for callback in (GoalSamples(goals=[0, 5]), SteeringTable(length, goals=[0, 5])):
+        module, data = build(tiny, pairs_folder)
+        with pytest.raises(ConfigError, match="goals must be on the scale from 1 to 10, found 0"):
+            make_trainer(tmp_path, max_steps=1, callbacks=[callback]).fit(module, data)
+        assert module.policy is None
 
 
 def test_two_processes_measure_what_one_does(base: dict[str, Any], process_server: Any) -> None:  # noqa: F811

@@ -29,16 +29,27 @@ class GoalMargins(pl.Callback):
             raise ConfigError(f"GoalMargins: pairs must be at least 2, found {pairs}")
         self.pairs, self.seed = pairs, seed
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure on every rank, as a sharded policy needs, and print on rank zero."""
-        module, data = parts_of_fit(trainer, pl_module, "GoalMargins")
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Raise ConfigError where a pair has no two goals to compare, before the policy is loaded."""
+        if stage != "fit":
+            return
+        _, data = parts_of_fit(trainer, pl_module, "GoalMargins")
         if not {CHOSEN_GOAL, REJECTED_GOAL} <= set(data.relabelling.origins):
             raise ConfigError(
                 f"GoalMargins compares a pair's two goals, and relabel {data.relabelling.mode} doesn't train on both. "
                 "Use relabel both, or remove it."
             )
+        if data.streaming:
+            raise ConfigError(
+                "GoalMargins reads training pairs before the first step, and a stream is read during training. Remove "
+                "it, or --data.streaming."
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure on every rank, as a sharded policy needs, and print on rank zero."""
         if trainer.global_step > 0:
             return
+        module, data = parts_of_fit(trainer, pl_module, "GoalMargins")
         assert module.policy is not None, "fit builds the policy"
         with module.step_logger.pause(), trainer.precision_plugin.forward_context():
             drawn = data.scored_pairs(data.train_split, self.pairs * AMONG, self.seed)

@@ -15,6 +15,7 @@ from rap_lightning.callbacks.goal_sampling import (
     Judge,
     JudgeFailed,
     Sample,
+    check_goals,
     parts_of_fit,
     sample_at_goals,
     score,
@@ -58,26 +59,30 @@ class GoalSamples(AtIntervals):
         self._histories: list[Any] = []
         self._failed = False
 
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Choose goals and prompts."""
-        ours, data = parts_of_fit(trainer, module, "GoalSamples")
-        if data.goal is None:
-            if self.goals is not None:
-                raise ConfigError("GoalSamples: goals have no effect with --data.goal null; remove one of the two.")
-            self._asked = [None]
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Choose the goals, before the policy is loaded.
+
+        Raises:
+            ConfigError: they can't be asked for, or samples would be equal.
+        """
+        if stage != "fit":
+            return
+        ours, data = parts_of_fit(trainer, pl_module, "GoalSamples")
+        if self.goals is not None:
+            check_goals(data, self.goals, "GoalSamples")
+            self._asked = [*sorted(map(float, self.goals))]
         else:
-            scale = data.goal.scale
-            asked = sorted(map(float, self.goals)) if self.goals is not None else scale.grid(4)
-            for goal in asked:
-                if note := data.goal.refuse_outside(goal, "GoalSamples: goals"):
-                    rank_zero_info(note)
-            self._asked = list(asked)
+            self._asked = [None] if data.goal is None else [*data.goal.scale.grid(4)]
+        if self.samples > 1 and ours.generation.temperature == 0:
+            raise ConfigError("GoalSamples: samples above 1 would be equal at generation.temperature 0.")
+
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Choose prompts."""
+        _, data = parts_of_fit(trainer, module, "GoalSamples")
         drawn = data.histories()[: self.prompts]
         if len(drawn) < self.prompts:
             rank_zero_info(f"GoalSamples: {len(drawn):,} distinct prompts, fewer than {self.prompts:,}")
         self._histories = [history for history in drawn for _ in range(self.samples)]
-        if self.samples > 1 and ours.generation.temperature == 0:
-            raise ConfigError("GoalSamples: samples above 1 would be equal at generation.temperature 0.")
 
     def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[list[Row], dict[str, float]]:
         """Sample, and judge on rank zero."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from rap_lightning.callbacks.watchdog import Watchdog
@@ -48,6 +49,19 @@ def parts_of_fit(
     if not isinstance(data, PreferenceDataModule) or not isinstance(module, PreferenceModule):
         raise ConfigError(f"{name} needs a PreferenceModule and a PreferenceDataModule; remove it from the callbacks.")
     return module, data
+
+
+def check_goals(data: PreferenceDataModule, goals: Sequence[float], name: str) -> None:
+    """Log a note for goals outside the scale that can be asked for.
+
+    Raises:
+        ConfigError: there is no goal template, or it can't state one of the goals.
+    """
+    if data.goal is None:
+        raise ConfigError(f"{name}: goals have no effect with --data.goal null; remove one of the two.")
+    for goal in goals:
+        if note := data.goal.refuse_outside(float(goal), f"{name}: goals"):
+            rank_zero_info(note)
 
 
 def tell_watchdog(trainer: pl.Trainer, found: Mapping[Any, Sequence[Sample]]) -> None:

@@ -59,6 +59,14 @@ class LikelihoodProbe(AtIntervals):
         self._base: list[list[float]] = []  # of each item, before the first step
         self._base_of = ""
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Raise ConfigError where pairs have no rewards, before the policy is loaded."""
+        if stage == "fit" and parts_of_fit(trainer, pl_module, "LikelihoodProbe")[1].goal is None:
+            raise ConfigError(
+                "LikelihoodProbe needs the judge's rewards, which are not read with --data.goal null. Use "
+                "--data.relabel none to train on the plain pairs of scored data, or remove the callback."
+            )
+
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw and encode the pairs; keep their log-probabilities before the first step."""
         ours, data = parts_of_fit(trainer, module, "LikelihoodProbe")
@@ -111,11 +119,7 @@ class LikelihoodProbe(AtIntervals):
 
     def _draw(self, data: PreferenceDataModule) -> None:
         goal = data.goal
-        if goal is None:
-            raise ConfigError(
-                "LikelihoodProbe needs the judge's rewards, which are not read with --data.goal null. Use "
-                "--data.relabel none to train on the plain pairs of scored data, or remove the callback."
-            )
+        assert goal is not None, "setup refuses data without"
         split = data.validation_split() or data.train_split
         pairs = data.scored_pairs(split, self.pairs, self.seed)
         report = DataReport("LikelihoodProbe", split)

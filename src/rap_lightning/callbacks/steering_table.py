@@ -15,7 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from rap_lightning.atomic_write import atomic_file
-from rap_lightning.callbacks.goal_sampling import Judge, log_now, parts_of_fit, sample_at_goals, score, tell_watchdog
+from rap_lightning.callbacks.goal_sampling import (
+    Judge,
+    check_goals,
+    log_now,
+    parts_of_fit,
+    sample_at_goals,
+    score,
+    tell_watchdog,
+)
 from rap_lightning.callbacks.run_folder import run_folder, written_or_warned
 from rap_lightning.callbacks.run_tracking import log_table
 from rap_lightning.errors import ConfigError
@@ -56,15 +64,26 @@ class SteeringTable(pl.Callback):
         self.before: dict[float, list[float]] = {}
         self.after: dict[float, list[float]] = {}
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the goals, and read the run to show beside this one, before the policy is loaded.
+
+        Raises:
+            ConfigError: goals can't be asked for, or that run is not found or not comparable.
+        """
+        if stage != "fit":
+            return
+        module, data = parts_of_fit(trainer, pl_module, "SteeringTable")
+        check_goals(data, self.goals, "SteeringTable")
+        self._generation = module.generation.settings()
+        if self.beside is not None:
+            self._other = self._read(Path(self.beside))
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sample the untrained policy.
 
         Raises:
-            ConfigError: the run to show beside this one is not found or not comparable, or the judge fails.
+            ConfigError: the judge fails.
         """
-        self._generation = parts_of_fit(trainer, pl_module, "SteeringTable")[0].generation.settings()
-        if self.beside is not None:
-            self._other = self._read(Path(self.beside))
         self.before = {goal: [s for _, _, s in rows] for goal, rows in self._sample(trainer, pl_module).items()}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -81,8 +100,6 @@ class SteeringTable(pl.Callback):
 
     def _sample(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[float, list[tuple[str, str, float]]]:
         ours, data = parts_of_fit(trainer, module, "SteeringTable")
-        if data.goal is None:
-            raise ConfigError("SteeringTable needs data with a goal template; remove it from the callbacks.")
         distinct = data.histories()
         histories = [distinct[i % len(distinct)] for i in range(self.samples)]
         found = sample_at_goals(trainer, ours, data, histories, self.goals, self.seed, "SteeringTable")
