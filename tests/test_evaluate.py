@@ -329,6 +329,7 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
         ),
         ([*JUDGE, "--goals", "[11]"], "must be on the scale from 1 to 10, found 11"),
         ([*JUDGE, "--goals", "[1, 1.01]"], "two of them read the same"),
+        ([*JUDGE, "--goals", "[]"], "--goals is an empty list"),
         ([*JUDGE, "--temperature", 0], "--temperature 0 would sample one response again and again"),
         (["--goal", 5], "--goal is of benchmarks and has no effect without --suite"),
         (["--max_length", 5000], "must be from 2 to what the model takes, 512"),

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from conftest import called, make_model, make_tokenizer, scored_rows, write_jsonl
 from faulty_endpoint import Server, echo, half, hang_up, raw, slow, status, unless
 from rap_lightning.batches.encode import Encoder
+from rap_lightning.errors import ConfigError
 from rap_lightning.models.generation import Generation
 from rap_lightning.models.guidance import PlausibilityFloor
 from rap_lightning.onpolicy import chat_client
@@ -26,6 +27,7 @@ from rap_lightning.onpolicy.engines import Endpoint, Transformers
 from rap_lightning.onpolicy.engines.seeded_sampling import SeededSampling, draw
 from rap_lightning.onpolicy.jsonl_ledger import parts_of, read_rows
 from rap_lightning.onpolicy.model_source import ModelSource
+from rap_lightning.onpolicy.response_generator import ResponseGenerator
 from rap_lightning.preferences.goals import AttributeGoal, OverallGoal
 from rap_lightning.preferences.scales import LinearScale, RewardScale
 from rap_lightning.preferences.template_options import TemplateOptions
@@ -212,6 +214,8 @@ def test_a_chat_template_that_only_the_server_can_choose_is_named(
 ) -> None:
     Endpoint("http://localhost:9/v1").sends(ModelSource(str(knowing), template=TemplateOptions("loud")))
     assert "chat_template loud is not sent" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--chat_template loud has no effect with Endpoint: the server writes"):
+        ResponseGenerator(ModelSource("served", template=TemplateOptions("loud")), Endpoint("http://localhost:9/v1"))
 
 
 def test_a_damaged_tokenizer_of_a_served_folder_ends_in_one_message(
@@ -486,6 +490,7 @@ def test_an_endpoint_that_is_down_or_refuses_everybody_ends_the_run(
     [
         ({"goal": 11}, "on the scale from 1 to 10"),
         ({"goal": "[3, 3]"}, "two of them read the same"),
+        ({"goal": "[]"}, "--goal is an empty list"),
         ({"goal": "none", "template": "OverallGoal"}, "--template has no effect"),
         ({"samples": 2, "temperature": 0}, "equal responses at temperature 0"),
         ({"shard": "4/4"}, "from 0/4 to 3/4"),

@@ -604,6 +604,44 @@ def test_engines_that_cannot_set_a_strength_say_so(saved: tuple[Path, Any], tmp_
         ResponseGenerator(model, Transformers(continuous=True)).run([], tmp_path / "o.jsonl", goals, Generation(), 1, 0)
 
 
+def test_strengths_need_an_adapter_that_they_reach(
+    tiny: Path, saved: tuple[Path, Any], pairs_folder: Path, tmp_path: Path
+) -> None:
+    """A model without one would answer alike under every goal; at strength 0 it is what is asked for."""
+    from rap_lightning.onpolicy.engines import Transformers
+    from rap_lightning.onpolicy.model_source import ModelSource
+    from rap_lightning.onpolicy.requested_goals import request_goals
+    from rap_lightning.onpolicy.response_generator import ResponseGenerator
+
+    def generated(model: Path, goal: float) -> None:
+        goals = request_goals([goal], None, AdapterStrength(neutral=4.0), Generation())
+        sampling = Generation(max_new_tokens=2)
+        history = [[{"role": "user", "content": "Hello"}]]
+        ResponseGenerator(ModelSource(str(model)), Transformers()).run(
+            history, tmp_path / f"{model.name}-{goal}.jsonl", goals, sampling, 1, 0
+        )  # fmt: skip
+
+    with pytest.raises(ConfigError, match="has no adapter, and these goals are strengths of one"):
+        generated(tiny, 10.0)
+    generated(tiny, 4.0)
+    with pytest.raises(ConfigError, match=r"lora_magnitude_vector.* is trained and has no strength"):
+        generated(make_adapter(tmp_path / "dora", tiny, use_dora=True), 10.0)
+    generated(make_adapter(tmp_path / "lora", tiny), 10.0)
+    ask = ["evaluate", "--model", tiny, "--source", pairs_folder, "--goal_from", tmp_path, "--output", tmp_path / "e"]
+    (tmp_path / "goal.json").write_text(json.dumps(AdapterStrength(neutral=4.0).record()))
+    shown = run_command(*ask, "--parts", "[discrimination]")
+    assert "goals are the strength of an adapter, and the model has none" in shown.stderr
+    with pytest.raises(ConfigError, match="two of them read the same"):  # rows are told apart by the printed goal
+        request_goals([1.0, 1.01], None, AdapterStrength(neutral=4.0), Generation())
+
+
+def test_a_policy_without_an_adapter_is_refused_before_data_are_read(tiny: Path, tmp_path: Path) -> None:
+    data = ("--data.source", tmp_path / "nowhere.jsonl", "--data.goal", "AdapterStrength")
+    shown = run_command("fit", "--model.policy.path", tiny, *data)
+    assert shown.returncode == 2
+    assert "the policy has none: set --model.policy.lora.r" in shown.stderr
+
+
 def test_callbacks_ask_for_goals_by_strength(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
     """Without a goal the policy stays the base model; a goal beyond the scale is noted and sampled."""
     samples = GoalSamples(goals=[1, 10, 12], prompts=2, every_n_steps=5)

@@ -26,6 +26,7 @@ from rap_lightning.batches.encode import Encoder
 from rap_lightning.batches.layouts import LAYOUTS, Collate
 from rap_lightning.batches.loader import PairLoader
 from rap_lightning.batches.prompts import (
+    GOAL_OPTION,
     PredictPrompts,
     Prompt,
     PromptEncoder,
@@ -445,6 +446,8 @@ class PreferenceDataModule(pl.LightningDataModule):
         goal = self.predict.goal
         if goal is None and self.goal is not None and self.relabelling.conditioned:
             goal = self.goal.best
+        elif goal is not None and self.goal is not None and (note := self.goal.refuse_outside(goal, GOAL_OPTION)):
+            rank_zero_info(note)
         if generation.guidance:
             self.prompt_encoder.check_guidance(goal, generation.against)
         try:

@@ -24,6 +24,7 @@ from rap_lightning.preferences.relabelling import Relabelling
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source
 
+GOAL_OPTION = "--data.predict.goal"
 LowGoal = float | Literal["none"] | None
 """The goal that guidance pushes away from, as :meth:`rap_lightning.preferences.goals.GoalTemplate.low` takes it."""
 
@@ -50,8 +51,8 @@ class PredictPrompts:
             return
         if template is None:
             raise ConfigError("--data.predict.goal has no effect with --data.goal null; remove one of the two.")
-        if not template.needs_fit:
-            template.refuse_outside(self.goal, "--data.predict.goal")
+        if not template.needs_fit:  # else the data module asks once its numbers are fitted
+            template.refuse_outside(self.goal, GOAL_OPTION)
 
 
 @dataclass(frozen=True)

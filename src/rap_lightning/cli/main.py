@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import sys
+import warnings
 from pickle import UnpicklingError
 
 from rap_lightning import __version__
@@ -110,6 +111,8 @@ def _main(args: list[str]) -> None:
         sys.exit(_fail(f"unknown command {args[0]!r}.{hint} The commands are {', '.join(COMMANDS)}."))
     sys.path.append(os.getcwd())  # classes in the working folder; last, so that it shadows nothing
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when data workers fork
+    # peft, where an adapter is put on a model, with transformers from 5.24 on
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other on busy cores
     from rap_lightning.progress_bar import adapt_to_terminal  # not above: --help does not need tqdm
 

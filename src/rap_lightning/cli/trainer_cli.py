@@ -74,7 +74,7 @@ from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.goals import GoalTemplate
 from rap_lightning.provenance import MASK, flatten, masked
 from rap_lightning.strategies import FSDP2, check_requested, check_resumes, check_size
-from rap_lightning.training.checks import check_attention
+from rap_lightning.training.checks import check_attention, check_strength
 from rap_lightning.training.protocols import PreferenceData
 from rap_lightning.training.schedules import Schedule
 
@@ -204,7 +204,9 @@ class PreferenceCLI(LightningCLI):
         if isinstance(self.model, PreferenceModule):
             self.model.run_key = self._run_key
             if isinstance(self.datamodule, PreferenceData):
-                check_attention(self.model.policy_config, self.datamodule.layout)  # before data are downloaded
+                # before data are downloaded
+                check_strength(self.datamodule.goal, self.model.policy_config)
+                check_attention(self.model.policy_config, self.datamodule.layout)
 
     def _tracked_before(self) -> Continued:
         """Return the tracked runs of the run that is resumed; none where another run's checkpoint is trained on."""
@@ -515,7 +517,6 @@ def _set_up_libraries() -> None:
     # our data module has an empty list of validation batches where there is no such split, and says so itself
     warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*")
     warnings.filterwarnings(
         "ignore", message=r".*does not have many workers.*"
     )  # rows are tokenised, workers gain little

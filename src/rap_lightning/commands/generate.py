@@ -101,6 +101,9 @@ def generate(
         model, revision, trust_remote_code, template=TemplateOptions(chat_template, chat_template_kwargs or {})
     )
     generation = Generation(max_new_tokens, temperature, top_p, guidance, against, plausibility)
+    generator = ResponseGenerator(
+        source, engine, max_prompt_length=max_prompt_length, shard=own, shards=shards, rank=rank
+    )
     goals = request_goals(options, source.record(goal_from), template, generation)
     found = read_prompts(prompts, split, column, limit)
     if shards > 1:
@@ -109,8 +112,6 @@ def generate(
         print("\n".join([*found.lines(), *(f"goal: {one.last_line}" for one in goals)]))
         if low := goals[0].against:
             print(f"guidance {guidance:g} against: {low.last_line}")
-    with ResponseGenerator(
-        source, engine, max_prompt_length=max_prompt_length, shard=own, shards=shards, rank=rank
-    ) as generator:
+    with generator:
         summary = generator.run(found.histories, Path(output), goals, generation, samples, seed)
     return 1 if summary.failed else 0

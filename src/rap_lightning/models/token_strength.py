@@ -54,13 +54,14 @@ def strength_as_now() -> AbstractContextManager[None]:
 
 
 def check_reach(model: nn.Module) -> None:
-    """Raise ConfigError for trained weights that no strength would reach."""
+    """Raise ConfigError for weights, trained or of an adapter, that no strength would reach."""
     reached = {id(factor.weight) for layer, first in _scaled(model) for factor in (first, *layer.lora_B.values())}
-    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached]
+    every = model.named_parameters()
+    left = [name for name, p in every if (p.requires_grad or ".lora_" in name) and id(p) not in reached]
     if left:
         raise ConfigError(
             f"goal AdapterStrength: {left[0]} is trained and has no strength (and {len(left) - 1} more). It works "
-            "with LoRA on linear layers: leave experts, embeddings, convolutions and biases out of "
+            "with LoRA on linear layers, without DoRA: leave experts, embeddings, convolutions and biases out of "
             "--model.policy.lora.target_modules."
         )
 

@@ -145,8 +145,10 @@ def request_goals(
     generation: Generation,
 ) -> list[RequestedGoal]:  # fmt: skip
     """Return the goal of each option, with the low goal of guidance."""
+    if not options:
+        raise ConfigError("--goal is an empty list. Name goals, or leave it out for the model's best.")
     goals = [resolve(option, record, template) for option in options]
-    if len({goal.stated for goal in goals}) < len(goals):
+    if len({goal.stated for goal in goals}) < len(goals) or len({goal.printed for goal in goals}) < len(goals):
         raise ConfigError(f"--goal {list(options)}: two of them read the same")
     return with_low_goal(goals, generation, record, template)
 
@@ -198,6 +200,9 @@ def with_low_goal(
     if template is None and generation.against != "none":
         template = template_of(record or {})
     low, printed = (StatedGoal(), "none") if template is None else template.low(generation.against)
+    against = generation.against
+    if template is not None and isinstance(against, float) and (note := template.refuse_outside(against, "--against")):
+        print(note, file=sys.stderr)
     placement = template.placement if template is not None else (record or {})["placement"]
     if {goal.stated for goal in goals} == {low}:
         raise ConfigError(

@@ -70,6 +70,11 @@ class ResponseGenerator:
             raise ConfigError(
                 f"--max_prompt_length has no effect with {type(engine).__name__}: the server writes the prompts."
             )
+        if model.template.name is not None and not engine.reads_ids and not model.place.is_dir():
+            raise ConfigError(
+                f"--chat_template {model.template.name} has no effect with {type(engine).__name__}: the server writes "
+                "the prompts, and the API has no field for it. Start the server with that template."
+            )
         self.model, self.engine, self.max_prompt_length = model, engine, max_prompt_length
         self.shard, self.shards, self.rank = shard, shards, rank
         self._open = False
@@ -120,6 +125,12 @@ class ResponseGenerator:
         if generation.processes_logits and reason:
             raise ConfigError(f"--{option}: {reason}. Use --engine Transformers, or remove it.")
         strengths = {one.stated.strength for goal in goals for one in (goal, goal.against) if one is not None}
+        if strengths - {None, 0.0} and self.engine.reads_ids and not self.model.adapts:  # at 0, it is the model itself
+            raise ConfigError(
+                f"{self.model.option} {self.model.path} has no adapter, and these goals are strengths of one "
+                "(AdapterStrength). Give the adapter's folder or its checkpoint, or write goals as text (--template "
+                "OverallGoal)."
+            )
         if strengths - {None, 1.0} and not self.engine.sets_strength:
             raise ConfigError(
                 f"--engine {type(self.engine).__name__} runs an adapter at the strength of its weights, and these "

@@ -83,7 +83,15 @@ class Transformers(Engine):
     def run(
         self, requests: Sequence[Request], generation: Generation, wanted: Collection[str]
     ) -> Iterator[list[Completion]]:
-        """Yield one batch at a time. A partly finished batch is computed whole, so that its numbers stay the same."""
+        """Yield one batch at a time. A partly finished batch is computed whole, so that its numbers stay the same.
+
+        Raises:
+            ConfigError: goals are strengths, and a part of the adapter has none.
+        """
+        from rap_lightning.models.token_strength import check_reach
+
+        if hasattr(self._model, "peft_config") and any(request.strength is not None for request in requests):
+            check_reach(self._model)
         if self.continuous:
             yield from self._run_continuously([r for r in requests if r.id in wanted], generation)
             return

@@ -163,9 +163,12 @@ class GoalLogps:
         from rap_lightning.batches.at_goals import batch_of, in_passes
         from rap_lightning.batches.types import split_segments
         from rap_lightning.models.model_checks import check_sharing
+        from rap_lightning.models.token_strength import check_reach
 
         device = default_device()
         policy = model.load_policy(weights_dtype(self.plan.dtype, device), device)
+        if policy.has_adapter and any(item.strength is not None for item in items.values()):
+            check_reach(policy.model)
         if reason := check_sharing(policy):
             print(f"{model.path} shares no prefixes: {reason}. Sequences go through it one at a time.")
         id_of = {key_of(item): one for one, item in items.items()}
