@@ -97,26 +97,9 @@ def scored_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Scored pairs in the layout of ultrafeedback_binarized, with a few existing system messages and histories."""
     rng = random.Random(seed)
     words = [
-        "red",
-        "green",
-        "blue",
-        "apple",
-        "pear",
-        "plum",
-        "one",
-        "two",
-        "three",
-        "four",
-        "sings",
-        "walks",
-        "runs",
-        "far",
-        "near",
-        "and",
-        "or",
-        "the",
-        "a",
-    ]
+        "red", "green", "blue", "apple", "pear", "plum", "one", "two", "three", "four", "sings", "walks", "runs",
+        "far", "near", "and", "or", "the", "a",
+    ]  # fmt: skip
 
     def say(low: int, high: int) -> str:
         return " ".join(rng.choices(words, k=rng.randint(low, high)))
@@ -144,6 +127,21 @@ def scored_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def flip_bit(shard: Path) -> None:
+    """Change a bit in the middle of the largest tensor of a shard of a checkpoint folder."""
+    from rap_lightning.models.checkpoint.sharded_folder import read_index
+
+    entries = read_index(shard.parent).storage_data.values()
+    largest = max((one for one in entries if one.relative_path == shard.name), key=lambda one: one.length)
+    content = bytearray(shard.read_bytes())
+    content[largest.offset + largest.length // 2] ^= 1
+    shard.write_bytes(content)
 
 
 def pairs_of(rows: list[dict[str, Any]], **rules: Any) -> tuple[list[Any], Any]:
@@ -220,6 +218,12 @@ def called(*args: object) -> int:
     return 0
 
 
+def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    """As :func:`called`, of a command line that ``sys.argv`` holds."""
+    monkeypatch.setattr(sys, "argv", ["rap-lightning", *map(str, args)])
+    return called(*args)
+
+
 def run_command(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command line in this process, and return its exit code with what it wrote."""
     out, err = io.StringIO(), io.StringIO()
@@ -254,6 +258,14 @@ def family(request: pytest.FixtureRequest) -> str:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny ChatML model."""
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has a goal."""
+    folder = make_model(tmp_path_factory.mktemp("knowing") / "model")
+    (folder / "goal.json").write_text(json.dumps(OverallGoal().record()))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,10 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger
 
 import kills
-from conftest import run_command
+from conftest import read_jsonl, run_command
 from rap_lightning.callbacks import run_tracking
 from rap_lightning.callbacks.trackers import BY_NAME, Continued, require_installed
-from rap_lightning.cli import trainer_cli
+from rap_lightning.cli import logger_options, trainer_cli
 from rap_lightning.errors import ConfigError
 from rap_lightning.training.guarded_loggers import guard_loggers, lines_lost
 
@@ -85,7 +85,7 @@ def fit(world: Path, here: Path, *options: str, steps: int = 2) -> Any:
 
 
 def recorded(here: Path, what: str) -> list[Any]:
-    lines = [json.loads(line) for line in (here / "recorded.jsonl").read_text().splitlines()]
+    lines = read_jsonl(here / "recorded.jsonl")
     return [values for name, *values in lines if name == what]
 
 
@@ -175,7 +175,7 @@ def test_a_logger_that_starts_sees_no_key_on_the_command_line(
 
 def test_a_logger_may_have_no_options() -> None:
     logger = Namespace(class_path="lightning.pytorch.loggers.logger.DummyLogger")
-    trainer_cli.take_secrets_from_environment(Namespace(trainer=Namespace(logger=logger)), print)
+    logger_options.take_secrets_from_environment(Namespace(trainer=Namespace(logger=logger)), print)
 
 
 def test_a_saved_config_takes_keys_from_the_environment_or_again(world: Path, here: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_folder_named_like_a_package_is_none(here: Path, monkeypatch: pytest.M
 
 def test_track_is_repeatable_and_adds_to_a_config() -> None:
     args = ["--track", "wandb", "--track=mlflow", "--track", "[comet]", "--track=[comet]", "--data.x", "--track"]
-    assert trainer_cli._appending(args) == [
+    assert logger_options.make_track_repeatable(args) == [
         "--track+", "wandb", "--track+=mlflow", "--track", "[comet]", "--track=[comet]", "--data.x", "--track"
     ]  # fmt: skip
 
@@ -270,7 +270,7 @@ def test_a_logger_of_ones_own_continues_its_run_and_keeps_its_options() -> None:
         Namespace(class_path="CSVLogger", init_args=Namespace(version=None)),
     ]
     for logger in loggers:
-        trainer_cli._continue(logger, continued)
+        logger_options.continue_tracked(logger, continued)
     assert [vars(logger.init_args) for logger in loggers] == [
         {"id": "first", "project": "mine"}, {"id": "given", "project": "p"}, {"run_id": "run", "tracking_uri": "http://host"},
         {"version": None},
@@ -283,7 +283,7 @@ def test_the_file_store_of_mlflow_is_refused(uri: str | None, monkeypatch: pytes
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     logger = Namespace(class_path="MLFlowLogger", init_args=Namespace(run_id=None, tracking_uri=uri))
     with pytest.raises(ConfigError, match=r"file store .* can't hold both"):
-        trainer_cli._continue(logger, Continued())
+        logger_options.continue_tracked(logger, Continued())
 
 
 def test_a_tracked_run_whose_files_are_gone_is_begun_anew(tmp_path: Path) -> None:

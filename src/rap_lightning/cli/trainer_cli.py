@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,6 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
 
 from rap_lightning import losses
 from rap_lightning.callbacks import (
@@ -40,16 +39,19 @@ from rap_lightning.callbacks import (
 from rap_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from rap_lightning.callbacks.run_folder import ClaimedFolder
 from rap_lightning.callbacks.run_tracking import RunTracking
-from rap_lightning.callbacks.trackers import (
-    BY_NAME,
-    Continued,
-    refuse_file_store,
-    require_installed,
-    tracker_of_class,
-)
+from rap_lightning.callbacks.trackers import Continued
 from rap_lightning.cli.config_files import configs_named, content_of
 from rap_lightning.cli.error_messages import LIBRARIES, ExplainsErrors, causes, check_nulls, raised_in
 from rap_lightning.cli.help_format import ReadableDefaultsHelp, arrange_trainer
+from rap_lightning.cli.logger_options import (
+    as_list,
+    continue_tracked,
+    make_track_repeatable,
+    other_folders,
+    require_packages,
+    take_secrets_from_environment,
+    with_metrics_csv,
+)
 from rap_lightning.cli.parser_internals import prefer_own_short_names, start_new_classes_from_their_defaults
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.distributed.consistency import comparable, model_files, without_address
@@ -72,7 +74,7 @@ from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
 from rap_lightning.onpolicy.judges import Judge
 from rap_lightning.preferences.goals import GoalTemplate
-from rap_lightning.provenance import MASK, flatten, masked
+from rap_lightning.provenance import flatten, masked
 from rap_lightning.strategies import FSDP2, check_requested, check_resumes, check_size
 from rap_lightning.training.checks import check_attention, check_strength
 from rap_lightning.training.protocols import PreferenceData
@@ -149,7 +151,7 @@ class PreferenceCLI(LightningCLI):
         options = self.config[command]
         check_nulls(self._parser(command), options)
         take_secrets_from_environment(options, _notice)
-        _require_packages(options)
+        require_packages(options)
         check_deepspeed_config(options)
         if options.get("weights_only") is None:
             options["weights_only"] = True  # Lightning's default would unpickle, and so run, a local file's objects
@@ -171,7 +173,7 @@ class PreferenceCLI(LightningCLI):
                     "--trainer.default_root_dir for this job, give --ckpt_path, or remove the file."
                 )
         if path == "last":
-            elsewhere = _other_folders(options)
+            elsewhere = other_folders(options)
             found = newest_whole(root, self._is_of_this_run, _notice, elsewhere)
             if found is None and not fits:
                 raise ConfigError(f"--ckpt_path last: no checkpoint below {root} is of a run with these options.")
@@ -195,8 +197,8 @@ class PreferenceCLI(LightningCLI):
         """Instantiate, and give the module the key by which its checkpoints are found again."""
         self._given, self._continued = self.config, self._tracked_before()
         self.config = self.config.clone()
-        for logger in _as_list(self.config[self.config["subcommand"]]["trainer"].get("logger")):
-            _continue(logger, self._continued)
+        for logger in as_list(self.config[self.config["subcommand"]]["trainer"].get("logger")):
+            continue_tracked(logger, self._continued)
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -222,7 +224,7 @@ class PreferenceCLI(LightningCLI):
         """Add metrics.csv and trackers, console output, the run record and checkpoint digests."""
         self.config = self._given  # config.yaml is of the options as given
         config = self.config_init[self.config["subcommand"]]["trainer"]
-        callbacks, plugins = _as_list(config.get("callbacks")), _as_list(config.get("plugins"))
+        callbacks, plugins = as_list(config.get("callbacks")), as_list(config.get("plugins"))
         if config.get("enable_progress_bar") is None and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar() if _on_terminal() else ConsoleLines())
             if not _on_terminal():
@@ -230,7 +232,7 @@ class PreferenceCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         options = self.config[self.config["subcommand"]]
-        kwargs["logger"] = _with_metrics_csv(_as_list(config.get("logger")), config.get("default_root_dir") or "runs")
+        kwargs["logger"] = with_metrics_csv(as_list(config.get("logger")), config.get("default_root_dir") or "runs")
         facts = comparable(options.as_dict())
         if isinstance(self.model, PreferenceModule):
             facts |= model_files(self.model.policy_config.path)
@@ -254,84 +256,6 @@ class SaveConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
         super().__init__(parser, masked(config), **options)
-
-
-def take_secrets_from_environment(options: Namespace, say: Callable[[str], None]) -> None:
-    """Let loggers read the keys that a saved config doesn't have (***) from the environment.
-
-    Raises:
-        ConfigError: another option is masked.
-    """
-    for logger in _as_list(options["trainer"].get("logger")):
-        arguments = logger.get("init_args") or Namespace()
-        for name in [name for name, value in vars(arguments).items() if value == MASK]:
-            arguments[name] = None
-            say(
-                f"{name} of {logger['class_path'].rpartition('.')[2]} is not in the saved config: it is read from the "
-                "environment, as the tracker's package does (WANDB_API_KEY, COMET_API_KEY)"
-            )
-    hidden = [name for name, value in flatten(_plain(options)).items() if _has_mask(value)]
-    if hidden:
-        raise ConfigError(
-            f"{hidden[0]} is {MASK} in the config: a run's config.yaml is saved without keys and passwords. Write it "
-            "there again, or give its option on the command line."
-        )
-
-
-def _plain(options: Namespace) -> dict[str, Any]:
-    """Return options with the list of loggers as a dict by number, so that each has a name."""
-    plain: dict[str, Any] = options.as_dict()
-    loggers = plain["trainer"].get("logger")
-    if isinstance(loggers, list):
-        plain["trainer"]["logger"] = {str(number): logger for number, logger in enumerate(loggers)}
-    return plain
-
-
-def _has_mask(value: Any) -> bool:
-    if isinstance(value, dict | list | tuple):
-        return any(_has_mask(inner) for inner in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str) and (value == MASK or f"://{MASK}@" in value)
-
-
-def _require_packages(options: Namespace) -> None:
-    """Raise ConfigError where the package of a tracker is missing."""
-    options["track"] = list(dict.fromkeys(options.get("track") or ()))  # in a config, and again on the command line
-    for name in options["track"]:
-        require_installed(BY_NAME[name], f"--track {name}")
-    for logger in _as_list(options["trainer"].get("logger")):
-        path = logger.get("class_path") if isinstance(logger, Namespace | dict) else None
-        if path and (tracker := tracker_of_class(path)) is not None:
-            require_installed(tracker, f"--trainer.logger {path.rpartition('.')[2]}")
-
-
-def _other_folders(options: Namespace) -> list[Path]:
-    """Return where a run with these options writes checkpoints, if not below the default root: as a CSVLogger says."""
-    loggers = [logger for logger in _as_list(options["trainer"].get("logger")) if isinstance(logger, Namespace)]
-    named = [
-        logger["init_args"].get("save_dir")
-        for logger in loggers
-        if str(logger.get("class_path")).endswith("CSVLogger") and logger.get("init_args")
-    ]
-    named.append((options.get("checkpoint") or {}).get("dirpath"))
-    return [Path(str(folder)) for folder in named if folder]
-
-
-def _continue(logger: Any, continued: Continued) -> None:
-    """Give a logger the options by which it continues the tracked run of the run that is resumed; its own are kept."""
-    tracker = tracker_of_class(logger.get("class_path") or "") if isinstance(logger, Namespace) else None
-    arguments = logger.get("init_args") if tracker is not None else None
-    if tracker is not None and arguments is not None:
-        for name, value in continued.take(tracker).items():
-            if name in arguments and arguments[name] is None:
-                arguments[name] = value
-        if "tracking_uri" in arguments:
-            refuse_file_store(arguments["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI"))
-
-
-def _with_metrics_csv(loggers: list[Logger], root: str) -> list[Logger]:
-    """Return the loggers, the one of metrics.csv first: its folder is the run's."""
-    first = next((logger for logger in loggers if isinstance(logger, CSVLogger)), None)
-    return [first or CSVLogger(root, name=""), *(logger for logger in loggers if logger is not first)]
 
 
 def run_key_of(options: Any) -> str:
@@ -366,11 +290,6 @@ def _notice(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _as_list(value: Any) -> list[Any]:
-    """Return a list of one or many; of none for None and for true and false, which name nothing."""
-    return list(value) if isinstance(value, list) else [] if value is None or isinstance(value, bool) else [value]
-
-
 def _on_terminal() -> bool:
     from rich.console import Console
 
@@ -384,10 +303,7 @@ def _on_terminal() -> bool:
 def parse_only(args: list[str], command: str = "fit", other_options: Sequence[str] = ()) -> PreferenceCLI:
     """Parse options of fit and instantiate model and data module, without a trainer: nothing is loaded.
 
-    Args:
-        args: the options.
-        command: the command that takes them.
-        other_options: of that command, to suggest for a misspelt one.
+    ``command`` is the one that takes them; its ``other_options`` are suggested for a misspelt one too.
     """
     _set_up_libraries()
     options = _cli_options(args) | {"args": args, "run": False, "seed_everything_default": False}
@@ -446,17 +362,8 @@ class _ParserOnlyCLI(_ParseOnlyCLI):
         """Run nothing."""
 
 
-def _appending(args: list[str]) -> list[str]:
-    """Make ``--track NAME`` repeatable: jsonargparse appends to a list with ``--track+``, and replaces it otherwise."""
-    return [
-        "--track+" if arg == "--track" and after[:1] not in ("[", "") else
-        arg.replace("--track=", "--track+=", 1) if arg.startswith("--track=") and arg[8:9] != "[" else arg
-        for arg, after in zip(args, [*args, ""][1:], strict=True)
-    ]  # fmt: skip
-
-
 def _cli_options(args: list[str]) -> dict[str, Any]:
-    args = _appending(args)
+    args = make_track_repeatable(args)
     sections = _sections_with_class(args)
     return {
         "model_class": PreferenceModule,
