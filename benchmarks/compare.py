@@ -23,10 +23,7 @@ from typing import Any
 WARM_UP = 1
 """Steps at the beginning of each process that are not counted: they make Adam's state, and touch memory first."""
 HERE = Path(__file__).resolve().parent
-OURS = {
-    "tree": ["ours.py"],
-    "tree, passes as long as the longest pair": ["ours.py", "--token-budget", "0"],
-}
+OURS = {"tree": ["ours.py"], "tree, passes as long as the longest pair": ["ours.py", "--token-budget", "0"]}
 PEERS = {
     "TRL, live reference": ["peer_trl.py"],
     "TRL, precomputed": ["peer_trl.py", "--precompute"],

@@ -62,10 +62,7 @@ def spreads(ranks: int, lora: bool) -> dict[str, Spread]:
 
 def planned(step: Step, spread: Spread, reference: ReferenceKind) -> tuple[Memory, Time]:
     """What a rank holds, and how long a step takes."""
-    return (
-        memory(step, spread, reference, "cuda"),
-        duration(step, spread, reference, 1, GPU, MFU[False], NETWORK),
-    )
+    return (memory(step, spread, reference, "cuda"), duration(step, spread, reference, 1, GPU, MFU[False], NETWORK))
 
 
 def main() -> None:

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from conftest import build, make_model, make_trainer, scored_rows, write_jsonl
+from conftest import build, called, make_model, make_trainer, read_jsonl, scored_rows, write_jsonl
 from rap_lightning.callbacks import ExportHF, LikelihoodProbe
-from rap_lightning.cli import main as cli
 from rap_lightning.datamodule import PreferenceDataModule
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO
@@ -167,11 +166,17 @@ def test_a_judge_in_fit_gives_the_pairs_of_data_that_it_scored_before(layout: st
         assert tally.count == exchanged > 3
 
 
+def contradicted() -> list[dict[str, Any]]:
+    """Rows, a quarter of them with labels that what was learned contradicts."""
+    rows = [row for row in scored_rows(30) if row["chosen"][0]["role"] == "user"]
+    for row in rows[::4]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    return rows
+
+
 def test_unscored_pairs_are_relabelled_by_what_dpo_learned(tiny: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    rows = [row for row in scored_rows(30) if row["chosen"][0]["role"] == "user"]
-    for row in rows[::4]:  # labels that what was learned contradicts
-        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    rows = contradicted()
     write_jsonl(tmp_path / "data" / "train.jsonl", harmless(rows))
     write_jsonl(tmp_path / "data" / "test.jsonl", harmless(rows[:6]))
     judge = ImplicitReward(str(runs["lora"]), beta=0.5)
@@ -236,9 +241,9 @@ def module_of(folder: Path, tiny: Path, **options: Any) -> Any:
 def test_what_was_judged_is_not_judged_again_and_a_killed_run_goes_on(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rap_lightning.models import judge_rewards as home
+    from rap_lightning.models.references import logp_store
 
-    monkeypatch.setattr(home, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(logp_store, "FLUSH_SECONDS", -1.0)
     (tmp_path / "data").mkdir()
     rows = unscored(scored_rows(20))
     write_jsonl(tmp_path / "data" / "train.jsonl", rows)
@@ -283,27 +288,15 @@ def test_responses_without_a_reward_are_dropped_counted_and_asked_again(
         module_of(tmp_path / "none", tiny, rewards=Counting(refuses=" ")).setup("fit")
 
 
-def scored(*args: str) -> int:
-    try:
-        cli.main(["score", *args])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_relabel_and_score_take_it_on_the_command_line(
     tiny: Path, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import pyarrow.parquet as pq
 
-    rows = [row for row in scored_rows(30) if row["chosen"][0]["role"] == "user"]
-    for row in rows[::4]:  # labels that what was learned contradicts
-        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    rows = contradicted()
     source = write_jsonl(tmp_path / "train.jsonl", harmless(rows))
-    cli.main([
-        "relabel", "--source", str(source), "--output", str(tmp_path / "out"), "--rewards", "ImplicitReward",
-        "--rewards.model", str(runs["full"]), "--rewards.base", str(tiny), "--goal.scale.high", "5",
-    ])  # fmt: skip
+    options = ["--rewards", "ImplicitReward", "--rewards.model", runs["full"], "--rewards.base", tiny]
+    assert called("relabel", "--source", source, "--output", tmp_path / "out", *options, "--goal.scale.high", 5) == 0
     shown = capsys.readouterr().out
     assert "the rewards agree with" in shown
     assert "contradicts the label" in shown
@@ -320,17 +313,14 @@ def test_relabel_and_score_take_it_on_the_command_line(
     ):  # fmt: skip
         output = tmp_path / f"{judge[0]}.jsonl"
         written = write_jsonl(tmp_path / "s.jsonl", samples)
-        assert scored("--source", str(written), "--output", str(output), "--judge", *judge) == 0
-        (row,) = [json.loads(line) for line in output.read_text().splitlines()]
+        assert called("score", "--source", str(written), "--output", str(output), "--judge", *judge) == 0
+        (row,) = read_jsonl(output)
         assert len({one["overall_score"] for one in row["completions"]}) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"streaming": True}, "Score it beforehand"),
-        ({"goal": AttributeGoal(["helpfulness"])}, "gives one reward"),
-    ],
+    [({"streaming": True}, "Score it beforehand"), ({"goal": AttributeGoal(["helpfulness"])}, "gives one reward")],
 )
 def test_what_does_not_go_with_it_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

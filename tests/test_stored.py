@@ -20,7 +20,7 @@ from rap_lightning.errors import ConfigError
 from rap_lightning.losses import DPO, Hinge
 from rap_lightning.models.policy import Policy
 from rap_lightning.models.policy_config import PolicyConfig
-from rap_lightning.models.references import precomputed as stored_module
+from rap_lightning.models.references import logp_store, precomputed
 from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.logp_store import LogpStore
 from rap_lightning.models.references.precomputed import Stored
@@ -154,7 +154,7 @@ def _changed(model: Path, folder: Path, *, template: bool = False, weight: bool 
 
 def fit_until_killed(run: Path, model: Path, data: Path, store: Path) -> None:
     """Fit in a process of its own, which is killed when it adds its 50th response to the store."""
-    stored_module.FLUSH_SECONDS = 0.0
+    logp_store.FLUSH_SECONDS = 0.0
     add, count = LogpStore.add, 0
 
     def dying(self: Any, *values: Any) -> None:
@@ -302,7 +302,7 @@ def test_a_revision_without_a_path_is_refused() -> None:
 
 
 def test_the_sample_is_small() -> None:
-    assert stored_module.SAMPLE <= 4, "every start computes it"
+    assert precomputed.SAMPLE <= 4, "every start computes it"
 
 
 def test_a_policy_trained_in_this_process_is_never_taken_for_the_reference(

@@ -173,11 +173,7 @@ def writes_shards(strategy: Any) -> bool:
 
 
 def check_requested(strategy: Any, accelerator: Any) -> None:
-    """Raise ConfigError for a strategy that doesn't exist or can't work, and for GPUs that aren't there.
-
-    Args:
-        strategy, accelerator: the trainer's options, as parsed.
-    """
+    """Raise ConfigError for parsed options that name a strategy that can't work, or GPUs that aren't there."""
     name = strategy if isinstance(strategy, str) else str((strategy or {}).get("class_path", ""))
     if name.rpartition(".")[2].lower() in ("fsdp", "fsdp_cpu_offload", "fsdpstrategy"):
         raise ConfigError(

@@ -211,11 +211,7 @@ class EncodedPairs(Dataset[Any]):
         return len(self.index)
 
     def digest(self, *columns: str) -> str:
-        """Digest of every encoded pair, in order: the same wherever the same data were encoded in the same way.
-
-        Args:
-            columns: take only these into account.
-        """
+        """Digest of every encoded pair, in order, or of some columns: the same wherever the same data were encoded."""
         table = self.table.select_columns(list(columns)) if columns else self.table
         table, found = table.with_format("arrow"), hashlib.sha256(b"" if columns else str(self.relabelling).encode())
         for first in range(0, len(table), DIGESTED):
@@ -265,15 +261,10 @@ def encode_pairs(
     num_proc: int | None = None,
     strict: bool = False,
 ) -> EncodedPairs:
-    """Tokenise scored pairs, with progress, cached by content.
+    """Tokenise a table of scored pairs, with progress, cached by content.
 
-    Args:
-        pairs: a table of scored pairs (rap_lightning.preferences.pair_cache).
-        encoder: renders and tokenises.
-        relabelling: what each pair becomes.
-        report: gets what was repaired, truncated or dropped here, and the final counts.
-        num_proc: processes that share the work.
-        strict: raise where a pair can't be encoded, instead of dropping and counting it.
+    The report gets what was repaired, truncated or dropped here, and the final counts; with ``strict``, a pair that
+    can't be encoded is an error.
     """
     table = pairs.map(
         _encode_rows,

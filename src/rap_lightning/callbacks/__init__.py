@@ -15,17 +15,6 @@ from rap_lightning.callbacks.steering_table import SteeringTable
 from rap_lightning.callbacks.watchdog import Watchdog
 
 __all__ = [
-    "AtomicCheckpointIO",
-    "Checkpoints",
-    "ConsoleLines",
-    "ExportHF",
-    "GoalMargins",
-    "GoalSamples",
-    "Guard",
-    "LikelihoodProbe",
-    "RunRecord",
-    "SteeringTable",
-    "Watchdog",
-    "WholeSteps",
-    "WritePredictions",
-]
+    "AtomicCheckpointIO", "Checkpoints", "ConsoleLines", "ExportHF", "GoalMargins", "GoalSamples", "Guard",
+    "LikelihoodProbe", "RunRecord", "SteeringTable", "Watchdog", "WholeSteps", "WritePredictions",
+]  # fmt: skip

@@ -38,7 +38,6 @@ class ConsoleLines(LogObserver):
 
     @rank_zero_only
     def on_step_logged(self, trainer: pl.Trainer, logged: LoggedStep) -> None:
-        """Print the means."""
         elapsed, total = time.perf_counter() - self._start, int(trainer.estimated_stepping_batches)
         left = elapsed / (logged.step - self._first_step) * (total - logged.step)
         self._print(f"step {logged.step}/{total}  {_shown(logged.values)}  {elapsed:.0f} s, {left:.0f} s left")
@@ -56,14 +55,12 @@ class ConsoleLines(LogObserver):
         self._print(f"sanity-checking validation on {amount}")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock of the test."""
         self._printed = self._began = time.perf_counter()
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        """Print the progress of a long validation."""
         if not trainer.sanity_checking:
             self._print_progress("validation", batch_idx + 1, trainer.num_val_batches[dataloader_idx])
 
@@ -71,7 +68,6 @@ class ConsoleLines(LogObserver):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        """Print the progress of a long test."""
         self._print_progress("test", batch_idx + 1, trainer.num_test_batches[dataloader_idx])
 
     @rank_zero_only
@@ -82,11 +78,9 @@ class ConsoleLines(LogObserver):
             self._print(f"{what}: batch {done}/{total:g}{left}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the validation's means."""
         self._print_means(trainer, pl_module, "val/", "validation")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the test's means."""
         self._print_means(trainer, pl_module, "test/", "test")
 
     @rank_zero_only

@@ -72,11 +72,9 @@ class Guard(pl.Callback):
             logger.log_metrics({"guard/skipped_steps": float(self.skipped)}, step=trainer.global_step + 1)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the counts."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue to count."""
         self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
     def _message(self, trainer: pl.Trainer, module: PreferenceModule) -> tuple[str, bool]:

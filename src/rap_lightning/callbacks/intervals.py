@@ -62,7 +62,6 @@ class AtIntervals(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure after an optimizer step where that is due."""
         if (
             ends_step(trainer, batch_idx)
             and trainer.global_step % self.every_n_steps == 0
@@ -71,16 +70,13 @@ class AtIntervals(pl.Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure after the last step."""
         if self._measured < trainer.global_step:
             self._measure(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step of the last measurement."""
         return {"measured": self._measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after it."""
         self._measured = state_dict["measured"]
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -109,11 +109,9 @@ class LikelihoodProbe(AtIntervals):
         return rows, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also the log-probabilities before the first step."""
         return super().state_dict() | {"base": self._base, "base_of": self._base_of}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the same log-probabilities to compare with."""
         super().load_state_dict(state_dict)
         self._base, self._base_of = state_dict["base"], state_dict["base_of"]
 

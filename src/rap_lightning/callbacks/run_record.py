@@ -93,7 +93,6 @@ class RunRecord(pl.Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the final metrics."""
         self._facts = run_facts(trainer, pl_module)
         self._finished = _now()
         self._write_run(trainer)

@@ -44,15 +44,8 @@ class WholeSteps(pl.Callback):
         self._requeue: int | None = None
         self._owner = 0
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Install the handlers."""
-        self._install(trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Install the handlers."""
-        self._install(trainer)
-
-    def _install(self, trainer: pl.Trainer) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Install the handlers, once: the sanity check comes first, where there is one."""
         if self._previous or threading.current_thread() is not threading.main_thread():
             return
         self._pending, self._held, self._saving = [], False, False
@@ -69,6 +62,8 @@ class WholeSteps(pl.Callback):
         for signum in (signal.SIGINT, signal.SIGTERM, *([self._requeue] if self._requeue else [])):
             self._previous[signum] = signal.signal(signum, self._on_signal)
 
+    on_sanity_check_start = on_train_start
+
     def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
         """From here on, only record signals.
 
@@ -84,7 +79,6 @@ class WholeSteps(pl.Callback):
         self._obey_together()
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Obey recorded signals."""
         if not trainer.sanity_checking:
             self._agree(trainer)
             self._obey_together()
@@ -94,7 +88,6 @@ class WholeSteps(pl.Callback):
         self._held, self._saving = False, True
 
     def teardown(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        """Restore the previous handlers."""
         trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
         previous, self._previous = self._previous, {}
         for signum, handler in previous.items():

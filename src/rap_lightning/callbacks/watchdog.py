@@ -98,13 +98,11 @@ class Watchdog(LogObserver):
             rank_zero_warn(f"watchdog: {text}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the first windows, and what was warned of."""
         return {
             "chosen": list(self._chosen), "length": self._length, "lasted": dict(self._lasted),
             "warned": list(self._warned),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue to watch."""
         self._chosen, self._length = list(state_dict["chosen"]), state_dict["length"]
         self._lasted, self._warned = dict(state_dict["lasted"]), list(state_dict["warned"])

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from rap_lightning.errors import first_line
+
 
 def configs_named(args: Sequence[str]) -> list[str]:
     """The files of ``-c`` and ``--config``, in their order.
@@ -41,7 +43,7 @@ def read_yaml(path: str) -> tuple[Any, str]:
         mark = error.problem_mark
         return None, (f"line {mark.line + 1}, column {mark.column + 1}: " if mark else "") + str(error.problem)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        return None, str(error).splitlines()[0]
+        return None, first_line(error)
 
 
 LONG = 50_000

@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 
 from rap_lightning import __version__
 from rap_lightning.commands import COMMANDS, TRAINER_COMMANDS
-from rap_lightning.errors import UserError, print_error
+from rap_lightning.errors import UserError, first_line, print_error
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 """Reasons of the system that a user can remove; the name of the file says where."""
@@ -141,8 +141,8 @@ def _main(args: list[str]) -> None:
         print(f"\n{stop}".rstrip() or "\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        sys.exit(_fail(f"refused to load the checkpoint, which holds more than plain values and tensors: {reason}"))
+        reason = f"which holds more than plain values and tensors: {first_line(error)}"
+        sys.exit(_fail(f"refused to load the checkpoint, {reason}"))
     except OSError as error:
         if error.errno not in UNWRITABLE or error.filename is None:
             raise

@@ -181,13 +181,10 @@ def class_names(kind: Any) -> list[str]:
 
 
 def start_new_classes_from_their_defaults(bases: tuple[type, ...]) -> None:
-    """Make a class that an overlay names over another start from its own defaults.
+    """Make a class of these bases that an overlay names over another start from its own defaults.
 
     jsonargparse keeps those arguments of the replaced class that the new one accepts too: SimPO would silently run with
     DPO's beta. It has no option for this, so its function is wrapped; a test checks the effect.
-
-    Args:
-        bases: of the classes that this is for.
     """
     original = _typehints.discard_init_args_on_class_path_change
     if getattr(original, "drops_all", False):

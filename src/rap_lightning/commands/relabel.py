@@ -13,6 +13,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rap_lightning import __version__
+from rap_lightning.atomic_write import refuse_non_empty
 from rap_lightning.commands.options import load_tokenizer
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy.judges import Judge  # the classes that --rewards names are known once this is imported
@@ -32,11 +33,7 @@ from rap_lightning.preferences.template_options import TemplateOptions
 
 
 def relabel(
-    source: str | list[Source],
-    output: str,
-    split: str | None = None,
-    tokenizer: str | None = None,
-    **reading: Any,
+    source: str | list[Source], output: str, split: str | None = None, tokenizer: str | None = None, **reading: Any
 ) -> None:
     """Write relabelled pairs as parquet, in the conversational layout (prompt, chosen, rejected) that trainers read.
 
@@ -55,8 +52,7 @@ def relabel(
         reading: how rows become pairs.
     """
     target = Path(output).expanduser().resolve()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ConfigError(f"{output} exists and is not empty. Name another folder, or remove it.")
+    refuse_non_empty(target)
     read = ReadingOptions(source, tool_turns=tokenizer is not None, **reading)
     if isinstance(read.goal, AdapterStrength):
         raise ConfigError(

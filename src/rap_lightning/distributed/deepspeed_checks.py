@@ -57,12 +57,7 @@ def check_deepspeed_trainer(trainer: Any) -> None:
 def _check(stage: int, offload: bool, in_passes: bool, accumulate: int, skips: bool) -> None:
     """Raise ConfigError for what fails, or trains something other than what was asked for.
 
-    Args:
-        stage: of ZeRO.
-        offload: of the optimizer or of parameters.
-        in_passes: a batch takes several forward and backward passes (a token budget).
-        accumulate: batches in an optimizer step.
-        skips: a step with non-finite gradients should be skipped.
+    ``in_passes``: a token budget splits batches into several passes; ``skips``: the guard skips non-finite steps.
     """
     if stage == 3:
         raise ConfigError(

@@ -97,12 +97,7 @@ class RankStore:
         self.keys.set_timeout(timedelta(seconds=min(10.0, self.timeout)))  # of later operations, by the thread too
 
     def require_same(self, what: str, facts: dict[str, str]) -> None:
-        """Raise ConfigError on every rank where one has other facts than rank 0.
-
-        Args:
-            what: name of the facts: config or data.
-            facts: this rank's, as short texts by name.
-        """
+        """Raise ConfigError on every rank where one has other facts, short texts by name, than rank 0."""
         self._comparisons += 1  # every rank makes the same ones, in the same order
         key = f"facts/{self._comparisons}"
         if self.rank == 0:
@@ -122,9 +117,6 @@ class RankStore:
         """Warn on rank 0 where ranks have different GPUs: each step takes as long as on the slowest, in its memory.
 
         They are no error: clusters have such nodes, and the run computes the same up to the kernels' rounding.
-
-        Args:
-            device: this rank's, by its product name.
         """
         ranks_by_device: dict[str, list[int]] = {}
         for rank, name in enumerate(self._gather("device", device)):

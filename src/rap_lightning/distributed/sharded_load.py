@@ -34,13 +34,7 @@ from rap_lightning.models.private_api import save_under_own_names, skip_initiali
 
 
 def load_sharded(config: PolicyConfig, dtype: torch.dtype, sharding: Sharding, *, trained: bool) -> tuple[Policy, str]:
-    """Return the policy of ``config``, sharded.
-
-    Args:
-        config: which model.
-        dtype: of its weights.
-        sharding: how.
-        trained: False for a reference: the initial model without a new adapter, frozen.
+    """Return the policy of ``config``, sharded; a reference is not ``trained``: frozen, and without a new adapter.
 
     Returns:
         The policy, and why each rank had to load it whole before sharding; empty where none had to.

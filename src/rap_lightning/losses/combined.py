@@ -39,12 +39,10 @@ class _Combined(PreferenceLoss):
         return self.parts[0].implicit_rewards(policy, reference)
 
     def after_step(self) -> None:
-        """Update the parts."""
         for loss in self.parts:
             loss.after_step()
 
     def forget_step(self) -> None:
-        """Drop what the parts have gathered."""
         for loss in self.parts:
             loss.forget_step()
 
@@ -105,7 +103,6 @@ class Mixture(_Combined):
             yield name if seen[name] == 1 else f"{name}-{seen[name]}"
 
     def extra_repr(self) -> str:
-        """Return the weights."""
         return f"weights={self.weights}"
 
 

@@ -54,7 +54,6 @@ class BCO(PreferenceLoss):
         self._pending = None
 
     def forget_step(self) -> None:
-        """Drop the step's rewards."""
         self._pending = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

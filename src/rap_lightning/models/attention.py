@@ -65,14 +65,10 @@ class Seen:
 
 
 def forest_attention(config: Any, seen: Seen | None = None) -> AbstractContextManager[None]:
-    """Replace the attention of the model that was built from ``config`` by attention over a forest, within a block.
+    """Replace the attention of the layers that read this text config by attention over a forest, within a block.
 
-    The model's forward pass must be given the ``forest``. transformers makes no mask for an implementation that it has
-    no mask function for, so no unused one is computed.
-
-    Args:
-        config: the text config, which the layers read.
-        seen: what layers ask for is added to it.
+    The model's forward pass must be given the ``forest``; what its layers ask for is added to ``seen``. transformers
+    makes no mask for an implementation that it has no mask function for, so no unused one is computed.
     """
     from transformers import AttentionInterface
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rap_lightning.batches.types import Forest
+from rap_lightning.errors import first_line
 from rap_lightning.models import masked_attention
 from rap_lightning.models.attention_choice import Demand
 from rap_lightning.models.autocast import without_autocast
@@ -44,8 +45,7 @@ def passes(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers and drivers fail in many ways; a missing C compiler is the usual one
-            lines = str(error).strip().splitlines() or [""]
-            reason = f"{type(error).__name__}: {lines[0]}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
         else:
             worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
             if worst <= BOUND.get(demand.dtype, HALF_BOUND):

@@ -21,9 +21,7 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def weights_digest(path: str, revision: str | None) -> str:
     """Return a digest of every file of a model that changes its numbers: weights, config, adapters.
 
-    Args:
-        path: a folder, or a Hub id that was downloaded already.
-        revision: on the Hub.
+    A model of the Hub must have been downloaded already.
 
     Raises:
         DataError: there are no weights in the safetensors format.
@@ -89,12 +87,7 @@ def same_base(one: str, other: str) -> bool:
 
 @torch.no_grad()
 def not_finite(policy: Policy, *, trained: bool = False) -> list[str]:
-    """Return the parameters with infinite or NaN values, and how many; of sharded ones this rank's part.
-
-    Args:
-        policy: whose weights.
-        trained: only those that are trained.
-    """
+    """Return the (trained) parameters with infinite or NaN values, and how many; of sharded ones this rank's part."""
     found = []
     for name, p in policy.named_parameters():
         local = p.to_local() if isinstance(p, DTensor) else p

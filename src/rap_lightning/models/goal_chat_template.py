@@ -43,14 +43,10 @@ class _Placed(GoalTemplate):
 
 
 def with_goals_in_template(tokenizer: PreTrainedTokenizerBase, goal: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Return a copy of the tokenizer whose chat template asks for the best goal.
+    """Return a copy of a trained policy's tokenizer whose chat template asks for the best goal of its record.
 
     Conversations with and without a system message, of one turn and of several, are rendered at several goals, and
     their ids compared with those that training makes of them.
-
-    Args:
-        tokenizer: of the trained policy.
-        goal: the record of its goal template.
 
     Raises:
         ConfigError: the template doesn't write what training wrote.

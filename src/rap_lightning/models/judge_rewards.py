@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -19,9 +18,6 @@ from rap_lightning.preferences.rewards import Labels, RewardTable, response_key
 from rap_lightning.preferences.rules import Rules
 from rap_lightning.preferences.sources import Source, fingerprint
 from rap_lightning.progress_bar import progress
-
-FLUSH_SECONDS = 30.0
-"""At most this much work is lost when a process is killed."""
 
 
 class RewardStore(LogpStore):
@@ -39,13 +35,8 @@ def judge_rewards(
 ) -> tuple[RewardTable, list[str]]:
     """Return the rewards of every response of a split, and lines to print about them.
 
-    Args:
-        judge: scores responses.
-        sources: all that have the split.
-        split: which.
-        rules: how rows are read; scores in the data are ignored.
-        num_proc: processes that share the reading.
-        asks: retry responses that got no reward before; with several processes, only one should.
+    Scores in the data are ignored. A process that ``asks`` retries responses that got no reward before; of several,
+    only one should.
 
     Raises:
         DataError: a source can't be read, or no response gets a reward.
@@ -63,7 +54,6 @@ def judge_rewards(
     missing = [item for item in items.values() if bytes.fromhex(item.id) not in store]
     judge.counts.clear()
     errors: Counter[str] = Counter()
-    flushed = time.monotonic()
     done = len(items) - len(missing)
     with progress(total=len(items), initial=done, desc=f"rewards of {split}", unit="response", delay=2) as bar:
         for verdicts in judge.judge(missing) if missing else ():
@@ -73,9 +63,7 @@ def judge_rewards(
                 else:
                     store.add(bytes.fromhex(verdict.id), np.array([verdict.overall], dtype=np.float32))
             bar.update(len(verdicts))
-            if time.monotonic() - flushed > FLUSH_SECONDS:
-                store.flush()
-                flushed = time.monotonic()
+            store.flush_if_due()
     store.flush()
     rewards = {
         key: float(store[digest][0]) for key, item in items.items() if (digest := bytes.fromhex(item.id)) in store

@@ -52,15 +52,13 @@ def positions(forest: Forest) -> Tensor:
 
 
 def host_positions(forest: Forest) -> npt.NDArray[np.int64]:
-    """Return how many tokens are before each on its path, [T]: made from the runs, so no device is waited for."""
+    """Return how many tokens are before each on its path, [T]: made from the paths, so no device is waited for."""
     found = np.empty(forest.runs[-1][1], np.int64)
-    ancestors = [(found.size, 0)]  # (where the subtree ends, tokens on the path to it, its own included)
-    for start, stop, end in forest.runs:
-        while len(ancestors) > 1 and ancestors[-1][0] <= start:
-            ancestors.pop()
-        before = ancestors[-1][1]
-        found[start:stop] = np.arange(before, before + stop - start)
-        ancestors.append((end, before + stop - start))
+    for path in forest.paths:
+        before = 0
+        for start, stop in path:
+            found[start:stop] = np.arange(before, before + stop - start)
+            before += stop - start
     return found
 
 

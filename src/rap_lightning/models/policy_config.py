@@ -282,12 +282,7 @@ class PolicyConfig:
         return adapters.attach(model, self.adapter, self.adapter_revision, self.path, dropout=self.dropout)
 
     def build(self, dtype: torch.dtype, model: PreTrainedModel | PeftModel | None = None) -> Policy:
-        """Return the policy to train, in training mode.
-
-        Args:
-            dtype: of the loaded weights.
-            model: what ``load_initial`` returns, if it was called already.
-        """
+        """Return the policy to train, in training mode; ``model`` is what ``load_initial`` returned, if called."""
         model = self.load_initial(dtype) if model is None else model
         every = self.gradient_checkpointing
         if every is None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rap_lightning.errors import ConfigError, join_some
+from rap_lightning.errors import ConfigError, first_line, join_some
 from rap_lightning.models.private_api import ignored_on_load
 from rap_lightning.preferences.sources import refuse_no_model
 
@@ -39,14 +39,9 @@ class OtherWeights(ConfigError):
 def load_pretrained(
     what: str, path: str, load: Callable[..., Any], options: dict[str, Any], option: str = "--model.policy.path"
 ) -> Any:  # fmt: skip
-    """Call ``load`` and turn its errors into one of ours.
+    """Call ``load``, a ``from_pretrained`` or :func:`load_weights`, and turn its errors into one of ours.
 
-    Args:
-        what: is loaded, for the message.
-        path: a folder or Hub id.
-        load: ``from_pretrained`` of an Auto class of transformers, or :func:`load_weights` with one.
-        options: of ``from_pretrained``.
-        option: names the model, for messages.
+    ``option`` names the model in messages.
 
     Raises:
         ConfigError: nothing can be loaded from ``path``.
@@ -57,7 +52,7 @@ def load_pretrained(
     except (OtherWeights, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files fail in any way: tokenizers raises Exception itself
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+        reason = first_line(error).strip()[:300]
         if not reason or not isinstance(error, OSError | ValueError | ImportError):
             reason = f"{type(error).__name__}: {reason}"
         where = "the folder exists, but" if Path(path).is_dir() else "not a folder here, and"
@@ -242,10 +237,6 @@ def stored_whole(model: PreTrainedModel, tensors: Iterable[tuple[str, Any]]) -> 
     """Return name and type of the weights that are stored as integers, though the model isn't quantised.
 
     transformers converts everything it reads to the dtype that is asked for.
-
-    Args:
-        model: whose weights they are.
-        tensors: name and slice of safetensors of each of the checkpoint's.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return {}

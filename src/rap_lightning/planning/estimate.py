@@ -90,13 +90,8 @@ def memory(
 ) -> Memory:  # fmt: skip
     """The memory of a rank at the worst moment.
 
-    Args:
-        step: of one forward and backward pass.
-        spread: how the run is spread.
-        reference: its kind.
-        device: what the run is on.
-        passes: in an optimizer step; from the second on, gradients exist before the pass.
-        reference_weights: bytes of a Frozen reference that is another model.
+    From the second of the ``passes`` in an optimizer step on, gradients exist before the pass. ``reference_weights``
+    are the bytes of a Frozen reference that is another model.
     """
     from rap_lightning.models.logps import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES, KEPT_BYTES
 
@@ -180,16 +175,10 @@ class Time:
 def duration(
     step: Step, spread: Spread, reference: ReferenceKind, passes: int, gpu: GPU, mfu: float, network: float
 ) -> Time:
-    """The time of an optimizer step.
+    """The time of an optimizer step of so many forward and backward passes on each rank.
 
-    Args:
-        step: of one pass.
-        spread: how the run is spread.
-        reference: its kind; live references cost a forward pass.
-        passes: forward and backward passes on each rank.
-        gpu: its published figures.
-        mfu: share of the peak that is reached; recomputed operations count.
-        network: GB/s per device between nodes, by the datasheet.
+    ``mfu`` is the share of the peak that is reached, recomputed operations counted; ``network`` is GB/s per device
+    between nodes, by the datasheet.
     """
     live = reference in LIVE
     operations = passes * (step.flops + (step.reference_flops if live else 0))

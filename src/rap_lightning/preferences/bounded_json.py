@@ -18,11 +18,7 @@ class TooDeep(ValueError):
 
 
 def load_json(text: str | bytes, load: Callable[[Any], Any] = json.loads) -> Any:
-    """Return the value of a JSON text.
-
-    Args:
-        text: of one value.
-        load: parses it.
+    """Return the value of a JSON text, which ``load`` parses.
 
     Raises:
         TooDeep: it is nested too deeply.

@@ -255,15 +255,7 @@ _TO_USER = (
 )
 
 # Where the template has no system role: the goal, then a system message's text, then the first user turn's text.
-BEFORE_USER = (
-    ONLY_TEXTS,
-    "{%- set rap_lead = rap_lead + rap.system -%}",
-    *_TO_USER,
-    "{%- set messages = rap.rest -%}",
-)
+BEFORE_USER = (ONLY_TEXTS, "{%- set rap_lead = rap_lead + rap.system -%}", *_TO_USER, "{%- set messages = rap.rest -%}")
 
 # Where training wrote the goal into the user turn although there is a system role: system messages stay.
-BESIDE_SYSTEM = (
-    *_TO_USER,
-    "{%- set messages = messages[:rap.system | length] + rap.rest -%}",
-)
+BESIDE_SYSTEM = (*_TO_USER, "{%- set messages = messages[:rap.system | length] + rap.rest -%}")

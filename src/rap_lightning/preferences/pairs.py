@@ -305,12 +305,14 @@ def read_thoughts(fields: Mapping[str, Any], column: str) -> str:
 
 def with_thoughts(thoughts: str, content: str, column: str) -> str:
     """Return a response with its thoughts before it, which it may have there already."""
-    inside, _ = split_thoughts(content)
     if not thoughts:
         return content
-    if inside is not None and inside.strip() and inside.strip() != thoughts.strip():
+    inside, answer = split_thoughts(content)
+    if inside is None or not inside.strip():
+        return join_thoughts(thoughts, answer)
+    if inside.strip() != thoughts.strip():
         raise BadRow(column, "thoughts in a field, and others in the content")
-    return content if inside is not None and inside.strip() else join_thoughts(thoughts, split_thoughts(content)[1])
+    return content
 
 
 def _read_calls(calls: Any, column: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rap_lightning.errors import ConfigError, DataError
+from rap_lightning.errors import ConfigError, DataError, first_line
 from rap_lightning.preferences.pairs import shown
 from rap_lightning.provenance import flatten, mask_text, names_secret
 
@@ -101,7 +101,7 @@ def _copied(path: str, options: str) -> Path:
     except DataError:
         raise
     except Exception as error:  # each file system raises types of its own, botocore's among them
-        reason = shown(mask_text(str(error).strip().splitlines()[0] if str(error).strip() else ""), 200)
+        reason = shown(mask_text(first_line(error)), 200)
         advice = "" if isinstance(error, OSError) and error.filename is not None else f" {ENVIRONMENT}"
         raise DataError(f"{path} can't be read: {type(error).__name__}: {reason}.{advice}") from error
     return folder / PurePosixPath(root).name if root in files else folder

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rap_lightning.errors import ConfigError, DataError, join_some
+from rap_lightning.errors import ConfigError, DataError, first_line, join_some
 from rap_lightning.preferences.csv_values import missing_in_csv
 from rap_lightning.preferences.folder_splits import files_in, is_plain, splits_in_folder
 from rap_lightning.preferences.pairs import shown
@@ -319,9 +319,9 @@ def _unreadable(source: Source, error: Exception) -> DataError:
             f"{source.path} is the clone of a dataset with the configs {join_some(configs)}, of which a local source "
             "has only one. Name the files or the folder of one, or the dataset on the Hub with its config."
         )
-    reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+    reason = first_line(error.__cause__ or error) or type(error).__name__
     kind = "can't be read" if path is not None else "is neither a local file nor a Hub dataset that can be reached"
     advice = ""
     if path is not None and path.is_dir():
         advice = " A folder should contain files of one kind, named after their split: train.jsonl, test.jsonl."
-    return DataError(f"{source.path} {kind}: {type(error).__name__}: {shown(reason[0], 300)}{advice}")
+    return DataError(f"{source.path} {kind}: {type(error).__name__}: {shown(reason, 300)}{advice}")

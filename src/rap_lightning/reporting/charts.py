@@ -164,12 +164,7 @@ def require_matplotlib() -> None:
 
 
 def draw(chart: Chart, names: list[str], salt: str) -> tuple[str, bytes]:
-    """Draw a chart; the same values give the same bytes.
-
-    Args:
-        chart: what to draw.
-        names: of all runs.
-        salt: of the ids in the SVG.
+    """Draw a chart; the same values give the same bytes. ``salt`` is that of the ids in the SVG.
 
     Returns:
         The SVG, readable on a light and on a dark background, and a PNG on white.

@@ -206,15 +206,9 @@ def evaluated(runs: list[Run]) -> Iterator[tuple[Run, Evaluation]]:
 def _by_goal(
     runs: list[Run], title: str, path: tuple[str, ...], y: str, scores: bool = False, percent: bool = False
 ) -> list[Chart]:
-    """Return a chart of figures by goal for each reward scale: different scales never share axes.
+    """Return a chart of the figures at a path of evaluation.json for each reward scale: scales never share axes.
 
-    Args:
-        runs: those evaluated are shown.
-        title: of the chart.
-        path: of the figures in evaluation.json.
-        y: name of the axis.
-        scores: whether y is on the reward scale; then the diagonal and the score without a goal are drawn.
-        percent: whether y is a share.
+    Where y is on that scale (``scores``), the diagonal and the score without a goal are drawn.
     """
     charts = []
     scales = list(dict.fromkeys(run.scale for run, _ in evaluated(runs)))

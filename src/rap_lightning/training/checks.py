@@ -314,12 +314,7 @@ def check_first_batch(
 ) -> None:
     """Say by how much policy and reference differ before the first step; they start as the same model (law 5).
 
-    Args:
-        policy, reference: log-probabilities of the batch.
-        losses: [B].
-        batch: the first batch.
-        after_warm_up: the loss begins after a warm-up, for the texts.
-        exact: refuse more than :data:`AGREEMENT`; with bfloat16 the two may differ by rounding.
+    Where ``exact``, more than :data:`AGREEMENT` is refused; with bfloat16 the two may differ by rounding.
     """
     ratios = torch.cat([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
     largest, when = float(ratios.detach().abs().max()), " after the warm-up" if after_warm_up else ""
@@ -353,10 +348,7 @@ def record_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def check_digests(saved: Mapping[str, Any], digests: Mapping[str, str], config: PolicyConfig) -> None:
     """Refuse a checkpoint's adapter on another base model or beside another adapter, and another reference.
 
-    Args:
-        saved: the checkpoint's record, with its own digests.
-        digests: of the base model, the reference and the adapter as they were loaded now.
-        config: the policy's.
+    ``saved`` is the checkpoint's record, ``digests`` are of what was loaded now.
     """
     then = saved.get("digests", {})
     both = then.keys() & digests.keys()
@@ -398,12 +390,7 @@ def check_checkpoint_reference(
 ) -> None:
     """Refuse a reference, or a warm-up, that the checkpoint's run did not have.
 
-    Args:
-        saved: the checkpoint's reference; empty where the reference doesn't change during the run.
-        reference: this run's.
-        warm_up: this run's.
-        step: the checkpoint's.
-        fitting: whether training resumes.
+    ``saved`` is the checkpoint's reference, empty where that doesn't change during the run.
     """
     keeps_none = type(reference).load_state_dict is Reference.load_state_dict
     if saved and keeps_none and fitting:

@@ -35,7 +35,6 @@ class CosineWithWarmup(Schedule):
         self.warmup_ratio, self.final_ratio = _ratio("warmup_ratio", warmup_ratio), _ratio("final_ratio", final_ratio)
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Return the scheduler."""
         warmup = math.ceil(self.warmup_ratio * total_steps)
 
         def factor(step: int) -> float:
@@ -58,7 +57,6 @@ class ConstantWithWarmup(Schedule):
         self.warmup_ratio = _ratio("warmup_ratio", warmup_ratio)
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Return the scheduler."""
         warmup = math.ceil(self.warmup_ratio * total_steps)
         return LambdaLR(optimizer, lambda step: _warming(step, warmup) if step < warmup else 1.0)
 
@@ -98,7 +96,6 @@ class TransformersSchedule(Schedule):
         self(torch.optim.SGD([torch.zeros(1)], lr=1.0), 10**9)
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Return the scheduler."""
         from transformers import get_scheduler
 
         warmup = math.ceil(self.warmup_ratio * total_steps)

@@ -125,7 +125,6 @@ class StepLogger(pl.Callback):
             self._log_window(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the steps since the last log."""
         if trainer.global_step > self.last.step:
             self._log_window(trainer, pl_module, at_end=True)
 
@@ -156,11 +155,9 @@ class StepLogger(pl.Callback):
     # -- validation and test --------------------------------------------------------------------------------------
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the epoch's means as ``val/...``."""
         self._log_epoch(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the epoch's means as ``test/...``."""
         self._log_epoch(trainer, pl_module, "test")
 
     def _log_epoch(self, trainer: pl.Trainer, module: pl.LightningModule, split: Split) -> None:
@@ -198,7 +195,6 @@ class StepLogger(pl.Callback):
             self._began += time.perf_counter() - begin
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock."""
         self._paused = time.perf_counter()
 
     def end_validation(self) -> None:

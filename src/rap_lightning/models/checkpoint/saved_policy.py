@@ -93,12 +93,7 @@ def config_of(options: dict[str, Any], path: Path, *, trust_remote_code: bool) -
 
 
 def restored(saved: SavedPolicy, config: PolicyConfig, dtype: torch.dtype) -> Policy:
-    """Build the policy with the checkpoint's weights; of an adapter's run the base model is loaded from its files.
-
-    Args:
-        saved: the checkpoint.
-        config: as :func:`config_of` gives it.
-        dtype: of the base model of an adapter; other weights have the checkpoint's.
+    """Build the policy with the checkpoint's weights; an adapter's base model is loaded from its files, in ``dtype``.
 
     Raises:
         ConfigError: the checkpoint is of another model, or its adapter of another base.

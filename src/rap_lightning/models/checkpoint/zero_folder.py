@@ -40,11 +40,9 @@ class ZeroFolder(SavedPolicy):
 
     @property
     def names(self) -> Collection[str]:
-        """Names of the policy's saved tensors."""
         return self._names
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Return those tensors, in float32."""
         try:
             with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
                 state = self._tools.get_fp32_state_dict_from_zero_checkpoint(str(self.path), lazy_mode=True)

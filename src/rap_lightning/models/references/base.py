@@ -52,9 +52,7 @@ class Reference(ABC):
     def digest(self, policy: PolicyConfig, initial: str) -> str | None:
         """Return a digest of the weights that a resumed run must load again, and None where a checkpoint has them.
 
-        Args:
-            policy: as for ``load``, which was called.
-            initial: ``base_digest`` of the policy as it was loaded.
+        Called after ``load``; ``initial`` is the ``base_digest`` of the policy as it was loaded.
         """
         return None
 

@@ -98,6 +98,5 @@ class Frozen(Reference):
 
     @torch.no_grad()
     def token_logps(self, policy: Policy, batch: Batch) -> Tensor:
-        """Run one forward pass of the frozen model."""
         # an adapter of its own is taken as it is: the goal's strength is that of the policy's
         return self.model(replace(batch, strength=None))  # type: ignore[no-any-return]

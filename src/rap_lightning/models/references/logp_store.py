@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,10 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_lightning.atomic_write import atomic_file
-from rap_lightning.errors import ConfigError
+from rap_lightning.errors import ConfigError, first_line
 
 FORMAT = "rap-lightning token log-probabilities 1"
 SUFFIX = ".safetensors"
+FLUSH_SECONDS = 30.0
+"""At most this much work is lost when a process is killed."""
 Values: TypeAlias = npt.NDArray[np.float32]
 
 
@@ -45,6 +48,7 @@ class LogpStore:
         self._places: dict[bytes, tuple[Path, int, int]] = {}
         self._open: dict[Path, Any] = {}
         self._new: dict[bytes, Values] = {}
+        self._flushed = time.monotonic()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(self.folder / "key.json") as file:
@@ -75,12 +79,18 @@ class LogpStore:
         """Keep an entry in memory until the next ``flush``."""
         self._new[digest] = np.ascontiguousarray(values, dtype=np.float32)
 
+    def flush_if_due(self) -> None:
+        """Flush where the last time is longer ago than FLUSH_SECONDS."""
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
     def flush(self) -> None:
         """Write what was added as one file, whole or not at all.
 
         Raises:
             ConfigError: it can't be written: for example, the disk is full.
         """
+        self._flushed = time.monotonic()
         if not self._new:
             return
         from safetensors.numpy import save
@@ -117,7 +127,7 @@ class LogpStore:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in ("digests", "lengths", "values")}
         except (SafetensorError, OSError) as error:
-            raise _refused(path, f"it can't be read ({str(error).splitlines()[0]})") from error
+            raise _refused(path, f"it can't be read ({first_line(error)})") from error
         if metadata.get("format") != FORMAT or metadata.get("key") != self.key:
             raise _refused(path, "it belongs to another model, another precision or another program")
         if metadata.get("sha256") != _checksum(tensors):

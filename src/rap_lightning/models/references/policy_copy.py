@@ -38,7 +38,6 @@ class PolicyCopy(Reference):
         )
 
     def to(self, device: torch.device) -> None:
-        """Move the copy."""
         self._weights = {name: weight.to(device) for name, weight in self._weights.items()}
 
     @torch.no_grad()

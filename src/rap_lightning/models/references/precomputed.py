@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,8 +37,6 @@ Live: TypeAlias = Callable[[Batch], Tensor]
 """From a batch to [M] nats."""
 SAMPLE = 2
 """Forward passes of stored log-probabilities that every run computes again, to compare."""
-FLUSH_SECONDS = 30.0
-"""At most this much work is lost when a process is killed."""
 BOUNDS = {True: 1e-4, False: 0.1}
 """Nats: mean difference per token up to which a sample agrees, in float32 and in bfloat16."""
 
@@ -111,7 +108,7 @@ class Stored(Reference):
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         silent = ranks and torch.distributed.get_rank() > 0
         live: Live | None = None
-        checked, flushed, furthest = 0, time.monotonic(), 0.0
+        checked, furthest = 0, 0.0
         with ExitStack() as stack:
             bar = stack.enter_context(
                 progress(batches, desc="reference log-probabilities", total=total, unit="batch", disable=silent)
@@ -137,9 +134,7 @@ class Stored(Reference):
                 ):
                     if lacking:
                         store.add(digest, one.numpy())
-                if time.monotonic() - flushed > FLUSH_SECONDS:
-                    store.flush()
-                    flushed = time.monotonic()
+                store.flush_if_due()
             store.flush()
         if furthest > 0 and not self._exact and not silent:
             warnings.warn(

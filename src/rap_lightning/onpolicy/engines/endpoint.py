@@ -38,7 +38,6 @@ class Endpoint(Engine):
         return {"extra_body": masked(self.client.extra_body)}
 
     def notes(self) -> dict[str, Any]:
-        """Return the address."""
         return {"url": self.client.url}
 
     def identity(self, model: ModelSource) -> dict[str, Any]:
@@ -69,7 +68,6 @@ class Endpoint(Engine):
         return ""
 
     def open(self, model: ModelSource, rank: int) -> None:
-        """Set the model's name."""
         self.client.model = model.path
 
     def run(

@@ -62,7 +62,6 @@ class Transformers(Engine):
         return "--engine.continuous samples without our logits processors" if self.continuous else ""
 
     def open(self, model: ModelSource, rank: int) -> None:
-        """Load the model onto this process's device."""
         from rap_lightning.models.token_strength import attach
 
         device = default_device(rank)
@@ -76,7 +75,6 @@ class Transformers(Engine):
         self._tokenizer = model.tokenizer()
 
     def close(self) -> None:
-        """Free the model."""
         del self._model, self._tokenizer
         free_memory()
 

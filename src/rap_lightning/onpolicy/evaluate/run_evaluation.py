@@ -7,11 +7,7 @@ from typing import Any
 
 from rap_lightning import __version__
 from rap_lightning.evaluation import bootstrap
-from rap_lightning.onpolicy.evaluate.evaluation_data import (
-    EvaluatedData,
-    read_evaluated,
-    read_training_rewards,
-)
+from rap_lightning.onpolicy.evaluate.evaluation_data import EvaluatedData, read_evaluated, read_training_rewards
 from rap_lightning.onpolicy.evaluate.evaluation_parts import (
     FIGURES,
     Measured,

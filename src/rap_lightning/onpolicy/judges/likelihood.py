@@ -27,7 +27,6 @@ class Likelihood(ModelJudge):
         super().__init__(model, **options)
 
     def load(self) -> tuple[Encoder, BatchJudge]:
-        """Load the causal LM."""
         encoder, policy = self.load_policy(self.source, self.max_length)
 
         def judge_batch(batch: Sequence[EncodedResponse]) -> list[Verdict]:

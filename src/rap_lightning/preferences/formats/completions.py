@@ -20,10 +20,7 @@ class ScoredCompletions(RowFormat):
 
     name = "completions"
     expects = "prompt and completions [{response, overall_score}], or prompt, responses and scores"
-    columns = (
-        {"prompt", "completions"},
-        {"prompt", "responses", "scores"},
-    )
+    columns = ({"prompt", "completions"}, {"prompt", "responses", "scores"})
     reads = frozenset({"prompt", "completions", "responses", "scores", "tools", "prompt_id"})
 
     def read(self, rows: Sequence[Row]) -> Judged:
