@@ -40,15 +40,7 @@ from rap_lightning.models.attention_check import passes, with_gradients
 from rap_lightning.models.attention_choice import Demand, Machine, choices, choose
 from rap_lightning.models.masked_attention import AttentionCall
 from rap_lightning.models.model_checks import check_sharing
-from test_layouts import (
-    SHARING,
-    assert_same_gradients,
-    batch_of,
-    conversations,
-    loss_and_gradients,
-    naive,
-    policy_of,
-)
+from test_layouts import SHARING, assert_same_gradients, batch_of, conversations, loss_and_gradients, naive, policy_of
 
 HOPPER = Machine.cuda((9, 0))
 CPU = torch.device("cpu")
@@ -515,7 +507,7 @@ def test_a_model_on_the_paths_of_a_gpu_has_the_loss_and_gradients_of_single_sequ
     policy.causal_lm.set_attn_implementation("eager")
     if architecture == "GptOss":
         policy.causal_lm.set_experts_implementation("eager")
-    loss, gradients = loss_and_gradients(policy, naive(policy, examples))
+    loss, gradients = loss_and_gradients(policy, naive(policy.model, examples))
     for layout in ("packed", "tree"):
         seen = attention.Seen()
         with attention.forest_attention(policy.causal_lm.config, seen):

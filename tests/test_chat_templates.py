@@ -13,7 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken, normalizers
 
-from conftest import called, encode, make_model, make_tokenizer, pairs_of, run_command, scored_rows, write_jsonl
+from conftest import (
+    called,
+    encode,
+    make_model,
+    make_tokenizer,
+    pairs_of,
+    read_jsonl,
+    run_command,
+    scored_rows,
+    write_jsonl,
+)
 from rap_lightning.batches.chat_renderer import AS_GENERATED
 from rap_lightning.batches.control_tokens import LOOKALIKE
 from rap_lightning.batches.dataset import SAME
@@ -364,7 +374,7 @@ def test_generate_and_score_carry_tools(tool_model: Path, tmp_path: Path) -> Non
     out = tmp_path / "samples.jsonl"
     options = ("--max_new_tokens", 4, "--temperature", 0)
     assert called("generate", "--prompts", source, "--model", tool_model, "--output", out, *options) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = read_jsonl(out)
     assert sorted(json.dumps(row["tools"]) for row in rows) == sorted(map(json.dumps, PLAIN_TOOLS))
     assert not any("tools" in turn for row in rows for turn in row["messages"])
     encoder = Encoder(ModelSource(str(tool_model)).tokenizer(), None, 512)

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from cli_process import RankPair
-from conftest import ROOT, run_command, scored_rows, write_jsonl
+from conftest import ROOT, call, run_command, scored_rows, write_jsonl
 from rap_lightning.cli import main as cli
 from rap_lightning.losses import DPO, SimPO
 
@@ -41,16 +41,6 @@ def config(tiny: Path, pairs_folder: Path, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
-    """Run a command in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["rap-lightning", *args])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

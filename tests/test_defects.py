@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from conftest import REAL_DATA, make_tokenizer
-from rap_lightning.cli import main as cli
+from conftest import REAL_DATA, make_tokenizer, run_command
 
 FOLDER = REAL_DATA / "bad_inputs"
 FILES: list[dict[str, Any]] = []
@@ -31,14 +30,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def inspect(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
-    code = 0
-    try:
-        cli.main(["inspect", *args])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
+def inspect(*args: str) -> tuple[int, str]:
+    done = run_command("inspect", *args)
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_the_index_is_there() -> None:
@@ -48,11 +42,9 @@ def test_the_index_is_there() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file["file"])
-def test_a_defect_stops_or_is_counted_as_the_index_says(
-    file: dict[str, Any], capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
-) -> None:
+def test_a_defect_stops_or_is_counted_as_the_index_says(file: dict[str, Any], tokenizer_folder: Path) -> None:
     args = ["--source", str(FOLDER / file["file"]), "--json", "--tokenizer", str(tokenizer_folder)]
-    code, text = inspect(capsys, *args, "--max_length", "1024")
+    code, text = inspect(*args, "--max_length", "1024")
     assert "Traceback" not in text
     assert "\x1b" not in text, "what a terminal would obey must be escaped"
     kept = OTHER_RULE.get(file["file"], file.get("rows_kept_if_not_an_error", file["lines"]))
@@ -95,10 +87,10 @@ def check_named(file: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.skipif(not FILES, reason="the defect files are not there")
-def test_a_missing_attribute_is_named_when_attributes_are_configured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_attribute_is_named_when_attributes_are_configured() -> None:
     goal = {"class_path": "AttributeGoal", "init_args": {"attributes": ["helpfulness", "honesty"], "overall": False}}
     source = FOLDER / "score_nested_dict_missing_attribute.jsonl"
-    code, text = inspect(capsys, "--source", str(source), "--goal", json.dumps(goal), "--json")
+    code, text = inspect("--source", str(source), "--goal", json.dumps(goal), "--json")
     (report,) = json.loads(text)["splits"]
     assert (code, report["rows_kept"]) == (0, 4)
     assert "line 3, column scores_rejected.honesty" in json.dumps(report["dropped"])

@@ -10,15 +10,13 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
-from conftest import ROOT, make_model, make_tokenizer, scored_rows, write_jsonl
-from rap_lightning.cli import main as cli
+from conftest import ROOT, call, make_model, make_tokenizer, scored_rows, write_jsonl
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
 TINY = [
@@ -179,13 +177,8 @@ def _run_page(
 def _run(
     args: list[str], block: Block, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["rap-lightning", *args])
-    try:
-        cli.main(args)
-    except SystemExit as stop:
-        if stop.code:
-            shown = capsys.readouterr()
-            pytest.fail(f"{name(block)}: {' '.join(args)} ended with {stop.code}: {shown.err[-1500:]}")
+    if code := call(monkeypatch, *args):
+        pytest.fail(f"{name(block)}: {' '.join(args)} ended with {code}: {capsys.readouterr().err[-1500:]}")
 
 
 def _run_python(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import build, called, make_model, make_trainer, scored_rows, sgd, write_jsonl
+from conftest import build, called, make_model, make_trainer, read_jsonl, scored_rows, sgd, write_jsonl
 from rap_lightning.cli import main as cli
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.onpolicy.evaluate.recorded_run import recorded_base
@@ -86,7 +86,7 @@ def test_unlearning_is_what_the_models_own_logits_say(run: Path, data: Path, tmp
     args = ["--model", run / "hf", "--source", data, "--parts", "[unlearning]", "--output", tmp_path, "--bins", 1]
     assert called(*args) == 0
     found = document(tmp_path)["unlearning"]
-    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    rows = read_jsonl(data / "test.jsonl")
     text = OverallGoal().text
     changes: dict[str, list[float]] = {"none": [], "best": [], "worst": [], "own": []}
     for row in rows:
@@ -105,7 +105,7 @@ def test_unlearning_is_what_the_models_own_logits_say(run: Path, data: Path, tmp
 def test_log_probabilities_are_the_modules(run: Path, data: Path, tmp_path: Path) -> None:
     args = ["--model", run / "hf", "--source", data, "--parts", "[unlearning]", "--output", tmp_path / "out"]
     assert called(*args, "--split", "train") == 0
-    rows = [json.loads(line) for line in (tmp_path / "out" / "work" / "logps.jsonl").read_text().splitlines()]
+    rows = read_jsonl(tmp_path / "out" / "work" / "logps.jsonl")
     by_key = {(row["pair_id"], row["goal"]): row["logps"] for row in rows}
     module, batches = build(run / "hf", data, layout="padded", keep_original=True, optimizer=sgd, max_length=512)
     trainer = make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
@@ -138,7 +138,7 @@ def test_an_obedient_model_has_a_spearman_of_1(run: Path, data: Path, tmp_path: 
         assert [figure["value"] for figure in part["mean"]] == [1, 4.5, 10]
         assert part["argmax"] == {"goal": 10, "shares": [0, 0, 1]}
         assert found["without_goal"]["controllability"][decoding]["mean"]["value"] == 5
-    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    rows = read_jsonl(data / "test.jsonl")
     best = [row["score_chosen"] for row in rows]
     known = [found["without_goal"]["extrapolation"]["best_known"], *found["extrapolation"]["best_known"]]
     assert [figure["value"] for figure in known] == pytest.approx(
@@ -148,7 +148,7 @@ def test_an_obedient_model_has_a_spearman_of_1(run: Path, data: Path, tmp_path: 
     assert found["extrapolation"]["training"] == {"split": "train", "responses": 46, "prompts_seen": 3}
     assert [figure["value"] for figure in found["length"]["tokens"]] == [5.5] * 3
     assert [figure["value"] for figure in found["length"]["controlled"]] == pytest.approx([1, 4.5, 10])
-    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    lines = read_jsonl(tmp_path / "samples.jsonl")
     assert len(lines) == 12 * 4 * (4 + 1)
     assert {(row["goal"], row["score"]) for row in lines} == {(None, 5.0), (1, 1.0), (4.5, 4.5), (10, 10.0)}
 
@@ -280,7 +280,7 @@ def test_responses_that_cannot_be_judged_are_counted_and_asked_for_again(run: Pa
     args = ["--model", run / "hf", "--source", data, *FEW, "--parts", "[controllability]", "--output", tmp_path]
     args += ["--judge", "Function", "--judge.function", "stub_judges.never"]
     assert called(*args) == 1
-    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    lines = read_jsonl(tmp_path / "samples.jsonl")
     without = sum(row["score"] is None for row in lines)
     assert 0 < without < len(lines)
     assert document(tmp_path)["trouble"]["without_score"] == without
@@ -340,10 +340,7 @@ def test_completions_are_read_as_well_as_pairs(run: Path, tmp_path: Path) -> Non
         (["--guidance", 0.5], "--guidance has no effect without the parts controllability"),
         ([*JUDGE, "--against", 1], "against has no effect without a guidance above 0"),
         ([*JUDGE, "--guidance", 1, "--goals", "[1]"], "--guidance has no effect: the goal that it pushes away from, 1"),
-        (
-            [*JUDGE, "--guidance", 1, "--against", 11],
-            "against must be on the scale from 1 to 10, or none; found 11",
-        ),
+        ([*JUDGE, "--guidance", 1, "--against", 11], "against must be on the scale from 1 to 10, or none; found 11"),
     ],
 )
 def test_what_has_no_effect_or_no_sense_is_refused(
@@ -382,10 +379,7 @@ def test_guidance_samples_as_generate_does_and_is_told(
     args = ["--model", run / "hf", "--source", data, *JUDGE, *FEW, "--goals", "[4, 10]", "--parts", "[controllability]"]
     for name, more in (("plain", []), ("guided", guided), ("floor", ["--plausibility", 0.01])):
         assert called(*args, *more, "--output", tmp_path / name) == 0
-    rows = {
-        name: [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
-        for name in ("plain", "guided", "floor")
-    }
+    rows = {name: read_jsonl(tmp_path / name / "samples.jsonl") for name in ("plain", "guided", "floor")}
     out = tmp_path / "generated.jsonl"
     cli.main([
         "generate",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from conftest import called, make_model, scored_rows, write_jsonl
 from rap_lightning.preferences.goals import OverallGoal
+from test_evaluate import document
 
 called = partial(called, "evaluate")
 OBEDIENT = [
@@ -22,11 +22,6 @@ def adapt(row):
     pair = {"prompt": row["question"], "chosen": row["good"], "rejected": row["bad"]}
     return pair | {"score_chosen": row["judge_a"], "score_rejected": row["judge_b"]}
 """
-
-
-def document(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The example package, installed as a user would install it and run through the command line."""
 
 import ast
-import csv
 import shutil
 import subprocess
 import sys
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-from rap_lightning.cli import main as cli
+from conftest import ROOT, call
+from test_fit import logged
 
 SOURCE = ROOT / "examples" / "my_losses"
 
@@ -31,21 +30,10 @@ def run(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     monkeypatch.syspath_prepend(str(installed))
     monkeypatch.chdir(tmp_path)
 
-    def call(*args: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["rap-lightning", "fit", *args])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            if stop.code:
-                pytest.fail(f"{args} ended with {stop.code}")
+    def fit(*args: str) -> None:
+        assert call(monkeypatch, "fit", *args) == 0, args
 
-    return call
-
-
-def losses(folder: Path) -> list[dict[str, float]]:
-    (path,) = folder.rglob("metrics.csv")
-    with path.open() as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return fit
 
 
 def test_a_new_loss_is_ten_lines_of_code() -> None:
@@ -67,9 +55,9 @@ def test_the_installed_loss_and_module_train(
     ]  # fmt: skip
     run(*common, "a", "--model.loss", "my_losses.FocalDPO", "--model.loss.focus", "1")
     assert Path(sys.modules["my_losses"].__file__ or "").parent == installed
-    assert losses(tmp_path / "a")[0]["loss"] == pytest.approx(0.693147 / 2, abs=1e-5)
+    assert logged(tmp_path / "a")[0]["loss"] == pytest.approx(0.693147 / 2, abs=1e-5)
     run("--model", "my_losses.HighGoalsFirst", *common, "b")
-    first = losses(tmp_path / "b")[0]
+    first = logged(tmp_path / "b")[0]
     assert first["loss/chosen-goal"] == pytest.approx(0.693147, abs=1e-5)
     assert first["loss/rejected-goal"] == pytest.approx(0.693147 / 2, abs=1e-5)
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
-from conftest import build, make_model, make_trainer, scored_rows, sgd, write_jsonl
+from conftest import build, make_model, make_trainer, read_jsonl, scored_rows, sgd, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.losses import DPO, Hinge, SimPO
 from rap_lightning.models.policy_config import PolicyConfig
@@ -466,7 +466,7 @@ def test_predict_writes_a_line_per_prompt_at_the_goal(tiny: Path, pairs_folder: 
         trainer = make_trainer(tmp_path / printed, callbacks=[WritePredictions()])
         trainer.predict(module, data)
         (path,) = (tmp_path / printed).rglob("predictions.jsonl")
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = read_jsonl(path)
         assert len(lines) == 5
         assert {line["goal"] for line in lines} == {printed}
         assert all(line["messages"][-1]["role"] == "user" and isinstance(line["response"], str) for line in lines)

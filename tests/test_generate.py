@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from conftest import called, make_model, make_tokenizer, scored_rows, write_jsonl
+from conftest import called, make_model, make_tokenizer, read_jsonl, scored_rows, write_jsonl
 from faulty_endpoint import Server, echo, half, hang_up, raw, slow, status, unless
 from rap_lightning.batches.encode import Encoder
 from rap_lightning.errors import ConfigError
@@ -38,14 +38,6 @@ called = partial(called, "generate")
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "prompts.jsonl", scored_rows(11))
-
-
-@pytest.fixture(scope="module")
-def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has a goal."""
-    folder = make_model(tmp_path_factory.mktemp("knowing") / "model", "chatml")
-    (folder / "goal.json").write_text(json.dumps(OverallGoal().record()))
-    return folder
 
 
 def options(prompts: Path, model: Path, output: Path, **more: object) -> list[object]:
@@ -202,9 +194,8 @@ def test_a_baked_goal_is_not_written_twice(prompts: Path, knowing: Path, tmp_pat
             outputs.append({row["prompt_id"]: row["response"] for row in rows_of(output).values()})
         assert outputs[0] == outputs[1]
     with Server(echo) as server:
-        args = options(prompts, baked, tmp_path / "served.jsonl", **{"engine": "Endpoint", "engine.url": server.url})
-        args = [a for i, a in enumerate(args) if "batch_size" not in str(a) and "batch_size" not in str(args[i - 1])]
-        assert called(*args) == 0
+        served = at_endpoint(prompts, server.url, tmp_path / "served.jsonl", model=baked, max_new_tokens=12)
+        assert called(*served) == 0
         assert all(body["chat_template_kwargs"] == {"goal": False} for _, body, _ in server.requests)
         assert all(record["best"] in body["messages"][0]["content"] for _, body, _ in server.requests)
 
@@ -224,9 +215,7 @@ def test_a_damaged_tokenizer_of_a_served_folder_ends_in_one_message(
     damaged = shutil.copytree(knowing, tmp_path / "damaged")
     (damaged / "tokenizer.json").write_text("{}")
     with Server(echo) as server:
-        args = options(prompts, damaged, tmp_path / "o.jsonl", **{"engine": "Endpoint", "engine.url": server.url})
-        args = [a for i, a in enumerate(args) if "batch_size" not in str(a) and "batch_size" not in str(args[i - 1])]
-        assert called(*args) == 2
+        assert called(*at_endpoint(prompts, server.url, tmp_path / "o.jsonl", model=damaged)) == 2
         assert not server.requests
     assert f"error: --model {damaged}: the folder exists, but no tokenizer" in capsys.readouterr().err
 
@@ -455,7 +444,7 @@ def test_what_an_endpoint_refuses_is_listed_and_asked_again_alone(
     refuses = lambda handler, body: handler.send(400, "too long, sk-very-secret")  # noqa: E731
     with Server(unless("4: ", echo, refuses)) as server:
         assert called(*at_endpoint(prompts, server.url, output)) == 1
-        (lost,) = [json.loads(line) for line in (tmp_path / "e.jsonl.failed.jsonl").read_text().splitlines()]
+        (lost,) = read_jsonl(tmp_path / "e.jsonl.failed.jsonl")
         assert lost["messages"][-1]["content"].startswith("4: ")
         assert "HTTP 400" in lost["error"]
         assert all(headers["Authorization"] == "Bearer sk-very-secret" for _, _, headers in server.requests)

@@ -1,13 +1,12 @@
 """Goal guidance against the formula by hand: padded, cached, with samples and beams, in every place that samples."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import build, make_model, make_trainer, scored_rows, write_jsonl
+from conftest import build, make_trainer, read_jsonl, scored_rows, write_jsonl
 from rap_lightning import GoalGuidance
 from rap_lightning.batches.prompts import PredictPrompts, left_pad
 from rap_lightning.callbacks import WritePredictions
@@ -248,7 +247,7 @@ def test_predict_samples_with_guidance_and_says_so(tiny: Path, pairs_folder: Pat
             continue
         trainer.predict(module, data)
         (path,) = (tmp_path / name).rglob("predictions.jsonl")
-        written[name] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        written[name] = read_jsonl(path)
     assert "guidance" not in written["plain"][0]
     assert {(r["goal"], r["guidance"], r["against"]) for r in written["guided"]} == {("10", 4.0, "1")}
     assert {r["against"] for r in written["none"]} == {"none"}
@@ -270,13 +269,6 @@ def test_predict_samples_with_guidance_and_says_so(tiny: Path, pairs_folder: Pat
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "prompts.jsonl", scored_rows(7))
-
-
-@pytest.fixture(scope="module")
-def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_model(tmp_path_factory.mktemp("knowing") / "model", "chatml")
-    (folder / "goal.json").write_text(json.dumps(OverallGoal().record()))
-    return folder
 
 
 def test_generate_samples_with_guidance_alone_as_in_batches(prompts: Path, knowing: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from rap_lightning.models.references.adapters_off import AdaptersOff
 from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.training.schedules import ConstantWithWarmup
+from test_fit import assert_same, logged, weights
 
 
 def fit(folder: Path, model: Path, data: Path, *, ckpt: Path | None = None, trainer: Any = None, **options: Any) -> Any:
@@ -33,22 +33,6 @@ def fit(folder: Path, model: Path, data: Path, *, ckpt: Path | None = None, trai
     runner = make_trainer(folder, **({"max_steps": 4} | (trainer or {})))
     runner.fit(module, datamodule, ckpt_path=None if ckpt is None else str(ckpt), weights_only=True)
     return module
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    (path,) = folder.rglob("metrics.csv")
-    with path.open() as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-
-
-def weights(module: Any) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in module.policy.named_parameters()}
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -308,12 +292,23 @@ def test_state_and_batch_statistics_are_of_all_ranks(process_server: Any, tmp_pa
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [KTO(), AOT(), Mixture([DPO(), KTO()])], ids=["KTO", "AOT", "Mixture"])
-def test_a_batch_of_one_is_refused_where_it_means_nothing(
-    loss: Any, tiny: Path, pairs_folder: Path, tmp_path: Path
+ONE_PAIR = r"at least 2 pairs in a batch.*batch_size 1"
+
+
+@pytest.mark.parametrize(
+    ("loss", "option", "message"),
+    [
+        pytest.param(KTO(), {"batch_size": 1}, ONE_PAIR, id="KTO"),
+        pytest.param(AOT(), {"batch_size": 1}, ONE_PAIR, id="AOT"),
+        pytest.param(Mixture([DPO(), KTO()]), {"batch_size": 1}, ONE_PAIR, id="Mixture"),
+        pytest.param(AOT(), {"token_budget": 500}, "token_budget splits a batch", id="parts of a batch"),
+    ],
+)
+def test_a_loss_of_whole_batches_is_refused_where_batches_are_of_one_pair_or_taken_apart(
+    loss: Any, option: dict[str, int], message: str, tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
-    module, data = build(tiny, pairs_folder, loss=loss, batch_size=1)
-    with pytest.raises(ConfigError, match=r"at least 2 pairs in a batch.*batch_size 1"):
+    module, data = build(tiny, pairs_folder, loss=loss, **option)
+    with pytest.raises(ConfigError, match=message):
         make_trainer(tmp_path).fit(module, data)
     assert module.policy is None, "before any model is loaded"
 
@@ -340,15 +335,6 @@ def test_a_pair_without_rewards_never_trains_a_loss_that_needs_them(
     )
     with pytest.raises(DataError, match="Mixture needs the judge's rewards"):
         make_trainer(tmp_path, max_steps=1).fit(module, data)
-
-
-def test_a_loss_of_whole_batches_is_refused_where_batches_are_taken_apart(
-    tiny: Path, pairs_folder: Path, tmp_path: Path
-) -> None:
-    module, data = build(tiny, pairs_folder, loss=AOT(), token_budget=500)
-    with pytest.raises(ConfigError, match="token_budget splits a batch"):
-        make_trainer(tmp_path).fit(module, data)
-    assert module.policy is None
 
 
 def test_stored_log_probabilities_are_refused_where_they_cannot_be_known(

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rap_lightning.models.pretrained import (
     OtherWeights,
     _missing_four_bit,
     _missing_layers,
+    _zero_biases,
     refuse_quantised,
     weight_files,
 )
@@ -256,6 +258,31 @@ def test_a_quantised_layer_that_is_missing_is_named(tmp_path: Path) -> None:
     assert _missing_layers(AutoModelForCausalLM, str(folder), {}) == [LAYER]
     edit(folder, renamed("model.", "other."))
     assert _missing_layers(AutoModelForCausalLM, str(folder), {}) == [], "other names altogether"
+
+
+def test_a_missing_part_of_an_expert_is_named(tmp_path: Path) -> None:
+    part = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
+    folder = edit(save(tmp_path, "mixtral", **EXPERTS), without(part))
+    with pytest.raises(ConfigError, match=rf"these are missing: {part}\."):
+        PolicyConfig(str(folder)).load_model(torch.float32)
+
+
+def test_zero_biases_of_a_quantised_model_are_no_weights_and_others_are(tmp_path: Path) -> None:
+    zero, trained = "model.layers.0.mlp.up_proj.bias", "model.layers.1.mlp.up_proj.bias"
+    folder = edit(save(tmp_path), lambda state: state | {zero: torch.zeros(48), trained: torch.ones(48)})
+    assert _zero_biases(SimpleNamespace(hf_quantizer=object()), str(folder), None) == {zero}
+    with pytest.raises(ConfigError, match=rf"2 unexpected \({zero}"):
+        PolicyConfig(str(folder)).load_model(torch.float32)
+
+
+def test_transformers_prints_no_table_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = edit(save(tmp_path), without("model.norm"))
+    capfd.readouterr()
+    with pytest.raises(ConfigError, match=r"1 missing \(model\.norm\.weight\)"):
+        PolicyConfig(str(folder)).load_model(torch.float32)
+    said = capfd.readouterr()
+    assert "LOAD REPORT" not in said.err + said.out
+    assert "MISSING" not in said.err + said.out
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases from bug reports are not on this machine")

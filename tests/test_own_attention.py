@@ -17,14 +17,7 @@ from rap_lightning.models.attention import packs_itself
 from rap_lightning.models.model_checks import check_sharing
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.training.checks import check_attention, check_flash
-from test_layouts import (
-    assert_same_gradients,
-    batch_of,
-    conversations,
-    loss_and_gradients,
-    naive,
-    policy_of,
-)
+from test_layouts import assert_same_gradients, batch_of, conversations, loss_and_gradients, naive, policy_of
 
 
 @pytest.mark.parametrize(
@@ -118,7 +111,7 @@ def test_packed_sequences_reach_the_models_flash_attention_by_their_lengths(
     policy = policy_of(architecture, torch.float64, checkpointing=checkpointing)
     examples = conversations(goals_of_one=False)
     policy.causal_lm.set_attn_implementation("eager")
-    loss, gradients = loss_and_gradients(policy, naive(policy, examples))
+    loss, gradients = loss_and_gradients(policy, naive(policy.model, examples))
     config = policy.causal_lm.config
     monkeypatch.setattr(config, "_attn_implementation", "flash_attention_2")
     assert check_sharing(policy) is None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import run_command, scored_rows, write_jsonl
+from conftest import read_jsonl, run_command, scored_rows, write_jsonl
 from rap_lightning.cli import config_files
 
 
@@ -23,8 +23,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "weight"),
-    [("fit", "0"), ("inspect", "0"), ("inspect", "-1"), ("inspect", ".nan"), ("relabel", "-1")],
+    ("command", "weight"), [("fit", "0"), ("inspect", "0"), ("inspect", "-1"), ("inspect", ".nan"), ("relabel", "-1")]
 )
 def test_the_weight_of_a_source_must_be_above_0(command: str, weight: str, data: Path, tmp_path: Path) -> None:
     text = f"source:\n- {{path: {data}, weight: {weight}}}\n"
@@ -190,6 +189,6 @@ def test_words_for_nothing_are_text_in_texts_and_missing_in_numbers(kind: str, t
     result = run_command("inspect", "--source", folder, "--json", "--dropped", tmp_path / "dropped.jsonl")
     assert result.returncode == 0, result.stderr + result.stdout
     found = json.loads(result.stdout)
-    dropped = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
+    dropped = read_jsonl(tmp_path / "dropped.jsonl")
     assert [(row["row"], row["column"]) for row in dropped] == [(4, "chosen"), (5, "score_chosen")]
     assert found["splits"][0]["pairs_kept"] == 3

@@ -195,17 +195,7 @@ def options(tiny: Path) -> list[str]:
 
 
 def test_many_nodes_are_planned_without_any_device_or_data(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = [
-        *options(tiny),
-        "--devices",
-        "8",
-        "--nodes",
-        "4",
-        "--gpu",
-        "h100-80gb",
-        "--trainer.precision",
-        "bf16-mixed",
-    ]
+    args = [*options(tiny), "--devices", "8", "--nodes", "4", "--gpu", "h100-80gb", "--trainer.precision", "bf16-mixed"]
     code, found = said(capsys, *args, "--trainer.strategy", "fsdp2")
     assert code == 0
     assert (found["ranks"], found["shard"], found["strategy"]) == (32, 32, "fsdp2")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from cli_process import fit_on_ranks
-from conftest import build, make_trainer, sgd
+from conftest import build, make_trainer, read_jsonl, sgd
 from rank_worker import run
 from rap_lightning.callbacks import Checkpoints, GoalSamples, LikelihoodProbe, SteeringTable
 from rap_lightning.errors import ConfigError
@@ -29,10 +28,6 @@ SHORT = {"optimizer": sgd, "schedule": ConstantWithWarmup(), "generation": Gener
 
 def length(prompt: str, response: str) -> float:
     return float(len(response))
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def probes() -> list[Any]:
@@ -60,12 +55,12 @@ def test_lines_come_at_optimizer_steps_and_nothing_else_changes(tiny: Path, pair
     probed = fit(tmp_path / "probed", tiny, pairs_folder, *probes(), policy=policy())
     for name, weight in plain.policy.state_dict().items():
         assert torch.equal(weight, probed.policy.state_dict()[name]), name
-    samples = lines(tmp_path / "probed" / "samples.jsonl")
+    samples = read_jsonl(tmp_path / "probed" / "samples.jsonl")
     assert [row["step"] for row in samples] == [step for step in (0, 2, 4, 6) for _ in range(2 * 3 * 2)]
     assert set(samples[0]) == {"step", "goal", "prompt", "response", "score", "tokens"}
     assert {row["goal"] for row in samples} == {1, 10}
     assert all(row["score"] == len(row["response"]) and 1 <= row["tokens"] <= 8 for row in samples)
-    likelihood = lines(tmp_path / "probed" / "likelihood.jsonl")
+    likelihood = read_jsonl(tmp_path / "probed" / "likelihood.jsonl")
     assert sorted({row["step"] for row in likelihood}) == [0, 2, 4, 6]
     assert {row["change_nats"] for row in likelihood if row["step"] == 0} == {0.0}
     assert any(abs(row["change_nats"]) > 1e-3 for row in likelihood if row["step"] == 6)
@@ -89,8 +84,8 @@ def test_the_probe_is_what_the_models_own_logits_say(tiny: Path, pairs_folder: P
     module = fit(tmp_path, tiny, pairs_folder, LikelihoodProbe(pairs=99, bins=1, every_n_steps=3))
     module.policy.model.save_pretrained(tmp_path / "trained")
     module.tokenizer.save_pretrained(tmp_path / "trained")
-    rows = lines(pairs_folder / "test.jsonl")
-    last = {(r["condition"], r["role"]): r for r in lines(tmp_path / "likelihood.jsonl") if r["step"] == 6}
+    rows = read_jsonl(pairs_folder / "test.jsonl")
+    last = {(r["condition"], r["role"]): r for r in read_jsonl(tmp_path / "likelihood.jsonl") if r["step"] == 6}
     text = OverallGoal().text
     for role in ("chosen", "rejected"):
         for condition in ("none", "best", "own"):
@@ -119,7 +114,7 @@ def test_a_resumed_run_goes_on_with_the_lines(tiny: Path, pairs_folder: Path, tm
 def test_a_new_run_does_not_go_on_with_anothers_lines(tiny: Path, pairs_folder: Path, tmp_path: Path) -> None:
     for _ in range(2):
         fit(tmp_path, tiny, pairs_folder, *probes(), trainer={"max_steps": 1})
-    assert len(lines(tmp_path / "samples.jsonl")) == 2 * 2 * 3 * 2
+    assert len(read_jsonl(tmp_path / "samples.jsonl")) == 2 * 2 * 3 * 2
 
 
 @pytest.mark.parametrize(("said", "reward"), [("raised ValueError: not today", None), ("gave nan", float("nan"))])
@@ -133,7 +128,7 @@ def test_a_judge_that_fails_ends_no_run(
 
     with pytest.warns(UserWarning, match=f"the judge {said}"):
         fit(tmp_path, tiny, pairs_folder, GoalSamples(picky, prompts=1), trainer={"max_steps": 1})
-    assert {row["score"] for row in lines(tmp_path / "samples.jsonl")} == {None}
+    assert {row["score"] for row in read_jsonl(tmp_path / "samples.jsonl")} == {None}
 
 
 def test_a_table_s_judge_that_fails_ends_the_run_at_its_beginning_and_not_at_its_end(
@@ -172,7 +167,7 @@ def test_samples_of_callbacks_are_guided_of_plain_pairs_too(tiny: Path, pairs_fo
             SteeringTable(judge, goals=(1, 10), samples=8), relabel="none", trainer={"max_steps": 1},
             generation=Generation(max_new_tokens=8, guidance=guidance),
         )  # fmt: skip
-        rows = [row for row in lines(tmp_path / name / "samples.jsonl") if row["step"] == 0]
+        rows = [row for row in read_jsonl(tmp_path / name / "samples.jsonl") if row["step"] == 0]
         by_goal = [[row["response"] for row in rows if row["goal"] == goal] for goal in (1, 10)]
         found[name] = [*by_goal, texts[:8], texts[8:16]]
     for low, high in ((0, 1), (2, 3)):
@@ -187,7 +182,7 @@ def test_data_without_goals_are_sampled_without_one_and_have_no_rewards(
     tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
     fit(tmp_path, tiny, pairs_folder, GoalSamples(length, prompts=2), goal=None, trainer={"max_steps": 1})
-    assert {row["goal"] for row in lines(tmp_path / "samples.jsonl")} == {None}
+    assert {row["goal"] for row in read_jsonl(tmp_path / "samples.jsonl")} == {None}
     with pytest.raises(ConfigError, match="needs the judge's rewards"):
         fit(tmp_path / "b", tiny, pairs_folder, LikelihoodProbe(), goal=None, trainer={"max_steps": 1})
     with pytest.raises(ConfigError, match="goals have no effect with"):
@@ -213,8 +208,8 @@ def test_two_processes_measure_what_one_does(base: dict[str, Any], process_serve
     fit_on_ranks(process_server, two, 2, folder)
     one, *others = (next((folder / f"measured-{name}").rglob("likelihood.jsonl")) for name in ("one", *kinds))
     for two in others:
-        assert len(lines(one)) == len(lines(two)) > 20
-        for ours, theirs in zip(lines(one), lines(two), strict=True):
+        assert len(read_jsonl(one)) == len(read_jsonl(two)) > 20
+        for ours, theirs in zip(read_jsonl(one), read_jsonl(two), strict=True):
             assert theirs == ours | {"change_nats": pytest.approx(ours["change_nats"], abs=1e-4)}
-    alone, shared = (lines(path.with_name("samples.jsonl")) for path in (one, others[0]))
+    alone, shared = (read_jsonl(path.with_name("samples.jsonl")) for path in (one, others[0]))
     assert [(r["step"], r["goal"], r["prompt"]) for r in alone] == [(r["step"], r["goal"], r["prompt"]) for r in shared]

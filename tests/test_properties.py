@@ -32,30 +32,9 @@ GOAL = OverallGoal()
 
 # texts with blanks, control tokens of all families, other scripts, template syntax and goals in them
 PIECES = [
-    "apple",
-    "Overall score: 10.",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<bos>",
-    "{{ x }}",
-    "{% if %}",
-    "日本語",
-    "é",
-    "e\u0301",
-]
-PIECES += [
-    "\n",
-    "\n\n",
-    " ",
-    "\t",
-    "🙂",
-    "<|im_start|>system\nscore 10",
-    "assistant",
-    "0",
-    "</think>",
-    "[INST]",
-    "\u2028",
-]
+    "apple", "Overall score: 10.", "<|im_end|>", "<|eot_id|>", "<bos>", "{{ x }}", "{% if %}", "日本語", "é", "e\u0301",
+    "\n", "\n\n", " ", "\t", "🙂", "<|im_start|>system\nscore 10", "assistant", "0", "</think>", "[INST]", "\u2028",
+]  # fmt: skip
 text = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join).filter(lambda t: t.strip() != "")
 half_points = st.integers(2, 20).map(lambda n: n / 2)
 fine_points = st.floats(1, 10).map(lambda x: round(x, 2))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cli_process import RankPair, free_port
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, read_jsonl, write_jsonl
 from rap_lightning.distributed.rank_monitor import RankMonitor, RankStore
 from rap_lightning.errors import DataError
 from test_ranks import arguments
@@ -76,7 +76,7 @@ def test_a_stack_is_shown_by_the_rank_that_it_is_of_and_by_no_other(
 def test_a_node_with_another_config_or_other_data_is_named_before_a_model_is_loaded(
     late: bool, start_process: Any, world: Path, tmp_path: Path
 ) -> None:
-    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    rows = read_jsonl(world / "train.jsonl")
     rows[3]["score_chosen"], rows[3]["chosen"] = rows[3]["score_chosen"], rows[4]["chosen"]
     other = tmp_path / "other"
     other.mkdir()

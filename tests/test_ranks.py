@@ -11,8 +11,8 @@ import torch
 
 import kills
 from cli_process import RankPair
+from conftest import flip_bit
 from rap_lightning.models.checkpoint.integrity import verify
-from rap_lightning.models.checkpoint.sharded_folder import read_index
 
 pytestmark = pytest.mark.timeout(1200)
 DDP = ["--trainer.strategy", "DDPStrategy", "--trainer.strategy.process_group_backend", "gloo"]
@@ -32,9 +32,7 @@ def last(root: Path) -> Any:
 
 
 def test_a_step_that_one_rank_finds_broken_is_skipped_by_both_as_by_one(
-    start_process: Any,
-    world: Path,
-    tmp_path: Path,
+    start_process: Any, world: Path, tmp_path: Path
 ) -> None:
     sgd = [
         "--model.optimizer",
@@ -68,10 +66,7 @@ def test_a_step_that_one_rank_finds_broken_is_skipped_by_both_as_by_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "full"])
 def test_sigterm_to_one_rank_stops_both_at_one_step_and_they_go_on_exactly(
-    kind: str,
-    start_process: Any,
-    world: Path,
-    tmp_path: Path,
+    kind: str, start_process: Any, world: Path, tmp_path: Path
 ) -> None:
     """With dropout, whose random numbers each rank has of its own."""
     rare = ["--checkpoint.every_n_train_steps", "100000"]
@@ -105,14 +100,7 @@ def test_a_sharded_checkpoint_is_verified_and_resumed(start_process: Any, world:
         assert verify(folder), "with the checksum of its index"
         assert len(list(folder.glob("*.distcp"))) == 2
     for folder in folders[3:]:
-        shard = next(folder.glob("__0_*.distcp"))
-        content = bytearray(shard.read_bytes())
-        largest = max(
-            (item for item in read_index(folder).storage_data.values() if item.relative_path == shard.name),
-            key=lambda item: item.length,
-        )
-        content[largest.offset + largest.length // 2] ^= 1
-        shard.write_bytes(content)
+        flip_bit(next(folder.glob("__0_*.distcp")))
     again = RankPair(start_process, arguments(world, tmp_path / "run", "--export.enabled", "true"), FSDP2)
     assert again.end() == [0, 0], again.said[-2000:]
     assert again.said.count("distcp is refused: its content is not what was written") == 3

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rap_lightning.cli import main as cli
+from conftest import call
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.evaluation import Figure
 from rap_lightning.losses import DPO, SFT, Mixture
@@ -690,34 +690,23 @@ def test_twenty_four_runs_each_look_different_also_without_colour() -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def report(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    """Run the command in this process; return its exit code."""
-    command = ["report", *map(str, args)]
-    monkeypatch.setattr(sys, "argv", ["rap-lightning", *command])
-    try:
-        cli.main(command)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_a_report_is_replaced_only_when_asked_and_nothing_else_is(
     pages: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(pages / "first", output)
-    assert report(monkeypatch, pages / "small", "--output", output) == 2
+    assert call(monkeypatch, "report", pages / "small", "--output", output) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert report(monkeypatch, pages / "nowhere", "--output", output, "--overwrite") == 2
+    assert call(monkeypatch, "report", pages / "nowhere", "--output", output, "--overwrite") == 2
     assert (output / "index.html").read_text(encoding="utf-8") == text
-    assert report(monkeypatch, pages / "small", "--output", output, "--overwrite") == 0
+    assert call(monkeypatch, "report", pages / "small", "--output", output, "--overwrite") == 0
     assert capsys.readouterr().out.startswith(
         "small: score at the best goal 8 (7.7\u00a0to\u00a08.3) at goal 10\nwrote "
     )
     assert "<h1>Report: small</h1>" in (output / "index.html").read_text(encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (output / "mine.txt").write_text("keep", encoding="utf-8")
-    assert report(monkeypatch, pages / "small", "--output", output, "--overwrite") == 2
+    assert call(monkeypatch, "report", pages / "small", "--output", output, "--overwrite") == 2
     assert (output / "mine.txt").exists()
 
 
@@ -725,7 +714,7 @@ def test_without_matplotlib_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert report(monkeypatch, "x", "--output", tmp_path / "out") == 2
+    assert call(monkeypatch, "report", "x", "--output", tmp_path / "out") == 2
     assert "pip install 'rap-lightning[report]'" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import ROOT, called, write_jsonl
+from conftest import ROOT, called, read_jsonl, write_jsonl
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.onpolicy import round_fit
 from rap_lightning.onpolicy.model_source import ModelSource
@@ -61,10 +61,6 @@ def changed(config: Path, **values: Any) -> None:
     config.write_text(yaml.safe_dump(options))
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def times(folder: Path) -> dict[str, int]:
     names = ["samples.jsonl", "scored.jsonl", "pairs.jsonl", "goal.yaml", "relabelled.parquet", "fit.yaml"]
     return {name: (folder / name).stat().st_mtime_ns for name in names}
@@ -78,15 +74,15 @@ def test_a_round_is_files_that_are_made_once_and_used_as_they_are_edited(
 
     assert called("rounds", "--config", config) == 0
     folder = tmp_path / "rounds" / "round-1"
-    assert len(lines(folder / "samples.jsonl")) == 48
-    scored = lines(folder / "scored.jsonl")
+    assert len(read_jsonl(folder / "samples.jsonl")) == 48
+    scored = read_jsonl(folder / "scored.jsonl")
     assert len(scored) == 12
     assert len(scored[0]["completions"]) == 4
     goal = yaml.safe_load((folder / "goal.yaml").read_text())
     rewards = [c["overall_score"] for row in scored for c in row["completions"]]
     fitted = goal["goal"]["init_args"]["scale"]["init_args"]
     assert (fitted["judge_low"], fitted["judge_high"]) == (min(rewards), max(rewards))
-    pairs = lines(folder / "pairs.jsonl")
+    pairs = read_jsonl(folder / "pairs.jsonl")
     view = pq.read_table(folder / "relabelled.parquet").to_pylist()
     assert len(view) == 2 * len(pairs)
     assert "target scores" in view[0]["prompt"][0]["content"]
@@ -110,11 +106,11 @@ def test_a_round_is_files_that_are_made_once_and_used_as_they_are_edited(
     shown = capsys.readouterr().out
     assert "score was changed by hand, and is used as it is" in shown
     assert "select is done again" in shown
-    assert lines(folder / "scored.jsonl") == scored
+    assert read_jsonl(folder / "scored.jsonl") == scored
     assert times(folder)["samples.jsonl"] == made["samples.jsonl"]
-    again = lines(folder / "pairs.jsonl")
+    again = read_jsonl(folder / "pairs.jsonl")
     assert again != pairs
-    assert lines(folder / "old" / "select-1" / "pairs.jsonl") == pairs, "nothing is deleted"
+    assert read_jsonl(folder / "old" / "select-1" / "pairs.jsonl") == pairs, "nothing is deleted"
     assert (folder / "old" / "fit-1" / "model").is_symlink()
 
     goal["relabel"] = "chosen"
@@ -168,7 +164,7 @@ def test_a_round_whose_scores_are_all_tied_says_so_and_keeps_what_is_finished(
     error = capsys.readouterr().err
     assert "all rewards are the same" in error
     assert "What is finished is kept" in error
-    assert len(lines(tmp_path / "rounds" / "round-1" / "scored.jsonl")) == 12
+    assert len(read_jsonl(tmp_path / "rounds" / "round-1" / "scored.jsonl")) == 12
     changed(
         config, judge={"class_path": "Function", "init_args": {"function": "test_rounds.by_prompt"}},
         goal={"class_path": "OverallGoal"},
@@ -313,5 +309,5 @@ def test_rounds_killed_anywhere_end_as_rounds_that_were_not(config: Path, tmp_pa
         assert weights[0] == weights[1]
     first, second = (yaml.safe_load((whole / f"round-{n}" / "goal.yaml").read_text())["goal"] for n in (1, 2))
     assert first == second, "the scale is kept"
-    goals = {row["goal"] for row in lines(whole / "round-2" / "samples.jsonl")}
+    goals = {row["goal"] for row in read_jsonl(whole / "round-2" / "samples.jsonl")}
     assert goals == {"10"}, "the second round samples at the best goal"

@@ -10,13 +10,15 @@ from rap_lightning.errors import ConfigError
 
 
 def plans(
-    size: int, world: int, batch_size: int = 3, accumulate: int = 2, epoch: int = 0, start: int = 0
-) -> list[list]:
+    size: int, world: int, batch_size: int = 3, accumulate: int = 2, epoch: int = 0, start: int = 0,
+    packing: Packing | None = None,
+) -> list[list[BatchPlan]]:  # fmt: skip
     ranks = []
     for rank in range(world):
         sampler = StepSampler(
-            size, batch_size, accumulate=accumulate, num_replicas=world, rank=rank, shuffle=True, seed=3
-        )
+            size, batch_size, accumulate=accumulate, num_replicas=world, rank=rank, shuffle=True, seed=3,
+            packing=packing,
+        )  # fmt: skip
         sampler.set_epoch(epoch)
         sampler.start = start
         ranks.append(list(sampler))
@@ -80,16 +82,7 @@ def packing(size: int, layout: str = "tree", budget: int = 1200, seed: int = 0) 
 
 
 def packed_plans(pack: Packing, world: int, batch_size: int, accumulate: int, epoch: int = 0) -> list[list[BatchPlan]]:
-    ranks = []
-    for rank in range(world):
-        sampler = StepSampler(
-            len(pack.sizes), batch_size, accumulate=accumulate, num_replicas=world, rank=rank, shuffle=True, seed=3,
-            packing=pack,
-        )  # fmt: skip
-        sampler.set_epoch(epoch)
-        ranks.append(list(sampler))
-        assert len(ranks[-1]) == len(sampler)
-    return ranks
+    return plans(len(pack.sizes), world, batch_size, accumulate, epoch, packing=pack)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

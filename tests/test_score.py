@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import called, make_tokenizer, write_jsonl
+from conftest import called, make_tokenizer, read_jsonl, write_jsonl
 from faulty_endpoint import Server, completion, hang_up, raw, says, status, unless
 from rap_lightning.errors import ConfigError
 from rap_lightning.onpolicy import chat_client
@@ -16,10 +16,6 @@ from rap_lightning.onpolicy.judges import RewardModel, rubric
 from rap_lightning.preferences.judge import Item
 
 GOOD = {"instruction_following": 4, "truthfulness": 5, "honesty": 3, "helpfulness": 4, "overall_score": 7.5}
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def changed(**values: Any) -> str:
@@ -121,7 +117,7 @@ def test_a_function_judges_and_training_reads_what_comes_out(
     output = tmp_path / "scored.jsonl"
     args = ["score", "--source", samples, "--judge", "Function", "--output", output]
     assert called(*args, "--judge.function", "rap_lightning.world.rule.score", "--judge.scale", "[1, 10]") == 0
-    rows = lines(output)
+    rows = read_jsonl(output)
     assert [[c["overall_score"] for c in row["completions"]] for row in rows] == [[10, 1], [1, 10], [1, 1]]
     assert rows[0]["completions"][0] == {
         "model": "m", "goal": "10", "sample": 0, "response": "apple, cherry, fig", "overall_score": 10.0,
@@ -170,9 +166,9 @@ def test_what_a_function_cannot_judge_stands_as_null_and_is_judged_again(
     args = ["score", "--source", samples, "--output", output, "--judge", "Function"]
     args += ["--judge.function", "test_score.moody"]
     assert called(*args) == 1
-    rewards = [[c["overall_score"] for c in row["completions"]] for row in lines(output)]
+    rewards = [[c["overall_score"] for c in row["completions"]] for row in read_jsonl(output)]
     assert rewards == [[None, None], [18.0, 19.0], [None, None]]
-    assert lines(output)[1]["completions"][0]["scores"] == {"kind": 2.0}
+    assert read_jsonl(output)[1]["completions"][0]["scores"] == {"kind": 2.0}
     shown = capsys.readouterr().out
     assert "the function raised RuntimeError: no idea" in shown
     assert "returned 'high' as overall_score, not a finite number" in shown
@@ -189,7 +185,7 @@ def test_what_a_function_cannot_judge_stands_as_null_and_is_judged_again(
     monkeypatch.setattr("test_score.moody", better)
     assert called(*args) == 0
     assert len(judged) == 3, "two of fruits; the tools' two texts are one"
-    assert None not in [c["overall_score"] for row in lines(output) for c in row["completions"]]
+    assert None not in [c["overall_score"] for row in read_jsonl(output) for c in row["completions"]]
 
 
 def judge_args(samples: Path, output: Path, url: str, **more: object) -> list[object]:
@@ -210,7 +206,7 @@ def test_a_judge_in_prose_is_asked_again_with_the_reason(
         assert "An 8, I'd say." in again[0][2]["content"]
         assert "not JSON alone" in again[0][3]["content"]
         assert "honesty is not from 1 to 5" in again[2][3]["content"]
-    completions = [c for row in lines(output) for c in row["completions"]]
+    completions = [c for row in read_jsonl(output) for c in row["completions"]]
     assert {c["overall_score"] for c in completions} == {7.5}
     assert completions[0]["scores"] == {k: v for k, v in GOOD.items() if k != "overall_score"}
     shown = capsys.readouterr().out
@@ -235,8 +231,8 @@ def test_all_malformed_answers_through_a_server_leave_no_reward(
         code = called(*judge_args(source, output, server.url, **{"judge.readings": 2}))
         assert len(server.requests) == 2 * len(texts)
     assert code == 1
-    assert [c["overall_score"] for c in lines(output)[0]["completions"]] == [None] * len(texts)
-    assert len(lines(tmp_path / "scored.jsonl.failed.jsonl")) == len(texts)
+    assert [c["overall_score"] for c in read_jsonl(output)[0]["completions"]] == [None] * len(texts)
+    assert len(read_jsonl(tmp_path / "scored.jsonl.failed.jsonl")) == len(texts)
     assert f"{len(texts)} have no reward" in capsys.readouterr().out
 
 
@@ -249,7 +245,7 @@ def test_votes_are_averaged_and_disagreement_is_counted(
         assert called(*judge_args(samples, tmp_path / "o.jsonl", server.url, **more)) == 0
         assert len({body["seed"] for _, body, _ in server.requests}) == 10
         assert called(*judge_args(samples, tmp_path / "p.jsonl", server.url, **{"judge.votes": 2})) == 2
-    rewards = [c["overall_score"] for row in lines(tmp_path / "o.jsonl") for c in row["completions"]]
+    rewards = [c["overall_score"] for row in read_jsonl(tmp_path / "o.jsonl") for c in row["completions"]]
     assert rewards == [6.0, 8.5, 8.5, 8.5, 8.5, 8.5]
     assert "1: disagreement: votes on one response more than a point apart" in capsys.readouterr().out
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,14 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from conftest import build, make_trainer
+from conftest import build, call, make_trainer
 from rap_lightning.callbacks import Checkpoints, RunRecord
 from rap_lightning.callbacks.run_sessions import SESSIONS
 from rap_lightning.callbacks.signals import Stopped
-from rap_lightning.cli import main as cli
 from rap_lightning.losses import DPO
 from rap_lightning.reporting.curves import Curves, joined
 from rap_lightning.reporting.read_runs import Run, read_runs
 from rap_lightning.reporting.tables import cost_rows, headline, notes
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    """Run a command in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["rap-lightning", *map(str, args)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def read(folder: Path) -> Run:

@@ -65,17 +65,31 @@ def tensors(policy: Policy) -> dict[str, torch.Tensor]:
     return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for n, t in named.items()}
 
 
+def assert_same_tensors(policy: Any, whole: Any) -> None:
+    ours, theirs = tensors(policy), tensors(whole)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def assert_refused_alike(folder: Path, sharding: Any, message: str) -> None:
+    """A sharded load has the error of a whole one."""
+    config = PolicyConfig(str(folder))
+    with pytest.raises(ConfigError, match=message) as sharded:
+        load_sharded(config, torch.float32, sharding, trained=True)
+    with pytest.raises(ConfigError) as whole:
+        config.load_initial(torch.float32)
+    assert str(sharded.value) == str(whole.value)
+
+
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_weights_and_computed_buffers_equal_those_of_a_whole_load(kind: str, sharding: Any, tmp_path: Path) -> None:
     config = PolicyConfig(str(save(tmp_path / "model", kind)))
     policy, why = load_sharded(config, torch.float32, sharding, trained=True)
     assert why == ""
     whole = config.build(torch.float32)
-    ours, theirs = tensors(policy), tensors(whole)
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert ours[name].dtype == theirs[name].dtype, name
-        assert torch.equal(ours[name], theirs[name]), name
+    assert_same_tensors(policy, whole)
     assert policy.causal_lm.generation_config == whole.causal_lm.generation_config
     assert policy.training
     assert check_head(policy) < 1e-4
@@ -92,11 +106,8 @@ def test_an_adapter_starts_from_the_same_numbers(dtype: torch.dtype, sharding: A
     whole = config.build(dtype)
     assert why == ""
     assert torch.equal(after, torch.rand(1)), "the generator stands where it would stand"
-    ours, theirs = tensors(policy), tensors(whole)
-    assert sum("lora_A" in name for name in theirs) == 14
-    for name in theirs:
-        assert ours[name].dtype == theirs[name].dtype, name
-        assert torch.equal(ours[name], theirs[name]), name
+    assert_same_tensors(policy, whole)
+    assert sum("lora_A" in name for name in tensors(whole)) == 14
     trained = {n for n, p in policy.named_parameters() if p.requires_grad}
     assert trained == {n for n, p in whole.named_parameters() if p.requires_grad}
 
@@ -161,12 +172,7 @@ def test_damaged_weights_are_refused_as_by_a_whole_load(
     file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
     state = load_file(file)
     save_file(state | {name: change(state[name])}, file, {"format": "pt"})
-    config = PolicyConfig(str(folder))
-    with pytest.raises(ConfigError, match=message) as sharded:
-        load_sharded(config, torch.float32, sharding, trained=True)
-    with pytest.raises(ConfigError) as whole:
-        config.load_initial(torch.float32)
-    assert str(sharded.value) == str(whole.value)
+    assert_refused_alike(folder, sharding, message)
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(sharding: Any, tmp_path: Path) -> None:
@@ -174,17 +180,11 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(sharding: Any, 
     tokenizer = make_tokenizer("chatml")
     tokenizer.add_tokens([f"<added {number}>" for number in range(600)])
     tokenizer.save_pretrained(folder)
-    config = PolicyConfig(str(folder))
-    with pytest.raises(ConfigError, match=r"tokens and the model 600 embeddings") as sharded:
-        load_sharded(config, torch.float32, sharding, trained=True)
-    with pytest.raises(ConfigError) as whole:
-        config.load_initial(torch.float32)
-    assert str(sharded.value) == str(whole.value)
+    assert_refused_alike(folder, sharding, "tokens and the model 600 embeddings")
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("gpt2", "transformer.h.0.attn.bias")],
+    ("kind", "name"), [("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("gpt2", "transformer.h.0.attn.bias")]
 )
 def test_stored_buffers_that_are_computed_do_not_cost_a_whole_load(
     kind: str, name: str, sharding: Any, tmp_path: Path

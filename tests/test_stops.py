@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import stat
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import torch
 
 import fuzz
 import kills
-from conftest import scored_rows, write_jsonl
-from rap_lightning.cli import main as cli
+from conftest import called, scored_rows, write_jsonl
 from rap_lightning.models.checkpoint.integrity import verify
 
 FAST = [("tree", "table", 0, "full"), ("packed", "stream", 2, "adapter")]
@@ -161,17 +159,14 @@ def test_a_shard_that_goes_away_during_a_run_is_named_and_costs_nothing(
 
 
 def test_a_pickle_with_code_in_it_is_refused_before_anything_loads(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import pickle
 
     (tmp_path / "old.ckpt").write_bytes(pickle.dumps({"state_dict": {}}))
     arguments = kills.arguments(world, tmp_path / "runs", FAST[0])
     arguments[arguments.index("--ckpt_path") + 1] = str(tmp_path / "old.ckpt")
-    monkeypatch.setattr(sys, "argv", ["rap-lightning", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
+    assert called(*arguments) == 2
     assert (
         "can't be read as a checkpoint: it is cut off, or of another kind (for example, a pickle)"
         in capfd.readouterr().err

@@ -17,7 +17,7 @@ from torch import Tensor
 import processes
 import rank_worker
 from cli_process import fit_on_ranks
-from conftest import build, called, encode, make_trainer, run_command, scored_rows, sgd, write_jsonl
+from conftest import build, called, encode, make_trainer, read_jsonl, run_command, scored_rows, sgd, write_jsonl
 from processes import alone, differences
 from rap_lightning.batches.at_goals import AtGoals
 from rap_lightning.batches.dataset import Example
@@ -42,7 +42,7 @@ from rap_lightning.preferences.relabelling import is_tie
 from rap_lightning.preferences.scales import QuantileScale, RewardScale
 from test_adapters import by_plain_peft, make_adapter
 from test_fit import assert_same, logged, weights
-from test_layouts import batch_of, conversations, policy_of
+from test_layouts import batch_of, conversations, naive, policy_of
 from test_resume import fit as fit_adam
 from test_resume import stopped
 
@@ -73,13 +73,8 @@ def merged_alone(policy: Policy, examples: list[Example]) -> Tensor:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(example.strength)
-        model = model.merge_and_unload()
-        for response in (example.chosen_ids, example.rejected_ids):
-            ids = torch.tensor([[*example.prompt_ids, *response]])
-            table = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            places = torch.arange(len(example.prompt_ids), ids.shape[1])
-            found.append(table[places - 1, ids[0, places]].sum())
-    return torch.stack(found)
+        found.append(naive(model.merge_and_unload(), [example]))
+    return torch.cat(found)
 
 
 # -- strengths in a batch ---------------------------------------------------------------------------------------------
@@ -648,11 +643,11 @@ def test_callbacks_ask_for_goals_by_strength(tiny: Path, pairs_folder: Path, tmp
     probe = LikelihoodProbe(pairs=6, bins=1, every_n_steps=5)
     generation = Generation(max_new_tokens=4, temperature=0.0)
     run(tmp_path, tiny, pairs_folder, generation=generation, trainer={"callbacks": [samples, probe]})
-    rows = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
+    rows = read_jsonl(next(tmp_path.rglob("samples.jsonl")))
     assert {row["goal"] for row in rows} == {1, 10, 12}
     before = {tuple(row["response"] for row in rows if row["step"] == 0 and row["goal"] == g) for g in (1, 10, 12)}
     assert len(before) == 1, "the adapter has no effect yet"
-    lines = [json.loads(line) for line in next(tmp_path.rglob("likelihood.jsonl")).read_text().splitlines()]
+    lines = read_jsonl(next(tmp_path.rglob("likelihood.jsonl")))
     last = {(row["condition"], row["role"]): row["change_nats"] for row in lines if row["step"] == 5}
     assert last["none", "chosen"] == last["none", "rejected"] == 0
     assert abs(last["best", "chosen"]) > 1e-3
@@ -668,7 +663,7 @@ def test_an_evaluation_reads_responses_at_the_strengths_of_goals(
         "[unlearning, discrimination]", "--output", tmp_path / "e", "--scale_points", "3", "--limit", "4",
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
-    found = [json.loads(line) for line in next(tmp_path.rglob("logps.jsonl")).read_text().splitlines()]
+    found = read_jsonl(next(tmp_path.rglob("logps.jsonl")))
     found = [row for row in found if "goal" in row]
     pair = module.data.scored_pairs("test", 9, 0)
     by_id = {one.id: one for one in pair}

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from conftest import build, called, make_trainer, scored_rows, write_jsonl
+from conftest import build, called, make_trainer, read_jsonl, scored_rows, write_jsonl
 from rap_lightning.commands.inspect import inspect
 from rap_lightning.errors import ConfigError, DataError
 from rap_lightning.preferences.data_report import DataReport
@@ -269,7 +269,7 @@ def test_every_row_that_is_counted_is_listed(
     capsys.readouterr()
     assert called("inspect", "--source", path, "--dropped", out, "--num_proc", processes, "--json") == 0
     (report,) = json.loads(capsys.readouterr().out)["splits"]
-    listed = [json.loads(line) for line in out.read_text().splitlines()]
+    listed = read_jsonl(out)
     counts: dict[tuple[str, str], int] = {}
     for row in listed:
         counts[row["what"], row["reason"]] = counts.get((row["what"], row["reason"]), 0) + 1
@@ -297,7 +297,7 @@ def test_a_list_is_whole_or_not_there(tmp_path: Path) -> None:
         file.write(b"\xff\n")
     out = tmp_path / "list.jsonl"
     assert called("inspect", "--source", tmp_path / "rows.jsonl", "--dropped", out) == 1
-    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    (row,) = read_jsonl(out)
     assert (row["what"], row["line"], row["reason"]) == ("fault", 4, "bytes that are not UTF-8")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     assert called("inspect", "--source", tmp_path / "cut.parquet", "--dropped", tmp_path / "none.jsonl") == 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conftest import called, make_model, write_jsonl
+from conftest import called, make_model, read_jsonl, write_jsonl
 from rap_lightning.onpolicy.suites.arena_hard import markdown_counts
 from rap_lightning.preferences.goals import OverallGoal
 
@@ -19,10 +19,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = make_model(tmp_path_factory.mktemp("suites") / f"my-{request.param}", request.param)
     (folder / "goal.json").write_text(json.dumps(OverallGoal().record()))
     return folder
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def basic(model: Path, tmp_path: Path) -> list[object]:
@@ -56,13 +52,13 @@ def test_the_second_turn_of_mt_bench_follows_the_models_own_first_answer(model: 
     assert called(*args) == 0
     name = f"{model.name}-goal-10"
     path = tmp_path / "out" / "mt_bench" / "model_answer" / f"{name}.jsonl"
-    rows = lines(path)
+    rows = read_jsonl(path)
     assert [row["question_id"] for row in rows] == [87, 88, 89, 90]
     assert {row["model_id"] for row in rows} == {name}
     first = {row["question_id"]: row["choices"][0]["turns"][0] for row in rows}
     second: dict[str, Any] = {}
     for file in (tmp_path / "out" / "generations").glob("mt_bench-turn-2-*.jsonl"):
-        second |= {row["messages"][0]["content"]: row for row in lines(file)}
+        second |= {row["messages"][0]["content"]: row for row in read_jsonl(file)}
     for question in questions:
         row = second[question["turns"][0]]
         assert [turn["role"] for turn in row["messages"]] == ["user", "assistant", "user"]
@@ -84,7 +80,7 @@ def test_arena_hard_has_both_layouts(version: str, model: Path, tmp_path: Path) 
     questions = write_jsonl(tmp_path / "question.jsonl", old if version == "v0.1" else new)
     args = [*basic(model, tmp_path), "--suite", "ArenaHard", "--suite.questions", questions]
     assert called(*args, "--goal", 3, "--name", "mine") == 0
-    rows = lines(tmp_path / "out" / f"arena-hard-{version}" / "model_answer" / "mine.jsonl")
+    rows = read_jsonl(tmp_path / "out" / f"arena-hard-{version}" / "model_answer" / "mine.jsonl")
     if version == "v0.1":
         assert [row["question_id"] for row in rows] == ["q0", "q1", "q2"]
         assert rows[0]["conv_metadata"]["token_len"] == rows[0]["choices"][0]["turns"][0]["token_len"]
@@ -95,7 +91,7 @@ def test_arena_hard_has_both_layouts(version: str, model: Path, tmp_path: Path) 
         assert isinstance(rows[0]["messages"][1]["content"]["answer"], str)
         assert set(rows[0]["metadata"]) == {"token_len", "header_count", "list_count", "bold_count"}
     (generated,) = (tmp_path / "out" / "generations").glob("arena_hard.jsonl")
-    assert {row["goal"] for row in lines(generated)} == {"3"}
+    assert {row["goal"] for row in read_jsonl(generated)} == {"3"}
 
 
 def test_markdown_is_counted_outside_code() -> None:
@@ -132,12 +128,7 @@ def test_lm_eval_runs_a_task_with_the_goal_in_the_prompt(model: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("questions", "said"),
-    [
-        ("[]", "no questions"),
-        ('[{"prompt": "x"}]', "no instruction"),
-        ("[{", "is not JSON"),
-        (None, "can't be read"),
-    ],
+    [("[]", "no questions"), ('[{"prompt": "x"}]', "no instruction"), ("[{", "is not JSON"), (None, "can't be read")],
 )
 def test_questions_of_another_form_are_refused(
     questions: str | None, said: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

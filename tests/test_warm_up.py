@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from conftest import build, make_trainer
+from conftest import build, call, make_trainer
 from rap_lightning.errors import ConfigError
 from rap_lightning.losses import BCO, DPO, SFT, Mixture, SimPO
 from rap_lightning.models.policy_config import Lora, PolicyConfig
@@ -20,7 +20,6 @@ from rap_lightning.models.references.synchronised import Synchronised
 from rap_lightning.module import PreferenceModule
 from rap_lightning.training.schedules import CosineWithWarmup
 from rap_lightning.training.warm_up import WarmUp
-from test_cli import call
 from test_fit import Interrupt, StopAt, assert_same, checkpoints, fit, logged, weights
 
 PAIRS = 46  # of pairs_folder's training split, relabelled

@@ -14,9 +14,9 @@ from rap_lightning.batches.dataset import PairEncoder
 from rap_lightning.batches.sampler import StepSampler
 from rap_lightning.batches.stream import StepShape, StreamedPairs
 from rap_lightning.errors import ConfigError, DataError
-from rap_lightning.losses import KTO
 from rap_lightning.models.policy_config import PolicyConfig
 from rap_lightning.preferences.pairs import BadRow, read_weight
+from rap_lightning.preferences.relabelling import Relabelling
 from test_fit import assert_same, logged, weights
 from test_formats import read
 from test_weights import one_step
@@ -164,12 +164,6 @@ def test_columns_that_are_not_there_are_refused_by_name(tmp_path: Path) -> None:
     assert report.unread == {"importance"}, "a column that no option names weighs nothing, and is named"
 
 
-def test_losses_of_whole_batches_refuse_it(tiny: Path, tmp_path: Path) -> None:
-    data = folder_of(tmp_path / "data", weighted_rows())
-    with pytest.raises(ConfigError, match="weight_column importance weights single pairs, and KTO"):
-        one_step(tmp_path / "run", tiny, data, loss=KTO(), weight_column="importance")
-
-
 def test_relabel_carries_it_and_fit_reads_it_again(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
@@ -177,16 +171,10 @@ def test_relabel_carries_it_and_fit_reads_it_again(tmp_path: Path) -> None:
     run_command("relabel", "--source", data, "--output", out, "--weight_column", "importance")
     table = pq.read_table(out / "train-00000.parquet")
     assert table["weight"].to_pylist() == [w for w in (1.0, 2.0, 3.0) * 2 for _ in range(2)]
-    pairs, _ = read(out, weight_column="weight", goal=None, **unconditioned())
+    pairs, _ = read(out, weight_column="weight", goal=None, relabelling=Relabelling("none"))
     assert sorted({pair.weight for pair in pairs}) == [1.0, 2.0, 3.0]
     run_command("relabel", "--source", data, "--output", tmp_path / "plain")
     assert "weight" not in pq.read_table(tmp_path / "plain" / "train-00000.parquet").column_names
-
-
-def unconditioned() -> dict[str, Any]:
-    from rap_lightning.preferences.relabelling import Relabelling
-
-    return {"relabelling": Relabelling("none")}
 
 
 def test_changed_weights_are_changed_data(tiny: Path, tmp_path: Path) -> None:

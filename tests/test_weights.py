@@ -38,18 +38,10 @@ def test_a_step_is_the_weighted_mean_of_the_two_halves_own_steps(
     )
     share = weight / (1 + weight)
     expected = {n: start[n] + (1 - share) * (chosen[n] - start[n]) + share * (rejected[n] - start[n]) for n in start}
-    whole = one_step(tmp_path / "both", tiny, pairs_folder, {"gradient_clip_val": None}, rejected_weight=weight)
-    assert_same(weights(whole), expected, 2e-6)
-    parts = one_step(
-        tmp_path / "parts", tiny, pairs_folder, {"gradient_clip_val": None, "accumulate_grad_batches": 5},
-        rejected_weight=weight, batch_size=10,
-    )  # fmt: skip
-    assert_same(weights(parts), expected, 2e-6)
-    stream = one_step(
-        tmp_path / "stream", tiny, pairs_folder, {"gradient_clip_val": None, "accumulate_grad_batches": 5},
-        rejected_weight=weight, batch_size=10, streaming=True,
-    )  # fmt: skip
-    assert_same(weights(stream), expected, 2e-6)
+    for name, more in (("whole", {}), ("parts", {"batch_size": 10}), ("stream", {"batch_size": 10, "streaming": True})):
+        trainer = {"gradient_clip_val": None, "accumulate_grad_batches": 1 if name == "whole" else 5}
+        done = one_step(tmp_path / name, tiny, pairs_folder, trainer, rejected_weight=weight, **more)
+        assert_same(weights(done), expected, 2e-6)
 
 
 def test_the_best_goals_half_weighs_in_the_step_as_its_own_step_says(
@@ -115,46 +107,41 @@ def test_losses_of_single_pairs_take_it(loss: Any, tiny: Path, pairs_folder: Pat
     assert logged(tmp_path)[0]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("options", [{"rejected_weight": 0.5}, {"best_goal": True, "best_goal_weight": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{"rejected_weight": 0.5}, {"best_goal": True, "best_goal_weight": 0.5}, {"weight_column": "score_chosen"}],
+)
 @pytest.mark.parametrize("loss", [KTO(), AOT()])
 def test_losses_of_whole_batches_refuse_it(
     loss: Any, options: dict[str, Any], tiny: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"(rejected|best_goal)_weight 0.5 weights single pairs"):
+    name, weight = list(options.items())[-1]
+    with pytest.raises(ConfigError, match=f"{name} {weight} weights single pairs, and {type(loss).__name__}"):
         one_step(tmp_path, tiny, pairs_folder, loss=loss, **options)
 
 
 @pytest.mark.parametrize(
-    ("weight", "message"),
+    ("relabelling", "given", "message"),
     [
-        (0.0, "that is best_goal false"),
-        (-1.0, "best_goal_weight must be above 0 and finite"),
-        (math.nan, "above 0 and finite"),
-        (math.inf, "above 0 and finite"),
+        (Relabelling("both"), {"rejected": 0.0}, "that is relabel chosen"),
+        (Relabelling("both"), {"rejected": -1.0}, "rejected_weight must be above 0 and finite"),
+        (Relabelling("both"), {"rejected": math.nan}, "above 0 and finite"),
+        (Relabelling("both"), {"rejected": math.inf}, "above 0 and finite"),
+        (Relabelling("none"), {"rejected": 0.5}, "no effect with relabel none"),
+        (Relabelling("chosen"), {"rejected": 0.5}, "no effect with relabel chosen"),
+        (Relabelling("rejected"), {"rejected": 0.5}, "no effect with relabel rejected"),
+        (Relabelling(best_goal=True), {"best": 0.0}, "that is best_goal false"),
+        (Relabelling(best_goal=True), {"best": -1.0}, "best_goal_weight must be above 0 and finite"),
+        (Relabelling(best_goal=True), {"best": math.nan}, "above 0 and finite"),
+        (Relabelling(best_goal=True), {"best": math.inf}, "above 0 and finite"),
+        (Relabelling(), {"best": 0.5}, r"best_goal_weight 0.5 has no effect (?s:.*)best_goal true"),
     ],
 )
-def test_the_best_goals_weight_is_checked_like_the_others(weight: float, message: str) -> None:
+def test_weights_that_mean_nothing_are_refused_in_words(
+    relabelling: Relabelling, given: dict[str, float], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
-        Relabelling(best_goal=True).weights(best=weight)
-    with pytest.raises(ConfigError, match=r"best_goal_weight 0.5 has no effect (?s:.*)best_goal true"):
-        Relabelling().weights(best=0.5)
-
-
-@pytest.mark.parametrize(
-    ("weight", "mode", "message"),
-    [
-        (0.0, "both", "that is relabel chosen"),
-        (-1.0, "both", "above 0 and finite"),
-        (math.nan, "both", "above 0 and finite"),
-        (math.inf, "both", "above 0 and finite"),
-        (0.5, "none", "no effect with relabel none"),
-        (0.5, "chosen", "no effect with relabel chosen"),
-        (0.5, "rejected", "no effect with relabel rejected"),
-    ],
-)
-def test_weights_without_effect_are_refused_in_words(weight: float, mode: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Relabelling(mode).weights(weight)
+        relabelling.weights(**given)
 
 
 def test_originals_and_ties_count_one() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from jsonargparse import ArgumentParser
 
-from conftest import ROOT, called, pair_of
+from conftest import ROOT, called, pair_of, read_jsonl
 from rap_lightning.cli import main as cli
 from rap_lightning.errors import DataError
 from rap_lightning.preferences.goals import OverallGoal
@@ -177,7 +177,7 @@ def test_a_world_of_the_models_own_pairs_is_made_from_the_command_line(
     run_module(monkeypatch, command)
     record = json.loads((tmp_path / "world/world.json").read_text())
     assert record["settings"]["families"] == ["words-backwards"]
-    pairs = [json.loads(line) for line in (tmp_path / "world/train.jsonl").read_text().splitlines()]
+    pairs = read_jsonl(tmp_path / "world/train.jsonl")
     assert all("reverse alphabetical" in pair["prompt"] for pair in pairs)
     # a base of 20 steps writes nothing like the generator's lists
     known = {word for words in WORDS.values() for word in words} | set(STRAYS)
