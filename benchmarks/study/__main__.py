@@ -1,5 +1,7 @@
 """``python -m benchmarks.study``: make the worlds, run every arm, write the tables and pictures of docs/study.
 
+With ``--task reading --model HuggingFaceTB/SmolLM2-135M-Instruct`` the same on a real model and its own responses.
+
 The same command continues where it was stopped. What is there is not run again: to repeat it, name another --output.
 """
 
@@ -10,10 +12,13 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.study.arms import ARMS
+from benchmarks.study.judges import TASKS
 from benchmarks.study.schedule import Lines, Plan, key_of, work
-from benchmarks.study.settings import FULL, SHORT
+from benchmarks.study.settings import FULL, REAL, SHORT
 
 
 def main() -> int:
@@ -22,25 +27,37 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder of results, tables, pictures; by default docs/study")
     parser.add_argument("--work", type=Path, help="folder of worlds; by default runs/study")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--task", choices=list(TASKS), help="what a real model is asked and judged for; needs --model")
+    parser.add_argument("--model", help="an instruct model's folder or Hub id; needs --task")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="run these alone; by default all")
     parser.add_argument("--short", action="store_true", help="a study of the same shape in a minute")
     parser.add_argument("--until", type=time_of_day, metavar="HH:MM", help="start no run after this time of day")
     parser.add_argument("--report", action="store_true", help="run nothing; write tables and pictures of what is there")
     options = parser.parse_args()
+    if (options.task is None) != (options.model is None) or (options.task and options.short):
+        parser.error("--task and --model go together, and not with --short")
     size = SHORT if options.short else FULL
+    if options.task:
+        size = replace(REAL, laboratory=options.task, model=options.model)
     folder = options.work or Path("runs/study-short" if options.short else "runs/study")
     output = options.output or (folder if options.short else Path("docs/study"))
     output.mkdir(parents=True, exist_ok=True)
-    results = output / "results.jsonl"
+    results = output / f"{options.task or 'results'}.jsonl"
     lines = read(results)
     if not options.report:
         os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
-        failed = work(Plan(size, lines), results, folder.resolve(), options.workers, options.until)
+        if options.task:
+            from benchmarks.study.laboratory import prepare
+
+            prepare(folder.resolve(), options.task, options.model)
+        run = replace(size, arms=options.arms or size.arms)
+        failed = work(Plan(run, lines), results, folder.resolve(), options.workers, options.until)
         if failed:
             print(f"{failed} runs failed; what they printed is in {folder}/worker-*.log", file=sys.stderr)
             return 1
     from benchmarks.study.report import write
 
-    write(output, lines, size)
+    write(output, lines, size, options.task)
     return 0
 
 

@@ -68,8 +68,12 @@ ARMS: dict[str, Arm] = {
     "sft": Arm("score-conditioned SFT", OverallGoal, lambda beta: SFT(),
                trials=tuple(Trial(lr, 0.0) for lr in (3e-4, 1e-3, 3e-3, 6e-3, 2e-3, 1e-2))),
     "odpo": Arm("ODPO", OverallGoal, ODPO, PLAIN, conditioned=False),
+    "strength+soft": Arm("goal as strength, best-goal half, soft labels", AdapterStrength,
+                         lambda beta: SoftLabelDPO(beta, temperature=12.0, distance="squared"), BEST),
     "soft": Arm("soft labels", OverallGoal, lambda beta: SoftLabelDPO(beta, temperature=2.0), PLAIN, conditioned=False),
 }  # fmt: skip
 
 LONG = ("dpo", "text", "strength", "strength+best")
 """Arms that also run at four times the steps, and with a fifth of the chosen β."""
+FRESH = ("dpo", "text", "strength+best", "soft", "strength+soft")
+"""Arms of the plan's second part, which run in fresh worlds at one, two and four times the steps."""

@@ -1,19 +1,23 @@
 """Where arms are compared: a base model, scored pairs, held-out prompts and a judge that anyone can check.
 
-``world`` is the embedded one. ``reading`` is a real instruct model whose own responses to "Explain X in two
-or three sentences." are judged by reading ease: see :func:`reading`.
+:func:`world` is the embedded one, :func:`real` a real instruct model with a judge of :mod:`benchmarks.study.judges`.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import random
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.judges import TASKS
 from benchmarks.study.settings import Size
+from benchmarks.study.topics import TOPICS
 
 from rap_lightning.world.make import make_world
 from rap_lightning.world.rule import score
@@ -30,16 +34,23 @@ class Laboratory:
         pairs: held-out scored pairs that don't tie.
         judge: score of (prompt, response), 1 to 10.
         max_new_tokens: of a sample.
-        target_modules: what the adapter is put on.
+        neutral: the goal at which an adapter that knows no goals is asked at strength 0.
     """
 
-    base: Path
+    base: str
     train: Path
     prompts: list[str]
     pairs: list[dict[str, Any]]
     judge: Callable[[str, str], float]
     max_new_tokens: int
-    target_modules: str = "all-linear"
+    neutral: float = 5.5
+
+
+def make(root: Path, seed: int, size: Size) -> Laboratory:
+    """The one of a size, for a seed."""
+    if size.model is None:
+        return world(root, seed, size)
+    return real(root, size.laboratory, size.model, tune=seed in size.tuning)
 
 
 def world(root: Path, seed: int, size: Size) -> Laboratory:
@@ -49,50 +60,55 @@ def world(root: Path, seed: int, size: Size) -> Laboratory:
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     pairs = [row for row in rows if row["score_chosen"] > row["score_rejected"]]
     prompts = sorted({row["prompt"] for row in rows})
-    return Laboratory(folder / "base", folder / "train.jsonl", prompts, pairs, score, max_new_tokens=48)
+    return Laboratory(str(folder / "base"), folder / "train.jsonl", prompts, pairs, score, max_new_tokens=48)
 
 
-def reading_ease(prompt: str, response: str) -> float:
-    """Flesch's reading ease (1948), 206.835 - 1.015 words/sentence - 84.6 syllables/word, from 0-100 to 1-10.
+def real(root: Path, task: str, model: str, *, tune: bool) -> Laboratory:
+    """A real instruct model and the pairs of :func:`prepare`; tuning and figures have other held-out prompts."""
+    _, tuning, figures = _topics()
+    one = TASKS[task]
+    prompts = [one.ask(topic) for topic in (tuning if tune else figures)]
+    train = root / task / "train.jsonl"
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    mean = statistics.fmean(row[side] for row in rows for side in ("score_chosen", "score_rejected"))
+    return Laboratory(model, train, prompts, [], one.judge, max_new_tokens=64, neutral=mean)
 
-    Syllables are groups of vowels, a silent e at the end left out. Below 15 words the score is 1, because the shortest
-    texts would be the easiest.
 
-    >>> reading_ease("", "The cat sat on the mat. " * 4), reading_ease("", "Too short.")
-    (10.0, 1.0)
+def prepare(root: Path, task: str, model: str) -> None:
+    """Let the model answer a task's training prompts, six times each, and pair its judged responses.
+
+    The command is the package's own, and continues where it was stopped.
     """
-    words = re.findall(r"[a-z']+", response.lower())
-    if len(words) < 15:
-        return 1.0
-    sentences = max(1, len(re.findall(r"[.!?]+", response)))
-    syllables = sum(max(1, len(re.findall(r"[aeiouy]+", word.removesuffix("e")))) for word in words)
-    ease = 206.835 - 1.015 * len(words) / sentences - 84.6 * syllables / len(words)
-    return 1 + 9 * min(1.0, max(0.0, ease / 100))
-
-
-def reading(root: Path, model: Path, scored: Path, prompts: Path) -> Laboratory:
-    """An instruct model, its own responses scored by :func:`reading_ease`, and held-out prompts.
-
-    Args:
-        root: folder of the study's work.
-        model: the instruct model.
-        scored: json lines of ``prompt`` and ``completions``, as ``rap-lightning generate`` writes them.
-        prompts: json lines of ``prompt``.
-    """
+    one, folder = TASKS[task], root / task
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = "".join(json.dumps({"prompt": one.ask(topic)}) + "\n" for topic in _topics()[0])
+    (folder / "prompts.jsonl").write_text(asked)
+    subprocess.run([
+        sys.executable, "-m", "rap_lightning.cli.main", "generate", "--prompts", str(folder / "prompts.jsonl"),
+        "--model", model, "--output", str(folder / "responses.jsonl"), "--samples", "6", "--max_new_tokens", "64",
+        "--engine.batch_size", "96",
+    ], check=True)  # fmt: skip
     by_prompt: dict[str, list[tuple[float, str]]] = {}
-    for line in scored.read_text().splitlines():
+    for line in (folder / "responses.jsonl").read_text().splitlines():
         row = json.loads(line)
-        for text in (one["response"] for one in row["completions"]):
-            by_prompt.setdefault(row["prompt"], []).append((reading_ease(row["prompt"], text), text))
-    train = root / "reading-pairs.jsonl"
-    train.parent.mkdir(parents=True, exist_ok=True)
-    with train.open("w") as file:
-        for prompt, answers in by_prompt.items():
-            answers.sort()  # the easiest against the hardest, and so on towards the middle
-            for i in range(len(answers) // 2):
-                (low, rejected), (high, chosen) = answers[i], answers[-1 - i]
-                row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-                file.write(json.dumps({**row, "score_chosen": round(high, 1), "score_rejected": round(low, 1)}) + "\n")
-    held_out = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
-    upper = r".*layers\.(1\d|2\d)\..*(_proj)"
-    return Laboratory(model, train, held_out, [], reading_ease, max_new_tokens=64, target_modules=upper)
+        prompt, text = row["messages"][-1]["content"], row["response"]
+        by_prompt.setdefault(prompt, []).append((round(one.judge(prompt, text), 1), text))
+    pairs = [row for prompt in sorted(by_prompt) for row in pair(prompt, by_prompt[prompt])]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+
+
+def pair(prompt: str, answers: list[tuple[float, str]]) -> list[dict[str, Any]]:
+    """Rows of the best (score, response) against the worst, the second best against the second worst, and so on."""
+    answers = sorted(answers)
+    rows = []
+    for i in range(len(answers) // 2):
+        (low, rejected), (high, chosen) = answers[i], answers[-1 - i]
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        rows.append({**row, "score_chosen": high, "score_rejected": low})
+    return rows
+
+
+def _topics() -> tuple[list[str], list[str], list[str]]:
+    """Of training, of tuning, and of the figures."""
+    shuffled = random.Random(0).sample(TOPICS, len(TOPICS))
+    return shuffled[:160], shuffled[160:184], shuffled[184:]

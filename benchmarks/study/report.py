@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.arms import ARMS, LONG
-from benchmarks.study.schedule import Lines, Plan
+from benchmarks.study.schedule import LONGER, Lines, Plan, setting
 from benchmarks.study.settings import BEYOND, GOALS, TEMPERATURES, Size
 from benchmarks.study.statistics import Difference, area, difference
 
@@ -20,17 +20,24 @@ NEAR = 3.0
 
 
 class Results:
-    """Lines of a study by stage and arm, each arm at the setting and temperature chosen in tuning."""
+    """Lines of a study by stage and arm, each arm at the setting and temperature chosen in tuning.
 
-    def __init__(self, lines: Lines, size: Size) -> None:
+    Args:
+        lines: of the study.
+        size: of the study.
+        seeds: those that the figures come from; by default the size's first ones.
+    """
+
+    def __init__(self, lines: Lines, size: Size, seeds: Sequence[int] | None = None) -> None:
         self.lines, self.size, self.plan = lines, size, Plan(size, lines)
+        self.seeds = size.seeds if seeds is None else seeds
 
     def of(self, stage: str, arm: str) -> dict[int, Line]:
         """By seed; of an arm, at its chosen setting."""
         chosen = self.plan.chosen(arm) if stage != "base" else (0, 0.0)
         wanted = stage, arm, None if chosen is None else chosen[0]
         found = [line for line in self.lines.values() if (line["stage"], line["arm"], line["trial"]) == wanted]
-        return {line["seed"]: line for line in sorted(found, key=lambda line: line["seed"])}
+        return {line["seed"]: line for seed in self.seeds for line in found if line["seed"] == seed}
 
     def temperature(self, arm: str) -> str:
         """The one chosen in tuning."""
@@ -73,16 +80,16 @@ class Results:
         for arm in self.arms():
             line = self.of("main", arm).get(seed)
             if line is not None:
-                name = arm if arm != "dpo" else "dpo scaled"
+                name = arm if ARMS[arm].conditioned else f"{arm} scaled"
                 found[name] = [start, *((one["kl"], one["score"]) for one in line["frontier"])]
-        runs = [self.of(stage, "dpo").get(seed) for stage in ("main", "long", "beta")]
+        runs = [self.of(stage, "dpo").get(seed) for stage in ("main", *LONGER, "beta")]
         found["dpo"] = [start, *((r["frontier"][0]["kl"], r["frontier"][0]["score"]) for r in runs if r is not None)]
         return found
 
     def areas(self, names: Sequence[str], near: float | None = None) -> dict[str, dict[int, list[float]]]:
         """[Mean score under each frontier] by seed, up to a KL, or to the largest one that all the named ones reach."""
         found: dict[str, dict[int, list[float]]] = {name: {} for name in names}
-        for seed in self.size.seeds:
+        for seed in self.seeds:
             points = self.frontiers(seed)
             if not all(name in points for name in names):
                 continue
@@ -93,17 +100,21 @@ class Results:
         return found
 
 
-def write(folder: Path, lines: Lines, size: Size) -> None:
-    """Write README.md's tables, which are left out where nothing has been run yet, and the pictures."""
-    results = Results(lines, size)
-    page = folder / "README.md"
-    text = page.read_text() if page.is_file() else "\n".join(f"<!-- {n} -->\n<!-- end of {n} -->\n" for n in TABLES)
-    for name in TABLES:
-        table = TABLES[name](results)
+def write(folder: Path, lines: Lines, size: Size, task: str | None) -> None:
+    """Write a page's tables, which are left out where nothing has been run yet, and its pictures.
+
+    The page is README.md, and of a task on a real model that of the task's name.
+    """
+    results, page = Results(lines, size), folder / f"{task or 'README'}.md"
+    tables = {name: table(results) for name, table in TABLES.items() if task is None or name in REAL_TABLES}
+    if size.fresh:
+        tables["fresh"] = _second_claims(Results(lines, size, size.fresh))
+    text = page.read_text() if page.is_file() else "\n".join(f"<!-- {n} -->\n<!-- end of {n} -->\n" for n in tables)
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
         text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)  # type: ignore[misc]
     page.write_text(text)
-    _pictures(folder, results)
+    _pictures(folder / f"{task or 'goals'}.png", results)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -146,12 +157,38 @@ def _claims(results: Results) -> str:
     for other, words in (("dpo", "plain DPO"), ("dpo scaled", "plain DPO, scaled")):
         rows.append([f"H3: area under the frontier minus that of {words}; above 0",
                      *_shown(_paired(areas[ours], areas[other]), 0)])  # fmt: skip
-    lines = results.of("main", ours).values()
+    rows.append(_following(results, ours))
+    return _table(["claim", "points [bootstrap 95%]", "[t 95%]", "seeds ahead", "verdict"], rows)
+
+
+def _following(results: Results, arm: str) -> list[str]:
+    lines = results.of("main", arm).values()
     peaks = [max(GOALS, key=lambda g, line=line: line["curve"][f"{g:g}"]) for line in lines]  # type: ignore[misc]
     spearman, missed = [line["spearman"] for line in lines], [line["missed"] for line in lines]
     fits = min(spearman) >= 0.95 and all(p == GOALS[-1] for p in peaks) and statistics.fmean(missed) <= 1.5
-    rows.append([f"H4: Spearman {_mean(spearman)} (lowest {min(spearman):.2f}), peak at {_list(peaks)}, "
-                 f"mean of score - goal {_mean(missed)}", "", "", "", "holds" if fits else "fails"])  # fmt: skip
+    return [f"H4: Spearman {_mean(spearman)} (lowest {min(spearman):.2f}), peak at {_list(peaks)}, "
+            f"mean of abs(score - goal) {_mean(missed)}", "", "", "", "holds" if fits else "fails"]  # fmt: skip
+
+
+def _second_claims(results: Results) -> str:
+    """The claims of the plan's second part, each for the two arms by strength that it names."""
+    rows = []
+    for arm in ("strength+best", "strength+soft"):
+        if not {arm, "dpo", "soft"} <= set(results.arms("long")):
+            continue
+        title = ARMS[arm].title
+        rows.append([f"**{title}**", "", "", "", ""])
+        rows.append(["H1: minus plain DPO; above -0.2", *_shown(results.minus("main", arm, "dpo"), -0.2)])
+        for stage, words in (("double", "twice"), ("long", "four times")):
+            for other in ("dpo", "soft"):
+                claim = f"H2: {words} the steps, minus {ARMS[other].title}; above 0"
+                rows.append([claim, *_shown(results.minus(stage, arm, other), 0)])
+        for other in ("dpo", "dpo scaled", "soft scaled"):
+            areas = results.areas([arm, other], results.size.cap)
+            words = ARMS[other.removesuffix(" scaled")].title + (", scaled" if "scaled" in other else "")
+            claim = f"H3: area up to {results.size.cap:g} nats, minus {words}; above 0"
+            rows.append([claim, *_shown(_paired(areas[arm], areas[other]), 0)])
+        rows.append(_following(results, arm))
     return _table(["claim", "points [bootstrap 95%]", "[t 95%]", "seeds ahead", "verdict"], rows)
 
 
@@ -164,12 +201,12 @@ def _arms(results: Results) -> str:
     for arm in results.arms():
         chosen, lines = results.plan.chosen(arm), results.of("main", arm)
         assert chosen is not None
-        trial = ARMS[arm].trials[chosen[0]]
-        setting = f"lr {trial.lr:g}" + (f", β {trial.beta:g}" if trial.beta else "")
+        trial = setting(results.size, arm, chosen[0])
+        words = f"lr {trial.lr:g}" + (f", β {trial.beta:g}" if trial.beta else "")
         minus = results.minus("main", arm, "dpo") if arm != "dpo" and "dpo" in results.arms() else None
         curve = [_mean((line["curve"].get(f"{g:g}") for line in lines.values()), 1) for g in (*GOALS, *BEYOND)]
         rows.append([
-            ARMS[arm].title, setting, results.temperature(arm),
+            ARMS[arm].title, words, results.temperature(arm),
             _mean(map(statistics.fmean, results.scores("main", arm).values())), *_shown(minus)[:2],
             " ".join(c for c in curve if c),
             *(_mean(line.get(name) for line in lines.values()) for name in ("spearman", "missed", "good_rejected")),
@@ -220,19 +257,19 @@ def _frontier(results: Results) -> str:
 
 
 def _seeds(results: Results) -> list[int]:
-    return [seed for seed in results.size.seeds if seed in results.of("main", "dpo")]
+    return list(results.of("main", "dpo"))
 
 
 def _base(results: Results) -> str:
-    lines = [line for seed, line in results.of("base", "base").items() if seed in results.size.seeds]
+    lines = results.of("base", "base").values()
     rows = []
-    for goal in ("None", *(str(g) for g in GOALS)):
+    for goal in map(str, results.size.base_goals):
         name = "no goal" if goal == "None" else f"goal {float(goal):g}"
         rows.append([name, *(_mean(line["base"][goal][f"{t:g}"] for line in lines) for t in TEMPERATURES)])
     return _table(["the base", *(f"T = {t:g}" for t in TEMPERATURES)], rows)
 
 
-def _pictures(folder: Path, results: Results) -> None:
+def _pictures(file: Path, results: Results) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -263,7 +300,7 @@ def _pictures(folder: Path, results: Results) -> None:
     axes[1].set(xlabel="KL from the base, nats a response", ylabel="mean score, T = 1", title="Reward and distance")
     axes[1].set_xscale("log")
     axes[1].legend(fontsize=6)
-    figure.savefig(folder / "goals.png", dpi=130)
+    figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
@@ -271,3 +308,4 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "claims": _claims, "arms": _arms, "temperatures": _temperatures, "long": _long, "frontier": _frontier,
     "base": _base,
 }  # fmt: skip
+REAL_TABLES = ("claims", "arms", "temperatures", "frontier", "base")

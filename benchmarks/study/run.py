@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from benchmarks.study.arms import ARMS, Arm, Trial
 from benchmarks.study.laboratory import Laboratory
-from benchmarks.study.settings import BEYOND, GOALS, GOOD, SCALES, TEMPERATURES, Size
+from benchmarks.study.settings import BEYOND, GOALS, GOOD, TEMPERATURES, Size
 from torch import Tensor
 
 from rap_lightning.batches.encode import Conversation, Encoder
@@ -33,6 +33,7 @@ from rap_lightning.models.policy_config import Lora, PolicyConfig
 from rap_lightning.models.references.frozen import Frozen
 from rap_lightning.models.token_strength import attach
 from rap_lightning.module import PreferenceModule
+from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.preferences.goals import StatedGoal
 
 MAX_LENGTH = 224
@@ -55,22 +56,24 @@ class Remembered(Frozen):
         return torch.tensor([self._mine[digest] for digest in batch.digests])
 
 
-def fit(lab: Laboratory, arm: Arm, trial: Trial, steps: int, batch: int, seed: int) -> tuple[PreferenceModule, Asker]:
+def fit(
+    lab: Laboratory, arm: Arm, trial: Trial, steps: int, batch: int, seed: int, precision: Any = "32-true"
+) -> tuple[PreferenceModule, Asker]:
     """Train one arm; the module with its policy, and what asks it."""
     data = PreferenceDataModule(
         str(lab.train), goal=arm.goal(), max_length=MAX_LENGTH, batch_size=batch, seed=seed, **arm.data
     )
     loss = arm.loss(trial.beta)
     module = PreferenceModule(
-        PolicyConfig(str(lab.base), lora=Lora(r=16, alpha=16, target_modules=lab.target_modules)), loss,
+        PolicyConfig(lab.base, lora=Lora(r=16, alpha=16)), loss,
         reference=Remembered() if "reference" in loss.requires else None,
         optimizer=partial(torch.optim.AdamW, lr=trial.lr, weight_decay=0.0, fused=True),
     )  # fmt: skip
     pl.seed_everything(seed, verbose=False)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-        log_every_n_steps=max(1, steps // 5),
+        accelerator="cpu", devices=1, precision=precision, max_steps=steps, max_epochs=-1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        limit_val_batches=0, log_every_n_steps=max(1, steps // 5),
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     assert module.policy is not None, "fit builds the policy"
@@ -150,7 +153,7 @@ BASE = StatedGoal(None, 0.0)
 
 def run(lab: Laboratory, name: str, trial: Trial, steps: int, size: Size, seed: int, *, tune: bool) -> dict[str, Any]:
     """Train an arm in a laboratory and measure it; for tuning, at the best goal alone."""
-    module, asker = fit(lab, ARMS[name], trial, steps, size.batch, seed)
+    module, asker = fit(lab, ARMS[name], trial, steps, size.batch, seed, size.precision)
     last = module.step_logger.last.values
     seen = {key: round(float(last[key]), 4) for key in ("loss", "rewards/accuracies") if key in last}
     return {"seen": seen, **measured(lab, asker, size, seed, tune=tune)}
@@ -159,9 +162,8 @@ def run(lab: Laboratory, name: str, trial: Trial, steps: int, size: Size, seed: 
 def base_figures(lab: Laboratory, size: Size, seed: int) -> dict[str, Any]:
     """The base at every goal as text and temperature, with an adapter that is new and so has no effect."""
     _, asker = fit(lab, ARMS["text"], Trial(0.0, 0.1), 1, size.batch, seed)
-    goals = [None, *GOALS]
     found = {}
-    for goal in goals:
+    for goal in size.base_goals:
         stated = StatedGoal(None if goal is None else asker.at(goal).text, 0.0)
         scores = _by_temperature(lab, asker, stated, size, seed)
         found[str(goal)] = {key: statistics.fmean(values) for key, values in scores.items()}
@@ -179,13 +181,14 @@ def measured(lab: Laboratory, asker: Asker, size: Size, seed: int, *, tune: bool
         goals = (*GOALS, *(BEYOND if asker.arm.by_strength else ()))
         curve = {goal: _mean(lab, asker.samples(lab, asker.at(goal), half, 1.0, seed)) for goal in goals}
     else:  # the control: the adapter scaled over the same strengths, from -1 to 1 and beyond
-        strengths = {goal: (goal - 5.5) / 4.5 for goal in (*GOALS, *BEYOND)}
+        at = AdapterStrength(neutral=lab.neutral)
+        strengths = {goal: at.strength(goal) for goal in (*GOALS, *BEYOND)}
         curve = {g: _mean(lab, asker.samples(lab, asker.scaled(s), half, 1.0, seed)) for g, s in strengths.items()}
     found["curve"] = {f"{goal:g}": round(value, 3) for goal, value in curve.items()}
     means = [curve[goal] for goal in GOALS]
     found["spearman"] = round(float(curve_spearman(np.asarray(GOALS), np.asarray([means]))[0]), 4)
     found["missed"] = round(statistics.fmean(abs(curve[goal] - goal) for goal in GOALS), 3)
-    found["frontier"] = [_point(lab, asker, asker.scaled(scale), half, seed, scale) for scale in (1.0, *SCALES)]
+    found["frontier"] = [_point(lab, asker, asker.scaled(scale), half, seed, scale) for scale in (1.0, *size.scales)]
     good = [(row["prompt"], row["rejected"][-1]["content"]) for row in lab.pairs if row["score_rejected"] >= GOOD][
         : size.probed
     ]

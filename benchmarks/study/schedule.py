@@ -6,6 +6,7 @@ A finished run is a line of results.jsonl, so the same command continues where i
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -22,11 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.arms import ARMS, LONG, Trial
+from benchmarks.study.arms import ARMS, FRESH, LONG, Trial
 from benchmarks.study.settings import TEMPERATURES, Size
 from tqdm.auto import tqdm
 
-LONGER, FIFTH = 4, 0.2
+FIFTH = 0.2
+LONGER = {"double": 2, "long": 4}
+"""Stages with more steps, and how many times as many."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Job:
     """One run.
 
     Attributes:
-        stage: ``base``, ``tune``, ``main``, ``long`` (four times the steps), ``beta`` (a fifth of the chosen β).
+        stage: ``base``, ``tune``, ``main``, ``double`` and ``long`` (two and four times the steps), ``beta`` (a fifth
+            of the chosen β).
         arm: the arm; "base" of the base.
         trial: number of its setting.
         seed: the world's, the base's and the training order's.
@@ -91,8 +95,8 @@ class Plan:
         """All that can be named by now, the most telling first."""
         size = self.size
         arms = [arm for arm in ARMS if size.arms is None or arm in size.arms]
-        long = [arm for arm in (size.long_arms or LONG) if arm in arms]
-        yield from (Job("base", "base", 0, seed) for seed in (*size.tuning, *size.seeds))
+        long = [arm for arm in (LONG if size.long_arms is None else size.long_arms) if arm in arms]
+        yield from (Job("base", "base", 0, seed) for seed in (*size.tuning, *size.seeds, *size.fresh))
         for group in (long, [arm for arm in arms if arm not in long]):
             for arm in group:
                 yield from self.trials(arm)
@@ -100,26 +104,35 @@ class Plan:
                 for arm in group:
                     if (chosen := self.chosen(arm)) is not None:
                         yield from (Job(stage, arm, chosen[0], seed) for seed in size.seeds)
+        for seed, stage, arm in itertools.product(size.fresh, ("main", *LONGER), FRESH):
+            if arm in arms and (chosen := self.chosen(arm)) is not None:
+                yield Job(stage, arm, chosen[0], seed)
 
     def open(self) -> list[Job]:
         """The jobs that have no line."""
         return [job for job in self.jobs() if job.key not in self.lines]
 
 
+def setting(size: Size, arm: str, number: int) -> Trial:
+    """The one that an arm's trial has."""
+    trial = ARMS[arm].trials[number]
+    return Trial(trial.lr * size.rates, trial.beta)
+
+
 def do(job: Job, root: Path, size: Size) -> dict[str, Any]:
     """Do one job: its line of results."""
     from benchmarks.study import laboratory, run
 
-    lab = laboratory.world(root, job.seed, size)
+    lab = laboratory.make(root, job.seed, size)
     start = time.process_time()
     found: dict[str, Any]
     if job.stage == "base":
         found = run.base_figures(lab, size, job.seed)
     else:
-        trial = ARMS[job.arm].trials[job.trial]
+        trial = setting(size, job.arm, job.trial)
         if job.stage == "beta":
             trial = Trial(trial.lr, trial.beta * FIFTH)
-        steps = size.steps * (LONGER if job.stage == "long" else 1)
+        steps = size.steps * LONGER.get(job.stage, 1)
         found = run.run(lab, job.arm, trial, steps, size, job.seed, tune=job.stage == "tune")
         found["setting"] = asdict(trial)
     return {**asdict(job), "cpu_s": round(time.process_time() - start, 1), **found}
