@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT))
 from benchmarks.study.arms import ARMS, Trial
-from benchmarks.study.laboratory import reading, world
+from benchmarks.study.judges import CONSTRAINTS, TASKS, constraints, reading_ease, sentiment
+from benchmarks.study.laboratory import _topics, make, pair, world
 from benchmarks.study.run import BASE, fit
 from benchmarks.study.schedule import Plan
-from benchmarks.study.settings import FULL, SHORT, Size
+from benchmarks.study.settings import FULL, REAL, SHORT, Size
 from benchmarks.study.statistics import area, difference, hull
 
 TINY = Size(train_pairs=40, test_pairs=12, base_steps=5, steps=2, batch=4)
@@ -124,17 +126,63 @@ def test_a_policy_is_asked_for_goals_and_scales_as_its_arm_says(tmp_path: Path) 
     assert strong.logps(pairs[:1], strong.at(10))[0] == pytest.approx(by_hand, abs=1e-4)
 
 
-def test_reading_pairs_set_the_easiest_against_the_hardest(tmp_path: Path) -> None:
-    easy, middle = (
-        "The cat sat on the mat and it ate a big rat. " * 2,
-        "A feline animal rested quietly on carpets. " * 3,
-    )
+def test_pairs_set_the_best_response_against_the_worst() -> None:
+    rows = pair("Why?", [(3.0, "c"), (1.0, "a"), (4.5, "d"), (2.0, "b"), (9.0, "e")])
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("e", "a"), ("d", "b")]
+    assert rows[0] == {"prompt": "Why?", "chosen": "e", "rejected": "a", "score_chosen": 9.0, "score_rejected": 1.0}
+
+
+def test_simple_words_in_short_sentences_read_easily() -> None:
+    easy = "The cat sat on the mat and it ate a big rat. " * 2
+    middle = "A feline animal rested quietly on carpets. " * 3
     hard = "Domesticated felines habitually reposition themselves upon rectangular upholstery. " * 2
-    row = {"prompt": "Explain cats.", "completions": [{"response": text} for text in (middle, hard, easy, "Short.")]}
-    (tmp_path / "scored.jsonl").write_text(json.dumps(row) + "\n")
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "Explain dogs."}) + "\n")
-    lab = reading(tmp_path, tmp_path, tmp_path / "scored.jsonl", tmp_path / "prompts.jsonl")
-    pairs = [json.loads(line) for line in lab.train.read_text().splitlines()]
-    assert [pair["chosen"] for pair in pairs] == [easy, middle]
-    assert all(pair["score_chosen"] >= pair["score_rejected"] for pair in pairs)
-    assert lab.prompts == ["Explain dogs."]
+    scores = [reading_ease("", text) for text in (easy, middle, hard)]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] == 10.0
+    # 21 words in 3 sentences; syllables by hand: a fe-line an-i-mal rest-ed qui-et-ly on car-pets: 14 groups of vowels
+    by_formula = 206.835 - 1.015 * 7 - 84.6 * 13 / 7
+    assert scores[1] == pytest.approx(1 + 9 * by_formula / 100)
+
+
+@pytest.mark.parametrize("text", CONSTRAINTS)
+def test_a_constraint_is_met_by_a_response_that_meets_it_and_by_no_other(text: str) -> None:
+    met = {
+        "Use fewer than 25 words.": "Candles give light when it is dark and the lamp fails.",
+        "Write exactly two sentences.": "Candles give light when it is dark. They are made of wax.",
+        "Do not use commas.": "Candles give light when it is dark and the lamp fails.",
+        "Use the word today.": "Candles, which are of wax, give less light today than lamps.",
+        "Start with the word Well.": "Well, candles give light when it is dark, and lamps fail.",
+        "End with a question.": "Candles give light when it is dark, but who needs them?",
+    }[text]
+    missed = {
+        "Use fewer than 25 words.": "Candles give light when it is dark. " * 4,
+        "Write exactly two sentences.": "Candles give light when it is dark. They are of wax. They burn",
+        "Do not use commas.": "Candles, which are made of wax, give light.",
+        "Use the word today.": "Candles are for those who think that todays are dark.",
+        "Start with the word Well.": "Candles serve me well when it is dark. Well!",
+        "End with a question.": "Who needs candles when it is dark? The lamps fail.",
+    }[text]
+    assert [constraints(f"Say something. {text}", response) for response in (met, missed)] == [10.0, 1.0]
+    assert constraints(f"Say something. {text}", "Well, today?") == 1.0, "too short to count"
+
+
+def test_sentiment_is_vaders_compound_score() -> None:
+    pytest.importorskip("vaderSentiment")
+    good, bad = (f"The {word} days by the sea were {word}, and all of us said so on the way home." for word in
+                 ("wonderful", "horrible"))  # fmt: skip
+    plain = "The train leaves at nine and arrives at ten, and there are four stations on the way."
+    assert 1 < sentiment("", bad) < 4 < sentiment("", plain) < 7 < sentiment("", good) < 10
+    assert sentiment("", plain) == 5.5
+    assert sentiment("", "Wonderful!") == 1.0
+
+
+def test_a_real_model_is_tuned_on_prompts_that_no_figure_and_no_training_uses(tmp_path: Path) -> None:
+    (tmp_path / "reading").mkdir()
+    rows = pair("Explain cats.", [(3.0, "a"), (8.0, "b")])
+    (tmp_path / "reading" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    size = replace(REAL, laboratory="reading", model="a-model")
+    tuning, figures = (make(tmp_path, seed, size) for seed in (REAL.tuning[0], REAL.seeds[0]))
+    assert (len(tuning.prompts), len(figures.prompts)) == (24, 40)
+    asked = {TASKS["reading"].ask(topic) for topic in _topics()[0]}
+    assert not (set(tuning.prompts) & set(figures.prompts) or asked & {*tuning.prompts, *figures.prompts})
+    assert figures.neutral == 5.5, "the mean score of the training responses"

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.study.arms import ARMS, LONG
 from benchmarks.study.schedule import LONGER, Lines, Plan, setting
-from benchmarks.study.settings import BEYOND, GOALS, TEMPERATURES, Size
+from benchmarks.study.settings import BEST, TEMPERATURES, Size
 from benchmarks.study.statistics import Difference, area, difference
 
 Line = dict[str, Any]
@@ -162,10 +162,10 @@ def _claims(results: Results) -> str:
 
 
 def _following(results: Results, arm: str) -> list[str]:
-    lines = results.of("main", arm).values()
-    peaks = [max(GOALS, key=lambda g, line=line: line["curve"][f"{g:g}"]) for line in lines]  # type: ignore[misc]
+    lines, goals = results.of("main", arm).values(), results.size.goals
+    peaks = [max(goals, key=lambda g, line=line: line["curve"][f"{g:g}"]) for line in lines]  # type: ignore[misc]
     spearman, missed = [line["spearman"] for line in lines], [line["missed"] for line in lines]
-    fits = min(spearman) >= 0.95 and all(p == GOALS[-1] for p in peaks) and statistics.fmean(missed) <= 1.5
+    fits = min(spearman) >= 0.95 and all(p == BEST for p in peaks) and statistics.fmean(missed) <= 1.5
     return [f"H4: Spearman {_mean(spearman)} (lowest {min(spearman):.2f}), peak at {_list(peaks)}, "
             f"mean of abs(score - goal) {_mean(missed)}", "", "", "", "holds" if fits else "fails"]  # fmt: skip
 
@@ -197,21 +197,21 @@ def _list(values: Iterable[float]) -> str:
 
 
 def _arms(results: Results) -> str:
-    rows = []
+    rows, asked = [], (*results.size.goals, *results.size.beyond)
     for arm in results.arms():
         chosen, lines = results.plan.chosen(arm), results.of("main", arm)
         assert chosen is not None
         trial = setting(results.size, arm, chosen[0])
         words = f"lr {trial.lr:g}" + (f", β {trial.beta:g}" if trial.beta else "")
         minus = results.minus("main", arm, "dpo") if arm != "dpo" and "dpo" in results.arms() else None
-        curve = [_mean((line["curve"].get(f"{g:g}") for line in lines.values()), 1) for g in (*GOALS, *BEYOND)]
+        curve = [_mean((line["curve"].get(f"{g:g}") for line in lines.values()), 1) for g in asked]
         rows.append([
             ARMS[arm].title, words, results.temperature(arm),
             _mean(map(statistics.fmean, results.scores("main", arm).values())), *_shown(minus)[:2],
             " ".join(c for c in curve if c),
             *(_mean(line.get(name) for line in lines.values()) for name in ("spearman", "missed", "good_rejected")),
         ])  # fmt: skip
-    goals = " / ".join(f"{g:g}" for g in (*GOALS, *BEYOND))
+    goals = " / ".join(f"{g:g}" for g in asked)
     head = ["arm", "setting", "T", "score at the best goal", "minus plain DPO [bootstrap 95%]", "[t 95%]",
             f"T = 1 at goals {goals}", "Spearman", "mean abs(score - goal)", "good rejected, nats"]  # fmt: skip
     return _table(head, rows)
@@ -279,11 +279,15 @@ def _pictures(file: Path, results: Results) -> None:
     colours = {arm: f"C{i}" for i, arm in enumerate(ARMS)} | {"dpo scaled": "C0"}
     for arm in results.arms():
         lines = results.of("main", arm).values()
-        goals = [goal for goal in (*GOALS, *BEYOND) if all(f"{goal:g}" in line["curve"] for line in lines)]
+        goals = [
+            goal
+            for goal in (*results.size.goals, *results.size.beyond)
+            if all(f"{goal:g}" in line["curve"] for line in lines)
+        ]
         means = [statistics.fmean(line["curve"][f"{goal:g}"] for line in lines) for goal in goals]
         style, title = "o-" if arm in LONG else ":", ARMS[arm].title + (", scaled" if arm == "dpo" else "")
         axes[0].plot(goals, means, style, markersize=3, label=title, color=colours[arm])
-    axes[0].plot(GOALS, GOALS, color="grey", linewidth=0.8)
+    axes[0].plot(results.size.goals, results.size.goals, color="grey", linewidth=0.8)
     axes[0].set(xlabel="goal", ylabel="mean score, T = 1", title="Asked for a goal")
     axes[0].legend(fontsize=6)
     for name in ("dpo scaled", *[arm for arm in LONG if arm != "dpo"]):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from benchmarks.study.arms import ARMS, Arm, Trial
 from benchmarks.study.laboratory import Laboratory
-from benchmarks.study.settings import BEYOND, GOALS, GOOD, TEMPERATURES, Size
+from benchmarks.study.settings import BEST, GOOD, TEMPERATURES, Size
 from torch import Tensor
 
 from rap_lightning.batches.encode import Conversation, Encoder
@@ -101,7 +101,7 @@ class Asker:
 
     def scaled(self, scale: float) -> StatedGoal:
         """The best goal, with the adapter times a factor on its strength there."""
-        best = self.at(GOALS[-1])
+        best = self.at(BEST)
         return StatedGoal(best.text, (1.0 if best.strength is None else best.strength) * scale)
 
     def ids(self, prompt: str, stated: StatedGoal) -> list[int]:
@@ -172,22 +172,22 @@ def base_figures(lab: Laboratory, size: Size, seed: int) -> dict[str, Any]:
 
 def measured(lab: Laboratory, asker: Asker, size: Size, seed: int, *, tune: bool) -> dict[str, Any]:
     """All figures of a trained policy: see the keys, which the tables of ``report`` name."""
-    best = asker.at(GOALS[-1])
+    best = asker.at(BEST)
     found: dict[str, Any] = {"best": _by_temperature(lab, asker, best, size, seed)}
     if tune:
         return found
     half = max(1, size.samples // 2)
     if asker.arm.conditioned:
-        goals = (*GOALS, *(BEYOND if asker.arm.by_strength else ()))
+        goals = (*size.goals, *(size.beyond if asker.arm.by_strength else ()))
         curve = {goal: _mean(lab, asker.samples(lab, asker.at(goal), half, 1.0, seed)) for goal in goals}
     else:  # the control: the adapter scaled over the same strengths, from -1 to 1 and beyond
         at = AdapterStrength(neutral=lab.neutral)
-        strengths = {goal: at.strength(goal) for goal in (*GOALS, *BEYOND)}
+        strengths = {goal: at.strength(goal) for goal in (*size.goals, *size.beyond)}
         curve = {g: _mean(lab, asker.samples(lab, asker.scaled(s), half, 1.0, seed)) for g, s in strengths.items()}
     found["curve"] = {f"{goal:g}": round(value, 3) for goal, value in curve.items()}
-    means = [curve[goal] for goal in GOALS]
-    found["spearman"] = round(float(curve_spearman(np.asarray(GOALS), np.asarray([means]))[0]), 4)
-    found["missed"] = round(statistics.fmean(abs(curve[goal] - goal) for goal in GOALS), 3)
+    means = [curve[goal] for goal in size.goals]
+    found["spearman"] = round(float(curve_spearman(np.asarray(size.goals), np.asarray([means]))[0]), 4)
+    found["missed"] = round(statistics.fmean(abs(curve[goal] - goal) for goal in size.goals), 3)
     found["frontier"] = [_point(lab, asker, asker.scaled(scale), half, seed, scale) for scale in (1.0, *size.scales)]
     good = [(row["prompt"], row["rejected"][-1]["content"]) for row in lab.pairs if row["score_rejected"] >= GOOD][
         : size.probed

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 GOALS = (1.0, 2.5, 4.0, 5.5, 7.0, 8.5, 10.0)
-"""Goals that samples are drawn at; the last is the best."""
-BEYOND = (12.0, 14.5)
-"""Goals beyond the scale, for arms that can be asked for them."""
+BEST = GOALS[-1]
 TEMPERATURES = (1.0, 0.7, 0.4, 0.0)
 GOOD = 6.0
 """Responses with this score or more are good ones: what becomes of those that lost is the unlearning figure."""
@@ -29,6 +27,8 @@ class Size:
         samples: responses to each held-out prompt at the best goal and a temperature; half as many elsewhere.
         probed: held-out pairs whose log-probabilities are compared with the base's.
         trials: settings that are tried for an arm.
+        goals: that samples are drawn at; the last is the best.
+        beyond: goals beyond the scale, for arms that can be asked for them.
         rates: factor on all arms' learning rates.
         precision: Lightning's, of the training. Samples and log-probabilities are float32.
         arms, long_arms: names of the arms that run, and of those that also run at four times the steps and at a fifth
@@ -51,6 +51,8 @@ class Size:
     samples: int = 8
     probed: int = 100
     trials: int = 6
+    goals: tuple[float, ...] = GOALS
+    beyond: tuple[float, ...] = (12.0, 14.5)
     rates: float = 1.0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     arms: tuple[str, ...] | None = None
@@ -62,9 +64,9 @@ class Size:
 
 FULL = Size(fresh=tuple(range(6, 16)))
 REAL = Size(
-    steps=48, batch=8, tuning=(100,), seeds=(1, 2, 3), samples=2, trials=4, rates=0.3, precision="bf16-mixed",
-    arms=("dpo", "strength+best", "strength+soft", "text"), long_arms=(), base_goals=(None,), scales=(0.5, 1.5, 2.0),
-    cap=20.0,
+    steps=48, batch=8, tuning=(100,), seeds=(1, 2, 3), samples=1, trials=3, goals=(1.0, 4.0, 7.0, 10.0), beyond=(12.0,),
+    rates=0.3, precision="bf16-mixed", arms=("dpo", "strength+best", "strength+soft", "text"), long_arms=(),
+    base_goals=(None,), scales=(0.5, 1.5), cap=20.0,
 )  # fmt: skip
 SHORT = Size(
     train_pairs=60, test_pairs=40, base_steps=20, steps=3, batch=4, tuning=(100,), seeds=(1, 2), samples=2, probed=8,
