@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.arms import ARMS, LONG
+from benchmarks.study.arms import ARMS, FRESH, LONG
 from benchmarks.study.schedule import LONGER, Lines, Plan, setting
 from benchmarks.study.settings import BEST, TEMPERATURES, Size
 from benchmarks.study.statistics import Difference, area, difference
 
 Line = dict[str, Any]
+BY_STRENGTH = ("strength+best", "strength+soft")
+"""Arms that the plan's second part makes claims of."""
+CLAIM = ("claim", "points [bootstrap 95%]", "[t 95%]", "seeds ahead", "verdict")
 NEAR = 3.0
 """Nats a response: about where most arms are at their best goal."""
 
@@ -59,10 +62,9 @@ class Results:
         ones, others = self.scores(stage, arm, temperature), self.scores(stage, other, temperature)
         return _paired(ones, others)
 
-    def better_strength(self) -> str | None:
-        """``strength`` or ``strength+best``, whichever tuning prefers."""
-        arms = [arm for arm in ("strength", "strength+best") if arm in self.arms()]
-        return max(arms, key=self._tuned, default=None)
+    def better(self, arms: Sequence[str]) -> str | None:
+        """The one of these arms that tuning prefers."""
+        return max((arm for arm in arms if arm in self.arms()), key=self._tuned, default=None)
 
     def _tuned(self, arm: str) -> float:
         chosen = self.plan.chosen(arm)
@@ -106,9 +108,10 @@ def write(folder: Path, lines: Lines, size: Size, task: str | None) -> None:
     The page is README.md, and of a task on a real model that of the task's name.
     """
     results, page = Results(lines, size), folder / f"{task or 'README'}.md"
-    tables = {name: table(results) for name, table in TABLES.items() if task is None or name in REAL_TABLES}
+    tables = {name: table(results) for name, table in (TABLES if task is None else REAL_TABLES).items()}
     if size.fresh:
-        tables["fresh"] = _second_claims(Results(lines, size, size.fresh))
+        second = Results(lines, size, size.fresh)
+        tables |= {"fresh": _second_claims(second), "lengths": _lengths(second)}
     text = page.read_text() if page.is_file() else "\n".join(f"<!-- {n} -->\n<!-- end of {n} -->\n" for n in tables)
     for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
@@ -142,7 +145,7 @@ def _shown(found: Difference | None, bound: float | None = None) -> list[str]:
 
 
 def _claims(results: Results) -> str:
-    ours = results.better_strength()
+    ours = results.better(("strength", "strength+best"))
     if ours is None or "dpo" not in results.arms():
         return "(nothing yet)"
     title = ARMS[ours].title
@@ -158,7 +161,7 @@ def _claims(results: Results) -> str:
         rows.append([f"H3: area under the frontier minus that of {words}; above 0",
                      *_shown(_paired(areas[ours], areas[other]), 0)])  # fmt: skip
     rows.append(_following(results, ours))
-    return _table(["claim", "points [bootstrap 95%]", "[t 95%]", "seeds ahead", "verdict"], rows)
+    return _table(CLAIM, rows)
 
 
 def _following(results: Results, arm: str) -> list[str]:
@@ -171,25 +174,46 @@ def _following(results: Results, arm: str) -> list[str]:
 
 
 def _second_claims(results: Results) -> str:
-    """The claims of the plan's second part, each for the two arms by strength that it names."""
-    rows = []
-    for arm in ("strength+best", "strength+soft"):
-        if not {arm, "dpo", "soft"} <= set(results.arms("long")):
-            continue
-        title = ARMS[arm].title
-        rows.append([f"**{title}**", "", "", "", ""])
-        rows.append(["H1: minus plain DPO; above -0.2", *_shown(results.minus("main", arm, "dpo"), -0.2)])
-        for stage, words in (("double", "twice"), ("long", "four times")):
-            for other in ("dpo", "soft"):
-                claim = f"H2: {words} the steps, minus {ARMS[other].title}; above 0"
-                rows.append([claim, *_shown(results.minus(stage, arm, other), 0)])
-        for other in ("dpo", "dpo scaled", "soft scaled"):
-            areas = results.areas([arm, other], results.size.cap)
+    """The claims of the plan's second part, of both arms by strength that it names."""
+    arms = [arm for arm in BY_STRENGTH if arm in results.arms()]
+    return _table(CLAIM, [row for arm in arms for row in _claims_of(results, arm, -0.2)])
+
+
+def _real_claims(results: Results) -> str:
+    """Those of a real model, of the arm by strength that tuning prefers."""
+    arm = results.better(BY_STRENGTH)
+    return "(nothing yet)" if arm is None else _table(CLAIM, _claims_of(results, arm, 0.0))
+
+
+def _claims_of(results: Results, arm: str, bound: float) -> list[list[str]]:
+    rows = [[f"**{ARMS[arm].title}**", "", "", "", ""]]
+    rows.append([f"H1: minus plain DPO; above {bound:g}", *_shown(results.minus("main", arm, "dpo"), bound)])
+    for stage, times in LONGER.items():
+        for other in ("dpo", "soft"):
+            if (found := results.minus(stage, arm, other)) is not None:
+                claim = f"H2: {times} times the steps, minus {ARMS[other].title}; above 0"
+                rows.append([claim, *_shown(found, 0)])
+    for other in ("dpo", "dpo scaled", "soft scaled"):
+        areas = results.areas([arm, other], results.size.cap)
+        if (found := _paired(areas[arm], areas[other])) is not None:
             words = ARMS[other.removesuffix(" scaled")].title + (", scaled" if "scaled" in other else "")
             claim = f"H3: area up to {results.size.cap:g} nats, minus {words}; above 0"
-            rows.append([claim, *_shown(_paired(areas[arm], areas[other]), 0)])
-        rows.append(_following(results, arm))
-    return _table(["claim", "points [bootstrap 95%]", "[t 95%]", "seeds ahead", "verdict"], rows)
+            rows.append([claim, *_shown(found, 0)])
+    return [*rows, _following(results, arm)]
+
+
+def _lengths(results: Results) -> str:
+    """Scores at the best goal by the length of training, at the chosen temperature and at 1."""
+    rows = []
+    for arm in [arm for arm in FRESH if arm in results.arms("long")]:
+        cells = [
+            _mean(map(statistics.fmean, results.scores(stage, arm, at).values()))
+            for at in (None, "1")
+            for stage in ("main", *LONGER)
+        ]
+        rows.append([ARMS[arm].title, results.temperature(arm), *cells])
+    times = [f"{n} x the steps" for n in (1, *LONGER.values())]
+    return _table(["at the best goal", "T", *times, *(f"T = 1, {words}" for words in times)], rows)
 
 
 def _list(values: Iterable[float]) -> str:
@@ -312,4 +336,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "claims": _claims, "arms": _arms, "temperatures": _temperatures, "long": _long, "frontier": _frontier,
     "base": _base,
 }  # fmt: skip
-REAL_TABLES = ("claims", "arms", "temperatures", "frontier", "base")
+REAL_TABLES: dict[str, Callable[[Results], str]] = {
+    "claims": _real_claims, "arms": _arms, "temperatures": _temperatures, "base": _base,
+}  # fmt: skip
