@@ -17,6 +17,8 @@ from benchmarks.study.statistics import Difference, area, difference
 Line = dict[str, Any]
 BY_STRENGTH = ("strength+best", "strength+soft")
 """Arms that the plan's second part makes claims of."""
+SHOWN = (*LONG, "strength+soft")
+"""Arms that frontiers are shown of."""
 CLAIM = ("claim", "points [bootstrap 95%]", "[t 95%]", "seeds ahead", "verdict")
 NEAR = 3.0
 """Nats a response: about where most arms are at their best goal."""
@@ -266,7 +268,7 @@ def _long(results: Results) -> str:
 def _frontier(results: Results) -> str:
     names = [name for name in ("dpo", "dpo scaled", *[arm for arm in results.arms() if arm != "dpo"])
              if all(name in results.frontiers(seed) for seed in _seeds(results))]  # fmt: skip
-    shown = [name for name in names if name in ("dpo", "dpo scaled", *LONG)]
+    shown = [name for name in names if name in ("dpo", "dpo scaled", *SHOWN)]
     whole, near = results.areas(shown), results.areas(shown, NEAR)
     rows = []
     for name in shown:
@@ -299,8 +301,11 @@ def _pictures(file: Path, results: Results) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    colours = {arm: f"C{i}" for i, arm in enumerate(ARMS)} | {"dpo scaled": "C0"}
+    second = Results(results.lines, results.size, results.size.fresh)
+    longer = [arm for arm in FRESH if arm in second.arms("long")]
+    panels = 3 if longer else 2
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), constrained_layout=True)
+    colours = {arm: f"C{i}" for i, arm in enumerate(ARMS)} | {"dpo scaled": "C0", "soft": "black"}
     for arm in results.arms():
         lines = results.of("main", arm).values()
         goals = [
@@ -309,12 +314,12 @@ def _pictures(file: Path, results: Results) -> None:
             if all(f"{goal:g}" in line["curve"] for line in lines)
         ]
         means = [statistics.fmean(line["curve"][f"{goal:g}"] for line in lines) for goal in goals]
-        style, title = "o-" if arm in LONG else ":", ARMS[arm].title + (", scaled" if arm == "dpo" else "")
+        style, title = "o-" if arm in SHOWN else ":", ARMS[arm].title + (", scaled" if arm == "dpo" else "")
         axes[0].plot(goals, means, style, markersize=3, label=title, color=colours[arm])
     axes[0].plot(results.size.goals, results.size.goals, color="grey", linewidth=0.8)
     axes[0].set(xlabel="goal", ylabel="mean score, T = 1", title="Asked for a goal")
     axes[0].legend(fontsize=6)
-    for name in ("dpo scaled", *[arm for arm in LONG if arm != "dpo"]):
+    for name in ("dpo scaled", *[arm for arm in SHOWN if arm != "dpo"]):
         by_rank = [sorted(points[name])[1:] for seed in _seeds(results) if name in (points := results.frontiers(seed))]
         if not by_rank:
             continue
@@ -328,6 +333,17 @@ def _pictures(file: Path, results: Results) -> None:
     axes[1].set(xlabel="KL from the base, nats a response", ylabel="mean score, T = 1", title="Reward and distance")
     axes[1].set_xscale("log")
     axes[1].legend(fontsize=6)
+    for arm in longer:
+        scores = [
+            statistics.fmean(map(statistics.fmean, second.scores(stage, arm).values())) for stage in ("main", *LONGER)
+        ]
+        axes[2].plot([1, *LONGER.values()], scores, "o-", markersize=3, label=ARMS[arm].title, color=colours[arm])
+    if longer:
+        axes[2].set(xlabel="length of training (1 is what was tuned)", title="Training for longer",
+                    ylabel="mean score at the best goal, tuned temperature")  # fmt: skip
+        axes[2].set_xscale("log", base=2)
+        axes[2].set_xticks([1, *LONGER.values()], [f"{n} x" for n in (1, *LONGER.values())])
+        axes[2].legend(fontsize=6)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
