@@ -19,7 +19,6 @@ from rap_lightning.preferences.adapter_strength import AdapterStrength
 from rap_lightning.preferences.goals import AttributeGoal, GoalTemplate, OverallGoal
 from rap_lightning.preferences.relabelling import ORIGINS, RelabelledView, Relabelling, draw_goals, is_tie
 from rap_lightning.preferences.scales import LinearScale, QuantileScale, RewardScale
-from rap_lightning.training.metrics import PairMetrics
 from test_fit import logged
 from test_stream_fit import run, same, stream_folder
 
@@ -238,16 +237,6 @@ def test_drawn_goals_without_effect_or_meaning_are_refused() -> None:
             pairs_of(scored_rows(2), goal=OverallGoal(scale), relabelling=made)
     for one in drawn(random_pairs(20, 1, 3), OverallGoal(Invertible())):
         assert float(one.goal) == pytest.approx(one.goal_reward**2, abs=0.051)
-
-
-def test_sums_of_a_version_without_drawn_goals_are_continued() -> None:
-    before, now = PairMetrics(), PairMetrics()
-    old = {name: value[:4].clone() if value.dim() else value for name, value in before.state_dict().items()}
-    old["counts"] += 2.0
-    now.resume(old)
-    assert now.counts.tolist() == [2.0] * 4 + [0.0] * 2
-    with pytest.raises(ValueError, match="expected sums of shape"):
-        now.resume(old | {"sums": old["sums"][:, :3]})
 
 
 def test_the_view_of_a_round_draws_with_the_seed_of_its_fit() -> None:

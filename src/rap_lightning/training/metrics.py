@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import Metric
 
 from rap_lightning.batches.types import Batch, PairLogps
@@ -115,10 +114,6 @@ class PairMetrics(Metric):
         Raises:
             ValueError: the sums are of a loss with other terms.
         """
-        new = len(ORIGINS) - len(state["counts"])  # kinds of pairs that an earlier version did not know
-        if new > 0:
-            sums, counts = F.pad(state["sums"], (0, 0, 0, new)), F.pad(state["counts"], (0, new))
-            state = state | {"sums": sums, "counts": counts}
         if state["sums"].shape != self.sums.shape:
             raise ValueError(f"expected sums of shape {tuple(self.sums.shape)}, found {tuple(state['sums'].shape)}")
         self.load_state_dict({name: value.to(self.sums.device, copy=True) for name, value in state.items()})
