@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,9 +17,11 @@ import torch
 from conftest import ROOT
 
 sys.path.append(str(ROOT))
+from benchmarks.study.__main__ import read
 from benchmarks.study.arms import ARMS, Trial
 from benchmarks.study.judges import CONSTRAINTS, TASKS, constraints, reading_ease, sentiment
 from benchmarks.study.laboratory import _topics, make, pair, world
+from benchmarks.study.report import write
 from benchmarks.study.run import BASE, fit
 from benchmarks.study.schedule import Plan
 from benchmarks.study.settings import FULL, REAL, SHORT, Size
@@ -54,6 +57,17 @@ def test_the_short_study_runs_goes_on_and_writes_its_tables(tmp_path: Path) -> N
     assert again[: len(lines) - 2] == lines[:-2]
     bare = [{k: v for k, v in json.loads(line).items() if k != "cpu_s"} for line in (*lines, *again)]
     assert sorted(map(str, bare[: len(lines)])) == sorted(map(str, bare[len(lines) :])), "the same numbers again"
+
+
+@pytest.mark.parametrize("task", [None, "reading"])
+def test_the_tables_of_the_page_are_those_of_its_results(tmp_path: Path, task: str | None) -> None:
+    pytest.importorskip("matplotlib")
+    size = FULL if task is None else replace(REAL, laboratory=task, model="SmolLM2")
+    page, results = f"{task or 'README'}.md", f"{task or 'results'}.jsonl"
+    shutil.copy(ROOT / "docs/study" / page, tmp_path)
+    write(tmp_path, read(ROOT / "docs/study" / results), size, task)
+    assert (tmp_path / page).read_text() == (ROOT / "docs/study" / page).read_text()
+    assert (tmp_path / f"{task or 'goals'}.png").stat().st_size > 5000
 
 
 def test_settings_are_chosen_in_worlds_that_no_figure_comes_from() -> None:

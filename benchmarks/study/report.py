@@ -191,10 +191,9 @@ def _claims_of(results: Results, arm: str, bound: float) -> list[list[str]]:
     rows = [[f"**{ARMS[arm].title}**", "", "", "", ""]]
     rows.append([f"H1: minus plain DPO; above {bound:g}", *_shown(results.minus("main", arm, "dpo"), bound)])
     for stage, times in LONGER.items():
-        for other in ("dpo", "soft"):
-            if (found := results.minus(stage, arm, other)) is not None:
-                claim = f"H2: {times} times the steps, minus {ARMS[other].title}; above 0"
-                rows.append([claim, *_shown(found, 0)])
+        for other in [other for other in ("dpo", "soft") if other in results.arms(stage)]:
+            claim = f"H2: {times} times the steps, minus {ARMS[other].title}; above 0"
+            rows.append([claim, *_shown(results.minus(stage, arm, other), 0)])
     for other in ("dpo", "dpo scaled", "soft scaled"):
         areas = results.areas([arm, other], results.size.cap)
         if (found := _paired(areas[arm], areas[other])) is not None:
