@@ -17,10 +17,11 @@ import torch
 from conftest import ROOT
 
 sys.path.append(str(ROOT))
-from benchmarks.study.__main__ import read
+from benchmarks.study import laboratory
+from benchmarks.study.__main__ import main, read
 from benchmarks.study.arms import ARMS, Trial
 from benchmarks.study.judges import CONSTRAINTS, TASKS, constraints, reading_ease, sentiment
-from benchmarks.study.laboratory import _topics, make, pair, world
+from benchmarks.study.laboratory import _topics, make, pair, prepare, world
 from benchmarks.study.report import write
 from benchmarks.study.run import BASE, fit
 from benchmarks.study.schedule import Plan
@@ -62,10 +63,10 @@ def test_the_short_study_runs_goes_on_and_writes_its_tables(tmp_path: Path) -> N
 @pytest.mark.parametrize("task", [None, "reading"])
 def test_the_tables_of_the_page_are_those_of_its_results(tmp_path: Path, task: str | None) -> None:
     pytest.importorskip("matplotlib")
-    size = FULL if task is None else replace(REAL, laboratory=task, model="SmolLM2")
+    size = FULL if task is None else replace(REAL, task=task)
     page, results = f"{task or 'README'}.md", f"{task or 'results'}.jsonl"
     shutil.copy(ROOT / "docs/study" / page, tmp_path)
-    write(tmp_path, read(ROOT / "docs/study" / results), size, task)
+    write(tmp_path, read(ROOT / "docs/study" / results), size)
     assert (tmp_path / page).read_text() == (ROOT / "docs/study" / page).read_text()
     assert (tmp_path / f"{task or 'goals'}.png").stat().st_size > 5000
 
@@ -194,10 +195,47 @@ def test_a_real_model_is_tuned_on_prompts_that_no_figure_and_no_training_uses(tm
     (tmp_path / "reading").mkdir()
     rows = pair("Explain cats.", [(3.0, "a"), (8.0, "b")])
     (tmp_path / "reading" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    size = replace(REAL, laboratory="reading", model="a-model")
+    size = replace(REAL, task="reading", model="a-model")
     tuning, figures = (make(tmp_path, seed, size) for seed in (REAL.tuning[0], REAL.seeds[0]))
     assert (len(tuning.prompts), len(figures.prompts)) == (24, 40)
     asked = {TASKS["reading"].ask(topic) for topic in _topics()[0]}
     assert not set(tuning.prompts) & set(figures.prompts)
     assert not asked & {*tuning.prompts, *figures.prompts}
     assert figures.neutral == 5.5, "the mean score of the training responses"
+
+
+def test_a_real_models_own_responses_become_pairs_that_an_arm_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = world(tmp_path, 0, TINY).base
+    monkeypatch.setattr(laboratory, "_topics", lambda: (["apples", "ink"], ["fog"], ["moss"]))
+    prepare(tmp_path, "constraints", base)
+    rows = [json.loads(line) for line in (tmp_path / "constraints" / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 3, "six responses to each of two prompts"
+    assert all(row["score_chosen"] == constraints(row["prompt"], row["chosen"]) for row in rows)
+    lab = make(tmp_path, 1, replace(REAL, task="constraints", model=base))
+    assert [prompt.partition(".")[0] for prompt in lab.prompts] == ["Say something about moss"]
+    answers = [(1.0, "fig"), (9.0, "plum, fig")]  # an untrained model's may all tie
+    rows = [row for i in range(4) for row in pair(f"Say {i}.", answers)]
+    (tmp_path / "constraints" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, asker = fit(lab, ARMS["strength+soft"], Trial(1e-3, 0.1), 1, 2, seed=1)
+    assert len(asker.samples(lab, asker.at(10), 1, 1.0, seed=0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--task", "reading"], "--task and --model go together"),
+        (["--model", "M"], "--task and --model go together"),
+        (["--task", "reading", "--model", "M", "--short"], "a task has no short study"),
+        (["--report", "--arms", "dpo"], "--arms has no effect with --report"),
+        (["--report", "--task", "reading", "--model", "M"], "--model has no effect with --report"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["study", *options])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert said in capsys.readouterr().err

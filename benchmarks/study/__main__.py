@@ -25,20 +25,24 @@ def main() -> int:
     """Parse the command line, run what is open, write the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("--output", type=Path, help="folder of results, tables, pictures; by default docs/study")
-    parser.add_argument("--work", type=Path, help="folder of worlds; by default runs/study")
+    parser.add_argument("--work", type=Path, help="folder of worlds and responses; by default runs/study")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--task", choices=list(TASKS), help="what a real model is asked and judged for; needs --model")
-    parser.add_argument("--model", help="an instruct model's folder or Hub id; needs --task")
+    parser.add_argument("--task", choices=list(TASKS), help="what a real model is asked and judged for")
+    parser.add_argument("--model", help="of a task: an instruct model's folder or Hub id")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="run these alone; by default all")
     parser.add_argument("--short", action="store_true", help="a study of the same shape in a minute")
     parser.add_argument("--until", type=time_of_day, metavar="HH:MM", help="start no run after this time of day")
     parser.add_argument("--report", action="store_true", help="run nothing; write tables and pictures of what is there")
     options = parser.parse_args()
-    if (options.task is None) != (options.model is None) or (options.task and options.short):
-        parser.error("--task and --model go together, and not with --short")
+    if options.task and options.short:
+        parser.error("--short is of the worlds; a task has no short study")
+    if options.report and (given := [n for n in ("model", "arms", "until") if getattr(options, n)]):
+        parser.error(f"--{given[0]} has no effect with --report, which runs nothing")
+    if not options.report and (options.task is None) != (options.model is None):
+        parser.error("--task and --model go together")
     size = SHORT if options.short else FULL
     if options.task:
-        size = replace(REAL, laboratory=options.task, model=options.model)
+        size = replace(REAL, task=options.task, model=options.model)
     folder = options.work or Path("runs/study-short" if options.short else "runs/study")
     output = options.output or (folder if options.short else Path("docs/study"))
     output.mkdir(parents=True, exist_ok=True)
@@ -57,7 +61,7 @@ def main() -> int:
             return 1
     from benchmarks.study.report import write
 
-    write(output, lines, size, options.task)
+    write(output, lines, size)
     return 0
 
 

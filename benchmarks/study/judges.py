@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -72,18 +72,16 @@ def _sentences(text: str) -> list[str]:
 class Task:
     """What the model is asked about a topic, and the judge of what it says."""
 
-    title: str
     ask: Callable[[str], str]
     judge: Callable[[str, str], float]
 
 
 def _constrained(topic: str) -> str:
-    drawn: Sequence[str] = random.Random(topic).sample(list(CONSTRAINTS), 3)
-    return " ".join([f"Say something about {topic}.", *drawn])
+    return " ".join([f"Say something about {topic}.", *random.Random(topic).sample(list(CONSTRAINTS), 3)])
 
 
 TASKS = {
-    "reading": Task("Flesch's reading ease", lambda topic: f"Explain {topic} in two or three sentences.", reading_ease),
-    "sentiment": Task("VADER's sentiment", lambda topic: f"Describe {topic} in two or three sentences.", sentiment),
-    "constraints": Task("constraints that are met", _constrained, constraints),
+    "reading": Task(lambda topic: f"Explain {topic} in two or three sentences.", reading_ease),
+    "sentiment": Task(lambda topic: f"Describe {topic} in two or three sentences.", sentiment),
+    "constraints": Task(_constrained, constraints),
 }

@@ -48,9 +48,9 @@ class Laboratory:
 
 def make(root: Path, seed: int, size: Size) -> Laboratory:
     """The one of a size, for a seed."""
-    if size.model is None:
+    if size.task is None or size.model is None:
         return world(root, seed, size)
-    return real(root, size.laboratory, size.model, tune=seed in size.tuning)
+    return real(root, size.task, size.model, tune=seed in size.tuning)
 
 
 def world(root: Path, seed: int, size: Size) -> Laboratory:

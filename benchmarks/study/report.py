@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.study.arms import ARMS, FRESH, LONG
 from benchmarks.study.schedule import LONGER, Lines, Plan, setting
-from benchmarks.study.settings import BEST, TEMPERATURES, Size
+from benchmarks.study.settings import BEST_GOAL, TEMPERATURES, Size
 from benchmarks.study.statistics import Difference, area, difference
 
 Line = dict[str, Any]
@@ -104,22 +104,22 @@ class Results:
         return found
 
 
-def write(folder: Path, lines: Lines, size: Size, task: str | None) -> None:
+def write(folder: Path, lines: Lines, size: Size) -> None:
     """Write a page's tables, which are left out where nothing has been run yet, and its pictures.
 
     The page is README.md, and of a task on a real model that of the task's name.
     """
-    results, page = Results(lines, size), folder / f"{task or 'README'}.md"
-    tables = {name: table(results) for name, table in (TABLES if task is None else REAL_TABLES).items()}
+    results, second = Results(lines, size), Results(lines, size, size.fresh)
+    page = folder / f"{size.task or 'README'}.md"
+    tables = {name: table(results) for name, table in (TABLES if size.task is None else REAL_TABLES).items()}
     if size.fresh:
-        second = Results(lines, size, size.fresh)
         tables |= {"fresh": _second_claims(second), "lengths": _lengths(second)}
     text = page.read_text() if page.is_file() else "\n".join(f"<!-- {n} -->\n<!-- end of {n} -->\n" for n in tables)
     for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
         text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)  # type: ignore[misc]
     page.write_text(text)
-    _pictures(folder / f"{task or 'goals'}.png", results)
+    _pictures(folder / f"{size.task or 'goals'}.png", results, second)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -170,7 +170,7 @@ def _following(results: Results, arm: str) -> list[str]:
     lines, goals = results.of("main", arm).values(), results.size.goals
     peaks = [max(goals, key=lambda g, line=line: line["curve"][f"{g:g}"]) for line in lines]  # type: ignore[misc]
     spearman, missed = [line["spearman"] for line in lines], [line["missed"] for line in lines]
-    fits = min(spearman) >= 0.95 and all(p == BEST for p in peaks) and statistics.fmean(missed) <= 1.5
+    fits = min(spearman) >= 0.95 and all(p == BEST_GOAL for p in peaks) and statistics.fmean(missed) <= 1.5
     return [f"H4: Spearman {_mean(spearman)} (lowest {min(spearman):.2f}), peak at {_list(peaks)}, "
             f"mean of abs(score - goal) {_mean(missed)}", "", "", "", "holds" if fits else "fails"]  # fmt: skip
 
@@ -294,13 +294,12 @@ def _base(results: Results) -> str:
     return _table(["the base", *(f"T = {t:g}" for t in TEMPERATURES)], rows)
 
 
-def _pictures(file: Path, results: Results) -> None:
+def _pictures(file: Path, results: Results, second: Results) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    second = Results(results.lines, results.size, results.size.fresh)
     longer = [arm for arm in FRESH if arm in second.arms("long")]
     panels = 3 if longer else 2
     figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), constrained_layout=True)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from benchmarks.study.arms import ARMS, Arm, Trial
 from benchmarks.study.laboratory import Laboratory
-from benchmarks.study.settings import BEST, GOOD, TEMPERATURES, Size
+from benchmarks.study.settings import BEST_GOAL, GOOD, TEMPERATURES, Precision, Size
 from torch import Tensor
 
 from rap_lightning.batches.encode import Conversation, Encoder
@@ -57,7 +57,7 @@ class Remembered(Frozen):
 
 
 def fit(
-    lab: Laboratory, arm: Arm, trial: Trial, steps: int, batch: int, seed: int, precision: Any = "32-true"
+    lab: Laboratory, arm: Arm, trial: Trial, steps: int, batch: int, seed: int, precision: Precision = "32-true"
 ) -> tuple[PreferenceModule, Asker]:
     """Train one arm; the module with its policy, and what asks it."""
     data = PreferenceDataModule(
@@ -101,7 +101,7 @@ class Asker:
 
     def scaled(self, scale: float) -> StatedGoal:
         """The best goal, with the adapter times a factor on its strength there."""
-        best = self.at(BEST)
+        best = self.at(BEST_GOAL)
         return StatedGoal(best.text, (1.0 if best.strength is None else best.strength) * scale)
 
     def ids(self, prompt: str, stated: StatedGoal) -> list[int]:
@@ -172,7 +172,7 @@ def base_figures(lab: Laboratory, size: Size, seed: int) -> dict[str, Any]:
 
 def measured(lab: Laboratory, asker: Asker, size: Size, seed: int, *, tune: bool) -> dict[str, Any]:
     """All figures of a trained policy: see the keys, which the tables of ``report`` name."""
-    best = asker.at(BEST)
+    best = asker.at(BEST_GOAL)
     found: dict[str, Any] = {"best": _by_temperature(lab, asker, best, size, seed)}
     if tune:
         return found

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 GOALS = (1.0, 2.5, 4.0, 5.5, 7.0, 8.5, 10.0)
-BEST = GOALS[-1]
+BEST_GOAL = GOALS[-1]
+Precision = Literal["32-true", "bf16-mixed"]
 TEMPERATURES = (1.0, 0.7, 0.4, 0.0)
 GOOD = 6.0
 """Responses with this score or more are good ones: what becomes of those that lost is the unlearning figure."""
@@ -17,8 +18,8 @@ class Size:
     """Numbers of one study.
 
     Attributes:
-        laboratory: ``world``, or a task of ``judges.TASKS`` for a real instruct model.
-        model: of such a task: its folder or Hub id.
+        task: one of ``judges.TASKS`` for a real instruct model; None: the embedded world.
+        model: of a task: its folder or Hub id.
         train_pairs, test_pairs, base_steps: of a world.
         steps, batch: optimizer steps of a run at length 1, and pairs in a step.
         tuning: seeds of the worlds that settings are chosen in.
@@ -38,7 +39,7 @@ class Size:
         cap: nats a response up to which areas under frontiers are compared in the plan's second part.
     """
 
-    laboratory: str = "world"
+    task: str | None = None
     model: str | None = None
     train_pairs: int = 1000
     test_pairs: int = 300
@@ -54,7 +55,7 @@ class Size:
     goals: tuple[float, ...] = GOALS
     beyond: tuple[float, ...] = (12.0, 14.5)
     rates: float = 1.0
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     arms: tuple[str, ...] | None = None
     long_arms: tuple[str, ...] | None = None
     base_goals: tuple[float | None, ...] = (None, *GOALS)
