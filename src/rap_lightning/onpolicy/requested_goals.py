@@ -148,8 +148,7 @@ def request_goals(
     if not options:
         raise ConfigError("--goal is an empty list. Name goals, or leave it out for the model's best.")
     goals = [resolve(option, record, template) for option in options]
-    if len({goal.stated for goal in goals}) < len(goals) or len({goal.printed for goal in goals}) < len(goals):
-        raise ConfigError(f"--goal {list(options)}: two of them read the same")
+    refuse_alike(goals, f"--goal {list(options)}")
     return with_low_goal(goals, generation, record, template)
 
 
@@ -185,6 +184,12 @@ def resolve(option: GoalOption | None, record: GoalRecord | None, template: Goal
         print(note, file=sys.stderr)
     best = template.best_attributes
     return RequestedGoal(template.state(goal, best), template.printed(goal, best), template.placement)
+
+
+def refuse_alike(goals: Sequence[RequestedGoal], given: str) -> None:
+    """Raise ConfigError where two goals are stated alike, or print alike in results; ``given`` is the option."""
+    if min(len({goal.stated for goal in goals}), len({goal.printed for goal in goals})) < len(goals):
+        raise ConfigError(f"{given}: two of them read the same.")
 
 
 def with_low_goal(

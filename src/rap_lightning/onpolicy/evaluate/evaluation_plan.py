@@ -19,6 +19,7 @@ from rap_lightning.onpolicy.requested_goals import (
     NO_GOAL,
     RequestedGoal,
     check_template_options,
+    refuse_alike,
     template_of,
     with_low_goal,
 )
@@ -105,8 +106,7 @@ class EvaluationPlan:
             else:
                 printed = self.template.scale.printed(goal)
                 found.append(RequestedGoal(self.template.state_at(goal), printed, self.template.placement))
-        if len({one.stated for one in found}) < len(found) or len({one.printed for one in found}) < len(found):
-            raise ConfigError(f"--goals {self.goals}: two of them read the same.")
+        refuse_alike(found, f"--goals {self.goals}")
         return with_low_goal(found, self.sampling, None, self.template)
 
     @property
