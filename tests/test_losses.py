@@ -519,6 +519,7 @@ def test_options_that_make_no_sense_are_refused(make_it: Any, message: str) -> N
 def test_options_show_at_the_start_of_a_run() -> None:
     assert str(DPO(0.01, 0.3)) == "DPO(beta=0.01, label_smoothing=0.3)"
     assert str(IPO(0.1, per_token=True)) == "IPO(beta=0.1, per_token=True)"
+    assert str(SoftLabelDPO(0.25, 12.0, "squared")) == "SoftLabelDPO(beta=0.25, temperature=12.0, distance=squared)"
     assert "Mixture" in str(Mixture([DPO(), SFT()], [1, 2]))
     assert "requires" not in str(WPO(DPO()))
 

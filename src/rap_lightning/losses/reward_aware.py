@@ -39,6 +39,9 @@ class RewardAwareLoss(PreferenceLoss):
         super().__init__(beta)
         self.distance = distance
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, distance={self.distance}"
+
     def gap(self, rewards: PairRewards) -> Tensor:
         """Return Δ, [B]: by how much chosen is better under its goal, or by the judge's rewards where there is none."""
         given = rewards.under_goal(2 if self.distance == "squared" else 1)
