@@ -65,7 +65,7 @@ class SteeringTable(pl.Callback):
         self.after: dict[float, list[float]] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the goals, and read the run to show beside this one, before the policy is loaded.
+        """Check the goals, and read the run of ``beside``, before the policy is loaded.
 
         Raises:
             ConfigError: goals can't be asked for, or that run is not found or not comparable.

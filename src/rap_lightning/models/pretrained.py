@@ -148,8 +148,7 @@ def finite(values: torch.Tensor) -> bool:
 def weight_files(path: str, revision: str | None) -> list[Path]:
     """Return the safetensors files that transformers reads, downloaded from the Hub first if needed; [] without any.
 
-    They are what config.json names as transformers_weights, else model.safetensors, else those that its index names,
-    under whatever names.
+    They are what config.json names as transformers_weights, else model.safetensors, else those that its index names.
     """
     from transformers.utils import cached_file
 
